@@ -1,0 +1,174 @@
+"""From a conversion to ranks: which layers it has, which groups they use, and whether all ranks agree on both.
+
+Converting is local. Binding happens once, at the first training forward or by ``attach``: ranks compare what they
+converted through the job's store, make the policy's groups, and take over rank 0's running statistics.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from itertools import zip_longest
+from typing import Any
+from weakref import ReferenceType, ref
+
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from distnorm import running
+from distnorm.boundary import at_end_of_backward
+from distnorm.grid import Recipe
+from distnorm.policies import Reducer
+from distnorm.transport import LostGroup, Topology
+from distnorm.transport.rendezvous import group_timeout, tell_and_collect
+from distnorm.transport.topology import current_world, mesh_ranks, node_id
+from distnorm.types import Observer
+
+
+class Binding:
+    """A conversion at work among real ranks."""
+
+    def __init__(self, world: dist.ProcessGroup | None, topology: Topology, reducer: Reducer) -> None:
+        """``world`` is the job that the groups belong to, None in a process that is alone."""
+        self.world = world
+        self.topology = topology
+        self.reducer = reducer
+        self.step = 0
+        self._boundary_queued = False
+
+    def forward_begins(self) -> None:
+        """Outside of a backward pass nothing can be queued; a queue left by a pass that raised is forgotten."""
+        self._boundary_queued = False
+
+    def expect_boundary(self) -> None:
+        """End the step when the outermost backward pass of this thread ends.
+
+        Called inside a backward pass. The reentrant checkpoint's nested pass comes after its recomputation, which
+        has queued the boundary at the outer pass already.
+        """
+        if not self._boundary_queued:
+            self._boundary_queued = True
+            at_end_of_backward(self._end_step)
+
+    def _end_step(self) -> None:
+        self._boundary_queued = False
+        self.step += 1
+
+
+class Conversion:
+    """One call of ``convert``: its recipe and its layers, and their binding once there is one."""
+
+    def __init__(self, recipe: Recipe, mesh: DeviceMesh | None) -> None:
+        """No layers yet, and no ranks."""
+        self.recipe = recipe
+        self.mesh: DeviceMesh | LostGroup | None = mesh
+        self._start()
+
+    def _start(self) -> None:
+        self.observers: list[Observer] = []
+        self.means_to_fold = True
+        self._layers: dict[int, tuple[str, ReferenceType[_BatchNorm]]] = {}
+        self._binding: Binding | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies are unbound; a mesh belongs to its process."""
+        mesh = LostGroup(f"its device mesh {self.mesh}") if isinstance(self.mesh, DeviceMesh) else self.mesh
+        return {"recipe": self.recipe, "mesh": mesh}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Conversion:
+        """Within a process the mesh stays valid."""
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        copied.__setstate__({"recipe": self.recipe, "mesh": self.mesh})
+        return copied
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy's layers register themselves."""
+        self.__dict__.update(state)
+        self._start()
+
+    def add(self, index: int, name: str, layer: _BatchNorm) -> None:
+        """Register ``layer`` without keeping it alive."""
+        self._layers[index] = name, ref(layer)
+
+    def layers(self) -> Iterator[tuple[str, _BatchNorm]]:
+        """Names and layers, those still alive, in the order of conversion."""
+        for _, (name, reference) in sorted(self._layers.items()):
+            layer = reference()
+            if layer is not None:
+                yield name, layer
+
+    def bound(self) -> Binding:
+        """The binding to this process's job; made now if there is none.
+
+        Raises:
+            RuntimeError: the job that the layers were bound to is gone, or ranks differ or do not answer.
+            ValueError: the policy does not fit the ranks.
+        """
+        world = current_world()
+        if self._binding is None or (world is not None and self._binding.world is not world):
+            self.bind(None)
+        assert self._binding is not None  # noqa: S101
+        if self._binding.world is not world:
+            raise RuntimeError(
+                "distnorm: the process group that these layers were bound to has been destroyed. Evaluation works; to "
+                "go on training, initialize torch.distributed again, or call distnorm.revert(model)."
+            )
+        if self.means_to_fold:
+            self.means_to_fold = False
+            if not self.recipe.method.centred:
+                running.fold_means(layer for _, layer in self.layers())
+        return self._binding
+
+    def bind(self, process_group: dist.ProcessGroup | None) -> None:
+        """Bind to the ranks of ``process_group``; None means those that recipe and mesh imply, else all.
+
+        Collective over these ranks: an exchange of texts through the store, the making of groups, and one broadcast
+        of running statistics per dtype.
+        """
+        if isinstance(self.mesh, LostGroup):
+            raise self.mesh.refuse()
+        world = current_world()
+        if world is None:
+            alone = Topology((0,))
+            self._binding = Binding(None, alone, self.recipe.policy.bind(alone))
+            return
+        topology = self._agree(world, self._ranks(process_group))
+        reducer = self.recipe.policy.bind(topology)
+        running.take_over((layer for _, layer in self.layers()), topology.everyone())
+        self._binding = Binding(world, topology, reducer)
+
+    def _ranks(self, process_group: dist.ProcessGroup | None) -> tuple[int, ...]:
+        scope = process_group if process_group is not None else self.recipe.policy.scope
+        if isinstance(self.mesh, DeviceMesh) and process_group is None:
+            return mesh_ranks(self.mesh, self.recipe.policy.axes)
+        if isinstance(scope, LostGroup):
+            raise scope.refuse()
+        return tuple(range(dist.get_world_size()) if scope is None else dist.get_process_group_ranks(scope))
+
+    def _agree(self, world: dist.ProcessGroup, ranks: tuple[int, ...]) -> Topology:
+        timeout = group_timeout(world)
+        mine = {"node": node_id(), "converted": self._fingerprint()}
+        told = [json.loads(text) for text in tell_and_collect(ranks, json.dumps(mine), timeout)]
+        for rank, other in zip(ranks, told, strict=True):
+            _compare(ranks[0], told[0]["converted"], rank, other["converted"])
+        mesh = self.mesh if isinstance(self.mesh, DeviceMesh) else None
+        return Topology(ranks, mesh=mesh, nodes=tuple(other["node"] for other in told), timeout=timeout)
+
+    def _fingerprint(self) -> list[str]:
+        lines = [repr(self.recipe)]
+        for name, layer in self.layers():
+            lines.append(f"{name}: {layer.num_features} features, eps={layer.eps}, momentum={layer.momentum}")
+        return lines
+
+
+def _compare(first: int, expected: list[str], rank: int, given: list[str]) -> None:
+    if given == expected:
+        return
+    for line, other in zip_longest(expected, given, fillvalue="nothing"):
+        if line != other:
+            raise RuntimeError(
+                f"distnorm: rank {rank} converted another model or recipe than rank {first}. Rank {first} has "
+                f"[{line}] where rank {rank} has [{other}]. Build and convert the model alike on every rank that "
+                "shares statistics, or bind each set of ranks with distnorm.attach(model, process_group=...)."
+            )

@@ -1,0 +1,202 @@
+"""Put a recipe in place of a model's batch norm, and take it out again.
+
+``convert`` is local and never communicates: it runs before process groups exist and before ``.to(device)``. It swaps the
+class of each layer in place, so an optimizer that was built already keeps its parameters.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from fnmatch import fnmatchcase
+from typing import TypeVar
+
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.lazy import LazyModuleMixin
+
+from distnorm import ddp, recipes, running
+from distnorm.binding import Conversion
+from distnorm.grid import Recipe
+from distnorm.module import DistNorm, DistNorm1d, DistNorm2d, DistNorm3d, DistNormNd
+from distnorm.site import Site
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+Where = Callable[[str, nn.Module], bool] | Sequence[str]
+
+# Exact types only: a subclass may do more than normalize, and a swap would drop it.
+_targets: dict[type[_BatchNorm], type[DistNorm]] = {
+    nn.BatchNorm1d: DistNorm1d,
+    nn.BatchNorm2d: DistNorm2d,
+    nn.BatchNorm3d: DistNorm3d,
+    nn.SyncBatchNorm: DistNormNd,
+}
+
+
+def register_converter(source: type[_BatchNorm], target: type[DistNorm]) -> None:
+    """Let ``convert`` turn layers of exactly the class ``source`` into ``target``.
+
+    For subclasses of batch norm that do more than normalize, such as one with a fused activation: ``target`` derives
+    from one of the DistNorm classes and does the rest in its ``forward``. The layer's ``__dict__`` stays as it is.
+
+    Raises:
+        TypeError: ``source`` is no batch norm, or ``target`` no DistNorm.
+    """
+    if not (isinstance(source, type) and issubclass(source, _BatchNorm)):
+        raise TypeError(f"register_converter(source={source!r}): need a subclass of torch's batch norm.")
+    if not (isinstance(target, type) and issubclass(target, DistNorm)):
+        raise TypeError(f"register_converter(target={target!r}): need a subclass of distnorm.DistNorm2d or its kin.")
+    _targets[source] = target
+
+
+def convert(
+    model: ModelT,
+    recipe: Recipe | str,
+    *,
+    where: Where | None = None,
+    mesh: DeviceMesh | None = None,
+    **options: object,
+) -> ModelT:
+    """Replace the model's batch norm layers by ``recipe``, in place, and return the model.
+
+    Converts layers of type BatchNorm1d/2d/3d and SyncBatchNorm, and those of ``register_converter``. Parameters,
+    buffers, hooks, names and the state_dict stay as they are. Layers that the same recipe has converted before are
+    left alone. No collective: ranks meet at the first training forward, or at ``attach``.
+
+    Args:
+        model: any module, also one that is a batch norm itself or is wrapped in DistributedDataParallel already.
+        recipe: a ``Recipe``, or the name of one (``distnorm.recipes.available()``), with its ``options``.
+        where: which layers: a function of name and layer, or glob patterns over names such as ``["backbone.*"]``.
+        mesh: the device mesh whose axes the recipe names; without axes, statistics span the whole of it.
+        options: options of a named recipe, such as ``size=4``.
+
+    Raises:
+        ValueError: unknown recipe, option or value; an uninitialized lazy layer; a layer that another recipe has
+            converted; ``where`` selects nothing. The model is as it was.
+
+    Warns:
+        UserWarning: once, naming subclasses of batch norm that were left alone; or if the model has no batch norm.
+    """
+    wanted = _recipe(recipe, options)
+    layers = _select(model, wanted, where)
+    apply_to(model, layers, Conversion(wanted, mesh), _targets)
+    return model
+
+
+def apply_to(
+    model: nn.Module,
+    layers: list[tuple[str, _BatchNorm]],
+    conversion: Conversion,
+    targets: dict[type[_BatchNorm], type[DistNorm]],
+) -> None:
+    """Swap the classes of ``layers`` of ``model`` for their ``targets``."""
+    for index, (name, layer) in enumerate(layers):
+        original = type(layer)
+        site = Site(conversion, index, name, original)
+        layer.__class__ = targets[original]
+        layer.__dict__["_site"] = site
+        conversion.add(index, name, layer)
+    if conversion.recipe.policy.agrees and conversion.mesh is None:
+        ddp.ignore_buffers(model, [layer for _, layer in layers])
+
+
+def revert(model: ModelT) -> ModelT:
+    """Give every converted layer its original class back, in place, and return the model.
+
+    Evaluation output is unchanged. No collective.
+    """
+    layers = [layer for layer in model.modules() if isinstance(layer, DistNorm)]
+    ddp.heed_buffers(model, layers)
+    for layer in layers:
+        site = layer.__dict__.pop("_site")
+        layer.__class__ = site.original
+        if site.original is nn.SyncBatchNorm:
+            layer.__dict__.setdefault("process_group", site.conversion.recipe.policy.scope)
+    return model
+
+
+def attach(model: nn.Module, *, process_group: dist.ProcessGroup | None = None) -> None:
+    """Bind the model's converted layers to their ranks now, instead of at the first training forward.
+
+    Collective over ``process_group``, which is the data-parallel group where that is not the whole job (pipeline or
+    tensor parallelism without a mesh); None binds to the ranks that ``convert`` implied.
+
+    Raises:
+        RuntimeError: ranks converted different models or recipes, or do not answer within the job's timeout.
+        ValueError: the recipe does not fit the ranks, or the model has no converted layer.
+    """
+    for conversion in _conversions(model):
+        conversion.bind(process_group)
+
+
+def sync_running_stats(model: nn.Module) -> None:
+    """Unite running statistics that ranks keep each for themselves (``local_bn``, ``group_bn``), in place.
+
+    mean = average of the ranks' means; var = average of var + mean^2, less mean^2. One collective over the
+    data-parallel ranks; call it on all of them, before evaluating or saving. Harmless where they agree already.
+
+    Raises:
+        ValueError: the model has no converted layer.
+    """
+    for conversion in _conversions(model):
+        running.average((layer for _, layer in conversion.layers()), conversion.bound().topology.everyone())
+
+
+def _conversions(model: nn.Module) -> list[Conversion]:
+    found = {
+        id(layer._site.conversion): layer._site.conversion for layer in model.modules() if isinstance(layer, DistNorm)
+    }
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no layer that distnorm converted; call distnorm.convert first.")
+    return list(found.values())
+
+
+def _recipe(recipe: Recipe | str, options: dict[str, object]) -> Recipe:
+    if isinstance(recipe, str):
+        return recipes.build(recipe, **options)
+    if not isinstance(recipe, Recipe):
+        raise ValueError(f"convert(recipe={recipe!r}): need a Recipe or the name of one.")
+    if options:
+        raise ValueError(f"convert: options {sorted(options)} belong to named recipes; this Recipe is complete.")
+    return recipe
+
+
+def _select(model: nn.Module, recipe: Recipe, where: Where | None) -> list[tuple[str, _BatchNorm]]:
+    candidates = [(name or type(layer).__name__, layer) for name, layer in _batch_norms(model)]
+    if not candidates:
+        warnings.warn(f"distnorm.convert: {type(model).__name__} has no batch norm layer.", stacklevel=3)
+        return []
+    wanted = [(name, layer) for name, layer in candidates if _matches(where, name, layer)]
+    if not wanted:
+        raise ValueError(f"convert(where={where!r}) selects none of {[name for name, _ in candidates]}.")
+    unknown = [(name, layer) for name, layer in wanted if type(layer) not in _targets]
+    for name, layer in unknown:
+        if isinstance(layer, LazyModuleMixin):
+            raise ValueError(f"{name}: {type(layer).__name__} is not initialized. Run one forward, then convert.")
+        if isinstance(layer, DistNorm) and layer.recipe != recipe:
+            raise ValueError(f"{name}: already converted to {layer.recipe}. Call distnorm.revert(model) first.")
+    strangers = [f"{name} ({type(layer).__name__})" for name, layer in unknown if not isinstance(layer, DistNorm)]
+    if strangers:
+        warnings.warn(
+            f"distnorm.convert left unknown subclasses of batch norm alone: {', '.join(strangers)}. Teach it with "
+            "distnorm.register_converter(their class, a DistNorm subclass).",
+            stacklevel=3,
+        )
+    return [(name, layer) for name, layer in wanted if type(layer) in _targets]
+
+
+def _batch_norms(model: nn.Module) -> Iterator[tuple[str, _BatchNorm]]:
+    for name, layer in model.named_modules():
+        if isinstance(layer, _BatchNorm):
+            yield name, layer
+
+
+def _matches(where: Where | None, name: str, layer: nn.Module) -> bool:
+    if where is None:
+        return True
+    if callable(where):
+        return where(name, layer)
+    patterns = [where] if isinstance(where, str) else where
+    return any(fnmatchcase(name, pattern) for pattern in patterns)

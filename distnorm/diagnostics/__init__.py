@@ -1,0 +1,5 @@
+"""Tools that show what normalization does on the wire."""
+
+from distnorm.diagnostics.ledger import Ledger, Tally
+
+__all__ = ["Ledger", "Tally"]

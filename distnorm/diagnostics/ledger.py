@@ -1,0 +1,89 @@
+"""Ledger: how many collectives normalization issues, what they carry, and how long the host waits for them."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from types import TracebackType
+
+from torch import nn
+
+from distnorm.module import DistNorm
+from distnorm.types import Slot
+
+
+@dataclass
+class Tally:
+    """Collectives issued, bytes of payload this rank contributed to them, seconds the host spent in them."""
+
+    collectives: int = 0
+    bytes: int = 0
+    seconds: float = 0.0
+
+    def add(self, nbytes: int, seconds: float) -> None:
+        """Count one collective."""
+        self.collectives += 1
+        self.bytes += nbytes
+        self.seconds += seconds
+
+
+class Ledger:
+    """Count the statistics collectives of ``model`` on this rank, within a ``with`` block.
+
+    Example::
+
+        with Ledger(model) as ledger:
+            train_one_epoch(model)
+        print(ledger)
+
+    ``total`` is the sum, ``layers`` splits it by layer name and ``steps`` by training step. Payload is the vector that
+    is summed; what a transport makes of it on the wire is not counted. No collective of its own; nothing is counted for
+    layers on one rank.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        """Watch the converted layers of ``model``."""
+        layers = [module for module in model.modules() if isinstance(module, DistNorm)]
+        self._conversions = list({id(each._site.conversion): each._site.conversion for each in layers}.values())
+        self.total = Tally()
+        self.layers: defaultdict[str, Tally] = defaultdict(Tally)
+        self.steps: defaultdict[int, Tally] = defaultdict(Tally)
+
+    @property
+    def collectives(self) -> int:
+        """Collectives in all."""
+        return self.total.collectives
+
+    @property
+    def bytes(self) -> int:
+        """Payload in all."""
+        return self.total.bytes
+
+    @property
+    def seconds(self) -> float:
+        """Host time in collectives, in all."""
+        return self.total.seconds
+
+    def __enter__(self) -> Ledger:
+        """Start counting."""
+        for conversion in self._conversions:
+            conversion.observers.append(self._observe)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Stop counting."""
+        for conversion in self._conversions:
+            conversion.observers.remove(self._observe)
+
+    def __str__(self) -> str:
+        """A table, one row per layer."""
+        rows = [f"{'layer':<40} {'collectives':>11} {'bytes':>12} {'seconds':>9}"]
+        for name, tally in [*self.layers.items(), ("total", self.total)]:
+            rows.append(f"{name:<40} {tally.collectives:>11} {tally.bytes:>12} {tally.seconds:>9.4f}")
+        return "\n".join(rows)
+
+    def _observe(self, slot: Slot, nbytes: int, seconds: float) -> None:
+        for tally in (self.total, self.layers[slot.layer], self.steps[slot.step]):
+            tally.add(nbytes, seconds)

@@ -1,0 +1,39 @@
+"""A recipe: one point of the grid of methods and policies."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, final
+
+from distnorm.methods import Method
+from distnorm.policies import Policy
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What ``convert`` puts in place of batch norm.
+
+    Args:
+        method: which statistics and which transform, such as ``BatchNorm()``.
+        policy: how sums are shared, such as ``AllReduce()``.
+        weights: what happens to the weights of the layers before; ``"none"`` leaves them alone.
+        name: the recipe's name where it has one; it takes no part in comparisons.
+
+    Raises:
+        ValueError: a field of another kind; the message names it.
+    """
+
+    method: Method
+    policy: Policy
+    weights: Literal["none"] = "none"
+    name: str | None = field(default=None, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Validate."""
+        if not isinstance(self.method, Method):
+            raise ValueError(f"Recipe(method={self.method!r}): need a distnorm method, such as BatchNorm().")
+        if not isinstance(self.policy, Policy):
+            raise ValueError(f"Recipe(policy={self.policy!r}): need a distnorm policy, such as AllReduce().")
+        if self.weights != "none":
+            raise ValueError(f'Recipe(weights={self.weights!r}): allowed is "none".')

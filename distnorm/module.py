@@ -1,0 +1,144 @@
+"""The layer: a batch norm of torch's whose statistics and sharing are a recipe's.
+
+``convert`` makes one out of a stock layer by swapping its class, so parameters, buffers, hooks and every reference to the
+module survive. The classes derive from torch's: ``isinstance(layer, nn.BatchNorm2d)`` stays true.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from distnorm import fused, running
+from distnorm.boundary import NO_BACKWARD, graph_task
+from distnorm.grid import Recipe
+from distnorm.methods.base import compute_dtype
+from distnorm.share import NOW, LayerShare, keep_local
+from distnorm.site import Site
+from distnorm.types import Affine
+
+
+class DistNorm(_BatchNorm):
+    """Normalization by a recipe's statistics in training, by the running statistics in evaluation.
+
+    Input and output ``[N, C, ...]`` of equal shape, dtype and memory format; statistics are at least float32.
+    Evaluation never communicates. Training uses the recipe's policy once forward and once backward.
+
+    Raises:
+        TypeError: the input is not floating point.
+        ValueError: wrong number of dimensions or channels, or 1 value per channel over all sharing ranks.
+        RuntimeError: ranks that share do not agree or do not answer.
+    """
+
+    _site: Site
+
+    @property
+    def recipe(self) -> Recipe:
+        """What normalizes here."""
+        return self._site.conversion.recipe
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalize ``input``."""
+        self._check(input)
+        affine = Affine(self.weight, self.bias, self.eps)
+        if not self.training:
+            return self._evaluate(input, affine)
+        compiling = torch.compiler.is_compiling()
+        share = LayerShare(self._site.key, NOW if compiling else self._site.conversion.bound().step)
+        method = self.recipe.method
+        if isinstance(method, fused.ChannelAffine) and fused.suits(input):
+            y = fused.normalize(method, input, share, affine)
+        else:
+            y = method.normalize(input, share, affine)
+        # A forward inside a backward pass is a checkpoint's recomputation: it changes no state.
+        if self.track_running_stats and (compiling or graph_task() == NO_BACKWARD):
+            self._track(share)
+        return y
+
+    def extra_repr(self) -> str:
+        """As torch's, and the recipe."""
+        return f"{super().extra_repr()}, {self.recipe.name or self.recipe}"
+
+    def train(self, mode: bool = True) -> DistNorm:
+        """Switch between training and evaluation; reports what a GPU could not report in time."""
+        self._site.raise_if_starved()
+        super().train(mode)
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy registers itself with its own, unbound conversion."""
+        super().__setstate__(state)
+        self._site.conversion.add(self._site.index, self._site.name, self)
+
+    def _evaluate(self, x_NCL: Tensor, affine: Affine) -> Tensor:
+        mean_C, var_C = self.running_mean, self.running_var
+        if mean_C is None or var_C is None:
+            return self.recipe.method.normalize(x_NCL, keep_local, affine)
+        weight_C = None if self.weight is None else self.weight.to(mean_C.dtype)
+        bias_C = None if self.bias is None else self.bias.to(mean_C.dtype)
+        return F.batch_norm(x_NCL, mean_C, var_C, weight_C, bias_C, False, 0.0, self.eps)
+
+    @torch.no_grad()
+    def _track(self, share: LayerShare) -> None:
+        assert share.means_KC is not None and share.count is not None  # noqa: S101
+        moments = self.recipe.method.moments(share.means_KC, share.count)
+        landed = torch.ones_like(share.count) if self.recipe.policy.always_lands else share.landed()
+        running.absorb(self, moments, share.count, landed)
+
+    def _check(self, x_NCL: Tensor) -> None:
+        try:
+            self._check_input_dim(x_NCL)
+        except ValueError as error:
+            raise ValueError(f"{self._site.name}: {error}") from None
+        if not x_NCL.is_floating_point():
+            raise TypeError(
+                f"{self._site.name}: given {x_NCL.dtype} values; normalization needs a floating-point input."
+            )
+        if x_NCL.shape[1] != self.num_features:
+            raise ValueError(
+                f"{self._site.name}: given {x_NCL.shape[1]} channels (shape {tuple(x_NCL.shape)}); the layer "
+                f"normalizes {self.num_features}, in dimension 1."
+            )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DistNorm:
+        """Move or cast as torch does, but keep running statistics in float32 or better, whatever an engine casts."""
+        wide = {name: getattr(self, name) for name in ("running_mean", "running_var")}
+        super()._apply(fn, recurse)
+        for name, buffer in wide.items():
+            cast = getattr(self, name)
+            if buffer is not None and cast.dtype.itemsize < compute_dtype(buffer.dtype).itemsize:
+                setattr(self, name, buffer.to(device=cast.device, dtype=compute_dtype(buffer.dtype)))
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        self._site.conversion.means_to_fold = True
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        self._site.raise_if_starved()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+
+class DistNorm1d(DistNorm, nn.BatchNorm1d):
+    """``[N, C]`` or ``[N, C, L]``."""
+
+
+class DistNorm2d(DistNorm, nn.BatchNorm2d):
+    """``[N, C, H, W]``."""
+
+
+class DistNorm3d(DistNorm, nn.BatchNorm3d):
+    """``[N, C, D, H, W]``."""
+
+
+class DistNormNd(DistNorm):
+    """Any layout from ``[N, C]`` on, as torch's SyncBatchNorm takes it."""
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() < 2:
+            raise ValueError(f"expected at least 2D input (got {input.dim()}D input)")

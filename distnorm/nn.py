@@ -1,0 +1,68 @@
+"""Layers to build models from: a drop-in for torch.nn.SyncBatchNorm that also runs on CPU."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from distnorm.binding import Conversion
+from distnorm.convert import apply_to
+from distnorm.grid import Recipe
+from distnorm.methods import BatchNorm
+from distnorm.module import DistNorm, DistNormNd
+from distnorm.policies import AllReduce
+from distnorm.site import Site
+from distnorm.transport import LostGroup
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+
+class SyncBatchNorm(DistNormNd):
+    """Batch norm over the joined batch of a process group: torch.nn.SyncBatchNorm's constructor, on any device.
+
+    ``[N, C, ...]`` in and out. One collective per direction in training, none in evaluation. Errors as ``DistNorm``.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        process_group: dist.ProcessGroup | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
+    ) -> None:
+        """As torch.nn.SyncBatchNorm; ``process_group`` None means all ranks."""
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype, bias=bias)
+        conversion = Conversion(_recipe(process_group), mesh=None)
+        name = f"SyncBatchNorm({num_features})"
+        self._site = Site(conversion, 0, name, nn.SyncBatchNorm)
+        conversion.add(0, name, self)
+
+    @property
+    def process_group(self) -> dist.ProcessGroup | LostGroup | None:
+        """The group whose ranks share, None for all."""
+        return self.recipe.policy.scope
+
+    @classmethod
+    def convert_sync_batchnorm(cls, module: ModuleT, process_group: dist.ProcessGroup | None = None) -> ModuleT:
+        """As torch's, but in place: stock batch norm layers of ``module`` become this class. No collective."""
+        stock: tuple[type[nn.modules.batchnorm._BatchNorm], ...]
+        stock = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+        layers = [
+            (name or type(layer).__name__, layer) for name, layer in module.named_modules() if type(layer) in stock
+        ]
+        targets: dict[type[nn.modules.batchnorm._BatchNorm], type[DistNorm]] = dict.fromkeys(stock, cls)
+        apply_to(module, layers, Conversion(_recipe(process_group), mesh=None), targets)
+        return module
+
+
+def _recipe(process_group: dist.ProcessGroup | None) -> Recipe:
+    return Recipe(method=BatchNorm(), policy=AllReduce(process_group=process_group), name="sync_bn")

@@ -1,0 +1,110 @@
+"""AllReduce: exact sums over a set of ranks.
+
+Timeline: one blocking collective per layer and direction, staleness 0. The set is all data-parallel ranks, those along
+one axis, blocks of neighbours, or a process group of the user's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, final
+
+import torch.distributed as dist
+from torch import Tensor
+
+from distnorm.policies.base import Policy, Reducer
+from distnorm.transport import LostGroup, Topology, TorchGroup
+from distnorm.types import Slot
+
+
+class _GroupSum(Reducer):
+    def __init__(self, group: TorchGroup) -> None:
+        super().__init__(group.size)
+        self.group = group
+
+    def reduce(self, wire: Tensor, slot: Slot) -> Tensor:
+        return self.group.sum(wire, slot)
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class AllReduce(Policy):
+    """Sum over ranks: ``reduce(wire) = sum of wire over the set``. One collective.
+
+    Give at most one of:
+        axis: ``"local"`` (ranks of a node), ``"node"`` (one rank of each node), or an axis of the mesh given to
+            ``convert``.
+        group_size: blocks of so many neighbouring ranks.
+        process_group: the ranks of this group. Statistics travel in a group of their own over the same ranks.
+    With none of them the set is all data-parallel ranks.
+    """
+
+    axis: str | None = None
+    group_size: int | None = None
+    process_group: dist.ProcessGroup | LostGroup | None = None
+
+    def __post_init__(self) -> None:
+        """Validate what can be validated before ranks are known."""
+        given = [name for name in ("axis", "group_size", "process_group") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"AllReduce takes one of axis, group_size, process_group; given are {given}.")
+        if self.group_size is not None and (not isinstance(self.group_size, int) or self.group_size < 1):
+            raise ValueError(f"AllReduce(group_size={self.group_size!r}): need a whole number of ranks, at least 1.")
+        if self.process_group is dist.GroupMember.NON_GROUP_MEMBER:
+            raise ValueError(
+                f"AllReduce(process_group=...): rank {dist.get_rank()} is not a member of this group. Every rank must "
+                "pass the group that it belongs to (torch.distributed.new_subgroups returns it first)."
+            )
+
+    def __repr__(self) -> str:
+        """Name the ranks of an explicit group, so that equal text means equal sharing."""
+        if isinstance(self.process_group, dist.ProcessGroup):
+            return f"AllReduce(process_group={dist.get_process_group_ranks(self.process_group)})"
+        given = self.axis if self.axis is not None else self.group_size
+        name = "axis" if self.axis is not None else "group_size"
+        return f"AllReduce({name}={given!r})" if given is not None else "AllReduce()"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> AllReduce:
+        """A frozen value is its own copy; process groups are never copied."""
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle without the process group, leaving a note of it."""
+        if isinstance(self.process_group, dist.ProcessGroup):
+            lost = LostGroup(f"its process group over ranks {dist.get_process_group_ranks(self.process_group)}")
+            return replace(self, process_group=lost).__reduce__()
+        return _rebuild, (self.axis, self.group_size, self.process_group)
+
+    def bind(self, topology: Topology) -> Reducer:
+        """Make, or find, the group of this rank."""
+        if isinstance(self.process_group, LostGroup):
+            raise self.process_group.refuse()
+        if self.process_group is not None:
+            return _GroupSum(topology.joining(self.process_group))
+        if self.group_size is not None:
+            return _GroupSum(topology.blocks(self.group_size))
+        return _GroupSum(topology.along(self.axis) if self.axis is not None else topology.everyone())
+
+    @property
+    def collectives(self) -> float:
+        """One."""
+        return 1.0
+
+    @property
+    def agrees(self) -> bool:
+        """Only a sum over all data-parallel ranks is equal on all of them."""
+        return self.axis is None and self.group_size is None and self.process_group is None
+
+    @property
+    def axes(self) -> frozenset[str]:
+        """The one named axis."""
+        return frozenset() if self.axis is None else frozenset((self.axis,))
+
+    @property
+    def scope(self) -> dist.ProcessGroup | LostGroup | None:
+        """The explicit group."""
+        return self.process_group
+
+
+def _rebuild(axis: str | None, group_size: int | None, process_group: LostGroup | None) -> AllReduce:
+    return AllReduce(axis=axis, group_size=group_size, process_group=process_group)

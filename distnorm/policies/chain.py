@@ -1,0 +1,86 @@
+"""Chain: one policy after the other.
+
+Timeline: the collectives of its parts, in order; staleness of the stalest. ``Chain(AllReduce("local"),
+AllReduce("node"))`` adds up within each node, then between nodes: the exact global sum, in two short hops.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import final
+
+from torch import Tensor
+
+from distnorm.policies.all_reduce import AllReduce
+from distnorm.policies.base import Policy, Reducer
+from distnorm.transport import Topology
+from distnorm.transport.topology import NODE_AXES
+from distnorm.types import Slot
+
+
+class _Sequence(Reducer):
+    def __init__(self, parts: list[Reducer]) -> None:
+        super().__init__(math.prod(part.size for part in parts))
+        self.parts = parts
+
+    def reduce(self, wire: Tensor, slot: Slot) -> Tensor:
+        # The adjoint of "first a, then b" is "first b, then a".
+        for part in self.parts if slot.direction == "forward" else reversed(self.parts):
+            wire = part.reduce(wire, slot)
+        return wire
+
+    def lands(self, step: int) -> bool:
+        return all(part.lands(step) for part in self.parts)
+
+
+@final
+@dataclass(frozen=True)
+class Chain(Policy):
+    """``reduce = last(... first(wire))`` forward, and in reverse order for cotangents."""
+
+    parts: tuple[Policy, ...]
+
+    def __init__(self, *parts: Policy) -> None:
+        """Chain ``parts``, the first one applied first.
+
+        Raises:
+            ValueError: fewer than two parts, or a part that is no policy.
+        """
+        if len(parts) < 2 or not all(isinstance(part, Policy) for part in parts):
+            raise ValueError(f"Chain takes two or more policies, given {parts!r}.")
+        object.__setattr__(self, "parts", parts)
+
+    def __repr__(self) -> str:
+        """As it is written."""
+        return f"Chain({', '.join(map(repr, self.parts))})"
+
+    def bind(self, topology: Topology) -> Reducer:
+        """Bind every part."""
+        return _Sequence([part.bind(topology) for part in self.parts])
+
+    @property
+    def collectives(self) -> float:
+        """Those of all parts together."""
+        return sum(part.collectives for part in self.parts)
+
+    @property
+    def agrees(self) -> bool:
+        """Certain where the parts span both node axes; a mesh may have axes that no part names."""
+        spans_nodes = all(isinstance(part, AllReduce) for part in self.parts) and self.axes == frozenset(NODE_AXES)
+        return spans_nodes or all(part.agrees for part in self.parts)
+
+    @property
+    def always_lands(self) -> bool:
+        """If all parts do."""
+        return all(part.always_lands for part in self.parts)
+
+    @property
+    def axes(self) -> frozenset[str]:
+        """The axes of all parts."""
+        return frozenset[str]().union(*(part.axes for part in self.parts))
+
+    @property
+    def staleness(self) -> int:
+        """That of the stalest part."""
+        return max(part.staleness for part in self.parts)

@@ -1,0 +1,41 @@
+"""Local: nothing is shared.
+
+Timeline: no collective, staleness 0. Each rank normalizes by its own batch, as ``nn.BatchNorm`` does under
+DistributedDataParallel. It is the headroom of every other policy: the most that communication work could win.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
+
+from torch import Tensor
+
+from distnorm.policies.base import Policy, Reducer
+from distnorm.transport import Topology
+from distnorm.types import Slot
+
+
+class _Identity(Reducer):
+    def reduce(self, wire: Tensor, slot: Slot) -> Tensor:
+        return wire
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Local(Policy):
+    """Every rank keeps its own statistics: ``reduce(wire) = wire``. No collective."""
+
+    def bind(self, topology: Topology) -> Reducer:
+        """No group is needed."""
+        return _Identity(size=1)
+
+    @property
+    def collectives(self) -> float:
+        """None."""
+        return 0.0
+
+    @property
+    def agrees(self) -> bool:
+        """Each rank's running statistics are its own."""
+        return False

@@ -1,0 +1,85 @@
+"""Periodic: share in every k-th step, be local in between.
+
+Timeline: steps 0, k, 2k, ... issue the collectives of the inner policy, the others none; staleness 0, since the steps
+in between use no remote statistics at all. A step ends with a backward pass that builds no graph.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
+
+import torch.distributed as dist
+from torch import Tensor
+
+from distnorm.policies.all_reduce import AllReduce
+from distnorm.policies.base import Policy, Reducer
+from distnorm.transport import LostGroup, Topology
+from distnorm.types import Slot
+
+
+class _EveryKth(Reducer):
+    def __init__(self, inner: Reducer, every: int) -> None:
+        super().__init__(inner.size)
+        self.inner = inner
+        self.every = every
+
+    def reduce(self, wire: Tensor, slot: Slot) -> Tensor:
+        return self.inner.reduce(wire, slot) if slot.step % self.every == 0 else wire
+
+    def lands(self, step: int) -> bool:
+        return step % self.every == 0 and self.inner.lands(step)
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Periodic(Policy):
+    """``reduce = policy.reduce`` in every ``every``-th step, the identity in the others.
+
+    Running statistics absorb the shared steps only: they are equal on every rank at all times, and each of them has
+    seen the batches of all ranks.
+    """
+
+    every: int
+    policy: Policy = AllReduce()
+
+    def __post_init__(self) -> None:
+        """Validate."""
+        if not isinstance(self.every, int) or self.every < 1:
+            raise ValueError(f"Periodic(every={self.every!r}): need a whole number of steps, at least 1.")
+        if not isinstance(self.policy, Policy):
+            raise ValueError(f"Periodic(policy={self.policy!r}): need a policy, such as AllReduce().")
+
+    def bind(self, topology: Topology) -> Reducer:
+        """Bind the inner policy."""
+        return _EveryKth(self.policy.bind(topology), self.every)
+
+    @property
+    def collectives(self) -> float:
+        """The inner policy's, spread over ``every`` steps."""
+        return self.policy.collectives / self.every
+
+    @property
+    def agrees(self) -> bool:
+        """As the inner policy."""
+        return self.policy.agrees
+
+    @property
+    def always_lands(self) -> bool:
+        """Not in the steps between."""
+        return self.every == 1 and self.policy.always_lands
+
+    @property
+    def axes(self) -> frozenset[str]:
+        """The inner policy's."""
+        return self.policy.axes
+
+    @property
+    def scope(self) -> dist.ProcessGroup | LostGroup | None:
+        """The inner policy's."""
+        return self.policy.scope
+
+    @property
+    def staleness(self) -> int:
+        """The inner policy's."""
+        return self.policy.staleness

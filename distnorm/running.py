@@ -1,0 +1,92 @@
+"""Running statistics: absorbing a step's moments, and making them equal on all ranks.
+
+Every function changes buffers in place: engines hold references to them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from distnorm.transport import TorchGroup
+from distnorm.types import Moments, Slot
+
+logger = logging.getLogger("distnorm")
+
+BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+def absorb(layer: _BatchNorm, moments: Moments, count: Tensor, landed: Tensor) -> None:
+    """``running += (moments - running) * momentum``, or their plain average over all steps if momentum is None.
+
+    Nothing happens where ``landed`` is 0 or fewer than two values were seen. Branch-free: no host synchronization.
+    """
+    mean_C, var_C = layer.running_mean, layer.running_var
+    assert mean_C is not None and var_C is not None and layer.num_batches_tracked is not None  # noqa: S101
+    fresh = landed * (count > 1)
+    layer.num_batches_tracked.add_(fresh.to(layer.num_batches_tracked.dtype))
+    momentum = layer.momentum if layer.momentum is not None else 1 / layer.num_batches_tracked.clamp_min(1)
+    rate = fresh * momentum
+    if moments.mean_C is not None:
+        mean_C.lerp_(moments.mean_C.to(mean_C.dtype), rate.to(mean_C.dtype))
+    var_C.lerp_(moments.var_C.to(var_C.dtype), rate.to(var_C.dtype))
+
+
+@torch.no_grad()
+def fold_means(layers: Iterable[_BatchNorm]) -> None:
+    """Turn stock running statistics into those of a method without centring: var + mean^2 about a mean of 0.
+
+    Stock running statistics evaluate as they are until training goes on; then they must mean what the method tracks.
+    """
+    folded = 0
+    for layer in layers:
+        if layer.running_mean is not None and layer.running_var is not None and bool(layer.running_mean.any()):
+            layer.running_var.add_(layer.running_mean.square())
+            layer.running_mean.zero_()
+            folded += 1
+    if folded:
+        logger.info("running statistics of %d layers: running_var += running_mean^2, running_mean = 0", folded)
+
+
+@torch.no_grad()
+def take_over(layers: Iterable[_BatchNorm], group: TorchGroup) -> None:
+    """Give every rank of ``group`` the running statistics of its first rank. One broadcast per dtype."""
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for buffer in _buffers(layers):
+        by_dtype.setdefault(buffer.dtype, []).append(buffer)
+    for buffers in by_dtype.values():
+        flat = torch.cat([buffer.flatten() for buffer in buffers])
+        group.broadcast(flat)
+        for buffer, values in zip(buffers, flat.split([buffer.numel() for buffer in buffers]), strict=True):
+            buffer.copy_(values.view_as(buffer))
+
+
+@torch.no_grad()
+def average(layers: Iterable[_BatchNorm], group: TorchGroup) -> None:
+    """Make running statistics those of all ranks together: means of mean and of var + mean^2. One collective."""
+    tracked = [
+        (layer.running_mean, layer.running_var)
+        for layer in layers
+        if layer.running_mean is not None and layer.running_var is not None
+    ]
+    if not tracked or group.size == 1:
+        return
+    wire = torch.cat([torch.cat((mean_C, var_C + mean_C.double().square())) for mean_C, var_C in tracked]).double()
+    shared = group.sum(wire, Slot("running statistics", "forward", 0)) / group.size
+    sizes = [mean_C.numel() for mean_C, _ in tracked]
+    for (mean_C, var_C), both in zip(tracked, shared.split([2 * size for size in sizes]), strict=True):
+        new_mean_C, square_C = both.view(2, -1)
+        mean_C.copy_(new_mean_C)
+        var_C.copy_((square_C - new_mean_C.square()).clamp_min(0))
+
+
+def _buffers(layers: Iterable[_BatchNorm]) -> Iterator[Tensor]:
+    for layer in layers:
+        for name in BUFFERS:
+            buffer = getattr(layer, name)
+            if buffer is not None:
+                yield buffer

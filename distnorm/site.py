@@ -1,0 +1,113 @@
+"""One converted layer's place: what it is called, what it was, and its line to the policy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from distnorm.binding import Binding, Conversion
+from distnorm.boundary import NO_BACKWARD, graph_task
+from distnorm.recompute import Record, Records
+from distnorm.share import NOW, open_channel
+from distnorm.types import Direction, Slot
+
+
+class Site:
+    """The channel (see ``share.Channel``) of one layer, and what ``revert`` and error messages need to know of it."""
+
+    def __init__(self, conversion: Conversion, index: int, name: str, original: type[_BatchNorm]) -> None:
+        """Layer number ``index`` of ``conversion``; ``original`` is the class that ``revert`` gives back."""
+        self.conversion = conversion
+        self.index = index
+        self.name = name
+        self.original = original
+        self._open()
+
+    def _open(self) -> None:
+        self.key = open_channel(self)
+        self.records = Records()
+        self._starved: Tensor | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies keep what was configured and drop what is in use."""
+        return {name: getattr(self, name) for name in ("conversion", "index", "name", "original")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Open a line of its own for the copy."""
+        self.__dict__.update(state)
+        self._open()
+
+    def statistics(self, wire: Tensor, step: int, *, held: bool) -> Record:
+        """Shared counterpart of the local sums ``wire``, whose last element is the count.
+
+        One use of the policy, or none in a recomputation. ``held`` says that a graph will hold the record.
+
+        Raises:
+            ValueError: 1 value per channel over all sharing ranks.
+        """
+        binding = self.conversion.bound()
+        if graph_task() != NO_BACKWARD:
+            binding.expect_boundary()
+            record = self.records.recall(wire)
+            if record is not None:
+                return record
+        else:
+            binding.forward_begins()
+        step = binding.step if step == NOW else step
+        shared = self._reduce(binding, wire, "forward", step)
+        self._check_count(shared[-1], binding.reducer.size)
+        record = Record(wire, shared, step)
+        self.records.note(record, held=held)
+        return record
+
+    def cotangents(self, wire: Tensor, step: int) -> Tensor:
+        """Shared counterpart of local cotangents. One use of the policy."""
+        binding = self.conversion.bound()
+        if not torch.is_grad_enabled() and graph_task() != NO_BACKWARD:
+            binding.expect_boundary()
+        return self._reduce(binding, wire, "backward", binding.step if step == NOW else step)
+
+    def lands(self, step: int) -> bool:
+        """Whether the statistics of ``step`` are fit for the running statistics."""
+        binding = self.conversion.bound()
+        return binding.reducer.lands(binding.step if step == NOW else step)
+
+    def _reduce(self, binding: Binding, wire: Tensor, direction: Direction, step: int) -> Tensor:
+        slot = Slot(self.name, direction, step, tuple(self.conversion.observers))
+        try:
+            return binding.reducer.reduce(wire, slot)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"{self.name}: sharing {direction} statistics ({self.conversion.recipe.policy}) among ranks "
+                f"{list(binding.topology.ranks)} failed. Another rank has probably stopped, or runs other layers; its "
+                f"own message says more. Cause: {error}"
+            ) from error
+
+    def _check_count(self, count: Tensor, size: int) -> None:
+        if count.device.type == "cpu":
+            if count.item() == 1:
+                raise self._too_few(size)
+            return
+        # Asking a GPU for the count would stall the host in every layer: remember it there, ask at the next switch
+        # between training and evaluation, or save.
+        starved = count == 1
+        self._starved = starved if self._starved is None else self._starved | starved
+
+    def raise_if_starved(self) -> None:
+        """Report a batch of 1 value per channel that a GPU has seen since the last call.
+
+        Raises:
+            ValueError: there was one. Its statistics were not absorbed.
+        """
+        starved, self._starved = self._starved, None
+        if starved is not None and bool(starved):
+            raise self._too_few(self.conversion.bound().reducer.size)
+
+    def _too_few(self, size: int) -> ValueError:
+        return ValueError(
+            f"{self.name}: 1 value per channel across {size} rank{'s' if size > 1 else ''}; training needs at least 2. "
+            "Raise the batch size, share over more ranks, or put the layer in eval()."
+        )

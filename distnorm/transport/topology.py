@@ -1,0 +1,125 @@
+"""Which ranks share: the data-parallel ranks, and the groups that a policy can name among them."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Collection
+from datetime import timedelta
+from weakref import WeakKeyDictionary
+
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from distnorm.transport.group import TorchGroup
+from distnorm.transport.rendezvous import group_timeout
+
+NODE_AXES = ("local", "node")
+
+# Groups are resources of the process, as torch's own are: layers and models that join the same ranks use one group.
+# Keyed weakly by the job's world, so that a destroyed job leaves nothing behind.
+_groups: WeakKeyDictionary[dist.ProcessGroup, dict[tuple[int, ...], TorchGroup]] = WeakKeyDictionary()
+
+
+def current_world() -> dist.ProcessGroup | None:
+    """The job's process group, or None in a process that is alone."""
+    return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+
+
+def node_id() -> str:
+    """Names the node of this process: the launcher's word where there is one, else the host name."""
+    return os.environ.get("GROUP_RANK") or os.environ.get("SLURM_NODEID") or socket.gethostname()
+
+
+def mesh_ranks(mesh: DeviceMesh, axes: Collection[str]) -> tuple[int, ...]:
+    """Global ranks that differ from this one only along ``axes`` of ``mesh``; along all axes if none is named."""
+    names = tuple(mesh.mesh_dim_names or ())
+    unknown = sorted(set(axes) - set(names))
+    if unknown:
+        raise ValueError(f"mesh axis {unknown[0]!r} is not an axis of the given mesh; it has {names}.")
+    coordinate = mesh.get_coordinate()
+    if coordinate is None:
+        raise ValueError(f"rank {dist.get_rank()} is not part of the given mesh {mesh}; bind on its ranks only.")
+    index = tuple(slice(None) if not axes or name in axes else at for name, at in zip(names, coordinate, strict=True))
+    ranks = mesh.mesh[index] if names else mesh.mesh
+    return tuple(ranks.flatten().tolist())
+
+
+class Topology:
+    """The data-parallel ranks of one model, in order, and how to make groups of them.
+
+    Every group is our own (``new_group``), never DDP's: statistics must not queue behind gradient buckets, and a rank
+    that skips a layer must not shift the order of DDP's collectives. Groups form among their members only, in the
+    order in which policies ask for them, which is the same on every rank that runs the same recipe.
+    """
+
+    def __init__(
+        self,
+        ranks: tuple[int, ...],
+        *,
+        mesh: DeviceMesh | None = None,
+        nodes: tuple[str, ...] | None = None,
+        timeout: timedelta | None = None,
+    ) -> None:
+        """Describe ``ranks``; ``nodes`` names the node of each of them."""
+        self.ranks = ranks
+        self.rank = dist.get_rank() if current_world() is not None else ranks[0]
+        self.mesh = mesh
+        self.nodes = nodes if nodes is not None else ("",) * len(ranks)
+        self.timeout = timeout
+
+    def everyone(self) -> TorchGroup:
+        """All data-parallel ranks."""
+        return self._group(self.ranks)
+
+    def blocks(self, size: int) -> TorchGroup:
+        """This rank's block of ``size`` neighbouring ranks.
+
+        Raises:
+            ValueError: ``size`` does not divide the number of ranks.
+        """
+        world_size = len(self.ranks)
+        if world_size % size:
+            divisors = [d for d in range(1, world_size + 1) if world_size % d == 0]
+            raise ValueError(
+                f"group size {size} does not divide the {world_size} data-parallel ranks; allowed are {divisors}."
+            )
+        start = self.ranks.index(self.rank) // size * size
+        return self._group(self.ranks[start : start + size])
+
+    def along(self, axis: str) -> TorchGroup:
+        """The ranks along a mesh axis, or without a mesh ``"local"`` (this node) and ``"node"`` (this place on each).
+
+        Raises:
+            ValueError: no such axis, or ``"node"`` where nodes hold different numbers of ranks.
+        """
+        if self.mesh is not None:
+            return self._group(mesh_ranks(self.mesh, (axis,)))
+        if axis not in NODE_AXES:
+            raise ValueError(f"axis {axis!r} needs a mesh: pass convert(..., mesh=...), or use one of {NODE_AXES}.")
+        members: dict[str, list[int]] = {}
+        for rank, node in zip(self.ranks, self.nodes, strict=True):
+            members.setdefault(node, []).append(rank)
+        mine = members[self.nodes[self.ranks.index(self.rank)]]
+        if axis == "local":
+            return self._group(tuple(mine))
+        sizes = {node: len(ranks) for node, ranks in members.items()}
+        if len(set(sizes.values())) > 1:
+            raise ValueError(f'axis "node" needs equally many ranks on every node; given are {sizes}.')
+        place = mine.index(self.rank)
+        return self._group(tuple(ranks[place] for ranks in members.values()))
+
+    def joining(self, process_group: dist.ProcessGroup) -> TorchGroup:
+        """A group of our own over the ranks of the user's ``process_group``."""
+        return self._group(tuple(dist.get_process_group_ranks(process_group)))
+
+    def _group(self, ranks: tuple[int, ...]) -> TorchGroup:
+        world = current_world()
+        if world is None or len(ranks) == 1:
+            return TorchGroup(None, ranks)
+        known = _groups.setdefault(world, {})
+        if ranks not in known:
+            timeout = self.timeout if self.timeout is not None else group_timeout(world)
+            group = dist.new_group(list(ranks), timeout=timeout, use_local_synchronization=True)
+            known[ranks] = TorchGroup(group, ranks)
+        return known[ranks]
