@@ -108,7 +108,7 @@ class Conversion:
         world = current_world()
         if self._binding is None or (world is not None and self._binding.world is not world):
             self.bind(None)
-        assert self._binding is not None  # noqa: S101
+        assert self._binding is not None
         if self._binding.world is not world:
             raise RuntimeError(
                 "distnorm: the process group that these layers were bound to has been destroyed. Evaluation works; to "

@@ -10,7 +10,9 @@ from distnorm import recipes
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
-    parser = argparse.ArgumentParser(prog="distnorm", description="Synchronized normalization for distributed training.")
+    parser = argparse.ArgumentParser(
+        prog="distnorm", description="Synchronized normalization for distributed training."
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     listing = commands.add_parser("recipes", help="list the recipes, or describe one")
     listing.add_argument("name", nargs="?", help="a recipe's name")

@@ -1,7 +1,7 @@
 """Put a recipe in place of a model's batch norm, and take it out again.
 
-``convert`` is local and never communicates: it runs before process groups exist and before ``.to(device)``. It swaps the
-class of each layer in place, so an optimizer that was built already keeps its parameters.
+``convert`` is local and never communicates: it runs before process groups exist and before ``.to(device)``. It swaps
+the class of each layer in place, so an optimizer that was built already keeps its parameters.
 """
 
 from __future__ import annotations

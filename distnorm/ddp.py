@@ -1,7 +1,7 @@
 """Keep DistributedDataParallel from broadcasting running statistics that agree already.
 
-By default DDP broadcasts all buffers in every iteration (pytorch#46636). The only user of DDP's private list of names to
-ignore (torch 2.13; see tests/test_private_apis.py), which DDP reads when it wraps a model.
+By default DDP broadcasts all buffers in every iteration (pytorch#46636). The only user of DDP's private list of names
+to ignore (torch 2.13; see tests/test_private_apis.py), which DDP reads when it wraps a model.
 """
 
 from __future__ import annotations

@@ -23,11 +23,7 @@ from distnorm.types import Affine, Share
 
 def suits(x_NCL: Tensor) -> bool:
     """Whether the kernels can take this input; the plain path takes all others."""
-    return (
-        x_NCL.device.type == "cpu"
-        and x_NCL.numel() > 0
-        and not torch.compiler.is_compiling()
-    )
+    return x_NCL.device.type == "cpu" and x_NCL.numel() > 0 and not torch.compiler.is_compiling()
 
 
 def normalize(method: ChannelAffine, x_NCL: Tensor, share: Share, affine: Affine) -> Tensor:
@@ -63,7 +59,7 @@ class Handover:
         left = self.x_NCL, self.dy_NCL, self.scale_C
         self.x_NCL = self.dy_NCL = self.scale_C = None
         x_NCL, dy_NCL, scale_C = left
-        assert x_NCL is not None, "autograd ran RawSums.backward without Apply.backward"  # noqa: S101
+        assert x_NCL is not None, "autograd ran RawSums.backward without Apply.backward"
         return x_NCL, dy_NCL, scale_C
 
 

@@ -1,7 +1,7 @@
 """The layer: a batch norm of torch's whose statistics and sharing are a recipe's.
 
-``convert`` makes one out of a stock layer by swapping its class, so parameters, buffers, hooks and every reference to the
-module survive. The classes derive from torch's: ``isinstance(layer, nn.BatchNorm2d)`` stays true.
+``convert`` makes one out of a stock layer by swapping its class, so parameters, buffers, hooks and every reference to
+the module survive. The classes derive from torch's: ``isinstance(layer, nn.BatchNorm2d)`` stays true.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from distnorm import fused, running
 from distnorm.boundary import NO_BACKWARD, graph_task
 from distnorm.grid import Recipe
+from distnorm.methods import ChannelAffine
 from distnorm.methods.base import compute_dtype
 from distnorm.share import NOW, LayerShare, keep_local
 from distnorm.site import Site
@@ -51,7 +52,7 @@ class DistNorm(_BatchNorm):
         compiling = torch.compiler.is_compiling()
         share = LayerShare(self._site.key, NOW if compiling else self._site.conversion.bound().step)
         method = self.recipe.method
-        if isinstance(method, fused.ChannelAffine) and fused.suits(input):
+        if isinstance(method, ChannelAffine) and fused.suits(input):
             y = fused.normalize(method, input, share, affine)
         else:
             y = method.normalize(input, share, affine)
@@ -85,7 +86,7 @@ class DistNorm(_BatchNorm):
 
     @torch.no_grad()
     def _track(self, share: LayerShare) -> None:
-        assert share.means_KC is not None and share.count is not None  # noqa: S101
+        assert share.means_KC is not None and share.count is not None
         moments = self.recipe.method.moments(share.means_KC, share.count)
         landed = torch.ones_like(share.count) if self.recipe.policy.always_lands else share.landed()
         running.absorb(self, moments, share.count, landed)

@@ -40,7 +40,9 @@ class SyncBatchNorm(DistNormNd):
         bias: bool = True,
     ) -> None:
         """As torch.nn.SyncBatchNorm; ``process_group`` None means all ranks."""
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype, bias=bias)
+        super().__init__(
+            num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype, bias=bias
+        )
         conversion = Conversion(_recipe(process_group), mesh=None)
         name = f"SyncBatchNorm({num_features})"
         self._site = Site(conversion, 0, name, nn.SyncBatchNorm)

@@ -34,8 +34,8 @@ def group_bn(*, size: int | None = None, axis: str | None = None) -> Recipe:
     """Batch norm over groups of ranks: ``size`` neighbours, or all along a mesh ``axis``.
 
     One collective per layer and direction among fewer ranks. Running statistics are each group's own:
-    ``distnorm.sync_running_stats(model)`` unites them. Ying et al., "Image Classification at Supercomputer Scale", 2018,
-    section 3.3 (contiguous groups; their 2-D tiling is a mesh axis here).
+    ``distnorm.sync_running_stats(model)`` unites them. Ying et al., "Image Classification at Supercomputer
+    Scale", 2018 (contiguous groups; their 2-D tiling is a mesh axis here).
 
     Args:
         size: neighbouring ranks per group; must divide the number of ranks.

@@ -26,7 +26,7 @@ def absorb(layer: _BatchNorm, moments: Moments, count: Tensor, landed: Tensor) -
     Nothing happens where ``landed`` is 0 or fewer than two values were seen. Branch-free: no host synchronization.
     """
     mean_C, var_C = layer.running_mean, layer.running_var
-    assert mean_C is not None and var_C is not None and layer.num_batches_tracked is not None  # noqa: S101
+    assert mean_C is not None and var_C is not None and layer.num_batches_tracked is not None
     fresh = landed * (count > 1)
     layer.num_batches_tracked.add_(fresh.to(layer.num_batches_tracked.dtype))
     momentum = layer.momentum if layer.momentum is not None else 1 / layer.num_batches_tracked.clamp_min(1)

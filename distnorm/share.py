@@ -90,29 +90,30 @@ class ReduceForward(torch.autograd.Function):
         if direction == "backward":
             return _channels[key].cotangents(wire, step)
         # The node keeps the record alive, for as long as a checkpoint may recompute this forward.
-        ctx.record = _channels[key].statistics(wire, step, held=ctx.needs_input_grad[0])
-        return ctx.record.shared.view_as(wire)
+        record = ctx.record = _channels[key].statistics(wire, step, held=ctx.needs_input_grad[0])
+        return record.shared.view_as(wire)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         """The cotangent has been shared already, where it passed ``ReduceBackward``."""
-        return ReduceBackward.apply(grad, *ctx.address), None, None, None
+        key, _, step = ctx.address
+        return ReduceBackward.apply(grad, key, step), None, None, None
 
 
 class ReduceBackward(torch.autograd.Function):
     """``y = theta``; its derivative is ``ReduceForward`` of the cotangent."""
 
     @staticmethod
-    def forward(ctx: Any, theta: Tensor, key: int, direction: Direction, step: int) -> Tensor:
+    def forward(ctx: Any, theta: Tensor, key: int, step: int) -> Tensor:
         """The identity. No collective."""
         ctx.address = key, step
         return theta.view_as(theta)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         """Share the cotangent."""
         key, step = ctx.address
-        return ReduceForward.apply(grad, key, "backward", step), None, None, None
+        return ReduceForward.apply(grad, key, "backward", step), None, None
 
 
 class LayerShare:
@@ -135,12 +136,12 @@ class LayerShare:
         total = shared[-1].detach()
         means_KC = shared[:-1].view_as(sums_KC) / total.clamp_min(1)
         self.means_KC, self.count = means_KC.detach(), total
-        theta_KC = ReduceBackward.apply(link(means_KC), self.key, "forward", self.step)
+        theta_KC = ReduceBackward.apply(link(means_KC), self.key, self.step)
         return theta_KC, total
 
     def landed(self) -> Tensor:
         """1 if what was shared is fit for the running statistics, else 0: a float64 scalar beside the count."""
-        assert self.count is not None, "nothing was shared yet"  # noqa: S101
+        assert self.count is not None, "nothing was shared yet"
         if torch.compiler.is_compiling():
             landed: Tensor = torch.ops.distnorm.lands(self.count, self.key)
             return landed

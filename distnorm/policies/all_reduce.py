@@ -50,10 +50,10 @@ class AllReduce(Policy):
             raise ValueError(f"AllReduce takes one of axis, group_size, process_group; given are {given}.")
         if self.group_size is not None and (not isinstance(self.group_size, int) or self.group_size < 1):
             raise ValueError(f"AllReduce(group_size={self.group_size!r}): need a whole number of ranks, at least 1.")
-        if self.process_group is dist.GroupMember.NON_GROUP_MEMBER:
+        if not isinstance(self.process_group, dist.ProcessGroup | LostGroup | None):
             raise ValueError(
-                f"AllReduce(process_group=...): rank {dist.get_rank()} is not a member of this group. Every rank must "
-                "pass the group that it belongs to (torch.distributed.new_subgroups returns it first)."
+                f"AllReduce(process_group={self.process_group!r}): not a process group, or not one that covers this "
+                "rank. Every rank must pass a group it belongs to (torch.distributed.new_subgroups returns it first)."
             )
 
     def __repr__(self) -> str:

@@ -6,7 +6,7 @@ in between use no remote statistics at all. A step ends with a backward pass tha
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import final
 
 import torch.distributed as dist
@@ -41,7 +41,7 @@ class Periodic(Policy):
     """
 
     every: int
-    policy: Policy = AllReduce()
+    policy: Policy = field(default_factory=AllReduce)
 
     def __post_init__(self) -> None:
         """Validate."""

@@ -14,6 +14,7 @@ from distnorm.types import Slot
 EXCHANGE_LIMIT_BYTES = 256 * 1024
 """Largest vector that gloo ranks send to each other directly; ``benchmarks/exchange.py`` measures the switch point."""
 
+
 @dataclass(frozen=True)
 class LostGroup:
     """Stands in a pickled recipe where a process group was: groups belong to the process that made them."""
@@ -24,7 +25,7 @@ class LostGroup:
         """The error that training with the copy raises."""
         return RuntimeError(
             f"this layer was unpickled, and {self.what} cannot travel in a pickle. It evaluates as it is; "
-            "to train it, call distnorm.revert(model), then distnorm.convert(model, ...) with the group of this process."
+            "to train it, call distnorm.revert(model), then distnorm.convert(model, ...) with a group of this process."
         )
 
 

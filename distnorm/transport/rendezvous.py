@@ -1,6 +1,7 @@
 """What ranks tell each other once, before any collective: small texts through the job's key-value store.
 
-The only user of torch's private ``_get_default_store`` and of a backend's private ``_timeout`` (torch 2.13; see
+The only user of torch's private ``_get_default_store`` and of a process group's private ``_device_types``,
+``_get_backend`` and ``_timeout`` (torch 2.13; see
 tests/test_private_apis.py). A store, unlike a collective, can say *which* rank did not answer.
 """
 
@@ -14,10 +15,12 @@ from torch.distributed import distributed_c10d
 
 def group_timeout(process_group: dist.ProcessGroup) -> timedelta:
     """The timeout that the user gave to ``process_group``, so that groups made from it keep it."""
-    backend = process_group._get_backend(distributed_c10d._get_pg_default_device(process_group))
-    options = getattr(backend, "options", None)
-    timeout = getattr(options, "_timeout", None)
-    return timeout if isinstance(timeout, timedelta) else distributed_c10d.default_pg_timeout
+    for device in process_group._device_types:
+        options = getattr(process_group._get_backend(device), "options", None)
+        timeout = getattr(options, "_timeout", None)
+        if isinstance(timeout, timedelta):
+            return timeout
+    return distributed_c10d.default_pg_timeout
 
 
 def tell_and_collect(ranks: tuple[int, ...], text: str, timeout: timedelta) -> list[str]:
