@@ -141,7 +141,7 @@ class Conversion:
     def _ranks(self, process_group: dist.ProcessGroup | None) -> tuple[int, ...]:
         scope = process_group if process_group is not None else self.recipe.policy.scope
         if isinstance(self.mesh, DeviceMesh) and process_group is None:
-            return mesh_ranks(self.mesh, self.recipe.policy.axes)
+            return mesh_ranks(self.mesh, self.mesh.mesh_dim_names or ())
         if isinstance(scope, LostGroup):
             raise scope.refuse()
         return tuple(range(dist.get_world_size()) if scope is None else dist.get_process_group_ranks(scope))

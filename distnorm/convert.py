@@ -69,7 +69,8 @@ def convert(
         model: any module, also one that is a batch norm itself or is wrapped in DistributedDataParallel already.
         recipe: a ``Recipe``, or the name of one (``distnorm.recipes.available()``), with its ``options``.
         where: which layers: a function of name and layer, or glob patterns over names such as ``["backbone.*"]``.
-        mesh: the device mesh whose axes the recipe names; without axes, statistics span the whole of it.
+        mesh: the data-parallel device mesh, whose axes a recipe can name; statistics never leave it. Slice a mesh
+            that has other axes too: ``mesh["dp"]``.
         options: options of a named recipe, such as ``size=4``.
 
     Raises:

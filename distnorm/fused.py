@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distnorm.boundary import NO_BACKWARD, graph_task
 from distnorm.kernels import aten
 from distnorm.methods import ChannelAffine
 from distnorm.methods.base import RAW_MOMENTS, per_channel
@@ -42,25 +43,21 @@ def normalize(method: ChannelAffine, x_NCL: Tensor, share: Share, affine: Affine
 
 
 class Handover:
-    """What ``Apply.backward`` leaves for ``RawSums.backward`` within one backward pass."""
+    """What ``Apply.backward`` leaves for ``RawSums.backward`` within one backward pass: dy and scale."""
 
     def __init__(self) -> None:
         """Empty."""
-        self.x_NCL: Tensor | None = None
-        self.dy_NCL: Tensor | None = None
-        self.scale_C: Tensor | None = None
+        self._task = NO_BACKWARD
+        self._left: tuple[Tensor, Tensor] | None = None
 
-    def leave(self, x_NCL: Tensor, dy_NCL: Tensor | None, scale_C: Tensor | None) -> None:
-        """Overwrite whatever an earlier pass left unclaimed."""
-        self.x_NCL, self.dy_NCL, self.scale_C = x_NCL, dy_NCL, scale_C
+    def leave(self, dy_NCL: Tensor, scale_C: Tensor) -> None:
+        """Leave them for this pass only: one over other inputs may never claim them."""
+        self._task, self._left = graph_task(), (dy_NCL, scale_C)
 
-    def claim(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Take it, and keep nothing alive."""
-        left = self.x_NCL, self.dy_NCL, self.scale_C
-        self.x_NCL = self.dy_NCL = self.scale_C = None
-        x_NCL, dy_NCL, scale_C = left
-        assert x_NCL is not None, "autograd ran RawSums.backward without Apply.backward"
-        return x_NCL, dy_NCL, scale_C
+    def claim(self) -> tuple[Tensor, Tensor] | None:
+        """Take what this pass left, and keep nothing alive."""
+        left, self._left = self._left, None
+        return left if self._task == graph_task() else None
 
 
 class RawSums(torch.autograd.Function):
@@ -68,8 +65,9 @@ class RawSums(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_NCL: Tensor, pivot_C: Tensor, handover: Handover) -> Tensor:
-        """Two passes over x. x itself is kept by ``Apply``."""
-        ctx.pivot_C, ctx.handover = pivot_C, handover
+        """Two passes over x."""
+        ctx.handover = handover
+        ctx.save_for_backward(x_NCL, pivot_C)
         count = x_NCL.numel() // x_NCL.shape[1]
         sum_C, square_C = (part.double() for part in aten.sums(x_NCL, pivot_C))
         pivot_C = pivot_C.double()
@@ -77,17 +75,19 @@ class RawSums(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g_KC: Tensor) -> tuple[Tensor, None, None]:
-        """``dx = dy * scale + g_1 + 2 g_2 x``, written about the pivot."""
-        pivot_C = ctx.pivot_C
-        x_NCL, dy_NCL, scale_C = ctx.handover.claim()
-        g1_C = g_KC[0] + 2 * pivot_C * g_KC[1]
-        g2_C = 2 * g_KC[1]
-        if dy_NCL is None or scale_C is None:
+        """``dx = g_1 + 2 g_2 x``, written about the pivot, plus ``dy * scale`` if ``Apply`` left it. One pass or two."""
+        x_NCL, pivot_C = ctx.saved_tensors
+        g1_C = (g_KC[0] + 2 * pivot_C * g_KC[1]).to(pivot_C.dtype)
+        g2_C = (2 * g_KC[1]).to(pivot_C.dtype)
+        left = ctx.handover.claim()
+        if torch.is_grad_enabled():
             centred_NCL = x_NCL - per_channel(pivot_C, x_NCL)
             dx_NCL = centred_NCL * per_channel(g2_C, x_NCL) + per_channel(g1_C, x_NCL)
             return dx_NCL.to(x_NCL.dtype), None, None
-        dx_NCL = aten.combine(dy_NCL, x_NCL, pivot_C, scale_C, g1_C.to(pivot_C.dtype), g2_C.to(pivot_C.dtype))
-        return dx_NCL, None, None
+        if left is None:
+            return aten.apply(x_NCL, pivot_C, g2_C, g1_C), None, None
+        dy_NCL, scale_C = left
+        return aten.combine(dy_NCL, x_NCL, pivot_C, scale_C, g1_C, g2_C), None, None
 
 
 class Apply(torch.autograd.Function):
@@ -107,17 +107,16 @@ class Apply(torch.autograd.Function):
         """``dscale = sum(dy (x - pivot))``, ``dshift = sum(dy)``. One pass, unless a graph is being built."""
         x_NCL, pivot_C, scale_C = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return _apply_backward_with_graph(x_NCL, pivot_C, scale_C, dy_NCL, ctx.handover)
+            return _apply_backward_with_graph(x_NCL, pivot_C, scale_C, dy_NCL)
         if ctx.needs_input_grad[0]:
-            ctx.handover.leave(x_NCL, dy_NCL, scale_C)
+            ctx.handover.leave(dy_NCL, scale_C)
         sum_C, product_C = aten.cosums(dy_NCL, x_NCL, pivot_C)
         return None, None, product_C, sum_C, None
 
 
 def _apply_backward_with_graph(
-    x_NCL: Tensor, pivot_C: Tensor, scale_C: Tensor, dy_NCL: Tensor, handover: Handover
+    x_NCL: Tensor, pivot_C: Tensor, scale_C: Tensor, dy_NCL: Tensor
 ) -> tuple[Tensor, None, Tensor, Tensor, None]:
-    handover.leave(x_NCL, None, None)
     dims = [dim for dim in range(x_NCL.dim()) if dim != 1]
     dy_wide_NCL = dy_NCL.to(scale_C.dtype)
     centred_NCL = x_NCL - per_channel(pivot_C, x_NCL)

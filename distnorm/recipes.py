@@ -63,7 +63,7 @@ def periodic_bn(*, every: int = 8) -> Recipe:
 
     In between, each rank normalizes by its own batch's statistics, forward and backward, without any collective;
     running statistics absorb the shared steps only, so they are equal on all ranks and global. A step ends with a
-    backward pass (one that builds no graph). Our own construction.
+    backward pass that builds no graph and reaches the input of a converted layer. Our own construction.
 
     Args:
         every: steps from one shared step to the next; the first step is shared.

@@ -32,7 +32,7 @@ def node_id() -> str:
 
 
 def mesh_ranks(mesh: DeviceMesh, axes: Collection[str]) -> tuple[int, ...]:
-    """Global ranks that differ from this one only along ``axes`` of ``mesh``; along all axes if none is named."""
+    """Global ranks that differ from this one only along ``axes`` of ``mesh``; all of an unnamed mesh."""
     names = tuple(mesh.mesh_dim_names or ())
     unknown = sorted(set(axes) - set(names))
     if unknown:
@@ -40,7 +40,7 @@ def mesh_ranks(mesh: DeviceMesh, axes: Collection[str]) -> tuple[int, ...]:
     coordinate = mesh.get_coordinate()
     if coordinate is None:
         raise ValueError(f"rank {dist.get_rank()} is not part of the given mesh {mesh}; bind on its ranks only.")
-    index = tuple(slice(None) if not axes or name in axes else at for name, at in zip(names, coordinate, strict=True))
+    index = tuple(slice(None) if name in axes else at for name, at in zip(names, coordinate, strict=True))
     ranks = mesh.mesh[index] if names else mesh.mesh
     return tuple(ranks.flatten().tolist())
 

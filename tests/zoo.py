@@ -1,0 +1,45 @@
+"""Every method and policy there is: the laws in tests/laws hold for each of them, and for each pair.
+
+A new method or policy is one line here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from distnorm.methods import RMS, BatchNorm, Method
+from distnorm.policies import AllReduce, Chain, Local, Periodic, Policy
+from tests.support import reference
+
+
+class MethodUnderTest(NamedTuple):
+    """A method, and an independent implementation of it over the joined batch."""
+
+    method: Method
+    reference: Callable[..., reference.Normalized]
+
+
+METHODS = {
+    "BatchNorm": MethodUnderTest(BatchNorm(), reference.batch_norm),
+    "RMS": MethodUnderTest(RMS(), reference.rms_norm),
+}
+
+# Policies whose statistics are those of the joined batch of all ranks, in every step. Laws run them on a mesh of
+# nodes x local ranks.
+EXACT: dict[str, Policy] = {
+    "AllReduce": AllReduce(),
+    "Chain": Chain(AllReduce(axis="local"), AllReduce(axis="node")),
+    "Periodic-1": Periodic(every=1),
+}
+
+# Policies that join fewer ranks, or not in every step.
+PARTIAL: dict[str, Policy] = {
+    "Local": Local(),
+    "group-size": AllReduce(group_size=1),
+    "group-axis": AllReduce(axis="local"),
+    "Periodic-3": Periodic(every=3),
+    "Periodic-chain": Chain(AllReduce(axis="local"), Periodic(every=2, policy=AllReduce(axis="node"))),
+}
+
+POLICIES = EXACT | PARTIAL
