@@ -33,8 +33,10 @@ def joined_answer(case: Case, under_test: MethodUnderTest) -> tuple[list[Answer]
     penalty = sum(each.square().sum() for each in dx)
     assert isinstance(penalty, Tensor)
     *ddx, ddweight = torch.autograd.grad(penalty, [*inputs, weight])
-    common = dweight.detach(), dbias.detach(), ddweight, found.running_mean.detach(), found.running_var.detach()
-    per_rank = [Answer(*each, *common) for each in zip(found.outputs, dx, ddx, strict=True)]
+    common = dweight, dbias, ddweight, found.running_mean, found.running_var
+    per_rank = [
+        Answer(*(value.detach() for value in (*each, *common))) for each in zip(found.outputs, dx, ddx, strict=True)
+    ]
     return per_rank, per_rank[0]
 
 
@@ -46,10 +48,23 @@ def assert_near(given: Tensor, expected: Tensor, tolerance: float, what: str) ->
     assert error <= tolerance, f"{what}: relative error {error:.1e}, allowed {tolerance:.1e}"
 
 
+def total(answers: list[Answer], name: str) -> Tensor:
+    return torch.stack([getattr(each, name) for each in answers]).sum(0)
+
+
+def _channels(case: Case) -> Tensor:
+    return torch.cat([each.double().transpose(0, 1).flatten(1) for each in case.inputs], dim=1)
+
+
 def conditioning(case: Case) -> float:
     """mean^2 / var of the worst channel: what the squared sums on the wire lose."""
-    x = torch.cat([each.double().transpose(0, 1).flatten(1) for each in case.inputs], dim=1)
-    return float((x.mean(1).square() / x.var(1, correction=0).clamp_min(1e-3)).max())
+    x = _channels(case)
+    return float((x.mean(1).square() / (x.var(1, correction=0) + 1e-5)).max())
+
+
+def spread(case: Case) -> float:
+    """The smallest standard deviation of a channel."""
+    return float((_channels(case).var(1, correction=0) + 1e-5).sqrt().min())
 
 
 @pytest.mark.parametrize("policy", EXACT.values(), ids=EXACT.keys())
@@ -59,16 +74,18 @@ def test_split_equals_joined(policy, under_test, sizes, spatial, mean, seed):
     case = random_case(sizes, spatial, mean=mean, seed=seed)
     answers = run_threads(len(sizes), answer_on_rank, case, Recipe(method=under_test.method, policy=policy))
     expected, joined = joined_answer(case, under_test)
-    values = max(2, sum(x.numel() // 3 for x in case.inputs))
-    eps64 = torch.finfo(torch.float64).eps
-    # Two or three values per channel may lie close together: their gradients are ill-conditioned by 1 / (var + eps).
-    tolerance = (1e-10 + 8 * eps64 * conditioning(case)) * (1e3 if values < 8 else 10)
-    for rank, (given_, right) in enumerate(zip(answers, expected, strict=True)):
-        for name in ("y", "dx", "ddx", "running_mean", "running_var"):
-            assert_near(getattr(given_, name), getattr(right, name), tolerance, f"{name} on rank {rank}")
-    for name in ("dweight", "dbias", "ddweight"):
-        total = torch.stack([getattr(each, name) for each in answers]).sum(0)
-        assert_near(total, getattr(joined, name), tolerance, name)
+    tolerance = 1e-10 + 8 * torch.finfo(torch.float64).eps * conditioning(case)
+    # Each derivative divides by sigma once more, and hypothesis finds channels whose few values lie close together.
+    steep = max(1.0, 1 / spread(case))
+    for rank, (found, right) in enumerate(zip(answers, expected, strict=True)):
+        assert_near(found.y, right.y, tolerance, f"y on rank {rank}")
+        assert_near(found.dx, right.dx, tolerance * steep, f"dx on rank {rank}")
+        assert_near(found.ddx, right.ddx, tolerance * steep**2, f"ddx on rank {rank}")
+        assert_near(found.running_mean, right.running_mean, tolerance, f"running_mean on rank {rank}")
+        assert_near(found.running_var, right.running_var, tolerance, f"running_var on rank {rank}")
+    assert_near(total(answers, "dweight"), joined.dweight, tolerance, "dweight")
+    assert_near(total(answers, "dbias"), joined.dbias, tolerance, "dbias")
+    assert_near(total(answers, "ddweight"), joined.ddweight, tolerance * steep**2, "ddweight")
 
 
 @pytest.mark.parametrize("policy", EXACT.values(), ids=EXACT.keys())
