@@ -11,7 +11,7 @@ from torch import Tensor
 
 from distnorm.types import Slot
 
-EXCHANGE_LIMIT_BYTES = 256 * 1024
+EXCHANGE_LIMIT_BYTES = 128 * 1024
 """Largest vector that gloo ranks send to each other directly; ``benchmarks/exchange.py`` measures the switch point."""
 
 
@@ -37,12 +37,19 @@ class TorchGroup:
     other backends, go by all_reduce.
     """
 
-    def __init__(self, process_group: dist.ProcessGroup | None, ranks: tuple[int, ...]) -> None:
+    def __init__(
+        self,
+        process_group: dist.ProcessGroup | None,
+        ranks: tuple[int, ...],
+        *,
+        exchange_limit_bytes: int = EXCHANGE_LIMIT_BYTES,
+    ) -> None:
         """Wrap ``process_group``, which joins the global ``ranks``; None where a rank is alone."""
         self.process_group = process_group
         self.ranks = ranks
         self.size = len(ranks)
-        self.exchanges = process_group is not None and dist.get_backend(process_group) == "gloo"
+        gloo = process_group is not None and dist.get_backend(process_group) == "gloo"
+        self.exchange_limit_bytes = exchange_limit_bytes if gloo else -1
 
     def sum(self, wire: Tensor, slot: Slot) -> Tensor:
         """Sum of ``wire`` over the group, shape and dtype kept. One collective; none in a group of one rank."""
@@ -50,7 +57,7 @@ class TorchGroup:
             return wire
         started = time.perf_counter()
         nbytes = wire.numel() * wire.element_size()
-        total = self._exchange(wire) if self.exchanges and nbytes <= EXCHANGE_LIMIT_BYTES else self._all_reduce(wire)
+        total = self._exchange(wire) if nbytes <= self.exchange_limit_bytes else self._all_reduce(wire)
         for observe in slot.observers:
             observe(slot, nbytes, time.perf_counter() - started)
         return total
