@@ -1,0 +1,47 @@
+# One command per purpose; the first one builds .venv, later ones reuse it.
+
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+ONE_THREAD := OMP_NUM_THREADS=1
+
+# The constraints hold for the isolated build of the package itself, too.
+export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all check bench docs clean
+
+help: ## list the commands
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: $(STAMP) ## train the example with 2 processes and compare the recipes
+	$(ONE_THREAD) $(BIN)/torchrun --standalone --nproc_per_node 2 examples/train_digits.py --compare
+
+check: $(STAMP) ## lint, format, types, import floors, spelling
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/codespell
+
+test: check ## check, then the tests that fit in minutes
+	$(ONE_THREAD) $(BIN)/pytest -m "not slow and not gpu"
+
+test-all: check ## check, then every test that needs no GPU
+	$(ONE_THREAD) $(BIN)/pytest -m "not gpu"
+
+bench: $(STAMP) ## measure the exchange of statistics with 4 processes
+	$(ONE_THREAD) $(BIN)/torchrun --standalone --nproc_per_node 4 benchmarks/exchange.py
+
+docs: $(STAMP) ## write the generated tables of the documentation anew
+	$(BIN)/python docs/generate.py
+
+clean: ## remove .venv, caches and build products
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis build dist *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
