@@ -89,7 +89,8 @@ class Conversion:
 
     def add(self, index: int, name: str, layer: _BatchNorm) -> None:
         """Register ``layer`` without keeping it alive."""
-        self._layers[index] = name, ref(layer)
+        if index not in self._layers or self._layers[index][1]() is None:
+            self._layers[index] = name, ref(layer)
 
     def layers(self) -> Iterator[tuple[str, _BatchNorm]]:
         """Names and layers, those still alive, in the order of conversion."""

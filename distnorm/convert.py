@@ -99,7 +99,7 @@ def apply_to(
         layer.__class__ = targets[original]
         layer.__dict__["_site"] = site
         conversion.add(index, name, layer)
-    if conversion.recipe.policy.agrees and conversion.mesh is None:
+    if layers and conversion.recipe.policy.agrees and conversion.mesh is None:
         ddp.ignore_buffers(model, [layer for _, layer in layers])
 
 
@@ -113,6 +113,10 @@ def revert(model: ModelT) -> ModelT:
     for layer in layers:
         site = layer.__dict__.pop("_site")
         layer.__class__ = site.original
+        for name in ("running_mean", "running_var"):  # stock layers want the dtype of their parameters
+            buffer = getattr(layer, name)
+            if buffer is not None and layer.weight is not None:
+                setattr(layer, name, buffer.to(layer.weight.dtype))
         if site.original is nn.SyncBatchNorm:
             layer.__dict__.setdefault("process_group", site.conversion.recipe.policy.scope)
     return model

@@ -23,12 +23,13 @@ def ignore_buffers(model: nn.Module, layers: Sequence[nn.Module]) -> None:
 
 def heed_buffers(model: nn.Module, layers: Sequence[nn.Module]) -> None:
     """Undo ``ignore_buffers``, keeping what others listed."""
-    ours = set(_names(model, layers))
-    listed = [name for name in getattr(model, _ATTRIBUTE, ()) if name not in ours]
-    if listed:
-        setattr(model, _ATTRIBUTE, listed)
-    elif hasattr(model, _ATTRIBUTE):
-        delattr(model, _ATTRIBUTE)
+    for part in model.modules():
+        ours = set(_names(part, layers)) if _ATTRIBUTE in vars(part) else set()
+        listed = [name for name in getattr(part, _ATTRIBUTE, ()) if name not in ours]
+        if listed:
+            setattr(part, _ATTRIBUTE, listed)
+        elif ours:
+            delattr(part, _ATTRIBUTE)
 
 
 def _names(model: nn.Module, layers: Sequence[nn.Module]) -> list[str]:

@@ -30,8 +30,8 @@ def suits(x_NCL: Tensor) -> bool:
 def normalize(method: ChannelAffine, x_NCL: Tensor, share: Share, affine: Affine) -> Tensor:
     """As ``method.normalize``: same values to rounding, same collectives."""
     handover = Handover()
-    pivot_C = aten.pivot(x_NCL.detach())
-    raw_KC = RawSums.apply(x_NCL, pivot_C, handover)
+    pivot_C, sum_C, square_C = aten.centre(x_NCL.detach())
+    raw_KC = RawSums.apply(x_NCL, pivot_C, sum_C, square_C, handover)
     if method.raw != slice(0, RAW_MOMENTS):
         raw_KC = raw_KC[method.raw]
     count = x_NCL.numel() // x_NCL.shape[1]
@@ -64,18 +64,19 @@ class RawSums(torch.autograd.Function):
     """``raw_KC = (sum of x, sum of x^2)`` in float64, formed about a pivot."""
 
     @staticmethod
-    def forward(ctx: Any, x_NCL: Tensor, pivot_C: Tensor, handover: Handover) -> Tensor:
+    def forward(
+        ctx: Any, x_NCL: Tensor, pivot_C: Tensor, sum_C: Tensor, square_C: Tensor, handover: Handover
+    ) -> Tensor:
         """Two passes over x."""
         ctx.handover = handover
         ctx.save_for_backward(x_NCL, pivot_C)
         count = x_NCL.numel() // x_NCL.shape[1]
-        sum_C, square_C = (part.double() for part in aten.sums(x_NCL, pivot_C))
-        pivot_C = pivot_C.double()
+        pivot_C, sum_C, square_C = pivot_C.double(), sum_C.double(), square_C.double()
         return torch.stack((sum_C + count * pivot_C, square_C + pivot_C * (2 * sum_C + count * pivot_C)))
 
     @staticmethod
-    def backward(ctx: Any, g_KC: Tensor) -> tuple[Tensor, None, None]:
-        """``dx = g_1 + 2 g_2 x``, written about the pivot, plus ``dy * scale`` if ``Apply`` left it. One pass or two."""
+    def backward(ctx: Any, g_KC: Tensor) -> tuple[Tensor, None, None, None, None]:
+        """``dx = g_1 + 2 g_2 x``, written about the pivot, plus ``dy * scale`` if ``Apply`` left it."""
         x_NCL, pivot_C = ctx.saved_tensors
         g1_C = (g_KC[0] + 2 * pivot_C * g_KC[1]).to(pivot_C.dtype)
         g2_C = (2 * g_KC[1]).to(pivot_C.dtype)
@@ -83,11 +84,11 @@ class RawSums(torch.autograd.Function):
         if torch.is_grad_enabled():
             centred_NCL = x_NCL - per_channel(pivot_C, x_NCL)
             dx_NCL = centred_NCL * per_channel(g2_C, x_NCL) + per_channel(g1_C, x_NCL)
-            return dx_NCL.to(x_NCL.dtype), None, None
+            return dx_NCL.to(x_NCL.dtype), None, None, None, None
         if left is None:
-            return aten.apply(x_NCL, pivot_C, g2_C, g1_C), None, None
+            return aten.apply(x_NCL, pivot_C, g2_C, g1_C), None, None, None, None
         dy_NCL, scale_C = left
-        return aten.combine(dy_NCL, x_NCL, pivot_C, scale_C, g1_C, g2_C), None, None
+        return aten.combine(dy_NCL, x_NCL, pivot_C, scale_C, g1_C, g2_C), None, None, None, None
 
 
 class Apply(torch.autograd.Function):

@@ -112,8 +112,8 @@ class DistNorm(_BatchNorm):
         super()._apply(fn, recurse)
         for name, buffer in wide.items():
             cast = getattr(self, name)
-            if buffer is not None and cast.dtype.itemsize < compute_dtype(buffer.dtype).itemsize:
-                setattr(self, name, buffer.to(device=cast.device, dtype=compute_dtype(buffer.dtype)))
+            if buffer is not None and cast.dtype != compute_dtype(cast.dtype):
+                setattr(self, name, buffer.to(device=cast.device, dtype=compute_dtype(cast.dtype)))
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

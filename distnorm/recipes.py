@@ -55,6 +55,8 @@ def hierarchical_bn(*, local: str = "local", node: str = "node") -> Recipe:
         local: the axis of ranks that are near; ``"local"`` needs no mesh.
         node: the axis across them; ``"node"`` needs no mesh.
     """
+    if local is None or node is None:
+        raise ValueError(f"hierarchical_bn takes the names of two axes; given are local={local!r}, node={node!r}.")
     return Recipe(method=BatchNorm(), policy=Chain(AllReduce(axis=local), AllReduce(axis=node)))
 
 

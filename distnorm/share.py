@@ -12,6 +12,7 @@ per direction.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, Protocol
 from weakref import WeakValueDictionary
 
@@ -43,11 +44,12 @@ NOW = -1
 
 # Compiled graphs carry numbers, not objects: this is where an operator finds the channel that a number stands for.
 _channels: WeakValueDictionary[int, Channel] = WeakValueDictionary()
+_numbers = itertools.count()
 
 
 def open_channel(channel: Channel) -> int:
     """Register ``channel`` for as long as it lives and return its number."""
-    key = id(channel)
+    key = next(_numbers)
     _channels[key] = channel
     return key
 
@@ -87,6 +89,7 @@ class ReduceForward(torch.autograd.Function):
         if torch.compiler.is_compiling():
             reduced: Tensor = torch.ops.distnorm.reduce(wire, key, direction)
             return reduced
+        ctx.channel = _channels[key]  # a graph may outlive its layer
         if direction == "backward":
             return _channels[key].cotangents(wire, step)
         # The node keeps the record alive, for as long as a checkpoint may recompute this forward.
@@ -107,6 +110,8 @@ class ReduceBackward(torch.autograd.Function):
     def forward(ctx: Any, theta: Tensor, key: int, step: int) -> Tensor:
         """The identity. No collective."""
         ctx.address = key, step
+        if not torch.compiler.is_compiling():
+            ctx.channel = _channels[key]  # a graph may outlive its layer
         return theta.view_as(theta)
 
     @staticmethod

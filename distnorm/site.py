@@ -91,6 +91,8 @@ class Site:
             if count.item() == 1:
                 raise self._too_few(size)
             return
+        if count.device.type == "meta":
+            return
         # Asking a GPU for the count would stall the host in every layer: remember it there, ask at the next switch
         # between training and evaluation, or save.
         starved = count == 1

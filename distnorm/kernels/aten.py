@@ -21,6 +21,17 @@ def pivot(x_NCL: Tensor) -> Tensor:
     return first_CL.flatten(1).mean(1) if x_NCL.dim() > 2 else first_CL.clone()
 
 
+def centre(x_NCL: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A pivot and the ``sums`` about it. Two passes; four where the first sample lies far from the others."""
+    count = x_NCL.numel() // x_NCL.shape[1]
+    pivot_C = pivot(x_NCL)
+    sum_C, square_C = sums(x_NCL, pivot_C)
+    if bool((sum_C.square() > 0.75 * count * square_C).any()):
+        pivot_C = pivot_C + sum_C / count
+        sum_C, square_C = sums(x_NCL, pivot_C)
+    return pivot_C, sum_C, square_C
+
+
 def sums(x_NCL: Tensor, pivot_C: Tensor) -> tuple[Tensor, Tensor]:
     """``sum(x - pivot), sum((x - pivot)^2)``, each ``[C]``. Two passes."""
     centred_NCL = apply(x_NCL.to(pivot_C.dtype), pivot_C, torch.ones_like(pivot_C), torch.zeros_like(pivot_C))
@@ -35,6 +46,8 @@ def apply(x_NCL: Tensor, pivot_C: Tensor, scale_C: Tensor, shift_C: Tensor) -> T
 
 def cosums(dy_NCL: Tensor, x_NCL: Tensor, pivot_C: Tensor) -> tuple[Tensor, Tensor]:
     """``sum(dy), sum(dy * (x - pivot))``, each ``[C]``. One pass."""
+    if not _dense_alike(dy_NCL, x_NCL):  # ATen's loop over strides would add up in the dtype of dy
+        dy_NCL, x_NCL = dy_NCL.to(pivot_C.dtype), x_NCL.to(pivot_C.dtype)
     one_C = torch.ones_like(pivot_C)
     _, product_C, sum_C = torch.ops.aten.native_batch_norm_backward(
         dy_NCL, x_NCL, one_C, pivot_C, one_C, None, None, False, 0.0, [False, True, True]
@@ -47,6 +60,14 @@ def combine(dy_NCL: Tensor, x_NCL: Tensor, pivot_C: Tensor, scale_C: Tensor, g1_
     dx_NCL = apply(x_NCL.to(pivot_C.dtype), pivot_C, g2_C, g1_C)
     scale_1C1 = scale_C.view(1, -1, *(1,) * (x_NCL.dim() - 2))
     return dx_NCL.addcmul_(dy_NCL, scale_1C1).to(x_NCL.dtype)
+
+
+def _dense_alike(dy_NCL: Tensor, x_NCL: Tensor) -> bool:
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    return any(
+        dy_NCL.is_contiguous(memory_format=each) and x_NCL.is_contiguous(memory_format=each)
+        for each in (torch.contiguous_format, formats.get(x_NCL.dim(), torch.contiguous_format))
+    )
 
 
 def _wide(x_NCL: Tensor) -> torch.dtype:

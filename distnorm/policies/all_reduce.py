@@ -48,6 +48,8 @@ class AllReduce(Policy):
         given = [name for name in ("axis", "group_size", "process_group") if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"AllReduce takes one of axis, group_size, process_group; given are {given}.")
+        if self.axis is not None and not isinstance(self.axis, str):
+            raise ValueError(f"AllReduce(axis={self.axis!r}): need the name of an axis.")
         if self.group_size is not None and (not isinstance(self.group_size, int) or self.group_size < 1):
             raise ValueError(f"AllReduce(group_size={self.group_size!r}): need a whole number of ranks, at least 1.")
         if not isinstance(self.process_group, dist.ProcessGroup | LostGroup | None):

@@ -1,0 +1,240 @@
+"""Private parts of torch that the package stands on: each is pinned by what the package needs of it.
+
+A failure here says what torch has changed, and which module has to follow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd import Variable
+from torch.distributed import distributed_c10d
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+TIMEOUT = timedelta(seconds=77)
+
+
+@pytest.fixture
+def world() -> Iterator[dist.ProcessGroup]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+def _task() -> int:
+    return torch._C._current_graph_task_id()
+
+
+# --- boundary: autograd's engine -----------------------------------------------------------------
+
+
+def test_the_graph_task_is_known_inside_backward_only() -> None:
+    x = torch.ones(2, requires_grad=True)
+    seen: list[int] = []
+    x.register_hook(lambda dx: seen.append(_task()))
+    assert _task() == -1
+    (2 * x).sum().backward()
+    (3 * x).sum().backward()
+    assert _task() == -1
+    assert len(set(seen)) == 2 and min(seen) >= 0
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_the_graph_task_is_known_in_a_recomputation(reentrant: bool) -> None:
+    seen: list[int] = []
+
+    def run(x: Tensor) -> Tensor:
+        seen.append(_task())
+        return x.exp()
+
+    checkpoint(run, torch.ones(2, requires_grad=True), use_reentrant=reentrant).sum().backward()
+    assert seen[0] == -1 and len(seen) == 2 and seen[1] >= 0
+
+
+def test_the_graph_task_is_unset_after_an_error() -> None:
+    x = torch.ones(2, requires_grad=True)
+    x.register_hook(lambda dx: {}["nothing"])
+    with pytest.raises(KeyError):
+        (2 * x).sum().backward()
+    assert _task() == -1
+
+
+class _Queue(torch.autograd.Function):
+    """Queue a callback while the gradient passes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, calls: list[object]) -> Tensor:
+        ctx.calls = calls
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, None]:
+        Variable._execution_engine.queue_callback(lambda: ctx.calls.append("end"))
+        return dx, None
+
+
+def test_a_queued_callback_runs_once_after_the_last_gradient() -> None:
+    calls: list[object] = []
+    x = torch.ones(2, requires_grad=True)
+    x.register_post_accumulate_grad_hook(lambda _: calls.append("gradient"))
+    y = _Queue.apply(x.exp().exp(), calls).sum()
+    y.backward(retain_graph=True)
+    assert calls == ["gradient", "end"]
+    y.backward()
+    assert calls == ["gradient", "end"] * 2
+    (2 * x).sum().backward()
+    assert calls[4:] == ["gradient"]
+
+
+def test_a_callback_queued_by_a_recomputation_runs_after_the_outer_pass() -> None:
+    calls: list[object] = []
+    x = torch.ones(2, requires_grad=True)
+    x.register_post_accumulate_grad_hook(lambda _: calls.append("gradient"))
+
+    def run(value: Tensor) -> Tensor:
+        if _task() != -1:
+            Variable._execution_engine.queue_callback(lambda: calls.append("end"))
+        return value.exp()
+
+    checkpoint(run, 2 * x, use_reentrant=True).sum().backward()
+    assert calls == ["gradient", "end"]
+
+
+def test_a_callback_cannot_be_queued_outside() -> None:
+    with pytest.raises(RuntimeError, match="during backward pass"):
+        Variable._execution_engine.queue_callback(lambda: None)
+
+
+# --- rendezvous: the store, and a group's timeout ------------------------------------------------
+
+
+def test_the_default_store_keeps_texts(world: dist.ProcessGroup) -> None:
+    store = distributed_c10d._get_default_store()
+    assert [store.add("serial", 1) for _ in range(2)] == [1, 2]
+    store.set("key", "text")
+    store.wait(["key", "serial"], timedelta(seconds=1))
+    assert store.get("key") == b"text"
+    assert store.check(["key"]) and not store.check(["other"])
+    with pytest.raises(RuntimeError, match=r"(?i)time"):
+        store.wait(["other"], timedelta(milliseconds=10))
+
+
+def test_the_timeout_of_a_group_can_be_read(world: dist.ProcessGroup) -> None:
+    assert "cpu" in [device.type for device in world._device_types]
+    for device in world._device_types:
+        assert world._get_backend(device).options._timeout == TIMEOUT
+    assert isinstance(distributed_c10d.default_pg_timeout, timedelta)
+
+
+def test_a_group_can_be_made_by_its_members(world: dist.ProcessGroup) -> None:
+    group = dist.new_group([0], timeout=TIMEOUT, use_local_synchronization=True)
+    assert dist.get_process_group_ranks(group) == [0]
+    assert dist.get_backend(group) == "gloo"
+
+
+def test_a_group_is_one_object_for_as_long_as_it_lives(world: dist.ProcessGroup) -> None:
+    assert dist.group.WORLD is world
+    assert len({world, dist.group.WORLD}) == 1  # bindings compare by identity, known groups are kept by weak keys
+    assert not isinstance(dist.GroupMember.NON_GROUP_MEMBER, dist.ProcessGroup)
+
+
+# --- ddp: the list of names to ignore ------------------------------------------------------------
+
+
+def test_ddp_reads_the_list_of_buffers_to_ignore(world: dist.ProcessGroup) -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    model._ddp_params_and_buffers_to_ignore = ["1.running_mean", "1.running_var"]
+    wrapped = DistributedDataParallel(model)
+    assert wrapped.parameters_to_ignore == {"1.running_mean", "1.running_var"}
+    assert list(wrapped.named_module_buffers) == ["1.num_batches_tracked"]
+
+
+def test_ddp_names_the_buffers_of_a_bare_layer_without_a_prefix(world: dist.ProcessGroup) -> None:
+    layer = nn.BatchNorm1d(2)
+    layer._ddp_params_and_buffers_to_ignore = ["running_mean", "running_var", "num_batches_tracked"]
+    assert not DistributedDataParallel(layer).named_module_buffers
+
+
+# --- convert and module: torch's batch norm classes ----------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm])
+def test_every_batch_norm_has_one_base(kind: type[nn.Module]) -> None:
+    layer = kind(3)
+    assert isinstance(layer, _BatchNorm)
+    assert {"running_mean", "running_var", "num_batches_tracked"} == set(dict(layer.named_buffers()))
+    assert callable(layer._check_input_dim)
+    assert not issubclass(nn.InstanceNorm2d, _BatchNorm)
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules")
+@pytest.mark.parametrize("kind", [nn.LazyBatchNorm1d, nn.LazyBatchNorm2d, nn.LazyBatchNorm3d])
+def test_lazy_layers_are_known_by_their_mixin(kind: type[nn.Module]) -> None:
+    layer = kind()
+    assert isinstance(layer, LazyModuleMixin) and isinstance(layer, _BatchNorm)
+    layer(torch.randn(4, 3, 2, 2, 2)[(..., *(0,) * (3 - int(kind.__name__[-2])))])
+    assert type(layer) is getattr(nn, kind.__name__.removeprefix("Lazy"))
+
+
+def test_modules_apply_load_and_save_by_these_methods() -> None:
+    calls: list[str] = []
+
+    class Watched(nn.BatchNorm2d):
+        def _apply(self, fn: Any, recurse: bool = True) -> nn.Module:
+            calls.append("apply")
+            return super()._apply(fn, recurse)
+
+        def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+            calls.append("load")
+            super()._load_from_state_dict(state_dict, prefix, *args)
+
+        def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+            calls.append("save")
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    model = nn.Sequential(Watched(3))
+    model.double()
+    model.load_state_dict(model.state_dict())
+    assert calls == ["apply", "save", "load"]
+
+
+# --- kernels: ATen's batch norm as a loop --------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(4, 3), (4, 3, 5), (4, 3, 5, 2)])
+def test_the_backward_of_inference_gives_both_sums(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Mask [False, True, True]: no dx, but sum(dy (x - mean)) / sqrt(var + eps), and sum(dy)."""
+    generator = torch.Generator().manual_seed(0)
+    dy, x = (torch.randn(shape, generator=generator).to(dtype) for _ in range(2))
+    wide = torch.float64 if dtype is torch.float64 else torch.float32
+    weight, mean, var = torch.full((3,), 9.0, dtype=wide), torch.arange(3.0).to(wide), torch.full((3,), 4.0, dtype=wide)
+    dx, product, total = torch.ops.aten.native_batch_norm_backward(
+        dy, x, weight, mean, var, None, None, False, 0.0, [False, True, True]
+    )
+    dims = [dim for dim in range(len(shape)) if dim != 1]
+    centred = x.double() - mean.double().view(1, -1, *(1,) * (len(shape) - 2))
+    assert dx is None or dx.numel() == 0
+    assert (product.dtype, total.dtype) == (wide, wide)
+    torch.testing.assert_close(product.double(), (dy.double() * centred).sum(dims) / 2, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(total.double(), dy.double().sum(dims), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_inference_is_a_multiply_add_that_takes_wide_parameters(dtype: torch.dtype) -> None:
+    x = torch.randn(4, 3, 5, generator=torch.Generator().manual_seed(0)).to(dtype)
+    wide = torch.float64 if dtype is torch.float64 else torch.float32
+    scale, shift, mean = (torch.arange(3.0).to(wide) + start for start in (0.5, 10, 20))
+    y = torch.batch_norm(x, scale, shift, mean, torch.ones(3, dtype=wide), False, 0.0, 0.0, False)
+    expected = (x.double() - mean.view(1, 3, 1)) * scale.view(1, 3, 1) + shift.view(1, 3, 1)
+    assert y.dtype == dtype
+    torch.testing.assert_close(y.double(), expected.double(), rtol=torch.finfo(dtype).eps, atol=1e-5)

@@ -1,0 +1,138 @@
+"""Taking a recipe out again: the model is a stock model, as if it had never been converted."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import distnorm
+from tests.training import batches, converted, same, train, worn
+
+IGNORED = "_ddp_params_and_buffers_to_ignore"
+BUFFERS = ["running_mean", "running_var", "num_batches_tracked"]
+
+
+def model(kind: type[nn.Module] = nn.BatchNorm2d) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), worn(kind(4)), nn.Sequential(nn.ReLU(), worn(kind(4))))
+
+
+def attributes(module: nn.Module) -> dict[str, list[str]]:
+    return {name: sorted(vars(each)) for name, each in module.named_modules()}
+
+
+@pytest.mark.parametrize("kind", [nn.BatchNorm2d, nn.SyncBatchNorm])
+def test_class_values_and_attributes_are_stock_again(kind: type[nn.Module]) -> None:
+    stock, inputs = model(kind), batches((6, 3, 5, 5))
+    mine = converted(stock)
+    train(mine, inputs)
+    y = mine.eval()(inputs[0])
+    assert distnorm.revert(mine) is mine
+    assert [type(each) for each in mine.modules()] == [type(each) for each in stock.modules()]
+    assert attributes(mine) == attributes(stock)
+    assert torch.equal(mine(inputs[0]), y)
+    assert not any(isinstance(each, distnorm.DistNorm) for each in mine.modules())
+
+
+@pytest.mark.parametrize("recipe", ["sync_bn", "local_bn", "periodic_bn"])
+def test_training_goes_on_as_stock(recipe: str) -> None:
+    stock, inputs = model(), batches((6, 3, 5, 5))
+    mine = distnorm.revert(converted(stock, recipe))
+    same(train(mine, inputs), train(stock, inputs), exactly=True)
+
+
+def test_a_stock_model_is_left_alone() -> None:
+    stock = model()
+    before = attributes(stock)
+    assert attributes(distnorm.revert(stock)) == before
+
+
+def test_converting_again_with_another_recipe() -> None:
+    mine = distnorm.revert(converted(model()))
+    distnorm.convert(mine, "local_bn")
+    assert mine[1].recipe.name == "local_bn"
+    assert not hasattr(mine, IGNORED)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_model_cast_in_between_evaluates_as_before(dtype: torch.dtype) -> None:
+    mine, x = converted(model()).to(dtype).eval(), batches((6, 3, 5, 5), dtype=dtype)[0]
+    y = mine(x)
+    rounding = 4 * torch.finfo(dtype).eps  # stock running statistics have the dtype of the parameters
+    torch.testing.assert_close(distnorm.revert(mine)(x), y, rtol=rounding, atol=rounding)
+
+
+# --- the list of names that DistributedDataParallel ignores --------------------------------------
+
+
+def test_the_list_names_every_buffer_and_goes() -> None:
+    mine = converted(model())
+    assert getattr(mine, IGNORED) == [f"{layer}.{name}" for layer in ("1", "2.1") for name in BUFFERS]
+    distnorm.revert(mine)
+    assert not hasattr(mine, IGNORED)
+
+
+def test_a_bare_layer_is_listed_without_a_prefix() -> None:
+    layer = distnorm.convert(nn.BatchNorm1d(3), "sync_bn")
+    assert getattr(layer, IGNORED) == BUFFERS
+    assert set(BUFFERS) <= {name for name, _ in layer.named_buffers()}
+    assert IGNORED not in vars(distnorm.revert(layer))
+
+
+def test_entries_of_the_user_stay() -> None:
+    stock = model()
+    mine_too = ["0.weight", "1.running_mean_of_mine"]
+    setattr(stock, IGNORED, mine_too)
+    distnorm.convert(stock, "sync_bn")
+    assert getattr(stock, IGNORED)[:2] == mine_too
+    assert len(getattr(stock, IGNORED)) == 8
+    distnorm.revert(stock)
+    assert getattr(stock, IGNORED) == mine_too == ["0.weight", "1.running_mean_of_mine"]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "options"),
+    [("local_bn", {}), ("group_bn", {"size": 2}), ("group_bn", {"axis": "node"})],
+)
+def test_statistics_that_differ_between_ranks_are_not_listed(recipe: str, options: dict[str, object]) -> None:
+    assert not hasattr(converted(model(), recipe, **options), IGNORED)
+
+
+def test_only_what_was_selected_is_listed() -> None:
+    mine = converted(model(), where="2.*")
+    assert getattr(mine, IGNORED) == [f"2.1.{name}" for name in BUFFERS]
+
+
+def test_untracked_layers_have_nothing_to_list() -> None:
+    mine = distnorm.convert(nn.Sequential(nn.BatchNorm2d(3, track_running_stats=False), nn.BatchNorm2d(3)), "sync_bn")
+    assert getattr(mine, IGNORED) == [f"1.{name}" for name in BUFFERS]
+
+
+def test_parts_that_were_converted_on_their_own() -> None:
+    mine = model()
+    before = attributes(mine)
+    distnorm.convert(mine[2], "sync_bn")
+    distnorm.convert(mine, "sync_bn")
+    assert attributes(distnorm.revert(mine)) == before
+
+
+# --- what needs a stock model --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_export_after_revert(mode: str) -> None:
+    stock, x = model(), batches((6, 3, 5, 5))[0]
+    mine = distnorm.revert(converted(stock))
+    exported, expected = (torch.export.export(each.train(mode == "train"), (x,)) for each in (mine, stock))
+    assert exported.graph_module.code == expected.graph_module.code
+    assert torch.equal(exported.module()(x), expected.module()(x))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_script_after_revert() -> None:
+    stock, x = model(), batches((6, 3, 5, 5))[0]
+    mine = torch.jit.script(distnorm.revert(converted(stock)))
+    assert torch.equal(mine(x), stock(x))
+    assert torch.equal(mine.eval()(x), stock.eval()(x))
+    assert torch.equal(mine.state_dict()["1.running_var"], stock.state_dict()["1.running_var"])
