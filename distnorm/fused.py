@@ -75,7 +75,7 @@ class RawSums(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g_KC: Tensor) -> tuple[Tensor, None, None]:
-        """``dx = g_1 + 2 g_2 x``, written about the pivot, plus ``dy * scale`` if ``Apply`` left it. One pass or two."""
+        """``dx = g_1 + 2 g_2 x``, written about the pivot, plus ``dy * scale`` if ``Apply`` left it."""
         x_NCL, pivot_C = ctx.saved_tensors
         g1_C = (g_KC[0] + 2 * pivot_C * g_KC[1]).to(pivot_C.dtype)
         g2_C = (2 * g_KC[1]).to(pivot_C.dtype)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from distnorm.policies.base import Policy, Reducer
 from distnorm.transport import LostGroup, Topology, TorchGroup
-from distnorm.types import Slot
+from distnorm.types import Layout, Slot
 
 
 class _GroupSum(Reducer):
@@ -75,7 +75,7 @@ class AllReduce(Policy):
             return replace(self, process_group=lost).__reduce__()
         return _rebuild, (self.axis, self.group_size, self.process_group)
 
-    def bind(self, topology: Topology) -> Reducer:
+    def bind(self, topology: Topology, layout: Layout) -> Reducer:
         """Make, or find, the group of this rank."""
         if isinstance(self.process_group, LostGroup):
             raise self.process_group.refuse()
