@@ -4,7 +4,8 @@
 """
 
 from distnorm import methods, nn, policies, recipes
-from distnorm.convert import attach, convert, register_converter, revert, sync_running_stats
+from distnorm.attach import attach, end_step, load_state_dict, state_dict, sync_running_stats
+from distnorm.convert import convert, register_converter, revert
 from distnorm.diagnostics import Ledger
 from distnorm.grid import Recipe
 from distnorm.module import DistNorm, DistNorm1d, DistNorm2d, DistNorm3d
@@ -18,11 +19,14 @@ __all__ = [
     "Recipe",
     "attach",
     "convert",
+    "end_step",
+    "load_state_dict",
     "methods",
     "nn",
     "policies",
     "recipes",
     "register_converter",
     "revert",
+    "state_dict",
     "sync_running_stats",
 ]

@@ -7,39 +7,66 @@ converted through the job's store, make the policy's groups, and take over rank 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator
 from itertools import zip_longest
 from typing import Any
 from weakref import ReferenceType, ref
 
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from distnorm import running
 from distnorm.boundary import at_end_of_backward
 from distnorm.grid import Recipe
+from distnorm.layout import layout_of
 from distnorm.policies import Reducer
 from distnorm.transport import LostGroup, Topology
 from distnorm.transport.rendezvous import group_timeout, tell_and_collect
 from distnorm.transport.topology import current_world, mesh_ranks, node_id
-from distnorm.types import Observer
+from distnorm.types import EVERY_LAYER, Observer, Slot
+
+logger = logging.getLogger("distnorm")
 
 
 class Binding:
     """A conversion at work among real ranks."""
 
-    def __init__(self, world: dist.ProcessGroup | None, topology: Topology, reducer: Reducer) -> None:
+    def __init__(
+        self, conversion: Conversion, world: dist.ProcessGroup | None, topology: Topology, reducer: Reducer
+    ) -> None:
         """``world`` is the job that the groups belong to, None in a process that is alone."""
+        self.conversion = conversion
         self.world = world
         self.topology = topology
         self.reducer = reducer
         self.step = 0
         self._boundary_queued = False
+        self._used: set[str] = set()
+        self._warned = False
+
+    @property
+    def agrees(self) -> bool:
+        """Whether running statistics are equal on all data-parallel ranks without further communication."""
+        return self.reducer.size == len(self.topology.ranks)
 
     def forward_begins(self) -> None:
         """Outside of a backward pass nothing can be queued; a queue left by a pass that raised is forgotten."""
         self._boundary_queued = False
+
+    def note_use(self, layer: str) -> None:
+        """Watch for a second forward of ``layer`` in one step, which a window cannot tell from a missed step."""
+        if layer in self._used and not self._warned and self.conversion.ends_with_backward:
+            self._warned = True
+            if self.conversion.recipe.policy.keeps_cotangents:
+                logger.warning(
+                    "distnorm: %s ran twice in one step; its calls share one window. If these were separate steps, or "
+                    "one optimizer step over several backward passes, say so: distnorm.attach(model, optimizer=...).",
+                    layer,
+                )
+        self._used.add(layer)
 
     def expect_boundary(self) -> None:
         """End the step when the outermost backward pass of this thread ends.
@@ -47,13 +74,29 @@ class Binding:
         Called inside a backward pass. The reentrant checkpoint's nested pass comes after its recomputation, which
         has queued the boundary at the outer pass already.
         """
-        if not self._boundary_queued:
+        if self.conversion.ends_with_backward and not self._boundary_queued:
             self._boundary_queued = True
-            at_end_of_backward(self._end_step)
+            at_end_of_backward(self.end_step)
 
-    def _end_step(self) -> None:
+    def end_step(self) -> None:
+        """Let the policy send and receive, and the running statistics absorb what landed.
+
+        Raises:
+            RuntimeError: another rank did not take part within the timeout.
+        """
         self._boundary_queued = False
+        self._used.clear()
+        slot = Slot(EVERY_LAYER, "forward", self.step, observers=tuple(self.conversion.observers))
+        try:
+            landed = self.reducer.end_step(slot)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"distnorm: moving statistics of step {self.step} among ranks {list(self.topology.ranks)} did not "
+                f"arrive. Some rank has stopped, or ran out of data earlier: end all ranks after equally many steps. "
+                f"Cause: {error}"
+            ) from error
         self.step += 1
+        running.absorb_landed(dict(self.conversion.layers()), landed, self.conversion.recipe.method)
 
 
 class Conversion:
@@ -68,8 +111,11 @@ class Conversion:
     def _start(self) -> None:
         self.observers: list[Observer] = []
         self.means_to_fold = True
+        self.loss_scale: Callable[[], Tensor | float] | None = None
+        self.ends_with_backward = True
         self._layers: dict[int, tuple[str, ReferenceType[_BatchNorm]]] = {}
         self._binding: Binding | None = None
+        self._resumed: dict[str, Any] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies are unbound; a mesh belongs to its process."""
@@ -130,14 +176,41 @@ class Conversion:
         if isinstance(self.mesh, LostGroup):
             raise self.mesh.refuse()
         world = current_world()
-        if world is None:
-            alone = Topology((0,))
-            self._binding = Binding(None, alone, self.recipe.policy.bind(alone))
-            return
-        topology = self._agree(world, self._ranks(process_group))
-        reducer = self.recipe.policy.bind(topology)
+        topology = Topology((0,)) if world is None else self._agree(world, self._ranks(process_group))
+        reducer = self.recipe.policy.bind(topology, layout_of(self.layers(), self.recipe.method))
         running.take_over((layer for _, layer in self.layers()), topology.everyone())
-        self._binding = Binding(world, topology, reducer)
+        self._binding = Binding(self, world, topology, reducer)
+        if self._resumed is not None:
+            self._resume(self._binding, self._resumed)
+        elif self.recipe.policy.keeps_cotangents:
+            logger.info("distnorm: moving statistics start cold")
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the policy needs to go on as if nothing had happened, of this rank. Waits for what is in flight."""
+        binding = self.bound()
+        place = {"rank": binding.topology.rank, "world_size": len(binding.topology.ranks)}
+        return {**place, "step": binding.step, "reducer": binding.reducer.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from ``state``, now or when the layers are bound."""
+        self._resumed = state
+        if self._binding is not None:
+            self._resume(self._binding, state)
+
+    def _resume(self, binding: Binding, state: dict[str, Any]) -> None:
+        here = binding.topology.rank, len(binding.topology.ranks)
+        own = here == (state["rank"], state["world_size"])
+        binding.reducer.load_state_dict(state["reducer"], own=own)
+        binding.step = state["step"]
+        self._resumed = None
+        if not own and self.recipe.policy.keeps_cotangents:
+            logger.info(
+                "distnorm: rank %d of %d starts warm from the state of rank %d of %d: the shared window is kept, that "
+                "rank's own part of it is not",
+                *here,
+                state["rank"],
+                state["world_size"],
+            )
 
     def _ranks(self, process_group: dist.ProcessGroup | None) -> tuple[int, ...]:
         scope = process_group if process_group is not None else self.recipe.policy.scope

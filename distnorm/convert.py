@@ -11,13 +11,12 @@ from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from typing import TypeVar
 
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from distnorm import ddp, recipes, running
+from distnorm import ddp, recipes, weights
 from distnorm.binding import Conversion
 from distnorm.grid import Recipe
 from distnorm.module import DistNorm, DistNorm1d, DistNorm2d, DistNorm3d, DistNormNd
@@ -95,24 +94,31 @@ def apply_to(
     """Swap the classes of ``layers`` of ``model`` for their ``targets``."""
     for index, (name, layer) in enumerate(layers):
         original = type(layer)
-        site = Site(conversion, index, name, original)
+        site = Site(conversion, index, name, original, layer.momentum)
         layer.__class__ = targets[original]
+        if conversion.recipe.momentum is not None:
+            layer.momentum = conversion.recipe.momentum
         layer.__dict__["_site"] = site
         conversion.add(index, name, layer)
-    if layers and conversion.recipe.policy.agrees and conversion.mesh is None:
+    if conversion.recipe.weights == "centralized":
+        weights.centralize(model, [layer for _, layer in layers])
+    # Binding takes over rank 0's buffers only among the ranks that it concerns; there DDP need not.
+    if layers and conversion.mesh is None and conversion.recipe.policy.scope is None:
         ddp.ignore_buffers(model, [layer for _, layer in layers])
 
 
 def revert(model: ModelT) -> ModelT:
     """Give every converted layer its original class back, in place, and return the model.
 
-    Evaluation output is unchanged. No collective.
+    Evaluation output is unchanged; centralized weights are written into the parameters. No collective.
     """
+    weights.bake(model)
     layers = [layer for layer in model.modules() if isinstance(layer, DistNorm)]
     ddp.heed_buffers(model, layers)
     for layer in layers:
         site = layer.__dict__.pop("_site")
         layer.__class__ = site.original
+        layer.momentum = site.momentum
         for name in ("running_mean", "running_var"):  # stock layers want the dtype of their parameters
             buffer = getattr(layer, name)
             if buffer is not None and layer.weight is not None:
@@ -120,42 +126,6 @@ def revert(model: ModelT) -> ModelT:
         if site.original is nn.SyncBatchNorm:
             layer.__dict__.setdefault("process_group", site.conversion.recipe.policy.scope)
     return model
-
-
-def attach(model: nn.Module, *, process_group: dist.ProcessGroup | None = None) -> None:
-    """Bind the model's converted layers to their ranks now, instead of at the first training forward.
-
-    Collective over ``process_group``, which is the data-parallel group where that is not the whole job (pipeline or
-    tensor parallelism without a mesh); None binds to the ranks that ``convert`` implied.
-
-    Raises:
-        RuntimeError: ranks converted different models or recipes, or do not answer within the job's timeout.
-        ValueError: the recipe does not fit the ranks, or the model has no converted layer.
-    """
-    for conversion in _conversions(model):
-        conversion.bind(process_group)
-
-
-def sync_running_stats(model: nn.Module) -> None:
-    """Unite running statistics that ranks keep each for themselves (``local_bn``, ``group_bn``), in place.
-
-    mean = average of the ranks' means; var = average of var + mean^2, less mean^2. One collective over the
-    data-parallel ranks; call it on all of them, before evaluating or saving. Harmless where they agree already.
-
-    Raises:
-        ValueError: the model has no converted layer.
-    """
-    for conversion in _conversions(model):
-        running.average((layer for _, layer in conversion.layers()), conversion.bound().topology.everyone())
-
-
-def _conversions(model: nn.Module) -> list[Conversion]:
-    found = {
-        id(layer._site.conversion): layer._site.conversion for layer in model.modules() if isinstance(layer, DistNorm)
-    }
-    if not found:
-        raise ValueError(f"{type(model).__name__} has no layer that distnorm converted; call distnorm.convert first.")
-    return list(found.values())
 
 
 def _recipe(recipe: Recipe | str, options: dict[str, object]) -> Recipe:

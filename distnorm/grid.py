@@ -17,7 +17,9 @@ class Recipe:
     Args:
         method: which statistics and which transform, such as ``BatchNorm()``.
         policy: how sums are shared, such as ``AllReduce()``.
-        weights: what happens to the weights of the layers before; ``"none"`` leaves them alone.
+        weights: what happens to the weights of the layers before: ``"none"`` leaves them alone, ``"centralized"``
+            takes the mean out of every filter.
+        momentum: of the running statistics; None keeps each layer's own.
         name: the recipe's name where it has one; it takes no part in comparisons.
 
     Raises:
@@ -26,7 +28,8 @@ class Recipe:
 
     method: Method
     policy: Policy
-    weights: Literal["none"] = "none"
+    weights: Literal["none", "centralized"] = "none"
+    momentum: float | None = None
     name: str | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -35,5 +38,7 @@ class Recipe:
             raise ValueError(f"Recipe(method={self.method!r}): need a distnorm method, such as BatchNorm().")
         if not isinstance(self.policy, Policy):
             raise ValueError(f"Recipe(policy={self.policy!r}): need a distnorm policy, such as AllReduce().")
-        if self.weights != "none":
-            raise ValueError(f'Recipe(weights={self.weights!r}): allowed is "none".')
+        if self.weights not in ("none", "centralized"):
+            raise ValueError(f'Recipe(weights={self.weights!r}): allowed are "none" and "centralized".')
+        if self.momentum is not None and not 0 < self.momentum <= 1:
+            raise ValueError(f"Recipe(momentum={self.momentum!r}): need a weight of the newest value in (0, 1].")

@@ -46,9 +46,10 @@ class DistNorm(_BatchNorm):
     def forward(self, input: Tensor) -> Tensor:
         """Normalize ``input``."""
         self._check(input)
-        affine = Affine(self.weight, self.bias, self.eps)
+        affine = Affine(self.weight, self.bias, self.eps, self.running_var, self.num_batches_tracked)
         if not self.training:
             return self._evaluate(input, affine)
+        self._check_loss_scale(input)
         compiling = torch.compiler.is_compiling()
         share = LayerShare(self._site.key, NOW if compiling else self._site.conversion.bound().step)
         method = self.recipe.method
@@ -104,6 +105,15 @@ class DistNorm(_BatchNorm):
             raise ValueError(
                 f"{self._site.name}: given {x_NCL.shape[1]} channels (shape {tuple(x_NCL.shape)}); the layer "
                 f"normalizes {self.num_features}, in dimension 1."
+            )
+
+    def _check_loss_scale(self, x_NCL: Tensor) -> None:
+        scaled = x_NCL.dtype == torch.float16 and torch.is_grad_enabled() and self.recipe.policy.keeps_cotangents
+        if scaled and self._site.conversion.loss_scale is None:
+            raise RuntimeError(
+                f"{self._site.name}: float16 training with {self.recipe.policy}, which keeps cotangents over steps, "
+                "must know the loss scale. Pass it: distnorm.attach(model, loss_scale=scaler.get_scale) with a "
+                "GradScaler, or loss_scale=lambda: 1.0 if the loss is not scaled; bfloat16 needs none."
             )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DistNorm:

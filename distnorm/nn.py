@@ -45,7 +45,7 @@ class SyncBatchNorm(DistNormNd):
         )
         conversion = Conversion(_recipe(process_group), mesh=None)
         name = f"SyncBatchNorm({num_features})"
-        self._site = Site(conversion, 0, name, nn.SyncBatchNorm)
+        self._site = Site(conversion, 0, name, nn.SyncBatchNorm, momentum)
         conversion.add(0, name, self)
 
     @property

@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from distnorm.grid import Recipe
-from distnorm.methods import BatchNorm
-from distnorm.policies import AllReduce, Chain, Local, Periodic
+from distnorm.methods import RMS, BatchNorm
+from distnorm.policies import AllReduce, Chain, Local, Moving, Periodic, Policy, StaleMix, Warmup
+from distnorm.policies.moving import LossReduction
 
 
 def local_bn() -> Recipe:
@@ -25,7 +26,7 @@ def sync_bn() -> Recipe:
     """Batch norm over the joined batch of all ranks, exactly.
 
     One collective per layer and direction, of sums and squared sums with their count: unequal and empty local batches
-    are exact too. Peng et al., "MegDet", CVPR 2018, section 3.3; Zhang et al., "Context Encoding", CVPR 2018.
+    are exact too. Peng et al., "MegDet", CVPR 2018; Zhang et al., "Context Encoding", CVPR 2018.
     """
     return Recipe(method=BatchNorm(), policy=AllReduce())
 
@@ -73,8 +74,61 @@ def periodic_bn(*, every: int = 8) -> Recipe:
     return Recipe(method=BatchNorm(), policy=Periodic(every=every))
 
 
+def mabn(*, window: int = 16, warmup: int = 100, clip: float = 5.0, loss_reduction: LossReduction = "mean") -> Recipe:
+    """Moving statistics: one asynchronous collective per step for the whole model, none that a layer waits for.
+
+    RMS over a window of steps, global but for the newest; centralized weights stand in for centring. Running
+    statistics are global and equal on all ranks. Exact synchronization for ``warmup`` steps. Gradient accumulation
+    and float16 need ``distnorm.attach``. Yan et al., ICLR 2020 (MABN), here shared across ranks.
+
+    Args:
+        window: steps.
+        warmup: the step from which windows are used, counted from 1 as in the paper's code.
+        clip: bound of the correction that follows the running statistics after 1000 steps; see ``RMS``.
+        loss_reduction: whether each rank's loss is a "mean" or a "sum" over its batch.
+    """
+    moving = Moving(window=window, loss_reduction=loss_reduction)
+    return _mabn(moving, warmup, clip)
+
+
+def hierarchical_mabn(
+    *, local: str = "local", node: str = "node", window: int = 16, warmup: int = 100, clip: float = 5.0
+) -> Recipe:
+    """``mabn`` between nodes, exact within each.
+
+    One blocking collective per layer and direction in the node, one asynchronous collective per step between nodes.
+
+    Args:
+        local: the axis of ranks that are near; ``"local"`` needs no mesh.
+        node: the axis across them; ``"node"`` needs no mesh.
+        window: steps.
+        warmup: the step from which windows are used, counted from 1.
+        clip: as in ``mabn``.
+    """
+    return _mabn(Chain(AllReduce(axis=local), Moving(window=window, axis=node)), warmup, clip)
+
+
+def lazy_bn(*, warmup: int = 16) -> Recipe:
+    """Batch norm with one asynchronous collective per step: other ranks as they were two steps ago, this one as it is.
+
+    Exact synchronization for ``warmup`` steps. Running statistics are global and equal on all ranks. Our own
+    construction: docs/moving.md.
+
+    Args:
+        warmup: synchronous steps at the start.
+    """
+    return Recipe(method=BatchNorm(), policy=Warmup(then=StaleMix(), steps=warmup))
+
+
+def _mabn(policy: Policy, warmup: int, clip: float) -> Recipe:
+    relay = Warmup(then=policy, steps=max(warmup - 1, 0))
+    method = RMS(clip=clip, clip_after=max(1000, warmup))
+    return Recipe(method=method, policy=relay, weights="centralized", momentum=0.02)
+
+
 _BUILDERS: dict[str, Callable[..., Recipe]] = {
-    builder.__name__: builder for builder in (local_bn, sync_bn, group_bn, hierarchical_bn, periodic_bn)
+    builder.__name__: builder
+    for builder in (local_bn, sync_bn, group_bn, hierarchical_bn, periodic_bn, mabn, hierarchical_mabn, lazy_bn)
 }
 
 

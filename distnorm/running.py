@@ -6,14 +6,15 @@ Every function changes buffers in place: engines hold references to them.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from distnorm.methods import Method
 from distnorm.transport import TorchGroup
-from distnorm.types import Moments, Slot
+from distnorm.types import Landed, Moments, Slot
 
 logger = logging.getLogger("distnorm")
 
@@ -34,6 +35,16 @@ def absorb(layer: _BatchNorm, moments: Moments, count: Tensor, landed: Tensor) -
     if moments.mean_C is not None:
         mean_C.lerp_(moments.mean_C.to(mean_C.dtype), rate.to(mean_C.dtype))
     var_C.lerp_(moments.var_C.to(var_C.dtype), rate.to(var_C.dtype))
+
+
+@torch.no_grad()
+def absorb_landed(layers: Mapping[str, _BatchNorm], landed: Iterable[Landed], method: Method) -> None:
+    """``absorb`` what became global at a step's end."""
+    for each in landed:
+        layer = layers.get(each.layer)
+        if layer is not None and layer.running_var is not None:
+            moments = method.moments(each.means.view(-1, layer.num_features), each.total)
+            absorb(layer, moments, each.total, each.weight)
 
 
 @torch.no_grad()

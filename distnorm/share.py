@@ -20,22 +20,25 @@ import torch
 from torch import Tensor
 
 from distnorm.recompute import Record
-from distnorm.types import Direction, Link
+from distnorm.types import Link
 
 
 class Channel(Protocol):
     """One layer's line to its policy."""
 
-    def statistics(self, wire: Tensor, step: int, *, held: bool) -> Record:
-        """Share local sums, as of training step ``step``; ``held`` promises that a graph keeps the record alive."""
+    def statistics(self, wire: Tensor, step: int, *, learning: bool, held: bool) -> Record:
+        """Share local sums and their count, as of training step ``step``.
+
+        ``learning``: a backward may follow. ``held``: a graph keeps the record alive.
+        """
         ...
 
-    def cotangents(self, wire: Tensor, step: int) -> Tensor:
-        """Share local cotangents of a forward in training step ``step``."""
+    def cotangents(self, wire: Tensor, count: Tensor, step: int) -> Tensor:
+        """Share local cotangents of a forward in training step ``step`` that was given ``count``."""
         ...
 
-    def lands(self, step: int) -> bool:
-        """Whether the statistics of ``step`` are shared ones."""
+    def lands(self, step: int, *, learning: bool) -> bool:
+        """Whether the statistics of ``step`` are fit for the running statistics."""
         ...
 
 
@@ -54,71 +57,100 @@ def open_channel(channel: Channel) -> int:
     return key
 
 
-@torch.library.custom_op("distnorm::reduce", mutates_args=())
-def reduce_op(wire: Tensor, key: int, direction: str) -> Tensor:
-    """The policy's reduction as one opaque operator: the form in which compiled graphs hold the collective."""
-    channel = _channels[key]
-    forward = direction == "forward"
-    shared = channel.statistics(wire, NOW, held=False).shared if forward else channel.cotangents(wire, NOW)
-    return shared.clone()
+# The policy as opaque operators: the form in which compiled graphs hold its collectives.
+
+
+@torch.library.custom_op("distnorm::statistics", mutates_args=())
+def statistics_op(wire: Tensor, key: int, learning: bool) -> Tensor:
+    """``Channel.statistics``, in the current step."""
+    return _channels[key].statistics(wire, NOW, learning=learning, held=False).shared.clone()
+
+
+@torch.library.custom_op("distnorm::cotangents", mutates_args=())
+def cotangents_op(wire: Tensor, count: Tensor, key: int) -> Tensor:
+    """``Channel.cotangents``, in the current step."""
+    return _channels[key].cotangents(wire, count, NOW).clone()
 
 
 @torch.library.custom_op("distnorm::lands", mutates_args=())
-def lands_op(count: Tensor, key: int) -> Tensor:
-    """1 where the statistics that came with ``count`` are shared ones, else 0, in its dtype."""
-    return torch.full_like(count, _channels[key].lands(NOW))
+def lands_op(count: Tensor, key: int, learning: bool) -> Tensor:
+    """1 where the statistics that came with ``count`` are fit for the running statistics, else 0, in its dtype."""
+    return torch.full_like(count, _channels[key].lands(NOW, learning=learning))
 
 
-@reduce_op.register_fake
-def _(wire: Tensor, key: int, direction: str) -> Tensor:
+@statistics_op.register_fake
+def _(wire: Tensor, key: int, learning: bool) -> Tensor:
+    return torch.empty_like(wire)
+
+
+@cotangents_op.register_fake
+def _(wire: Tensor, count: Tensor, key: int) -> Tensor:
     return torch.empty_like(wire)
 
 
 @lands_op.register_fake
-def _(count: Tensor, key: int) -> Tensor:
+def _(count: Tensor, key: int, learning: bool) -> Tensor:
     return torch.empty_like(count)
 
 
 class ReduceForward(torch.autograd.Function):
-    """``y = policy(wire)``; its derivative is ``ReduceBackward``."""
+    """``y = policy(wire)``; its derivative is ``ReduceBackward``.
+
+    The wire is statistics with their count if ``count`` is None, else cotangents of a forward that was given ``count``.
+    """
 
     @staticmethod
-    def forward(ctx: Any, wire: Tensor, key: int, direction: Direction, step: int) -> Tensor:
+    def forward(ctx: Any, wire: Tensor, count: Tensor | None, key: int, step: int, learning: bool) -> Tensor:
         """Reduce. One use of the policy."""
-        ctx.address = key, direction, step
-        if torch.compiler.is_compiling():
-            reduced: Tensor = torch.ops.distnorm.reduce(wire, key, direction)
-            return reduced
-        ctx.channel = _channels[key]  # a graph may outlive its layer
-        if direction == "backward":
-            return _channels[key].cotangents(wire, step)
-        # The node keeps the record alive, for as long as a checkpoint may recompute this forward.
-        record = ctx.record = _channels[key].statistics(wire, step, held=ctx.needs_input_grad[0])
-        return record.shared.view_as(wire)
+        ctx.address = key, step
+        shared = _share_cotangents(wire, count, key, step) if count is not None else _share(ctx, wire, learning)
+        ctx.save_for_backward(shared[-1].clone() if count is None else count)
+        return shared
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         """The cotangent has been shared already, where it passed ``ReduceBackward``."""
-        key, _, step = ctx.address
-        return ReduceBackward.apply(grad, key, step), None, None, None
+        (count,) = ctx.saved_tensors
+        return ReduceBackward.apply(grad, count, *ctx.address), None, None, None, None
 
 
 class ReduceBackward(torch.autograd.Function):
     """``y = theta``; its derivative is ``ReduceForward`` of the cotangent."""
 
     @staticmethod
-    def forward(ctx: Any, theta: Tensor, key: int, step: int) -> Tensor:
+    def forward(ctx: Any, theta: Tensor, count: Tensor, key: int, step: int) -> Tensor:
         """The identity. No collective."""
         ctx.address = key, step
+        ctx.save_for_backward(count)
         if not torch.compiler.is_compiling():
             ctx.channel = _channels[key]  # a graph may outlive its layer
         return theta.view_as(theta)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         """Share the cotangent."""
-        key, step = ctx.address
-        return ReduceForward.apply(grad, key, "backward", step), None, None
+        (count,) = ctx.saved_tensors
+        shared = ReduceForward.apply(grad.flatten(), count, *ctx.address, True)
+        return shared.view_as(grad), None, None, None
+
+
+def _share(ctx: Any, wire: Tensor, learning: bool) -> Tensor:
+    key, step = ctx.address
+    if torch.compiler.is_compiling():
+        shared: Tensor = torch.ops.distnorm.statistics(wire, key, learning)
+        return shared
+    ctx.channel = _channels[key]  # a graph may outlive its layer
+    # The node keeps the record alive, for as long as a checkpoint may recompute this forward.
+    record = ctx.record = ctx.channel.statistics(wire, step, learning=learning, held=ctx.needs_input_grad[0])
+    answer: Tensor = record.shared.view_as(wire)
+    return answer
+
+
+def _share_cotangents(wire: Tensor, count: Tensor, key: int, step: int) -> Tensor:
+    if torch.compiler.is_compiling():
+        shared: Tensor = torch.ops.distnorm.cotangents(wire, count, key)
+        return shared
+    return _channels[key].cotangents(wire, count, step)
 
 
 class LayerShare:
@@ -128,29 +160,30 @@ class LayerShare:
         """Share through the channel with number ``key``, in training step ``step``."""
         self.key = key
         self.step = step
+        self.learning = torch.is_grad_enabled()
         self.means_KC: Tensor | None = None
         self.count: Tensor | None = None
 
     def __call__(self, count: int, sums_KC: Tensor, link: Link) -> tuple[Tensor, Tensor]:
-        """``theta = link(sum of sums / sum of counts)``, and the shared count, a float64 scalar without gradient.
+        """``theta = link(shared sums / shared count)``, and the shared count, a float64 scalar without gradient.
 
         One use of the policy forward, and one backward if ``sums_KC`` needs a gradient.
         """
         local = torch.cat((sums_KC.flatten(), sums_KC.new_full((1,), count)))
-        shared = ReduceForward.apply(local, self.key, "forward", self.step)
+        shared = ReduceForward.apply(local, None, self.key, self.step, self.learning)
         total = shared[-1].detach()
-        means_KC = shared[:-1].view_as(sums_KC) / total.clamp_min(1)
+        means_KC = shared[:-1].view_as(sums_KC) / torch.where(total > 0, total, 1)
         self.means_KC, self.count = means_KC.detach(), total
-        theta_KC = ReduceBackward.apply(link(means_KC), self.key, self.step)
+        theta_KC = ReduceBackward.apply(link(means_KC), total, self.key, self.step)
         return theta_KC, total
 
     def landed(self) -> Tensor:
         """1 if what was shared is fit for the running statistics, else 0: a float64 scalar beside the count."""
         assert self.count is not None, "nothing was shared yet"
         if torch.compiler.is_compiling():
-            landed: Tensor = torch.ops.distnorm.lands(self.count, self.key)
+            landed: Tensor = torch.ops.distnorm.lands(self.count, self.key, self.learning)
             return landed
-        return torch.full_like(self.count, _channels[self.key].lands(self.step))
+        return torch.full_like(self.count, _channels[self.key].lands(self.step, learning=self.learning))
 
 
 def keep_local(count: int, sums_KC: Tensor, link: Link) -> tuple[Tensor, Tensor]:

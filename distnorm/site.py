@@ -18,12 +18,20 @@ from distnorm.types import Direction, Slot
 class Site:
     """The channel (see ``share.Channel``) of one layer, and what ``revert`` and error messages need to know of it."""
 
-    def __init__(self, conversion: Conversion, index: int, name: str, original: type[_BatchNorm]) -> None:
-        """Layer number ``index`` of ``conversion``; ``original`` is the class that ``revert`` gives back."""
+    def __init__(
+        self,
+        conversion: Conversion,
+        index: int,
+        name: str,
+        original: type[_BatchNorm],
+        momentum: float | None,
+    ) -> None:
+        """Layer number ``index`` of ``conversion``; ``revert`` gives ``original`` class and ``momentum`` back."""
         self.conversion = conversion
         self.index = index
         self.name = name
         self.original = original
+        self.momentum = momentum
         self._open()
 
     def _open(self) -> None:
@@ -33,14 +41,14 @@ class Site:
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies keep what was configured and drop what is in use."""
-        return {name: getattr(self, name) for name in ("conversion", "index", "name", "original")}
+        return {name: getattr(self, name) for name in ("conversion", "index", "name", "original", "momentum")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Open a line of its own for the copy."""
         self.__dict__.update(state)
         self._open()
 
-    def statistics(self, wire: Tensor, step: int, *, held: bool) -> Record:
+    def statistics(self, wire: Tensor, step: int, *, learning: bool, held: bool) -> Record:
         """Shared counterpart of the local sums ``wire``, whose last element is the count.
 
         One use of the policy, or none in a recomputation. ``held`` says that a graph will hold the record.
@@ -56,32 +64,50 @@ class Site:
                 return record
         else:
             binding.forward_begins()
-        step = binding.step if step == NOW else step
-        shared = self._reduce(binding, wire, "forward", step)
-        self._check_count(shared[-1], binding.reducer.size)
-        record = Record(wire, shared, step)
+        slot = self._slot(binding, "forward", step, learning=learning)
+        if learning:
+            binding.note_use(self.name)
+        shared = self._reduce(binding, wire, slot)
+        if binding.reducer.counts(slot):
+            self._check_count(shared[-1], binding.reducer.size)
+        record = Record(wire, shared, slot.step)
         self.records.note(record, held=held)
         return record
 
-    def cotangents(self, wire: Tensor, step: int) -> Tensor:
-        """Shared counterpart of local cotangents. One use of the policy."""
+    def cotangents(self, wire: Tensor, count: Tensor, step: int) -> Tensor:
+        """Shared counterpart of local cotangents. One use of the policy.
+
+        Raises:
+            RuntimeError: second derivatives of a policy whose cotangents outlive their step.
+        """
         binding = self.conversion.bound()
+        if torch.is_grad_enabled() and self.conversion.recipe.policy.keeps_cotangents:
+            raise RuntimeError(
+                f"{self.name}: {self.conversion.recipe.policy} averages cotangents over steps, so there is no second "
+                "derivative (create_graph=True). Use an exact recipe such as sync_bn for this layer."
+            )
         if not torch.is_grad_enabled() and graph_task() != NO_BACKWARD:
             binding.expect_boundary()
-        return self._reduce(binding, wire, "backward", binding.step if step == NOW else step)
+        slot = self._slot(binding, "backward", step, learning=True)
+        if self.conversion.loss_scale is not None:
+            slot = slot._replace(loss_scale=self.conversion.loss_scale())
+        return self._reduce(binding, wire, slot._replace(forward_count=count))
 
-    def lands(self, step: int) -> bool:
+    def lands(self, step: int, *, learning: bool) -> bool:
         """Whether the statistics of ``step`` are fit for the running statistics."""
         binding = self.conversion.bound()
-        return binding.reducer.lands(binding.step if step == NOW else step)
+        return binding.reducer.lands(self._slot(binding, "forward", step, learning=learning))
 
-    def _reduce(self, binding: Binding, wire: Tensor, direction: Direction, step: int) -> Tensor:
-        slot = Slot(self.name, direction, step, tuple(self.conversion.observers))
+    def _slot(self, binding: Binding, direction: Direction, step: int, *, learning: bool) -> Slot:
+        step = binding.step if step == NOW else step
+        return Slot(self.name, direction, step, learning=learning, observers=tuple(self.conversion.observers))
+
+    def _reduce(self, binding: Binding, wire: Tensor, slot: Slot) -> Tensor:
         try:
             return binding.reducer.reduce(wire, slot)
         except RuntimeError as error:
             raise RuntimeError(
-                f"{self.name}: sharing {direction} statistics ({self.conversion.recipe.policy}) among ranks "
+                f"{self.name}: sharing {slot.direction} statistics ({self.conversion.recipe.policy}) among ranks "
                 f"{list(binding.topology.ranks)} failed. Another rank has probably stopped, or runs other layers; its "
                 f"own message says more. Cause: {error}"
             ) from error

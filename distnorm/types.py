@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 Direction = Literal["forward", "backward"]
@@ -25,12 +26,47 @@ class Observer(Protocol):
 
 
 class Slot(NamedTuple):
-    """One use of the wire: which layer, statistics or cotangents, in which training step, and who watches."""
+    """One use of the wire.
+
+    Fields:
+        layer: whose values these are; ``EVERY_LAYER`` for a vector that serves all.
+        direction: statistics or cotangents.
+        step: the training step of the forward.
+        learning: whether a backward may follow. Without (training mode under no_grad) values enter no window.
+        forward_count: for cotangents, the count that the forward's ``reduce`` returned.
+        loss_scale: what cotangents are multiplied by, as a mixed-precision loss scale does.
+        observers: who is told of collectives.
+    """
 
     layer: str
     direction: Direction
     step: int
+    learning: bool = True
+    forward_count: Tensor | None = None
+    loss_scale: Tensor | float = 1.0
     observers: tuple[Observer, ...] = ()
+
+
+EVERY_LAYER = "(all layers)"
+
+
+class Layout(NamedTuple):
+    """The fixed sizes of what each layer shares: ``(layer, direction) -> values``, without counts; and where."""
+
+    sizes: dict[tuple[str, Direction], int]
+    device: torch.device
+
+
+class Landed(NamedTuple):
+    """Statistics of one layer that became global at a step's end, for the running statistics.
+
+    ``total`` is how many values they rest on; ``weight`` is a float64 scalar: 1 if anything landed, else 0.
+    """
+
+    layer: str
+    means: Tensor
+    total: Tensor
+    weight: Tensor
 
 
 class Moments(NamedTuple):
@@ -41,11 +77,16 @@ class Moments(NamedTuple):
 
 
 class Affine(NamedTuple):
-    """A layer's learnt scale and shift, each ``[C]`` or None, and the ``eps`` that guards its division."""
+    """A layer's learnt scale and shift, each ``[C]`` or None, and the ``eps`` that guards its division.
+
+    ``running_var_C`` and ``updates`` (how often it was updated) serve methods that correct by it.
+    """
 
     weight_C: Tensor | None
     bias_C: Tensor | None
     eps: float
+    running_var_C: Tensor | None = None
+    updates: Tensor | None = None
 
 
 class Share(Protocol):

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from distnorm import Recipe, recipes
+from distnorm.policies import Policy
 
 ROOT = Path(__file__).parent.parent
 OPTIONS: dict[str, dict[str, object]] = {"group_bn": {"size": 4}}
@@ -17,28 +18,38 @@ SOURCES = {
     "group_bn": "Ying et al. 2018",
     "hierarchical_bn": "our own construction; equals `sync_bn`",
     "periodic_bn": "our own construction",
+    "mabn": "Yan et al. 2020, here shared across ranks",
+    "hierarchical_mabn": "our own construction",
+    "lazy_bn": "our own construction",
 }
 
 
 def recipe_rows() -> list[str]:
-    """One row per recipe: cost for a layer of C channels."""
+    """One row per recipe: what a step of a model costs."""
     rows = [
-        "| recipe | options | collectives per layer and step | bytes per layer and step | staleness | source |",
-        "|---|---|---:|---:|---:|---|",
+        "| recipe | options | collectives per step | bytes per step | staleness | source |",
+        "|---|---|---|---|---:|---|",
     ]
     for each in recipes.available():
         recipe = recipes.build(each.name, **OPTIONS.get(each.name, {}))
         options = ", ".join(f"`{name}`" for name in each.options) or "none"
-        collectives = 2 * recipe.policy.collectives
-        cost = f"{collectives:g} | {payload(recipe)} | {recipe.policy.staleness}"
+        cost = f"{collectives(recipe.policy)} | {payload(recipe)} | {recipe.policy.staleness}"
         rows.append(f"| `{each.name}` | {options} | {cost} | {SOURCES[each.name]} |")
     return rows
 
 
+def collectives(policy: Policy) -> str:
+    """Blocking ones for each of L layers, forward and backward, and asynchronous ones."""
+    blocking = f"{2 * policy.collectives:g} L" if policy.collectives else ""
+    background = f"{policy.background:g} asynchronous" if policy.background else ""
+    return " + ".join(part for part in (blocking, background) if part) or "0"
+
+
 def payload(recipe: Recipe) -> str:
-    """Bytes a rank contributes: 2 C + 1 float64 sums forward and 2 C cotangents backward, per collective."""
-    share = recipe.policy.collectives
-    return f"{32 * share:g} C + {8 * share:g}" if share else "0"
+    """Bytes that a rank contributes: float64 sums with a count forward, cotangents backward, for C channels in all."""
+    kinds = 2 if recipe.method.centred else 1
+    uses = recipe.policy.collectives + recipe.policy.background
+    return f"{16 * kinds * uses:g} C" if uses else "0"
 
 
 def filled(text: str, name: str, rows: list[str]) -> str:

@@ -8,6 +8,7 @@ from types import TracebackType
 
 from torch import nn
 
+from distnorm.attach import conversions_of
 from distnorm.module import DistNorm
 from distnorm.types import Slot
 
@@ -43,8 +44,7 @@ class Ledger:
 
     def __init__(self, model: nn.Module) -> None:
         """Watch the converted layers of ``model``."""
-        layers = [module for module in model.modules() if isinstance(module, DistNorm)]
-        self._conversions = list({id(each._site.conversion): each._site.conversion for each in layers}.values())
+        self._conversions = conversions_of(model) if any(isinstance(each, DistNorm) for each in model.modules()) else []
         self.total = Tally()
         self.layers: defaultdict[str, Tally] = defaultdict(Tally)
         self.steps: defaultdict[int, Tally] = defaultdict(Tally)

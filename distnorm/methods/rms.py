@@ -22,10 +22,25 @@ from distnorm.types import Affine, Moments
 @final
 @dataclass(frozen=True, kw_only=True)
 class RMS(ChannelAffine):
-    """Scale by the batch's root mean square; running_var tracks the second moment, running_mean stays 0."""
+    """Scale by the batch's root mean square; running_var tracks the second moment, running_mean stays 0.
+
+    Args:
+        clip: if given, y is multiplied by r = sqrt(mean(x^2) + eps) / sqrt(running_var + eps), a constant to autograd,
+            clipped to [1 / clip, clip]: training then normalizes as evaluation will, but for outliers. MABN uses 5.
+        clip_after: r is 1 until running_var was updated so often.
+    """
 
     centred: ClassVar[bool] = False
     raw: ClassVar[slice] = slice(1, 2)
+    clip: float | None = None
+    clip_after: int = 1000
+
+    def __post_init__(self) -> None:
+        """Validate."""
+        if self.clip is not None and self.clip < 1:
+            raise ValueError(f"RMS(clip={self.clip!r}): need a bound of at least 1, or None.")
+        if self.clip_after < 0:
+            raise ValueError(f"RMS(clip_after={self.clip_after!r}): need a number of updates, at least 0.")
 
     def link(self, means_KC: Tensor, eps: float) -> Tensor:
         """``log(mean(x^2) + eps) / 2``."""
@@ -33,11 +48,18 @@ class RMS(ChannelAffine):
 
     def coefficients(self, theta_KC: Tensor, affine: Affine) -> tuple[Tensor, Tensor]:
         """``scale = weight / sqrt(mean(x^2) + eps)``, ``shift = bias``."""
-        scale_C = torch.exp(-theta_KC[0])
+        scale_C = torch.exp(-theta_KC[0]) * self._correction(theta_KC[0], affine)
         if affine.weight_C is not None:
             scale_C = scale_C * affine.weight_C
         shift_C = torch.zeros_like(scale_C) if affine.bias_C is None else affine.bias_C.to(scale_C.dtype)
         return scale_C, shift_C
+
+    def _correction(self, log_rms_C: Tensor, affine: Affine) -> Tensor | float:
+        if self.clip is None or affine.running_var_C is None or affine.updates is None:
+            return 1.0
+        running_C = (affine.running_var_C.to(log_rms_C.dtype) + affine.eps).log() / 2
+        ratio_C = (log_rms_C.detach() - running_C).exp().clamp(1 / self.clip, self.clip)
+        return torch.where(affine.updates >= self.clip_after, ratio_C, 1.0)
 
     def moments(self, means_KC: Tensor, count: Tensor) -> Moments:
         """The second moment, as the variance about a mean that is 0."""

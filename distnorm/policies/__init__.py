@@ -4,6 +4,9 @@ from distnorm.policies.all_reduce import AllReduce
 from distnorm.policies.base import Policy, Reducer
 from distnorm.policies.chain import Chain
 from distnorm.policies.local import Local
+from distnorm.policies.moving import Moving
 from distnorm.policies.periodic import Periodic
+from distnorm.policies.stale_mix import StaleMix
+from distnorm.policies.warmup import Warmup
 
-__all__ = ["AllReduce", "Chain", "Local", "Periodic", "Policy", "Reducer"]
+__all__ = ["AllReduce", "Chain", "Local", "Moving", "Periodic", "Policy", "Reducer", "StaleMix", "Warmup"]

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from distnorm.policies.base import Policy, Reducer
 from distnorm.transport import LostGroup, Topology, TorchGroup
-from distnorm.types import Slot
+from distnorm.types import Layout, Slot
 
 
 class _GroupSum(Reducer):
@@ -77,7 +77,7 @@ class AllReduce(Policy):
             return replace(self, process_group=lost).__reduce__()
         return _rebuild, (self.axis, self.group_size, self.process_group)
 
-    def bind(self, topology: Topology) -> Reducer:
+    def bind(self, topology: Topology, layout: Layout) -> Reducer:
         """Make, or find, the group of this rank."""
         if isinstance(self.process_group, LostGroup):
             raise self.process_group.refuse()
@@ -91,16 +91,6 @@ class AllReduce(Policy):
     def collectives(self) -> float:
         """One."""
         return 1.0
-
-    @property
-    def agrees(self) -> bool:
-        """Only a sum over all data-parallel ranks is equal on all of them."""
-        return self.axis is None and self.group_size is None and self.process_group is None
-
-    @property
-    def axes(self) -> frozenset[str]:
-        """The one named axis."""
-        return frozenset() if self.axis is None else frozenset((self.axis,))
 
     @property
     def scope(self) -> dist.ProcessGroup | LostGroup | None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
 
 from distnorm.transport import LostGroup, Topology
-from distnorm.types import Slot
+from distnorm.types import Landed, Layout, Slot
 
 
 class Reducer(ABC):
@@ -22,27 +23,45 @@ class Reducer(ABC):
     def reduce(self, wire: Tensor, slot: Slot) -> Tensor:
         """The shared counterpart of the local sums ``wire``; shape and dtype kept."""
 
-    def lands(self, step: int) -> bool:
-        """Whether statistics of ``step`` are shared ones, fit for the running statistics."""
+    def lands(self, slot: Slot) -> bool:
+        """Whether what ``reduce`` returns for ``slot`` is shared, and fit for the running statistics."""
         return True
+
+    def counts(self, slot: Slot) -> bool:
+        """Whether the count that ``reduce`` returns is how many values the statistics rest on."""
+        return True
+
+    def observe(self, shared: Tensor, slot: Slot, contributions: int) -> None:  # noqa: B027
+        """Take note of sums that another policy has shared among ``contributions`` ranks, while it is in charge."""
+
+    def end_step(self, slot: Slot, *, observed: bool = False) -> list[Landed]:
+        """End the step of ``slot``; ``observed`` says that another policy was in charge of it."""
+        return []
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs, tensors by name; waits for what is in flight."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any], *, own: bool) -> None:  # noqa: B027
+        """Take over ``state``; ``own`` says that this very rank wrote it, in a job of this size."""
 
 
 class Policy(ABC):
     """How sums are shared. Concrete policies are frozen dataclasses: values that compare, print and travel."""
 
     @abstractmethod
-    def bind(self, topology: Topology) -> Reducer:
-        """Make the groups this policy needs among the ranks of ``topology``."""
+    def bind(self, topology: Topology, layout: Layout) -> Reducer:
+        """Make the groups this policy needs among the ranks of ``topology``, for layers of ``layout``."""
 
     @property
     @abstractmethod
     def collectives(self) -> float:
-        """Collectives per layer, direction and step, on average."""
+        """Blocking collectives per layer, direction and step, on average."""
 
     @property
-    @abstractmethod
-    def agrees(self) -> bool:
-        """Whether the running statistics are equal on all data-parallel ranks without further communication."""
+    def background(self) -> float:
+        """Asynchronous collectives per step, for all layers together."""
+        return 0.0
 
     @property
     def always_lands(self) -> bool:
@@ -50,9 +69,9 @@ class Policy(ABC):
         return True
 
     @property
-    def axes(self) -> frozenset[str]:
-        """The mesh axes that this policy names."""
-        return frozenset()
+    def keeps_cotangents(self) -> bool:
+        """Whether cotangents outlive their step: loss scales must come out of them, second derivatives do not exist."""
+        return False
 
     @property
     def scope(self) -> dist.ProcessGroup | LostGroup | None:
@@ -61,5 +80,5 @@ class Policy(ABC):
 
     @property
     def staleness(self) -> int:
-        """Age, in steps, of the oldest remote statistics in use."""
+        """Steps that a collective is given before anyone waits for it; 0 means that it blocks."""
         return 0

@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import final
+from typing import Any, final
 
 from torch import Tensor
 
-from distnorm.policies.all_reduce import AllReduce
 from distnorm.policies.base import Policy, Reducer
 from distnorm.transport import Topology
-from distnorm.transport.topology import NODE_AXES
-from distnorm.types import Slot
+from distnorm.types import Landed, Layout, Slot
 
 
 class _Sequence(Reducer):
@@ -30,8 +28,25 @@ class _Sequence(Reducer):
             wire = part.reduce(wire, slot)
         return wire
 
-    def lands(self, step: int) -> bool:
-        return all(part.lands(step) for part in self.parts)
+    def lands(self, slot: Slot) -> bool:
+        return all(part.lands(slot) for part in self.parts)
+
+    def counts(self, slot: Slot) -> bool:
+        return all(part.counts(slot) for part in self.parts)
+
+    def observe(self, shared: Tensor, slot: Slot, contributions: int) -> None:
+        for part in self.parts:
+            part.observe(shared, slot, contributions)
+
+    def end_step(self, slot: Slot, *, observed: bool = False) -> list[Landed]:
+        return [landed for part in self.parts for landed in part.end_step(slot, observed=observed)]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {str(index): part.state_dict() for index, part in enumerate(self.parts)}
+
+    def load_state_dict(self, state: dict[str, Any], *, own: bool) -> None:
+        for index, part in enumerate(self.parts):
+            part.load_state_dict(state[str(index)], own=own)
 
 
 @final
@@ -55,9 +70,9 @@ class Chain(Policy):
         """As it is written."""
         return f"Chain({', '.join(map(repr, self.parts))})"
 
-    def bind(self, topology: Topology) -> Reducer:
+    def bind(self, topology: Topology, layout: Layout) -> Reducer:
         """Bind every part."""
-        return _Sequence([part.bind(topology) for part in self.parts])
+        return _Sequence([part.bind(topology, layout) for part in self.parts])
 
     @property
     def collectives(self) -> float:
@@ -65,10 +80,9 @@ class Chain(Policy):
         return sum(part.collectives for part in self.parts)
 
     @property
-    def agrees(self) -> bool:
-        """Certain where the parts span both node axes; a mesh may have axes that no part names."""
-        spans_nodes = all(isinstance(part, AllReduce) for part in self.parts) and self.axes == frozenset(NODE_AXES)
-        return spans_nodes or all(part.agrees for part in self.parts)
+    def background(self) -> float:
+        """Those of all parts together."""
+        return sum(part.background for part in self.parts)
 
     @property
     def always_lands(self) -> bool:
@@ -76,9 +90,9 @@ class Chain(Policy):
         return all(part.always_lands for part in self.parts)
 
     @property
-    def axes(self) -> frozenset[str]:
-        """The axes of all parts."""
-        return frozenset[str]().union(*(part.axes for part in self.parts))
+    def keeps_cotangents(self) -> bool:
+        """If any part does."""
+        return any(part.keeps_cotangents for part in self.parts)
 
     @property
     def staleness(self) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from distnorm.policies.base import Policy, Reducer
 from distnorm.transport import Topology
-from distnorm.types import Slot
+from distnorm.types import Layout, Slot
 
 
 class _Identity(Reducer):
@@ -26,7 +26,7 @@ class _Identity(Reducer):
 class Local(Policy):
     """Every rank keeps its own statistics: ``reduce(wire) = wire``. No collective."""
 
-    def bind(self, topology: Topology) -> Reducer:
+    def bind(self, topology: Topology, layout: Layout) -> Reducer:
         """No group is needed."""
         return _Identity(size=1)
 
@@ -34,8 +34,3 @@ class Local(Policy):
     def collectives(self) -> float:
         """None."""
         return 0.0
-
-    @property
-    def agrees(self) -> bool:
-        """Each rank's running statistics are its own."""
-        return False

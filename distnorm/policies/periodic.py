@@ -15,7 +15,7 @@ from torch import Tensor
 from distnorm.policies.all_reduce import AllReduce
 from distnorm.policies.base import Policy, Reducer
 from distnorm.transport import LostGroup, Topology
-from distnorm.types import Slot
+from distnorm.types import Layout, Slot
 
 
 class _EveryKth(Reducer):
@@ -27,8 +27,8 @@ class _EveryKth(Reducer):
     def reduce(self, wire: Tensor, slot: Slot) -> Tensor:
         return self.inner.reduce(wire, slot) if slot.step % self.every == 0 else wire
 
-    def lands(self, step: int) -> bool:
-        return step % self.every == 0 and self.inner.lands(step)
+    def lands(self, slot: Slot) -> bool:
+        return slot.step % self.every == 0 and self.inner.lands(slot)
 
 
 @final
@@ -47,12 +47,12 @@ class Periodic(Policy):
         """Validate."""
         if not isinstance(self.every, int) or self.every < 1:
             raise ValueError(f"Periodic(every={self.every!r}): need a whole number of steps, at least 1.")
-        if not isinstance(self.policy, Policy):
-            raise ValueError(f"Periodic(policy={self.policy!r}): need a policy, such as AllReduce().")
+        if not isinstance(self.policy, Policy) or self.policy.staleness:
+            raise ValueError(f"Periodic(policy={self.policy!r}): need an exact policy, such as AllReduce().")
 
-    def bind(self, topology: Topology) -> Reducer:
+    def bind(self, topology: Topology, layout: Layout) -> Reducer:
         """Bind the inner policy."""
-        return _EveryKth(self.policy.bind(topology), self.every)
+        return _EveryKth(self.policy.bind(topology, layout), self.every)
 
     @property
     def collectives(self) -> float:
@@ -60,19 +60,9 @@ class Periodic(Policy):
         return self.policy.collectives / self.every
 
     @property
-    def agrees(self) -> bool:
-        """As the inner policy."""
-        return self.policy.agrees
-
-    @property
     def always_lands(self) -> bool:
         """Not in the steps between."""
         return self.every == 1 and self.policy.always_lands
-
-    @property
-    def axes(self) -> frozenset[str]:
-        """The inner policy's."""
-        return self.policy.axes
 
     @property
     def scope(self) -> dist.ProcessGroup | LostGroup | None:

@@ -29,6 +29,28 @@ class LostGroup:
         )
 
 
+class Pending:
+    """A sum that is under way."""
+
+    def __init__(self, wire_: Tensor, work: dist.Work | None, slot: Slot, seconds: float) -> None:
+        """``seconds``: host time spent on it so far."""
+        self._wire = wire_
+        self._work = work
+        self._slot = slot
+        self._seconds = seconds
+
+    def wait(self) -> Tensor:
+        """The sum; waits once. On a GPU the current stream waits, not the host."""
+        work, self._work = self._work, None
+        if work is not None:
+            started = time.perf_counter()
+            work.wait()
+            seconds = self._seconds + time.perf_counter() - started
+            for observe in self._slot.observers:
+                observe(self._slot, self._wire.numel() * self._wire.element_size(), seconds)
+        return self._wire
+
+
 class TorchGroup:
     """Sums over the ranks of one process group.
 
@@ -61,6 +83,12 @@ class TorchGroup:
         for observe in slot.observers:
             observe(slot, nbytes, time.perf_counter() - started)
         return total
+
+    def sum_async(self, wire_: Tensor, slot: Slot) -> Pending:
+        """Start summing ``wire_`` over the group, in place. One collective; none in a group of one rank."""
+        started = time.perf_counter()
+        work = dist.all_reduce(wire_, group=self.process_group, async_op=True) if self.size > 1 else None
+        return Pending(wire_, work, slot, time.perf_counter() - started)
 
     def broadcast(self, tensor: Tensor) -> None:
         """Overwrite ``tensor`` with the first rank's, in place. One collective; none in a group of one rank."""

@@ -18,7 +18,7 @@ NODE_AXES = ("local", "node")
 
 # Groups are resources of the process, as torch's own are: layers and models that join the same ranks use one group.
 # Keyed weakly by the job's world, so that a destroyed job leaves nothing behind.
-_groups: WeakKeyDictionary[dist.ProcessGroup, dict[tuple[int, ...], TorchGroup]] = WeakKeyDictionary()
+_groups: WeakKeyDictionary[dist.ProcessGroup, dict[tuple[tuple[int, ...], bool], TorchGroup]] = WeakKeyDictionary()
 
 
 def current_world() -> dist.ProcessGroup | None:
@@ -68,9 +68,9 @@ class Topology:
         self.nodes = nodes if nodes is not None else ("",) * len(ranks)
         self.timeout = timeout
 
-    def everyone(self) -> TorchGroup:
-        """All data-parallel ranks."""
-        return self._group(self.ranks)
+    def everyone(self, *, background: bool = False) -> TorchGroup:
+        """All data-parallel ranks; ``background`` gives the group for asynchronous collectives."""
+        return self._group(self.ranks, background)
 
     def blocks(self, size: int) -> TorchGroup:
         """This rank's block of ``size`` neighbouring ranks.
@@ -87,14 +87,14 @@ class Topology:
         start = self.ranks.index(self.rank) // size * size
         return self._group(self.ranks[start : start + size])
 
-    def along(self, axis: str) -> TorchGroup:
+    def along(self, axis: str, *, background: bool = False) -> TorchGroup:
         """The ranks along a mesh axis, or without a mesh ``"local"`` (this node) and ``"node"`` (this place on each).
 
         Raises:
             ValueError: no such axis, or ``"node"`` where nodes hold different numbers of ranks.
         """
         if self.mesh is not None:
-            return self._group(mesh_ranks(self.mesh, (axis,)))
+            return self._group(mesh_ranks(self.mesh, (axis,)), background)
         if axis not in NODE_AXES:
             raise ValueError(f"axis {axis!r} needs a mesh: pass convert(..., mesh=...), or use one of {NODE_AXES}.")
         members: dict[str, list[int]] = {}
@@ -102,24 +102,24 @@ class Topology:
             members.setdefault(node, []).append(rank)
         mine = members[self.nodes[self.ranks.index(self.rank)]]
         if axis == "local":
-            return self._group(tuple(mine))
+            return self._group(tuple(mine), background)
         sizes = {node: len(ranks) for node, ranks in members.items()}
         if len(set(sizes.values())) > 1:
             raise ValueError(f'axis "node" needs equally many ranks on every node; given are {sizes}.')
         place = mine.index(self.rank)
-        return self._group(tuple(ranks[place] for ranks in members.values()))
+        return self._group(tuple(ranks[place] for ranks in members.values()), background)
 
     def joining(self, process_group: dist.ProcessGroup) -> TorchGroup:
         """A group of our own over the ranks of the user's ``process_group``."""
         return self._group(tuple(dist.get_process_group_ranks(process_group)))
 
-    def _group(self, ranks: tuple[int, ...]) -> TorchGroup:
+    def _group(self, ranks: tuple[int, ...], background: bool = False) -> TorchGroup:
         world = current_world()
         if world is None or len(ranks) == 1:
             return TorchGroup(None, ranks)
         known = _groups.setdefault(world, {})
-        if ranks not in known:
+        if (ranks, background) not in known:
             timeout = self.timeout if self.timeout is not None else group_timeout(world)
             group = dist.new_group(list(ranks), timeout=timeout, use_local_synchronization=True)
-            known[ranks] = TorchGroup(group, ranks)
-        return known[ranks]
+            known[ranks, background] = TorchGroup(group, ranks)
+        return known[ranks, background]

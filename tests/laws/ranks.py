@@ -13,6 +13,7 @@ import distnorm
 from distnorm import Recipe
 from distnorm.policies import Policy, Reducer
 from distnorm.transport import Topology
+from distnorm.types import Layout
 
 
 class Case(NamedTuple):
@@ -65,8 +66,7 @@ def make_layer(recipe: Recipe, case: Case, world_size: int) -> nn.SyncBatchNorm:
     layer = nn.SyncBatchNorm(3).to(case.weight.dtype)  # the stock layer that takes every number of dimensions
     layer.weight.data.copy_(case.weight)
     layer.bias.data.copy_(case.bias)
-    mesh = nodes_by_local(world_size) if recipe.policy.axes else None
-    return distnorm.convert(layer, recipe, mesh=mesh)
+    return distnorm.convert(layer, recipe, mesh=nodes_by_local(world_size))
 
 
 def answer_on_rank(rank: int, case: Case, recipe: Recipe) -> Answer:
@@ -81,6 +81,6 @@ def answer_on_rank(rank: int, case: Case, recipe: Recipe) -> Answer:
     return Answer(y, dx, ddx, dweight, dbias, ddweight, mean, var)
 
 
-def bind(policy: Policy, world_size: int) -> Reducer:
-    """The policy's reducer on this threaded rank."""
-    return policy.bind(Topology(tuple(range(world_size)), mesh=nodes_by_local(world_size)))
+def bind(policy: Policy, world_size: int, layout: Layout) -> Reducer:
+    """The policy's reducer on this threaded rank, for layers of ``layout``."""
+    return policy.bind(Topology(tuple(range(world_size)), mesh=nodes_by_local(world_size)), layout)

@@ -1,0 +1,122 @@
+"""Bucket: one flat vector that carries what every layer shares in a step, and its journey to the other ranks.
+
+Layout: the values of all slots, then one weight per slot, then the number of the step. It is fixed when binding, so
+every rank sends the same size whatever its layers did; a slot that was not used has weight 0.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distnorm.transport import TorchGroup
+from distnorm.transport.group import Pending
+from distnorm.types import EVERY_LAYER, Direction, Layout, Slot
+
+logger = logging.getLogger("distnorm")
+
+
+class Bucket:
+    """Collects slots during a step and sums them over a group while the next step runs."""
+
+    def __init__(self, layout: Layout, group: TorchGroup, *, extra: int = 0) -> None:
+        """Room for ``layout``, with ``extra`` more values per forward slot."""
+        self.group = group
+        self.index = {slot: number for number, slot in enumerate(layout.sizes)}
+        sizes = [size + extra * (slot[1] == "forward") for slot, size in layout.sizes.items()]
+        starts = torch.tensor([0, *sizes]).cumsum(0).tolist()
+        self.span = {slot: slice(*starts[number : number + 2]) for slot, number in self.index.items()}
+        self.values = starts[-1]
+        self.slots = len(sizes)
+        self.slot_of = torch.repeat_interleave(torch.tensor(sizes)).to(layout.device)
+        """Which slot each value belongs to."""
+        self.outbox = self._empty(layout.device)
+        self.dropped = torch.zeros(self.slots, dtype=torch.int64, device=layout.device)
+        """How often each slot came back with NaN or Inf and was left out."""
+        self._pending: Pending | None = None
+        self._warned: set[str] = set()
+
+    def _empty(self, device: torch.device) -> Tensor:
+        return torch.zeros(self.values + self.slots + 1, dtype=torch.float64, device=device)
+
+    def write(self, layer: str, direction: Direction, values: Tensor, weight: Tensor | float) -> None:
+        """Add to a slot of this step."""
+        key = layer, direction
+        self.outbox[self.span[key]].add_(values)
+        self.outbox[self.values + self.index[key]].add_(weight)
+
+    def parts(self, vector: Tensor) -> tuple[Tensor, Tensor]:
+        """The values and the weights of ``vector``."""
+        return vector[: self.values], vector[self.values : -1]
+
+    def usable(self, vector: Tensor) -> Tensor:
+        """Which slots of a landed ``vector`` hold finite values of a weight above 0; counts those that are not finite.
+
+        The vector is a sum over ranks, so every rank judges alike.
+        """
+        values, weights = self.parts(vector)
+        broken = torch.zeros_like(weights).index_add_(0, self.slot_of, (~values.isfinite()).to(weights.dtype))
+        finite = (broken == 0) & weights.isfinite()
+        self.dropped += ~finite
+        return finite & (weights > 0)
+
+    def exchange(self, slot: Slot) -> tuple[Tensor | None, Tensor]:
+        """End a step: wait for the last one's sum, and send this one's. Returns that sum, if any, and what was sent."""
+        landed = self._pending.wait() if self._pending is not None else None
+        if landed is not None:
+            self._check_phase(landed, slot.step - 1)
+        sent = self.outbox
+        sent[-1] = slot.step
+        self.outbox = torch.zeros_like(sent)
+        self._pending = self.group.sum_async(sent.clone(), slot._replace(layer=EVERY_LAYER))
+        return landed, sent
+
+    def take(self) -> Tensor:
+        """End a step whose sums need no collective: this step's vector."""
+        taken, self.outbox = self.outbox, torch.zeros_like(self.outbox)
+        return taken
+
+    def _check_phase(self, landed: Tensor, step: int) -> None:
+        if landed.device.type == "cpu" and landed[-1].item() != step * self.group.size:
+            self.warn_once(
+                "phase",
+                f"distnorm: ranks {list(self.group.ranks)} end their steps at different times, so moving statistics "
+                "mix steps. A backward pass on some rank reached no converted layer, or ranks run different numbers of "
+                "backward passes. Let the optimizer end the steps: distnorm.attach(model, optimizer=optimizer).",
+            )
+
+    def warn_once(self, about: str, message: str) -> None:
+        """Log ``message`` the first time that it is ``about`` this."""
+        if about not in self._warned:
+            self._warned.add(about)
+            logger.warning(message)
+
+    def warn_of_drops(self) -> None:
+        """Log once, naming the layers, that values were dropped. Waits for the device."""
+        lost = [f"{layer} ({direction})" for (layer, direction), n in self.index.items() if self.dropped[n] > 0]
+        if lost:
+            self.warn_once("drops", f"distnorm: NaN or Inf from some rank; those steps were left out for {lost}.")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Waits for the vector in flight and stores it as in flight: saving does not change the trajectory."""
+        state: dict[str, Any] = {"outbox": self.outbox.clone(), "dropped": self.dropped.clone()}
+        if self._pending is not None:
+            state["in_flight"] = self._pending.wait().clone()
+        return state
+
+    def load_state_dict(self, state: dict[str, Any], *, own: bool) -> None:
+        """Resume; the outbox is this rank's only if ``own``."""
+        self.dropped.copy_(state["dropped"])
+        self.outbox.zero_()
+        if own:
+            self.outbox.copy_(state["outbox"])
+        in_flight = state.get("in_flight")
+        self._pending = None
+        if in_flight is not None:
+            vector = in_flight.to(self.outbox.device, copy=True)
+            slot = Slot(EVERY_LAYER, "forward", -1)
+            vector[-1] = vector[-1] if own else 0
+            self._pending = Pending(vector, None, slot, 0.0)

@@ -1,0 +1,186 @@
+"""Moving: a window of steps instead of a bigger batch; one asynchronous collective per step for the whole model.
+
+Timeline, staleness 1: forward and backward of step t use the landed entries up to t - 2 and the local values of t; at
+the end of step t the sums of t - 1 land and those of t are sent. Staleness 0: the newest entry is shared too, by one
+blocking collective per layer and direction. docs/moving.md derives the scaling. Yan et al., "Towards Stabilizing
+Batch Statistics in Backward Propagation of Batch Normalization", ICLR 2020, for the window; sharing it across ranks
+is our construction.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, final
+
+import torch
+from torch import Tensor
+
+from distnorm.policies.base import Policy, Reducer
+from distnorm.policies.bucket import Bucket
+from distnorm.transport import Topology, TorchGroup
+from distnorm.types import Landed, Layout, Slot
+
+LossReduction = Literal["mean", "sum"]
+
+
+class _Window(Reducer):
+    def __init__(self, policy: Moving, blocking: TorchGroup, background: TorchGroup, layout: Layout) -> None:
+        super().__init__(blocking.size)
+        self.policy = policy
+        self.blocking = blocking
+        self.bucket = Bucket(layout, background)
+        # The newest entry never enters the ring before it is global: the window is the ring and the newest.
+        self.depth = policy.window - 1
+        self.ring = torch.zeros(self.depth, self.bucket.values, dtype=torch.float64, device=layout.device)
+        self.filled = torch.zeros(self.bucket.slots, dtype=torch.int64, device=layout.device)
+        self.position = torch.zeros_like(self.filled)
+        self.sums = torch.zeros(self.bucket.values, dtype=torch.float64, device=layout.device)
+
+    def reduce(self, wire: Tensor, slot: Slot) -> Tensor:
+        if not slot.learning:
+            return self.blocking.sum(wire, slot)
+        return self._statistics(wire, slot) if slot.direction == "forward" else self._cotangents(wire, slot)
+
+    def _statistics(self, wire: Tensor, slot: Slot) -> Tensor:
+        newest = wire if self.policy.staleness else self.blocking.sum(wire, slot)
+        self.bucket.write(slot.layer, "forward", newest[:-1], newest[-1])
+        count = newest[-1] if self.policy.staleness else newest[-1] / self.size
+        means = self._windowed(slot, newest[:-1], newest[-1])
+        return torch.cat((means * count, count.view(1)))
+
+    def _cotangents(self, wire: Tensor, slot: Slot) -> Tensor:
+        per_value = self.policy.loss_reduction == "sum"
+        count = _count(slot)
+        weight = count if per_value else torch.ones_like(count)
+        newest = torch.cat((wire / slot.loss_scale, weight.view(1)))
+        if not self.policy.staleness:
+            newest = self.blocking.sum(newest, slot)
+        self.bucket.write(slot.layer, "backward", newest[:-1], newest[-1])
+        share = self._windowed(slot, newest[:-1], newest[-1]) * slot.loss_scale
+        return share * count if per_value else share
+
+    def _windowed(self, slot: Slot, newest: Tensor, weight: Tensor) -> Tensor:
+        """Mean over the landed entries and the newest, if it has any weight."""
+        key = slot.layer, slot.direction
+        entries = self.filled[self.bucket.index[key]] + (weight > 0)
+        own = torch.where(weight > 0, newest / weight, 0)
+        return (self.sums[self.bucket.span[key]] + own) / entries.clamp_min(1)
+
+    def lands(self, slot: Slot) -> bool:
+        return not slot.learning or self.policy.staleness == 0
+
+    def counts(self, slot: Slot) -> bool:
+        return not slot.learning
+
+    def observe(self, shared: Tensor, slot: Slot, contributions: int) -> None:
+        if slot.direction == "forward":
+            self.bucket.write(slot.layer, "forward", shared[:-1], shared[-1])
+            return
+        weight = _count(slot) if self.policy.loss_reduction == "sum" else float(contributions)
+        self.bucket.write(slot.layer, "backward", shared / slot.loss_scale, weight)
+
+    def end_step(self, slot: Slot, *, observed: bool = False) -> list[Landed]:
+        if observed or self.policy.staleness == 0:
+            self._push(self.bucket.take())
+            return []
+        landed, _ = self.bucket.exchange(slot)
+        if landed is None:
+            return []
+        usable = self._push(landed)
+        weights = self.bucket.parts(landed)[1]
+        found = []
+        for (layer, direction), number in self.bucket.index.items():
+            if direction == "forward":
+                span = self.bucket.span[layer, direction]
+                means = self.sums[span] / self.filled[number].clamp_min(1)
+                found.append(Landed(layer, means, weights[number], usable[number].double()))
+        return found
+
+    def _push(self, vector: Tensor) -> Tensor:
+        """Put the entry that ``vector`` holds into the ring; return which slots it had."""
+        usable = self.bucket.usable(vector)
+        if not self.depth:
+            return usable
+        values, weights = self.bucket.parts(vector)
+        slot_of = self.bucket.slot_of
+        row = self.position[slot_of]
+        column = torch.arange(self.bucket.values, device=row.device)
+        entry = torch.where(usable[slot_of], values / weights[slot_of], self.ring[row, column])
+        self.ring[row, column] = entry
+        self.position = torch.where(usable, (self.position + 1) % self.depth, self.position)
+        self.filled = (self.filled + usable).clamp_max(self.depth)
+        self.sums = self.ring.sum(0)
+        return usable
+
+    def state_dict(self) -> dict[str, Any]:
+        self.bucket.warn_of_drops()
+        window = {name: getattr(self, name).clone() for name in ("ring", "filled", "position")}
+        return {"window": window, "bucket": self.bucket.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any], *, own: bool) -> None:
+        for name, value in state["window"].items():
+            getattr(self, name).copy_(value)
+        self.sums = self.ring.sum(0)
+        self.bucket.load_state_dict(state["bucket"], own=own)
+
+
+def _count(slot: Slot) -> Tensor:
+    assert slot.forward_count is not None, "cotangents come with the count of their forward"
+    return slot.forward_count
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Moving(Policy):
+    """Statistics and cotangents averaged over the ``window`` newest steps, over all ranks but for the newest one.
+
+    Args:
+        window: steps, the newest included. 1 with staleness 0 is exact synchronization.
+        staleness: 1 sends each step's sums while the next step runs; 0 blocks in every layer.
+        axis: share along this axis only, as ``AllReduce(axis=...)``; None for all data-parallel ranks.
+        loss_reduction: whether each rank's loss is a ``"mean"`` or a ``"sum"`` over its batch.
+
+    Training-mode forwards under ``no_grad`` share synchronously and leave the window as it is.
+    """
+
+    window: int = 16
+    staleness: int = 1
+    axis: str | None = None
+    loss_reduction: LossReduction = "mean"
+
+    def __post_init__(self) -> None:
+        """Validate."""
+        if not isinstance(self.window, int) or self.window < 1:
+            raise ValueError(f"Moving(window={self.window!r}): need a whole number of steps, at least 1.")
+        if self.staleness not in (0, 1):
+            raise ValueError(f"Moving(staleness={self.staleness!r}): need 0 (blocking) or 1 (one step in flight).")
+        if self.loss_reduction not in ("mean", "sum"):
+            raise ValueError(f'Moving(loss_reduction={self.loss_reduction!r}): need "mean" or "sum".')
+
+    def bind(self, topology: Topology, layout: Layout) -> Reducer:
+        """Make one group for blocking sums and one for the bucket."""
+        blocking, background = (
+            topology.everyone(background=each) if self.axis is None else topology.along(self.axis, background=each)
+            for each in (False, True)
+        )
+        return _Window(self, blocking, background, layout)
+
+    @property
+    def collectives(self) -> float:
+        """One if it blocks."""
+        return 1.0 - self.staleness
+
+    @property
+    def background(self) -> float:
+        """One if it does not block."""
+        return float(self.staleness)
+
+    @property
+    def always_lands(self) -> bool:
+        """Not in training steps, if asynchronous."""
+        return self.staleness == 0
+
+    @property
+    def keeps_cotangents(self) -> bool:
+        """Windows hold cotangents of many steps."""
+        return True

@@ -1,0 +1,132 @@
+"""StaleMix: the other ranks' last landed step and this rank's current one; one asynchronous collective per step.
+
+Timeline: as ``Moving`` with staleness 1 and no window: in step t the other ranks are represented by step t - 2.
+Variance nearly that of exact synchronization, at the price of a bias under drift (docs/moving.md). Our own
+construction, after the displaced statistics of Li et al., "DistriFusion", CVPR 2024, in the form that suits
+independent batches.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from distnorm.policies.base import Policy, Reducer
+from distnorm.policies.bucket import Bucket
+from distnorm.transport import Topology, TorchGroup
+from distnorm.types import Landed, Layout, Slot
+
+
+class _Mix(Reducer):
+    def __init__(self, blocking: TorchGroup, background: TorchGroup, layout: Layout) -> None:
+        super().__init__(blocking.size)
+        self.blocking = blocking
+        # Counts are values here, to be mixed like sums; weights count contributions.
+        self.bucket = Bucket(layout, background, extra=1)
+        self.others = torch.zeros(self.bucket.values, dtype=torch.float64, device=layout.device)
+        """Per slot, what one other rank contributes on average; 0 before anything landed."""
+        self._sent: Tensor | None = None
+
+    def reduce(self, wire: Tensor, slot: Slot) -> Tensor:
+        if not slot.learning:
+            return self.blocking.sum(wire, slot)
+        scale = slot.loss_scale if slot.direction == "backward" else 1.0
+        self.bucket.write(slot.layer, slot.direction, wire / scale, 1.0)
+        return wire + (self.size - 1) * scale * self.others[self.bucket.span[slot.layer, slot.direction]]
+
+    def lands(self, slot: Slot) -> bool:
+        return not slot.learning
+
+    def counts(self, slot: Slot) -> bool:
+        return not slot.learning
+
+    def observe(self, shared: Tensor, slot: Slot, contributions: int) -> None:
+        scale = slot.loss_scale if slot.direction == "backward" else 1.0
+        self.bucket.write(slot.layer, slot.direction, shared / scale, float(contributions))
+
+    def end_step(self, slot: Slot, *, observed: bool = False) -> list[Landed]:
+        if observed:
+            # Another policy has shared this step: what one rank contributes on average is known without a collective.
+            vector = self.bucket.take()
+            self._represent(vector, torch.zeros_like(vector), self.bucket.usable(vector))
+            return []
+        landed, sent = self.bucket.exchange(slot)
+        own, self._sent = self._sent, sent
+        if landed is None:
+            return []
+        usable = self.bucket.usable(landed)
+        self._represent(landed, torch.zeros_like(landed) if own is None else own, usable)
+        values, _ = self.bucket.parts(landed)
+        found = []
+        for (layer, direction), number in self.bucket.index.items():
+            if direction == "forward":
+                wire = values[self.bucket.span[layer, direction]]
+                weight = (usable[number] & (wire[-1] > 0)).double()
+                found.append(Landed(layer, wire[:-1] / wire[-1].clamp_min(1), wire[-1], weight))
+        return found
+
+    def _represent(self, total: Tensor, own: Tensor, usable: Tensor) -> None:
+        values, weights = (all_ - mine for all_, mine in zip(*map(self.bucket.parts, (total, own)), strict=True))
+        slot_of = self.bucket.slot_of
+        present = (usable & (weights > 0))[slot_of]
+        self.others = torch.where(present, values / weights[slot_of], torch.where(usable[slot_of], 0.0, self.others))
+
+    def state_dict(self) -> dict[str, Any]:
+        self.bucket.warn_of_drops()
+        state = {"others": self.others.clone(), "bucket": self.bucket.state_dict()}
+        return state if self._sent is None else {**state, "sent": self._sent.clone()}
+
+    def load_state_dict(self, state: dict[str, Any], *, own: bool) -> None:
+        self.bucket.load_state_dict(state["bucket"], own=own)
+        self.others.copy_(state["others"])
+        self._sent = state["sent"].to(self.others.device) if own and "sent" in state else None
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class StaleMix(Policy):
+    """``reduce(wire) = own wire + (K - 1) * what one other rank contributed to the last landed step``.
+
+    Args:
+        axis: share along this axis only, as ``AllReduce(axis=...)``; None for all data-parallel ranks.
+
+    Training-mode forwards under ``no_grad`` share synchronously.
+    """
+
+    axis: str | None = None
+
+    def bind(self, topology: Topology, layout: Layout) -> Reducer:
+        """Make one group for blocking sums and one for the bucket."""
+        blocking, background = (
+            topology.everyone(background=each) if self.axis is None else topology.along(self.axis, background=each)
+            for each in (False, True)
+        )
+        return _Mix(blocking, background, layout)
+
+    @property
+    def collectives(self) -> float:
+        """None."""
+        return 0.0
+
+    @property
+    def background(self) -> float:
+        """One."""
+        return 1.0
+
+    @property
+    def staleness(self) -> int:
+        """One step in flight."""
+        return 1
+
+    @property
+    def always_lands(self) -> bool:
+        """Not in training steps."""
+        return False
+
+    @property
+    def keeps_cotangents(self) -> bool:
+        """It reuses cotangents of an earlier step."""
+        return True

@@ -1,0 +1,160 @@
+"""The weights axis: what happens to the convolutions and linear layers that feed a converted layer.
+
+``centralized``: W <- W - mean of W per output filter. It stands in for the centring that RMS lacks. Yan et al., ICLR
+2020 (CenConv2d in their code). Two forms with one trajectory:
+
+* forward form: every forward centres the weight, and the gradient passes through the projection;
+* projected form, for SGD: weights are projected once per optimizer step. Projection P is linear, and so is SGD with
+  momentum and weight decay: P (W - lr v) with v from plain gradients is what the forward form's PW goes through.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.hooks import RemovableHandle
+
+
+def centred(weight: Tensor) -> Tensor:
+    """``weight`` less its mean per output filter (dimension 0)."""
+    return weight - weight.mean(dim=list(range(1, weight.dim())), keepdim=True)
+
+
+class Centralized:
+    """A layer whose weight acts centred. ``projected`` says that its values are kept centred."""
+
+    weight: Tensor
+    projected: bool = False
+
+    def effective_weight(self, weight: Tensor) -> Tensor:
+        """What the layer computes with."""
+        return weight if self.projected else centred(weight)
+
+    @torch.no_grad()
+    def project(self) -> None:
+        """Centre the weight in place."""
+        self.weight.copy_(centred(self.weight))
+
+
+class CentralizedConv1d(Centralized, nn.Conv1d):
+    """``nn.Conv1d`` with a centred weight."""
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        y: Tensor = super()._conv_forward(input, self.effective_weight(weight), bias)
+        return y
+
+
+class CentralizedConv2d(Centralized, nn.Conv2d):
+    """``nn.Conv2d`` with a centred weight."""
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        y: Tensor = super()._conv_forward(input, self.effective_weight(weight), bias)
+        return y
+
+
+class CentralizedConv3d(Centralized, nn.Conv3d):
+    """``nn.Conv3d`` with a centred weight."""
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        y: Tensor = super()._conv_forward(input, self.effective_weight(weight), bias)
+        return y
+
+
+class CentralizedLinear(Centralized, nn.Linear):
+    """``nn.Linear`` with a centred weight."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Apply the centred weight."""
+        return nn.functional.linear(input, self.effective_weight(self.weight), self.bias)
+
+
+_TARGETS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Conv1d: CentralizedConv1d,
+    nn.Conv2d: CentralizedConv2d,
+    nn.Conv3d: CentralizedConv3d,
+    nn.Linear: CentralizedLinear,
+}
+_ORIGINALS = {target: original for original, target in _TARGETS.items()}
+
+
+def feeders(model: nn.Module, layers: Iterable[_BatchNorm]) -> Iterator[tuple[str, nn.Module]]:
+    """The layers that feed ``layers``: for each, the nearest one registered before it that has as many outputs.
+
+    Registration order is call order in the models of this field; blocks that register convolutions first and norms
+    after them pair up differently, but to the same set.
+    """
+    wanted = {id(layer) for layer in layers}
+    open_: list[tuple[str, nn.Module]] = []
+    for name, module in model.named_modules():
+        if type(module) in _TARGETS:
+            open_.append((name, module))
+        elif isinstance(module, _BatchNorm) and id(module) in wanted:
+            fits = [each for each in open_ if _outputs(each[1]) == module.num_features]
+            if fits:
+                open_.remove(fits[-1])
+                yield fits[-1]
+
+
+def centralize(model: nn.Module, layers: Iterable[_BatchNorm]) -> None:
+    """Give the feeders of ``layers`` centred weights, by class swap: parameters and state_dict keys stay.
+
+    Warns:
+        UserWarning: naming feeders with a single weight per filter, which centring would zero; they are left alone.
+    """
+    left_alone = []
+    for name, module in list(feeders(model, layers)):
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        if weight[0].numel() == 1:
+            left_alone.append(name)
+        else:
+            module.__class__ = _TARGETS[type(module)]
+    if left_alone:
+        warnings.warn(
+            f"distnorm: centring would zero the weights of {left_alone}, which have one weight per filter; they are "
+            "left as they are.",
+            stacklevel=4,
+        )
+
+
+@torch.no_grad()
+def bake(model: nn.Module) -> None:
+    """Write centred weights into the parameters and give the layers their original classes back."""
+    for module in centralized(model):
+        module.project()
+        module.__dict__.pop("projected", None)
+        module.__class__ = _ORIGINALS[type(module)]
+
+
+def centralized(model: nn.Module) -> list[Any]:
+    """The layers of ``model`` with centred weights."""
+    return [module for module in model.modules() if isinstance(module, Centralized)]
+
+
+def project_with(model: nn.Module, optimizer: torch.optim.Optimizer) -> RemovableHandle | None:
+    """Use the projected form for the weights that ``optimizer`` steps, if it is SGD; None if it is not.
+
+    Clipping gradients by their norm sees the gradient before projection in this form, after it in the other.
+    """
+    if type(optimizer) is not torch.optim.SGD:
+        return None
+    stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    layers = [module for module in centralized(model) if id(module.weight) in stepped]
+    for layer in layers:
+        layer.project()
+        layer.projected = True
+
+    def project(*_: Any) -> None:
+        for layer in layers:
+            layer.project()
+
+    return optimizer.register_step_post_hook(project)
+
+
+def _outputs(module: nn.Module) -> int:
+    return int(getattr(module, "out_channels", 0) or getattr(module, "out_features", 0))
