@@ -6,7 +6,7 @@
 from distnorm import methods, nn, policies, recipes
 from distnorm.attach import attach, end_step, load_state_dict, state_dict, sync_running_stats
 from distnorm.convert import convert, register_converter, revert
-from distnorm.diagnostics import Ledger
+from distnorm.diagnostics import Ledger, stats
 from distnorm.grid import Recipe
 from distnorm.module import DistNorm, DistNorm1d, DistNorm2d, DistNorm3d
 
@@ -28,5 +28,6 @@ __all__ = [
     "register_converter",
     "revert",
     "state_dict",
+    "stats",
     "sync_running_stats",
 ]

@@ -57,6 +57,19 @@ class Layout(NamedTuple):
     device: torch.device
 
 
+class Watch(NamedTuple):
+    """What a layer's last step looked like: means of the local batch, those in use, and of all ranks if asked for.
+
+    ``entries`` is how many steps the means in use rest on, ``dropped`` how many came back with NaN or Inf.
+    """
+
+    local: Tensor
+    used: Tensor
+    shared: Tensor | None
+    entries: int
+    dropped: int
+
+
 class Landed(NamedTuple):
     """Statistics of one layer that became global at a step's end, for the running statistics.
 

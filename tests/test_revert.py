@@ -52,7 +52,6 @@ def test_converting_again_with_another_recipe() -> None:
     mine = distnorm.revert(converted(model()))
     distnorm.convert(mine, "local_bn")
     assert mine[1].recipe.name == "local_bn"
-    assert not hasattr(mine, IGNORED)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -95,8 +94,9 @@ def test_entries_of_the_user_stay() -> None:
     ("recipe", "options"),
     [("local_bn", {}), ("group_bn", {"size": 2}), ("group_bn", {"axis": "node"})],
 )
-def test_statistics_that_differ_between_ranks_are_not_listed(recipe: str, options: dict[str, object]) -> None:
-    assert not hasattr(converted(model(), recipe, **options), IGNORED)
+def test_statistics_that_differ_between_ranks_are_listed_too(recipe: str, options: dict[str, object]) -> None:
+    """DDP would overwrite them with rank 0's in every forward, and leave nothing for sync_running_stats to unite."""
+    assert len(getattr(converted(model(), recipe, **options), IGNORED)) == 6
 
 
 def test_only_what_was_selected_is_listed() -> None:

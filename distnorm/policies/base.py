@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distnorm.transport import LostGroup, Topology
-from distnorm.types import Landed, Layout, Slot
+from distnorm.types import Landed, Layout, Slot, Watch
 
 
 class Reducer(ABC):
@@ -37,6 +37,10 @@ class Reducer(ABC):
     def end_step(self, slot: Slot, *, observed: bool = False) -> list[Landed]:
         """End the step of ``slot``; ``observed`` says that another policy was in charge of it."""
         return []
+
+    def watch(self, slot: Slot, *, exact: bool) -> dict[str, Watch]:
+        """By layer, statistics of the last step, if they outlive it; ``exact`` adds those of all ranks by a collective."""
+        return {}
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs, tensors by name; waits for what is in flight."""

@@ -36,6 +36,8 @@ class Bucket:
         self.outbox = self._empty(layout.device)
         self.dropped = torch.zeros(self.slots, dtype=torch.int64, device=layout.device)
         """How often each slot came back with NaN or Inf and was left out."""
+        self.last = torch.zeros_like(self.outbox)
+        """This rank's part of the last step."""
         self._pending: Pending | None = None
         self._warned: set[str] = set()
 
@@ -68,16 +70,21 @@ class Bucket:
         landed = self._pending.wait() if self._pending is not None else None
         if landed is not None:
             self._check_phase(landed, slot.step - 1)
-        sent = self.outbox
+        sent = self.take()
         sent[-1] = slot.step
-        self.outbox = torch.zeros_like(sent)
         self._pending = self.group.sum_async(sent.clone(), slot._replace(layer=EVERY_LAYER))
         return landed, sent
 
     def take(self) -> Tensor:
         """End a step whose sums need no collective: this step's vector."""
-        taken, self.outbox = self.outbox, torch.zeros_like(self.outbox)
-        return taken
+        self.last, self.outbox = self.outbox, torch.zeros_like(self.outbox)
+        return self.last
+
+    def means(self, vector: Tensor) -> Tensor:
+        """The values of ``vector`` over their weights; 0 where a slot was not used."""
+        values, weights = self.parts(vector)
+        spread = weights[self.slot_of]
+        return torch.where(spread > 0, values / spread, 0.0)
 
     def _check_phase(self, landed: Tensor, step: int) -> None:
         if landed.device.type == "cpu" and landed[-1].item() != step * self.group.size:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from distnorm.policies.base import Policy, Reducer
 from distnorm.transport import Topology
-from distnorm.types import Landed, Layout, Slot
+from distnorm.types import Landed, Layout, Slot, Watch
 
 
 class _Sequence(Reducer):
@@ -40,6 +40,9 @@ class _Sequence(Reducer):
 
     def end_step(self, slot: Slot, *, observed: bool = False) -> list[Landed]:
         return [landed for part in self.parts for landed in part.end_step(slot, observed=observed)]
+
+    def watch(self, slot: Slot, *, exact: bool) -> dict[str, Watch]:
+        return {layer: seen for part in self.parts for layer, seen in part.watch(slot, exact=exact).items()}
 
     def state_dict(self) -> dict[str, Any]:
         return {str(index): part.state_dict() for index, part in enumerate(self.parts)}

@@ -18,7 +18,7 @@ from torch import Tensor
 from distnorm.policies.base import Policy, Reducer
 from distnorm.policies.bucket import Bucket
 from distnorm.transport import Topology, TorchGroup
-from distnorm.types import Landed, Layout, Slot
+from distnorm.types import Landed, Layout, Slot, Watch
 
 LossReduction = Literal["mean", "sum"]
 
@@ -94,6 +94,20 @@ class _Window(Reducer):
                 span = self.bucket.span[layer, direction]
                 means = self.sums[span] / self.filled[number].clamp_min(1)
                 found.append(Landed(layer, means, weights[number], usable[number].double()))
+        return found
+
+    def watch(self, slot: Slot, *, exact: bool) -> dict[str, Watch]:
+        local = self.bucket.means(self.bucket.last)
+        shared = self.bucket.means(self.blocking.sum(self.bucket.last, slot)) if exact else None
+        used = self.sums / self.filled[self.bucket.slot_of].clamp_min(1)
+        found = {}
+        for (layer, direction), number in self.bucket.index.items():
+            span = self.bucket.span[layer, direction]
+            if direction == "forward":
+                entries, dropped = int(self.filled[number]), int(self.bucket.dropped[number])
+                found[layer] = Watch(
+                    local[span], used[span], None if shared is None else shared[span], entries, dropped
+                )
         return found
 
     def _push(self, vector: Tensor) -> Tensor:

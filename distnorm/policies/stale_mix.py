@@ -17,7 +17,7 @@ from torch import Tensor
 from distnorm.policies.base import Policy, Reducer
 from distnorm.policies.bucket import Bucket
 from distnorm.transport import Topology, TorchGroup
-from distnorm.types import Landed, Layout, Slot
+from distnorm.types import Landed, Layout, Slot, Watch
 
 
 class _Mix(Reducer):
@@ -65,7 +65,21 @@ class _Mix(Reducer):
             if direction == "forward":
                 wire = values[self.bucket.span[layer, direction]]
                 weight = (usable[number] & (wire[-1] > 0)).double()
-                found.append(Landed(layer, wire[:-1] / wire[-1].clamp_min(1), wire[-1], weight))
+                found.append(Landed(layer, _mean(wire), wire[-1], weight))
+        return found
+
+    def watch(self, slot: Slot, *, exact: bool) -> dict[str, Watch]:
+        last, _ = self.bucket.parts(self.bucket.last)
+        total = self.bucket.parts(self.blocking.sum(self.bucket.last, slot))[0] if exact else None
+        used = last + (self.size - 1) * self.others
+        found = {}
+        for (layer, direction), number in self.bucket.index.items():
+            if direction == "forward":
+                span = self.bucket.span[layer, direction]
+                shared = None if total is None else _mean(total[span])
+                present = int(bool(self.others[span][-1] > 0))
+                dropped = int(self.bucket.dropped[number])
+                found[layer] = Watch(_mean(last[span]), _mean(used[span]), shared, present, dropped)
         return found
 
     def _represent(self, total: Tensor, own: Tensor, usable: Tensor) -> None:
@@ -83,6 +97,10 @@ class _Mix(Reducer):
         self.bucket.load_state_dict(state["bucket"], own=own)
         self.others.copy_(state["others"])
         self._sent = state["sent"].to(self.others.device) if own and "sent" in state else None
+
+
+def _mean(wire: Tensor) -> Tensor:
+    return wire[:-1] / wire[-1].clamp_min(1)
 
 
 @final

@@ -14,7 +14,7 @@ from torch import Tensor
 from distnorm.policies.all_reduce import AllReduce
 from distnorm.policies.base import Policy, Reducer
 from distnorm.transport import Topology
-from distnorm.types import Landed, Layout, Slot
+from distnorm.types import Landed, Layout, Slot, Watch
 
 
 class _Relay(Reducer):
@@ -43,6 +43,9 @@ class _Relay(Reducer):
         warming = slot.step < self.steps
         landed = self.then.end_step(slot, observed=observed or warming)
         return self.first.end_step(slot) if warming else landed
+
+    def watch(self, slot: Slot, *, exact: bool) -> dict[str, Watch]:
+        return self.then.watch(slot, exact=exact)
 
     def state_dict(self) -> dict[str, Any]:
         return {"first": self.first.state_dict(), "then": self.then.state_dict()}
