@@ -20,11 +20,12 @@ LOOSE_RECORDS = 64
 class Record:
     """One forward's local sums and the shared ones that answered them, in training step ``step``."""
 
-    def __init__(self, local: Tensor, shared: Tensor, step: int) -> None:
-        """Remember detached values; the graph's tensors stay the graph's."""
+    def __init__(self, local: Tensor, shared: Tensor, step: int, *, held: bool) -> None:
+        """Remember detached values; ``held`` says that an autograd node keeps the record."""
         self.local = local.detach()
         self.shared = shared.detach()
         self.step = step
+        self.held = held
 
 
 class Records:
@@ -40,11 +41,11 @@ class Records:
         self._held: WeakSet[Record] = WeakSet()
         self._loose: deque[Record] = deque(maxlen=LOOSE_RECORDS)
 
-    def note(self, record: Record, *, held: bool) -> None:
-        """Remember ``record``: weakly if the caller's graph holds it."""
+    def note(self, record: Record) -> None:
+        """Remember ``record``: weakly if a graph holds it."""
         while self._loose and self._loose[0].step != record.step:
             self._loose.popleft()
-        if held:
+        if record.held:
             self._held.add(record)
         else:
             self._loose.append(record)

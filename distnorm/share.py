@@ -19,6 +19,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
+from distnorm.boundary import backward_may_follow
 from distnorm.recompute import Record
 from distnorm.types import Link
 
@@ -33,8 +34,11 @@ class Channel(Protocol):
         """
         ...
 
-    def cotangents(self, wire: Tensor, count: Tensor, step: int) -> Tensor:
-        """Share local cotangents of a forward in training step ``step`` that was given ``count``."""
+    def cotangents(self, wire: Tensor, count: Tensor, step: int, *, learning: bool) -> Tensor:
+        """Share local cotangents of a forward in training step ``step`` that was given ``count``.
+
+        ``learning``: not while a graph is being built (``create_graph=True``), when the pass ends no step.
+        """
         ...
 
     def lands(self, step: int, *, learning: bool) -> bool:
@@ -69,7 +73,7 @@ def statistics_op(wire: Tensor, key: int, learning: bool) -> Tensor:
 @torch.library.custom_op("distnorm::cotangents", mutates_args=())
 def cotangents_op(wire: Tensor, count: Tensor, key: int) -> Tensor:
     """``Channel.cotangents``, in the current step."""
-    return _channels[key].cotangents(wire, count, NOW).clone()
+    return _channels[key].cotangents(wire, count, NOW, learning=True).clone()
 
 
 @torch.library.custom_op("distnorm::lands", mutates_args=())
@@ -103,7 +107,7 @@ class ReduceForward(torch.autograd.Function):
     def forward(ctx: Any, wire: Tensor, count: Tensor | None, key: int, step: int, learning: bool) -> Tensor:
         """Reduce. One use of the policy."""
         ctx.address = key, step
-        shared = _share_cotangents(wire, count, key, step) if count is not None else _share(ctx, wire, learning)
+        shared = _share(ctx, wire, learning) if count is None else _share_cotangents(wire, count, key, step, learning)
         ctx.save_for_backward(shared[-1].clone() if count is None else count)
         return shared
 
@@ -130,7 +134,7 @@ class ReduceBackward(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         """Share the cotangent."""
         (count,) = ctx.saved_tensors
-        shared = ReduceForward.apply(grad.flatten(), count, *ctx.address, True)
+        shared = ReduceForward.apply(grad.flatten(), count, *ctx.address, not torch.is_grad_enabled())
         return shared.view_as(grad), None, None, None
 
 
@@ -146,11 +150,11 @@ def _share(ctx: Any, wire: Tensor, learning: bool) -> Tensor:
     return answer
 
 
-def _share_cotangents(wire: Tensor, count: Tensor, key: int, step: int) -> Tensor:
+def _share_cotangents(wire: Tensor, count: Tensor, key: int, step: int, learning: bool) -> Tensor:
     if torch.compiler.is_compiling():
         shared: Tensor = torch.ops.distnorm.cotangents(wire, count, key)
         return shared
-    return _channels[key].cotangents(wire, count, step)
+    return _channels[key].cotangents(wire, count, step, learning=learning)
 
 
 class LayerShare:
@@ -160,7 +164,7 @@ class LayerShare:
         """Share through the channel with number ``key``, in training step ``step``."""
         self.key = key
         self.step = step
-        self.learning = torch.is_grad_enabled()
+        self.learning = backward_may_follow()
         self.means_KC: Tensor | None = None
         self.count: Tensor | None = None
 

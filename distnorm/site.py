@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -58,9 +57,11 @@ class Site:
         """
         binding = self.conversion.bound()
         if graph_task() != NO_BACKWARD:
-            binding.expect_boundary()
             record = self.records.recall(wire)
             if record is not None:
+                # A reentrant checkpoint: cotangents will come in a nested pass, whose end is not the step's.
+                if not record.held:
+                    binding.expect_boundary()
                 return record
         else:
             binding.forward_begins()
@@ -70,25 +71,25 @@ class Site:
         shared = self._reduce(binding, wire, slot)
         if binding.reducer.counts(slot):
             self._check_count(shared[-1], binding.reducer.size)
-        record = Record(wire, shared, slot.step)
-        self.records.note(record, held=held)
+        record = Record(wire, shared, slot.step, held=held)
+        self.records.note(record)
         return record
 
-    def cotangents(self, wire: Tensor, count: Tensor, step: int) -> Tensor:
+    def cotangents(self, wire: Tensor, count: Tensor, step: int, *, learning: bool) -> Tensor:
         """Shared counterpart of local cotangents. One use of the policy.
 
         Raises:
             RuntimeError: second derivatives of a policy whose cotangents outlive their step.
         """
         binding = self.conversion.bound()
-        if torch.is_grad_enabled() and self.conversion.recipe.policy.keeps_cotangents:
+        if not learning and self.conversion.recipe.policy.keeps_cotangents:
             raise RuntimeError(
                 f"{self.name}: {self.conversion.recipe.policy} averages cotangents over steps, so there is no second "
                 "derivative (create_graph=True). Use an exact recipe such as sync_bn for this layer."
             )
-        if not torch.is_grad_enabled() and graph_task() != NO_BACKWARD:
+        if learning and graph_task() != NO_BACKWARD:
             binding.expect_boundary()
-        slot = self._slot(binding, "backward", step, learning=True)
+        slot = self._slot(binding, "backward", step, learning=learning)
         if self.conversion.loss_scale is not None:
             slot = slot._replace(loss_scale=self.conversion.loss_scale())
         return self._reduce(binding, wire, slot._replace(forward_count=count))

@@ -32,7 +32,8 @@ class Slot(NamedTuple):
         layer: whose values these are; ``EVERY_LAYER`` for a vector that serves all.
         direction: statistics or cotangents.
         step: the training step of the forward.
-        learning: whether a backward may follow. Without (training mode under no_grad) values enter no window.
+        learning: whether this is part of a step: not a forward that no backward may follow (training mode under
+            no_grad), nor cotangents while a graph is being built. Only then values enter windows.
         forward_count: for cotangents, the count that the forward's ``reduce`` returned.
         loss_scale: what cotangents are multiplied by, as a mixed-precision loss scale does.
         observers: who is told of collectives.

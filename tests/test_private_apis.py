@@ -20,6 +20,9 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
+from distnorm.transport.make_group import make_group
+from tests.support.pool import Pool
+
 TIMEOUT = timedelta(seconds=77)
 
 
@@ -238,3 +241,35 @@ def test_inference_is_a_multiply_add_that_takes_wide_parameters(dtype: torch.dty
     expected = (x.double() - mean.view(1, 3, 1)) * scale.view(1, 3, 1) + shift.view(1, 3, 1)
     assert y.dtype == dtype
     torch.testing.assert_close(y.double(), expected.double(), rtol=torch.finfo(dtype).eps, atol=1e-5)
+
+
+def test_forward_gradients_are_off_inside_of_functions_only() -> None:
+    """It tells the first forward of a reentrant checkpoint from one under no_grad."""
+    seen = []
+
+    def look(x: torch.Tensor) -> torch.Tensor:
+        seen.append((torch.is_grad_enabled(), torch._C._is_fwd_grad_enabled()))
+        return x * 1
+
+    x = torch.ones(1, requires_grad=True)
+    look(x)
+    with torch.no_grad():
+        look(x)
+    checkpoint(look, x, use_reentrant=True)
+    assert seen == [(True, True), (False, True), (False, False)]
+
+
+def test_groups_can_be_made_under_names_of_our_own(pool: Pool) -> None:
+    assert pool.run(3, _sum_in_groups_of_our_own) == [1.0, 1.0, 2.0]
+
+
+def _sum_in_groups_of_our_own(rank: int) -> float:
+    """Ranks 0 and 1 have made one more group than rank 2 when all three make one."""
+    pair = make_group((0, 1), "pair", timedelta(seconds=10)) if rank < 2 else None
+    everyone = make_group((0, 1, 2), "everyone", timedelta(seconds=10))
+    assert dist.get_process_group_ranks(everyone) == [0, 1, 2]
+    value = torch.tensor(float(rank))
+    if pair is not None:
+        dist.all_reduce(value, group=pair)
+    dist.barrier(everyone)
+    return value.item()

@@ -39,7 +39,7 @@ class Reducer(ABC):
         return []
 
     def watch(self, slot: Slot, *, exact: bool) -> dict[str, Watch]:
-        """By layer, statistics of the last step, if they outlive it; ``exact`` adds those of all ranks by a collective."""
+        """By layer, statistics of the last step, if kept; ``exact`` adds those of all ranks, by a collective."""
         return {}
 
     def state_dict(self) -> dict[str, Any]:

@@ -25,10 +25,15 @@ class _EveryKth(Reducer):
         self.every = every
 
     def reduce(self, wire: Tensor, slot: Slot) -> Tensor:
-        return self.inner.reduce(wire, slot) if slot.step % self.every == 0 else wire
+        return self.inner.reduce(wire, slot) if self._shares(slot) else wire
+
+    def _shares(self, slot: Slot) -> bool:
+        # Forwards that no backward may follow estimate running statistics: those are always shared.
+        still = slot.direction == "forward" and not slot.learning
+        return still or slot.step % self.every == 0
 
     def lands(self, slot: Slot) -> bool:
-        return slot.step % self.every == 0 and self.inner.lands(slot)
+        return self._shares(slot) and self.inner.lands(slot)
 
 
 @final

@@ -1,12 +1,13 @@
 """What ranks tell each other once, before any collective: small texts through the job's key-value store.
 
 The only user of torch's private ``_get_default_store`` and of a process group's private ``_device_types``,
-``_get_backend`` and ``_timeout`` (torch 2.13; see
-tests/test_private_apis.py). A store, unlike a collective, can say *which* rank did not answer.
+``_get_backend`` and ``_timeout`` (torch 2.13; see tests/test_private_apis.py). A store, unlike a collective, can say
+*which* rank did not answer.
 """
 
 from __future__ import annotations
 
+import hashlib
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -31,9 +32,11 @@ def tell_and_collect(ranks: tuple[int, ...], text: str, timeout: timedelta) -> l
     """
     store = distributed_c10d._get_default_store()
     rank = dist.get_rank()
-    serial = store.add(f"distnorm/serial/{rank}", 1)
-    keys = [f"distnorm/{serial}/{peer}" for peer in ranks]
-    store.set(f"distnorm/{serial}/{rank}", text)
+    # Numbered per set of ranks: its members may have met different numbers of times in other sets.
+    room = f"distnorm/{hashlib.sha1(repr(ranks).encode(), usedforsecurity=False).hexdigest()}"
+    serial = store.add(f"{room}/serial/{rank}", 1)
+    keys = [f"{room}/{serial}/{peer}" for peer in ranks]
+    store.set(f"{room}/{serial}/{rank}", text)
     try:
         store.wait(keys, timeout)
     except RuntimeError as error:

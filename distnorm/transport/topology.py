@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from distnorm.transport.group import TorchGroup
+from distnorm.transport.make_group import make_group
 from distnorm.transport.rendezvous import group_timeout
 
 NODE_AXES = ("local", "node")
@@ -48,9 +49,9 @@ def mesh_ranks(mesh: DeviceMesh, axes: Collection[str]) -> tuple[int, ...]:
 class Topology:
     """The data-parallel ranks of one model, in order, and how to make groups of them.
 
-    Every group is our own (``new_group``), never DDP's: statistics must not queue behind gradient buckets, and a rank
-    that skips a layer must not shift the order of DDP's collectives. Groups form among their members only, in the
-    order in which policies ask for them, which is the same on every rank that runs the same recipe.
+    Every group is our own, never DDP's: statistics must not queue behind gradient buckets, and a rank that skips a
+    layer must not shift the order of DDP's collectives. Groups form among their members only, in the order in which
+    policies ask for them, which is the same on every rank that runs the same recipe.
     """
 
     def __init__(
@@ -120,6 +121,6 @@ class Topology:
         known = _groups.setdefault(world, {})
         if (ranks, background) not in known:
             timeout = self.timeout if self.timeout is not None else group_timeout(world)
-            group = dist.new_group(list(ranks), timeout=timeout, use_local_synchronization=True)
+            group = make_group(ranks, "background" if background else "blocking", timeout)
             known[ranks, background] = TorchGroup(group, ranks)
         return known[ranks, background]

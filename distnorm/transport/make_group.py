@@ -1,0 +1,40 @@
+"""A process group among its members only, under a name of our choice.
+
+The only user of torch's private ``_new_process_group_helper`` and ``_world`` (torch 2.13; see
+tests/test_private_apis.py). The public ``new_group(use_local_synchronization=True)`` derives the name from how many
+groups this process has, so members that belong to different numbers of groups wait under different names.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from datetime import timedelta
+
+import torch.distributed as dist
+from torch.distributed import distributed_c10d as c10d
+
+
+def make_group(ranks: tuple[int, ...], purpose: str, timeout: timedelta) -> dist.ProcessGroup:
+    """Make the group of the global ``ranks``, in this order, for ``purpose``; once per job for each pair of the two.
+
+    Collective over ``ranks``. The backend is the job's.
+    """
+    world = dist.group.WORLD
+    assert world is not None, "a group needs a job"
+    backend, store = c10d._world.pg_map[world]
+    places = {rank: place for place, rank in enumerate(ranks)}
+    name = f"distnorm {purpose} {hashlib.sha1(repr(ranks).encode(), usedforsecurity=False).hexdigest()}"
+    group, _ = c10d._new_process_group_helper(
+        len(ranks),
+        places[dist.get_rank()],
+        list(ranks),
+        c10d.Backend(backend),
+        store,
+        c10d.GroupName(name),
+        timeout=timeout,
+        device_id=world.bound_device_id,
+        group_desc=f"distnorm {purpose}",
+    )
+    assert isinstance(group, dist.ProcessGroup)
+    c10d._world.pg_group_ranks[group] = places
+    return group
