@@ -76,7 +76,7 @@ def _row(recipe: str, runs: list[Run], staleness: int) -> tuple[str, ...]:
         recipe,
         f"{fmean(final):.1f}" + (f" ± {_spread(final):.1f}" if len(final) > 1 else ""),
         f"{1000 * median(seconds):.1f}",
-        f"{sum(run.collectives for run in runs) / len(seconds):.4g}",
+        f"{sum(run.collectives for run in runs) / len(seconds):.1f}",
         _human(sum(run.payload for run in runs) / len(seconds)),
         str(staleness),
     )

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -29,7 +28,7 @@ from tqdm import tqdm
 import distnorm
 
 STOCK = "stock"  # nn.BatchNorm2d as torch has it: nothing is converted
-RECIPES = (STOCK, "local_bn", "sync_bn")  # to compare another recipe, add its name
+RECIPES = (STOCK, "local_bn", "sync_bn", "mabn", "lazy_bn")  # to compare another recipe, add its name
 LEARNING_RATE = 0.01
 MOMENTUM = 0.9
 WEIGHT_DECAY = 5e-4
@@ -38,8 +37,6 @@ WEIGHT_DECAY = 5e-4
 def main() -> None:
     """Do what the command line asks for."""
     options = parse_options()
-    # The argument's successor is missing from older releases of torch.
-    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
     torch.set_num_threads(1)  # the ranks share the cores, and the images are tiny
     dist.init_process_group("gloo")
     try:
@@ -123,7 +120,7 @@ class Trainer:
         if recipe != STOCK:
             distnorm.convert(self.network, recipe)
         # Stock running statistics are rank 0's, by DDP's broadcasts; `evaluate` unites those of converted networks.
-        self.model = DistributedDataParallel(self.network, broadcast_buffers=recipe == STOCK)
+        self.model = DistributedDataParallel(self.network)
         self.optimizer = torch.optim.SGD(
             self.network.parameters(), LEARNING_RATE, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY
         )
