@@ -21,6 +21,7 @@ from tests.support.threads import run_threads
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+INLINE = re.compile(r"`(make [\w-]+|distnorm \w+)`")
 LINK = re.compile(r"\]\(([^)#:]+)\)")
 
 # Commands that this very run is, or contains.
@@ -38,6 +39,7 @@ def blocks(language: str) -> list[object]:
 
 def commands() -> list[str]:
     lines = [line for block in blocks("bash") for line in block.values[0].splitlines()]
+    lines += [command for page in PAGES for command in INLINE.findall(page.read_text())]
     return sorted({line for line in lines if line and not line.startswith("#")} - RUN_ELSEWHERE)
 
 
