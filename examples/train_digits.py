@@ -94,7 +94,7 @@ def train_all(recipes: Sequence[str], seeds: Sequence[int], epochs: int, batch_s
     """Train every recipe with every seed, one run after the other, under one progress bar on rank 0."""
     plan = [(recipe, seed) for seed in seeds for recipe in recipes]
     runs = []
-    with tqdm(disable=dist.get_rank() != 0, unit="step", file=sys.stderr) as progress:
+    with tqdm(disable=dist.get_rank() != 0, unit="step", mininterval=1.0, file=sys.stderr) as progress:
         for recipe, seed in plan:
             trainer = Trainer(recipe, seed, epochs, batch_size)
             progress.total = len(plan) * trainer.steps

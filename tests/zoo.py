@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from distnorm.methods import RMS, BatchNorm, Method
-from distnorm.policies import AllReduce, Chain, Local, Periodic, Policy
+from distnorm.policies import AllReduce, Chain, Local, Moving, Periodic, Policy, StaleMix, Warmup
 from tests.support import reference
 
 
@@ -43,3 +43,15 @@ PARTIAL: dict[str, Policy] = {
 }
 
 POLICIES = EXACT | PARTIAL
+
+# Policies that remember earlier steps. No linear maps, and without second derivatives: laws 5 and 8 hold for them as
+# they are, tests/moving has the others in the form that suits them.
+MOVING: dict[str, Policy] = {
+    "Moving": Moving(window=3),
+    "Moving-sum": Moving(window=3, loss_reduction="sum"),
+    "Moving-blocking": Moving(window=2, staleness=0),
+    "Moving-exact": Moving(window=1, staleness=0),
+    "StaleMix": StaleMix(),
+    "Warmup": Warmup(then=Moving(window=2), steps=2),
+    "Chain-Moving": Chain(AllReduce(axis="local"), Moving(window=2, axis="node")),
+}

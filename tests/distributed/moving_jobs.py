@@ -130,7 +130,7 @@ def listening(level: int = logging.WARNING) -> Iterator[list[str]]:
     logger = logging.getLogger("distnorm")
     before = logger.level
     logger.addHandler(handler)
-    logger.setLevel(level)
+    logger.setLevel(min(level, before or level))
     try:
         yield messages
     finally:
@@ -140,6 +140,11 @@ def listening(level: int = logging.WARNING) -> Iterator[list[str]]:
 
 def sgd(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.5)
+
+
+def adam(model: nn.Module) -> torch.optim.Optimizer:
+    """Weights are centred in the forward, whoever ends the steps."""
+    return torch.optim.Adam(model.parameters(), lr=0.01)
 
 
 def wrapped(model: nn.Module, **wrapping: Any) -> DistributedDataParallel:

@@ -1,4 +1,4 @@
-"""Moving statistics under DistributedDataParallel: what must be equal on all ranks is, bit for bit, after any training."""
+"""Moving statistics under DistributedDataParallel: what is shared is equal on all ranks, bit for bit."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.optim.swa_utils import AveragedModel, update_bn
 
 import distnorm
 from tests.distributed import moving_jobs as moving
-from tests.distributed.moving_jobs import C, LAYERS, RECIPES, WARM, WINDOW, Seen
+from tests.distributed.moving_jobs import LAYERS, RECIPES, WARM, WINDOW, C, Seen
 from tests.support.pool import Pool
 
 STEPS = 200
