@@ -8,7 +8,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from distnorm import running, weights
 from distnorm.binding import Conversion
@@ -18,15 +17,15 @@ from distnorm.module import DistNorm
 class Attachment:
     """Undoes what ``attach`` set up with an optimizer and a loss scale; the binding to ranks stays."""
 
-    def __init__(self, conversions: list[Conversion], handles: list[RemovableHandle]) -> None:
-        """``handles`` are the hooks on the optimizer."""
+    def __init__(self, conversions: list[Conversion], undo: list[Callable[[], None]]) -> None:
+        """``undo`` takes the hooks off the optimizer."""
         self._conversions = conversions
-        self._handles = handles
+        self._undo = undo
 
     def remove(self) -> None:
         """Steps end with backward passes again, and no loss scale is known."""
-        for handle in self._handles:
-            handle.remove()
+        for undo in self._undo:
+            undo()
         for conversion in self._conversions:
             conversion.ends_with_backward = True
             conversion.loss_scale = None
@@ -64,13 +63,13 @@ def attach(
         conversion.bind(process_group)
         conversion.ends_with_backward = optimizer is None and not manual
         conversion.loss_scale = loss_scale
-    handles = []
+    undo = []
     if optimizer is not None:
-        handles.append(optimizer.register_step_post_hook(lambda *_: end_step(model)))
+        undo.append(optimizer.register_step_post_hook(lambda *_: end_step(model)).remove)
         projection = weights.project_with(model, optimizer)
         if projection is not None:
-            handles.append(projection)
-    return Attachment(conversions, handles)
+            undo.append(projection)
+    return Attachment(conversions, undo)
 
 
 def end_step(model: nn.Module) -> None:

@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from distnorm import running
-from distnorm.boundary import at_end_of_backward
+from distnorm.boundary import at_end_of_backward, graph_task
 from distnorm.grid import Recipe
 from distnorm.layout import layout_of
 from distnorm.policies import Reducer
@@ -44,6 +44,8 @@ class Binding:
         self.reducer = reducer
         self.step = 0
         self._boundary_queued = False
+        self._first_pass: int | None = None
+        self._passes = 0
         self._used: set[str] = set()
         self._warned = False
 
@@ -76,6 +78,8 @@ class Binding:
         """
         if self.conversion.ends_with_backward and not self._boundary_queued:
             self._boundary_queued = True
+            self._first_pass = graph_task() if self._first_pass is None else self._first_pass
+            self._passes = graph_task() - self._first_pass
             at_end_of_backward(self.end_step)
 
     def end_step(self) -> None:
@@ -86,15 +90,9 @@ class Binding:
         """
         self._boundary_queued = False
         self._used.clear()
-        slot = Slot(EVERY_LAYER, "forward", self.step, observers=tuple(self.conversion.observers))
-        try:
-            landed = self.reducer.end_step(slot)
-        except RuntimeError as error:
-            raise RuntimeError(
-                f"distnorm: moving statistics of step {self.step} among ranks {list(self.topology.ranks)} did not "
-                f"arrive. Some rank has stopped, or ran out of data earlier: end all ranks after equally many steps. "
-                f"Cause: {error}"
-            ) from error
+        passes = self._passes if self.conversion.ends_with_backward else 0
+        observers = tuple(self.conversion.observers)
+        landed = self.reducer.end_step(Slot(EVERY_LAYER, "forward", self.step, observers=observers, passes=passes))
         self.step += 1
         running.absorb_landed(dict(self.conversion.layers()), landed, self.conversion.recipe.method)
 
@@ -171,12 +169,15 @@ class Conversion:
         """Bind to the ranks of ``process_group``; None means those that recipe and mesh imply, else all.
 
         Collective over these ranks: an exchange of texts through the store, the making of groups, and one broadcast
-        of running statistics per dtype.
+        of running statistics per dtype. Nothing happens if it is bound to them already: windows go on.
         """
         if isinstance(self.mesh, LostGroup):
             raise self.mesh.refuse()
         world = current_world()
-        topology = Topology((0,)) if world is None else self._agree(world, self._ranks(process_group))
+        ranks = (0,) if world is None else self._ranks(process_group)
+        if self._binding is not None and self._binding.world is world and self._binding.topology.ranks == ranks:
+            return
+        topology = Topology(ranks) if world is None else self._agree(world, ranks)
         reducer = self.recipe.policy.bind(topology, layout_of(self.layers(), self.recipe.method))
         running.take_over((layer for _, layer in self.layers()), topology.everyone())
         self._binding = Binding(self, world, topology, reducer)

@@ -37,6 +37,8 @@ class Slot(NamedTuple):
         forward_count: for cotangents, the count that the forward's ``reduce`` returned.
         loss_scale: what cotangents are multiplied by, as a mixed-precision loss scale does.
         observers: who is told of collectives.
+        passes: at the end of a step, a number that is equal on ranks in phase: the backward passes of this process
+            since its first step, or 0 where the optimizer or the user ends steps.
     """
 
     layer: str
@@ -46,6 +48,7 @@ class Slot(NamedTuple):
     forward_count: Tensor | None = None
     loss_scale: Tensor | float = 1.0
     observers: tuple[Observer, ...] = ()
+    passes: int = 0
 
 
 EVERY_LAYER = "(all layers)"

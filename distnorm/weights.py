@@ -11,13 +11,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.hooks import RemovableHandle
 
 
 def centred(weight: Tensor) -> Tensor:
@@ -39,6 +38,15 @@ class Centralized:
     def project(self) -> None:
         """Centre the weight in place."""
         self.weight.copy_(centred(self.weight))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """No optimizer keeps a copy's values centred."""
+        super().__setstate__({name: value for name, value in state.items() if name != "projected"})  # type: ignore[misc]
+
+    def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
+        super()._load_from_state_dict(*args, **options)  # type: ignore[misc]
+        if self.projected:
+            self.project()
 
 
 class CentralizedConv1d(Centralized, nn.Conv1d):
@@ -136,8 +144,10 @@ def centralized(model: nn.Module) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, Centralized)]
 
 
-def project_with(model: nn.Module, optimizer: torch.optim.Optimizer) -> RemovableHandle | None:
+def project_with(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], None] | None:
     """Use the projected form for the weights that ``optimizer`` steps, if it is SGD; None if it is not.
+
+    Returns what goes back to the forward form.
 
     Clipping gradients by their norm sees the gradient before projection in this form, after it in the other.
     """
@@ -153,7 +163,14 @@ def project_with(model: nn.Module, optimizer: torch.optim.Optimizer) -> Removabl
         for layer in layers:
             layer.project()
 
-    return optimizer.register_step_post_hook(project)
+    handle = optimizer.register_step_post_hook(project)
+
+    def undo() -> None:
+        handle.remove()
+        for layer in layers:
+            layer.projected = False
+
+    return undo
 
 
 def _outputs(module: nn.Module) -> int:

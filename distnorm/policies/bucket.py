@@ -1,7 +1,7 @@
 """Bucket: one flat vector that carries what every layer shares in a step, and its journey to the other ranks.
 
-Layout: the values of all slots, then one weight per slot, then the number of the step. It is fixed when binding, so
-every rank sends the same size whatever its layers did; a slot that was not used has weight 0.
+Layout: the values of all slots, then one weight per slot, then the number of backward passes so far. It is fixed when
+binding, so every rank sends the same size whatever its layers did; a slot that was not used has weight 0.
 """
 
 from __future__ import annotations
@@ -39,6 +39,8 @@ class Bucket:
         self.last = torch.zeros_like(self.outbox)
         """This rank's part of the last step."""
         self._pending: Pending | None = None
+        self._passes: int | None = None
+        """What this rank sent along with the pending vector, unless another process sent it."""
         self._warned: set[str] = set()
 
     def _empty(self, device: torch.device) -> Tensor:
@@ -67,13 +69,32 @@ class Bucket:
 
     def exchange(self, slot: Slot) -> tuple[Tensor | None, Tensor]:
         """End a step: wait for the last one's sum, and send this one's. Returns that sum, if any, and what was sent."""
-        landed = self._pending.wait() if self._pending is not None else None
-        if landed is not None:
-            self._check_phase(landed, slot.step - 1)
+        landed = self._wait()
+        if landed is not None and self._passes is not None:
+            self._check_phase(landed, self._passes)
         sent = self.take()
-        sent[-1] = slot.step
-        self._pending = self.group.sum_async(sent.clone(), slot._replace(layer=EVERY_LAYER))
+        travelling = sent.clone()
+        travelling[-1] = self._passes = slot.passes
+        try:
+            self._pending = self.group.sum_async(travelling, slot._replace(layer=EVERY_LAYER))
+        except RuntimeError as error:
+            raise self._missed(slot.step, error) from error
         return landed, sent
+
+    def _wait(self) -> Tensor | None:
+        if self._pending is None:
+            return None
+        try:
+            return self._pending.wait()
+        except RuntimeError as error:
+            raise self._missed(self._pending.step, error) from error
+
+    def _missed(self, step: int, error: RuntimeError) -> RuntimeError:
+        return RuntimeError(
+            f"distnorm: moving statistics of step {step} among ranks {list(self.group.ranks)} did not arrive. Some "
+            "rank has stopped, or ran out of data earlier: end all ranks after equally many steps. "
+            f"Cause: {error}"
+        )
 
     def take(self) -> Tensor:
         """End a step whose sums need no collective: this step's vector."""
@@ -86,8 +107,8 @@ class Bucket:
         spread = weights[self.slot_of]
         return torch.where(spread > 0, values / spread, 0.0)
 
-    def _check_phase(self, landed: Tensor, step: int) -> None:
-        if landed.device.type == "cpu" and landed[-1].item() != step * self.group.size:
+    def _check_phase(self, landed: Tensor, passes: int) -> None:
+        if landed.device.type == "cpu" and landed[-1].item() != passes * self.group.size:
             self.warn_once(
                 "phase",
                 f"distnorm: ranks {list(self.group.ranks)} end their steps at different times, so moving statistics "
@@ -110,8 +131,10 @@ class Bucket:
     def state_dict(self) -> dict[str, Any]:
         """Waits for the vector in flight and stores it as in flight: saving does not change the trajectory."""
         state: dict[str, Any] = {"outbox": self.outbox.clone(), "dropped": self.dropped.clone()}
-        if self._pending is not None:
-            state["in_flight"] = self._pending.wait().clone()
+        in_flight = self._wait()
+        if in_flight is not None:
+            state["in_flight"] = in_flight.clone()
+            state["in_flight"][-1] = 0  # of this process alone
         return state
 
     def load_state_dict(self, state: dict[str, Any], *, own: bool) -> None:
@@ -121,9 +144,8 @@ class Bucket:
         if own:
             self.outbox.copy_(state["outbox"])
         in_flight = state.get("in_flight")
-        self._pending = None
+        self._pending = self._passes = None
         if in_flight is not None:
             vector = in_flight.to(self.outbox.device, copy=True)
             slot = Slot(EVERY_LAYER, "forward", -1)
-            vector[-1] = vector[-1] if own else 0
             self._pending = Pending(vector, None, slot, 0.0)

@@ -34,6 +34,7 @@ class Pending:
 
     def __init__(self, wire_: Tensor, work: dist.Work | None, slot: Slot, seconds: float) -> None:
         """``seconds``: host time spent on it so far."""
+        self.step = slot.step
         self._wire = wire_
         self._work = work
         self._slot = slot
@@ -41,10 +42,10 @@ class Pending:
 
     def wait(self) -> Tensor:
         """The sum; waits once. On a GPU the current stream waits, not the host."""
-        work, self._work = self._work, None
-        if work is not None:
+        if self._work is not None:
             started = time.perf_counter()
-            work.wait()
+            self._work.wait()
+            self._work = None  # not before: a sum that failed must fail again
             seconds = self._seconds + time.perf_counter() - started
             for observe in self._slot.observers:
                 observe(self._slot, self._wire.numel() * self._wire.element_size(), seconds)
