@@ -1,7 +1,8 @@
 """Where autograd's engine stands: inside a backward pass or not, and when that pass ends.
 
 The only user of torch's private graph-task id, forward-gradient mode and ``queue_callback`` (torch 2.13; see
-tests/test_private_apis.py). FSDP2 relies on the same callback. It runs after the last gradient of the pass and needs no hook on a root module.
+tests/test_private_apis.py). FSDP2 relies on the same callback. It runs after the last gradient of the pass and needs no
+hook on a root module.
 """
 
 from __future__ import annotations

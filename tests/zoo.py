@@ -44,8 +44,8 @@ PARTIAL: dict[str, Policy] = {
 
 POLICIES = EXACT | PARTIAL
 
-# Policies that remember earlier steps. No linear maps, and without second derivatives: laws 5 and 8 hold for them as
-# they are, tests/moving has the others in the form that suits them.
+# Policies that remember earlier steps. No linear maps, and without second derivatives: law 5 holds for them as it is,
+# tests/moving has the others in the form that suits them.
 MOVING: dict[str, Policy] = {
     "Moving": Moving(window=3),
     "Moving-sum": Moving(window=3, loss_reduction="sum"),
