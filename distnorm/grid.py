@@ -8,6 +8,8 @@ from typing import Literal, final
 from distnorm.methods import Method
 from distnorm.policies import Policy
 
+Weights = Literal["none", "centralized"]
+
 
 @final
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +30,7 @@ class Recipe:
 
     method: Method
     policy: Policy
-    weights: Literal["none", "centralized"] = "none"
+    weights: Weights = "none"
     momentum: float | None = None
     name: str | None = field(default=None, compare=False, repr=False)
 

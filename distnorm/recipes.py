@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
-from distnorm.grid import Recipe
+from distnorm.grid import Recipe, Weights
 from distnorm.methods import RMS, BatchNorm
 from distnorm.policies import AllReduce, Chain, Local, Moving, Periodic, Policy, StaleMix, Warmup
 from distnorm.policies.moving import LossReduction
@@ -108,16 +108,17 @@ def hierarchical_mabn(
     return _mabn(Chain(AllReduce(axis=local), Moving(window=window, axis=node)), warmup, clip)
 
 
-def lazy_bn(*, warmup: int = 16) -> Recipe:
+def lazy_bn(*, warmup: int = 16, weights: Weights = "centralized") -> Recipe:
     """Batch norm with one asynchronous collective per step: other ranks as they were two steps ago, this one as it is.
 
     Exact synchronization for ``warmup`` steps. Running statistics are global and equal on all ranks. Our own
-    construction: docs/moving.md.
+    construction: docs/moving.md, which also says why weights are centralized.
 
     Args:
         warmup: synchronous steps at the start.
+        weights: "centralized", or "none" to leave them alone.
     """
-    return Recipe(method=BatchNorm(), policy=Warmup(then=StaleMix(), steps=warmup))
+    return Recipe(method=BatchNorm(), policy=Warmup(then=StaleMix(), steps=warmup), weights=weights)
 
 
 def _mabn(policy: Policy, warmup: int, clip: float) -> Recipe:
