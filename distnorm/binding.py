@@ -55,8 +55,15 @@ class Binding:
         return self.reducer.size == len(self.topology.ranks)
 
     def forward_begins(self) -> None:
-        """Outside of a backward pass nothing can be queued; a queue left by a pass that raised is forgotten."""
+        """Outside of a backward pass nothing can be queued; a queue left by a pass that raised is forgotten.
+
+        Training goes on, so stock running statistics that were loaded must now mean what the method tracks.
+        """
         self._boundary_queued = False
+        if self.conversion.means_to_fold:
+            self.conversion.means_to_fold = False
+            if not self.conversion.recipe.method.centred:
+                running.fold_means(layer for _, layer in self.conversion.layers())
 
     def note_use(self, layer: str) -> None:
         """Watch for a second forward of ``layer`` in one step, which a window cannot tell from a missed step."""
@@ -159,10 +166,6 @@ class Conversion:
                 "distnorm: the process group that these layers were bound to has been destroyed. Evaluation works; to "
                 "go on training, initialize torch.distributed again, or call distnorm.revert(model)."
             )
-        if self.means_to_fold:
-            self.means_to_fold = False
-            if not self.recipe.method.centred:
-                running.fold_means(layer for _, layer in self.layers())
         return self._binding
 
     def bind(self, process_group: dist.ProcessGroup | None) -> None:

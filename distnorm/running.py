@@ -33,8 +33,14 @@ def absorb(layer: _BatchNorm, moments: Moments, count: Tensor, landed: Tensor) -
     momentum = layer.momentum if layer.momentum is not None else 1 / layer.num_batches_tracked.clamp_min(1)
     rate = fresh * momentum
     if moments.mean_C is not None:
-        mean_C.lerp_(moments.mean_C.to(mean_C.dtype), rate.to(mean_C.dtype))
-    var_C.lerp_(moments.var_C.to(var_C.dtype), rate.to(var_C.dtype))
+        _lerp(mean_C, moments.mean_C, rate)
+    _lerp(var_C, moments.var_C, rate)
+
+
+def _lerp(buffer_C: Tensor, fresh_C: Tensor, rate: Tensor) -> None:
+    # 0 times NaN is NaN: where nothing is absorbed, nothing may enter.
+    fresh_C = torch.where(rate > 0, fresh_C.to(buffer_C.dtype), buffer_C)
+    buffer_C.lerp_(fresh_C, rate.to(buffer_C.dtype))
 
 
 @torch.no_grad()

@@ -31,7 +31,7 @@ class Reducer(ABC):
         """Whether the count that ``reduce`` returns is how many values the statistics rest on."""
         return True
 
-    def observe(self, shared: Tensor, slot: Slot, contributions: int) -> None:  # noqa: B027
+    def observe(self, shared: Tensor, slot: Slot, contributions: float) -> None:  # noqa: B027
         """Take note of sums that another policy has shared among ``contributions`` ranks, while it is in charge."""
 
     def end_step(self, slot: Slot, *, observed: bool = False) -> list[Landed]:

@@ -34,9 +34,15 @@ class _Sequence(Reducer):
     def counts(self, slot: Slot) -> bool:
         return all(part.counts(slot) for part in self.parts)
 
-    def observe(self, shared: Tensor, slot: Slot, contributions: int) -> None:
+    def observe(self, shared: Tensor, slot: Slot, contributions: float) -> None:
+        # What a part would have seen: statistics that earlier parts have summed, cotangents that later ones have.
+        earlier = 1
         for part in self.parts:
-            part.observe(shared, slot, contributions)
+            if slot.direction == "forward":
+                part.observe(shared, slot, contributions / earlier)
+            else:
+                part.observe(shared / earlier, slot, contributions * part.size / self.size)
+            earlier *= part.size
 
     def end_step(self, slot: Slot, *, observed: bool = False) -> list[Landed]:
         return [landed for part in self.parts for landed in part.end_step(slot, observed=observed)]

@@ -44,20 +44,21 @@ class _Window(Reducer):
     def _statistics(self, wire: Tensor, slot: Slot) -> Tensor:
         newest = wire if self.policy.staleness else self.blocking.sum(wire, slot)
         self.bucket.write(slot.layer, "forward", newest[:-1], newest[-1])
-        count = newest[-1] if self.policy.staleness else newest[-1] / self.size
         means = self._windowed(slot, newest[:-1], newest[-1])
-        return torch.cat((means * count, count.view(1)))
+        return torch.cat((means * newest[-1], newest[-1:]))
 
     def _cotangents(self, wire: Tensor, slot: Slot) -> Tensor:
         per_value = self.policy.loss_reduction == "sum"
+        # A count and cotangents of this rank alone, or of all that a blocking sum joins.
+        ranks = 1 if self.policy.staleness else self.size
         count = _count(slot)
-        weight = count if per_value else torch.ones_like(count)
+        weight = count / ranks if per_value else torch.ones_like(count)
         newest = torch.cat((wire / slot.loss_scale, weight.view(1)))
         if not self.policy.staleness:
             newest = self.blocking.sum(newest, slot)
         self.bucket.write(slot.layer, "backward", newest[:-1], newest[-1])
         share = self._windowed(slot, newest[:-1], newest[-1]) * slot.loss_scale
-        return share * count if per_value else share
+        return share * (count if per_value else ranks)
 
     def _windowed(self, slot: Slot, newest: Tensor, weight: Tensor) -> Tensor:
         """Mean over the landed entries and the newest, if it has any weight."""
@@ -72,7 +73,7 @@ class _Window(Reducer):
     def counts(self, slot: Slot) -> bool:
         return not slot.learning
 
-    def observe(self, shared: Tensor, slot: Slot, contributions: int) -> None:
+    def observe(self, shared: Tensor, slot: Slot, contributions: float) -> None:
         if slot.direction == "forward":
             self.bucket.write(slot.layer, "forward", shared[:-1], shared[-1])
             return
@@ -88,11 +89,12 @@ class _Window(Reducer):
             return []
         usable = self._push(landed)
         weights = self.bucket.parts(landed)[1]
+        # A window of one keeps no entry: what landed is all there is.
+        shared = self.sums / self.filled[self.bucket.slot_of].clamp_min(1) if self.depth else self.bucket.means(landed)
         found = []
         for (layer, direction), number in self.bucket.index.items():
             if direction == "forward":
-                span = self.bucket.span[layer, direction]
-                means = self.sums[span] / self.filled[number].clamp_min(1)
+                means = shared[self.bucket.span[layer, direction]]
                 found.append(Landed(layer, means, weights[number], usable[number].double()))
         return found
 

@@ -52,7 +52,7 @@ class Periodic(Policy):
         """Validate."""
         if not isinstance(self.every, int) or self.every < 1:
             raise ValueError(f"Periodic(every={self.every!r}): need a whole number of steps, at least 1.")
-        if not isinstance(self.policy, Policy) or self.policy.staleness:
+        if not isinstance(self.policy, Policy) or self.policy.keeps_cotangents:
             raise ValueError(f"Periodic(policy={self.policy!r}): need an exact policy, such as AllReduce().")
 
     def bind(self, topology: Topology, layout: Layout) -> Reducer:

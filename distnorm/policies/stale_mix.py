@@ -43,7 +43,7 @@ class _Mix(Reducer):
     def counts(self, slot: Slot) -> bool:
         return not slot.learning
 
-    def observe(self, shared: Tensor, slot: Slot, contributions: int) -> None:
+    def observe(self, shared: Tensor, slot: Slot, contributions: float) -> None:
         scale = slot.loss_scale if slot.direction == "backward" else 1.0
         self.bucket.write(slot.layer, slot.direction, shared / scale, float(contributions))
 

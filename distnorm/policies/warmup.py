@@ -9,11 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, final
 
+import torch.distributed as dist
 from torch import Tensor
 
 from distnorm.policies.all_reduce import AllReduce
 from distnorm.policies.base import Policy, Reducer
-from distnorm.transport import Topology
+from distnorm.transport import LostGroup, Topology
 from distnorm.types import Landed, Layout, Slot, Watch
 
 
@@ -71,7 +72,7 @@ class Warmup(Policy):
         for name in ("first", "then"):
             if not isinstance(getattr(self, name), Policy):
                 raise ValueError(f"Warmup({name}={getattr(self, name)!r}): need a policy.")
-        if self.first.staleness:
+        if self.first.keeps_cotangents:
             raise ValueError(f"Warmup(first={self.first!r}): need an exact policy, such as AllReduce().")
 
     def bind(self, topology: Topology, layout: Layout) -> Reducer:
@@ -87,6 +88,11 @@ class Warmup(Policy):
     def background(self) -> float:
         """Those of the policy that stays."""
         return self.then.background
+
+    @property
+    def scope(self) -> dist.ProcessGroup | LostGroup | None:
+        """That of either."""
+        return self.first.scope if self.first.scope is not None else self.then.scope
 
     @property
     def staleness(self) -> int:

@@ -210,7 +210,11 @@ def test_stochastic_weight_averaging(pool: Pool, recipe: str) -> None:
             assert not running["norm1.running_mean"].any()
         else:
             stock = moving.Net().double()
-            stock.load_state_dict(state)
+            centred = {
+                name: value - value.mean((1, 2, 3), keepdim=True) if value.dim() == 4 else value
+                for name, value in state.items()
+            }
+            stock.load_state_dict(centred)
             update_bn(joined, stock)
             moving.close(running, dict(stock.named_buffers()))
         assert network == 4 * len(LAYERS)

@@ -1,0 +1,1 @@
+"""Moving statistics: windows, stale mixes, warm-up and centralized weights."""
