@@ -19,7 +19,14 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from distnorm import ddp, recipes, weights
 from distnorm.binding import Conversion
 from distnorm.grid import Recipe
-from distnorm.module import DistNorm, DistNorm1d, DistNorm2d, DistNorm3d, DistNormNd
+from distnorm.module import (
+    DistNorm,
+    DistNorm1d,
+    DistNorm2d,
+    DistNorm3d,
+    DistNormNd,
+    holds_stock_statistics,
+)
 from distnorm.site import Site
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -101,7 +108,7 @@ def apply_to(
         layer.__dict__["_site"] = site
         conversion.add(index, name, layer)
     if conversion.recipe.weights == "centralized":
-        weights.centralize(model, [layer for _, layer in layers])
+        weights.centralize(model, [layer for _, layer in layers], holds_stock_statistics)
     # Binding takes over rank 0's buffers only among the ranks that it concerns; there DDP need not.
     if layers and conversion.mesh is None and conversion.recipe.policy.scope is None:
         ddp.ignore_buffers(model, [layer for _, layer in layers])

@@ -135,6 +135,13 @@ class DistNorm(_BatchNorm):
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
 
+def holds_stock_statistics(layer: _BatchNorm) -> bool:
+    """Whether ``layer`` has running statistics of a stock model that training has not yet turned into its method's."""
+    if not isinstance(layer, DistNorm) or layer.recipe.method.centred or layer.running_mean is None:
+        return False
+    return layer._site.conversion.means_to_fold and bool(layer.running_mean.any())
+
+
 class DistNorm1d(DistNorm, nn.BatchNorm1d):
     """``[N, C]`` or ``[N, C, L]``."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
 import inspect
 from collections.abc import Callable, Iterable
@@ -13,22 +14,28 @@ from distnorm.policies import AllReduce, Chain, Local, Moving, Periodic, Policy,
 from distnorm.policies.moving import LossReduction
 
 
-def local_bn() -> Recipe:
+def local_bn(*, weights: Weights = "none") -> Recipe:
     """Every rank normalizes by its own batch, as nn.BatchNorm does under DistributedDataParallel.
 
     No collective. Running statistics are each rank's own: ``distnorm.sync_running_stats(model)`` unites them. Ioffe &
     Szegedy 2015, algorithm 1, per rank.
+
+    Args:
+        weights: "none", or "centralized" to take the mean out of every filter that feeds a norm.
     """
-    return Recipe(method=BatchNorm(), policy=Local())
+    return Recipe(method=BatchNorm(), policy=Local(), weights=weights)
 
 
-def sync_bn() -> Recipe:
+def sync_bn(*, weights: Weights = "none") -> Recipe:
     """Batch norm over the joined batch of all ranks, exactly.
 
     One collective per layer and direction, of sums and squared sums with their count: unequal and empty local batches
     are exact too. Peng et al., "MegDet", CVPR 2018; Zhang et al., "Context Encoding", CVPR 2018.
+
+    Args:
+        weights: "none", or "centralized" to take the mean out of every filter that feeds a norm.
     """
-    return Recipe(method=BatchNorm(), policy=AllReduce())
+    return Recipe(method=BatchNorm(), policy=AllReduce(), weights=weights)
 
 
 def group_bn(*, size: int | None = None, axis: str | None = None) -> Recipe:
@@ -178,6 +185,22 @@ def build(name: str, **options: object) -> Recipe:
     recipe = builder(**options)
     given = ", ".join(f"{option}={value!r}" for option, value in options.items())
     return replace(recipe, name=f"{name}({given})" if given else name)
+
+
+def parse(text: str) -> Recipe:
+    """The recipe that ``text`` writes as a call, such as ``sync_bn`` or ``group_bn(size=4)``; reads ``Recipe.name`` back.
+
+    Raises:
+        ValueError: not of this form, or as ``build``.
+    """
+    try:
+        call = ast.parse(text if "(" in text else f"{text}()", mode="eval").body
+        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:
+            raise SyntaxError
+        options = {str(each.arg): ast.literal_eval(each.value) for each in call.keywords}
+    except (SyntaxError, ValueError):
+        raise ValueError(f"recipe {text!r}: write a name, or a name with options such as group_bn(size=4).") from None
+    return build(call.func.id, **options)
 
 
 def _builder(name: str) -> Callable[..., Recipe]:

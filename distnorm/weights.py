@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,14 +26,21 @@ def centred(weight: Tensor) -> Tensor:
 
 
 class Centralized:
-    """A layer whose weight acts centred. ``projected`` says that its values are kept centred."""
+    """A layer whose weight acts centred. ``projected`` says that its values are kept centred.
+
+    ``stock`` tells whether the norm that it feeds still holds the running statistics of a stock model: those belong to
+    the weight as it is, and evaluation gives what the stock model gave, until training goes on.
+    """
 
     weight: Tensor
+    training: bool
     projected: bool = False
+    stock: Callable[[], bool]
 
     def effective_weight(self, weight: Tensor) -> Tensor:
         """What the layer computes with."""
-        return weight if self.projected else centred(weight)
+        evaluating = not self.training and not torch.compiler.is_compiling()
+        return weight if self.projected or (evaluating and self.stock()) else centred(weight)
 
     @torch.no_grad()
     def project(self) -> None:
@@ -90,8 +98,8 @@ _TARGETS: dict[type[nn.Module], type[nn.Module]] = {
 _ORIGINALS = {target: original for original, target in _TARGETS.items()}
 
 
-def feeders(model: nn.Module, layers: Iterable[_BatchNorm]) -> Iterator[tuple[str, nn.Module]]:
-    """The layers that feed ``layers``: for each, the nearest one registered before it that has as many outputs.
+def feeders(model: nn.Module, layers: Iterable[_BatchNorm]) -> Iterator[tuple[str, nn.Module, _BatchNorm]]:
+    """What feeds each of ``layers``: the nearest layer registered before it that has as many outputs.
 
     Registration order is call order in the models of this field; blocks that register convolutions first and norms
     after them pair up differently, but to the same set.
@@ -105,23 +113,28 @@ def feeders(model: nn.Module, layers: Iterable[_BatchNorm]) -> Iterator[tuple[st
             fits = [each for each in open_ if _outputs(each[1]) == module.num_features]
             if fits:
                 open_.remove(fits[-1])
-                yield fits[-1]
+                yield *fits[-1], module
 
 
-def centralize(model: nn.Module, layers: Iterable[_BatchNorm]) -> None:
+def centralize(model: nn.Module, layers: Iterable[_BatchNorm], stock: Callable[[_BatchNorm], bool]) -> None:
     """Give the feeders of ``layers`` centred weights, by class swap: parameters and state_dict keys stay.
+
+    ``stock`` tells whether a layer holds the running statistics of a stock model. It travels with copies and pickles,
+    so it is a function of a module.
 
     Warns:
         UserWarning: naming feeders with a single weight per filter, which centring would zero; they are left alone.
     """
     left_alone = []
-    for name, module in list(feeders(model, layers)):
+    for name, module, layer in list(feeders(model, layers)):
         weight = module.weight
         assert isinstance(weight, Tensor)
         if weight[0].numel() == 1:
             left_alone.append(name)
         else:
             module.__class__ = _TARGETS[type(module)]
+            # Not an attribute set the usual way: the norm must not become a child of what feeds it.
+            module.__dict__["stock"] = partial(stock, layer)
     if left_alone:
         warnings.warn(
             f"distnorm: centring would zero the weights of {left_alone}, which have one weight per filter; they are "
@@ -134,7 +147,9 @@ def centralize(model: nn.Module, layers: Iterable[_BatchNorm]) -> None:
 def bake(model: nn.Module) -> None:
     """Write centred weights into the parameters and give the layers their original classes back."""
     for module in centralized(model):
-        module.project()
+        if not module.stock():
+            module.project()
+        del module.__dict__["stock"]
         module.__dict__.pop("projected", None)
         module.__class__ = _ORIGINALS[type(module)]
 

@@ -52,13 +52,17 @@ def main() -> None:
 
 def parse_options() -> argparse.Namespace:
     """Read the command line."""
-    known = [STOCK, *(each.name for each in distnorm.recipes.available())]
+    known = ", ".join([STOCK, *(each.name for each in distnorm.recipes.available())])
     parser = argparse.ArgumentParser(description="Train on handwritten digits; compare ways to normalize.")
     parser.add_argument("--compare", action="store_true", help="train all --recipes with all --seeds")
     parser.add_argument(
-        "--recipes", nargs="+", choices=known, metavar="NAME", default=list(RECIPES), help=f"any of {', '.join(known)}"
+        "--recipes",
+        nargs="+",
+        metavar="RECIPE",
+        default=list(RECIPES),
+        help=f'any of {known}; with options as in "group_bn(size=2)"',
     )
-    parser.add_argument("--recipe", choices=known, metavar="NAME", default="sync_bn", help="trained without --compare")
+    parser.add_argument("--recipe", metavar="RECIPE", default="sync_bn", help="trained without --compare")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="without --compare, the first one")
     parser.add_argument("--epochs", type=int, default=7)
     parser.add_argument("--batch-size", type=int, default=2, help="images per rank and step")
@@ -87,7 +91,7 @@ def train_one(recipe: str, seed: int, epochs: int, batch_size: int) -> None:
 
 def staleness(recipe: str) -> int:
     """Return by how many steps the statistics of ``recipe`` are late."""
-    return 0 if recipe == STOCK else distnorm.recipes.build(recipe).policy.staleness
+    return 0 if recipe == STOCK else distnorm.recipes.parse(recipe).policy.staleness
 
 
 def train_all(recipes: Sequence[str], seeds: Sequence[int], epochs: int, batch_size: int) -> list[Run]:
@@ -118,7 +122,7 @@ class Trainer:
         self.steps = epochs * self.steps_per_epoch
         self.network = build_network(seed)
         if recipe != STOCK:
-            distnorm.convert(self.network, recipe)
+            distnorm.convert(self.network, distnorm.recipes.parse(recipe))
         # Stock running statistics are rank 0's, by DDP's broadcasts; `evaluate` unites those of converted networks.
         self.model = DistributedDataParallel(self.network)
         self.optimizer = torch.optim.SGD(

@@ -17,8 +17,8 @@ def test_recipes_lists_all(capsys: pytest.CaptureFixture[str]) -> None:
     lines = out.splitlines()
     assert not err
     assert lines[::2] == [
-        "local_bn()",
-        "sync_bn()",
+        "local_bn(weights: Weights = 'none')",
+        "sync_bn(weights: Weights = 'none')",
         "group_bn(size: int | None = None, axis: str | None = None)",
         "hierarchical_bn(local: str = 'local', node: str = 'node')",
         "periodic_bn(every: int = 8)",

@@ -76,7 +76,7 @@ def test_build(name: str, options: dict[str, object], policy: Policy, full_name:
             r"^recipe 'group_bn' has no option 'sizes' \(did you mean 'size'\?\); it takes size, axis",
         ),
         ("group_bn", {"zzz": 4}, r"^recipe 'group_bn' has no option 'zzz'; it takes size, axis"),
-        ("sync_bn", {"size": 4}, r"^recipe 'sync_bn' has no option 'size'; it takes none"),
+        ("sync_bn", {"size": 4}, r"^recipe 'sync_bn' has no option 'size'; it takes weights"),
         ("group_bn", {}, r"either size or axis; given are size=None, axis=None"),
         ("group_bn", {"size": 2, "axis": "node"}, r"either size or axis; given are size=2, axis='node'"),
         ("group_bn", {"size": 0}, r"group_size=0\): need a whole number of ranks, at least 1"),
@@ -177,7 +177,7 @@ def test_available_lists_every_recipe() -> None:
 
 
 def test_options_with_their_defaults() -> None:
-    assert recipes.describe("sync_bn").options == {}
+    assert recipes.describe("sync_bn").options == {"weights": "Weights = 'none'"}
     assert recipes.describe("group_bn").options == {"size": "int | None = None", "axis": "str | None = None"}
     assert recipes.describe("hierarchical_bn").options == {"local": "str = 'local'", "node": "str = 'node'"}
     assert recipes.describe("periodic_bn").options == {"every": "int = 8"}
@@ -186,3 +186,16 @@ def test_options_with_their_defaults() -> None:
 def test_describing_an_unknown_recipe() -> None:
     with pytest.raises(ValueError, match=r"unknown recipe 'groop_bn' \(did you mean 'group_bn'\?\)"):
         recipes.describe("groop_bn")
+
+
+@pytest.mark.parametrize("text", ["sync_bn", "group_bn(size=4)", "sync_bn(weights='centralized')", "mabn(window=8)"])
+def test_names_can_be_read_back(text: str) -> None:
+    recipe = recipes.parse(text)
+    assert recipe.name == text
+    assert recipes.parse(recipe.name) == recipe
+
+
+@pytest.mark.parametrize("text", ["group_bn(4)", "group_bn(size=four)", "a.b()", "sync_bn)(", "1()"])
+def test_what_is_not_a_recipe(text: str) -> None:
+    with pytest.raises(ValueError, match="write a name, or a name with options"):
+        recipes.parse(text)

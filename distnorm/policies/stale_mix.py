@@ -118,10 +118,7 @@ class StaleMix(Policy):
 
     def bind(self, topology: Topology, layout: Layout) -> Reducer:
         """Make one group for blocking sums and one for the bucket."""
-        blocking, background = (
-            topology.everyone(background=each) if self.axis is None else topology.along(self.axis, background=each)
-            for each in (False, True)
-        )
+        blocking, background = topology.pair(self.axis)
         return _Mix(blocking, background, layout)
 
     @property

@@ -110,6 +110,12 @@ class Topology:
         place = mine.index(self.rank)
         return self._group(tuple(ranks[place] for ranks in members.values()), background)
 
+    def pair(self, axis: str | None) -> tuple[TorchGroup, TorchGroup]:
+        """Two groups over the ranks along ``axis``, or all: for blocking and for asynchronous collectives."""
+        if axis is None:
+            return self.everyone(), self.everyone(background=True)
+        return self.along(axis), self.along(axis, background=True)
+
     def joining(self, process_group: dist.ProcessGroup) -> TorchGroup:
         """A group of our own over the ranks of the user's ``process_group``."""
         return self._group(tuple(dist.get_process_group_ranks(process_group)))
