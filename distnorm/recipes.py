@@ -188,7 +188,7 @@ def build(name: str, **options: object) -> Recipe:
 
 
 def parse(text: str) -> Recipe:
-    """The recipe that ``text`` writes as a call, such as ``sync_bn`` or ``group_bn(size=4)``; reads ``Recipe.name`` back.
+    """The recipe that ``text`` writes as a call, such as ``sync_bn`` or ``group_bn(size=4)``: a ``Recipe.name``.
 
     Raises:
         ValueError: not of this form, or as ``build``.
