@@ -9,28 +9,23 @@ from __future__ import annotations
 
 import itertools
 import math
-import multiprocessing
-import os
 import pickle
-import signal
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import torch.distributed as dist
 
-from tests.support.worker import HOST, RELEASE, Closed, Job, Outcome, serve
+from tests.support.process import START_S, WorkerProcess
+from tests.support.worker import HOST, RELEASE, Closed, Job, Outcome
 
 T = TypeVar("T")
 Environment = Callable[[int], Mapping[str, str]] | Sequence[Mapping[str, str]]
 
-START_S = 120.0  # starting a process and importing torch
 GRACE_S = 5.0  # after the first failure, how long the other ranks may take to end
 CLOSE_S = 30.0  # destroying the group and getting ready for the next run
 
@@ -50,7 +45,7 @@ class Pool:
         self.max_workers = max_workers
         self._warning_filters = list(warning_filters)
         self._store: dist.TCPStore | None = None
-        self._workers: list[_Worker | None] = [None] * max_workers
+        self._workers: list[WorkerProcess | None] = [None] * max_workers
         self._names = itertools.count()
 
     def __enter__(self) -> Self:
@@ -125,7 +120,7 @@ class Pool:
                 self._workers[rank] = None
         self._store = None
 
-    def _take(self, world_size: int) -> list[_Worker]:
+    def _take(self, world_size: int) -> list[WorkerProcess]:
         """The first ``world_size`` workers, all of them alive and idle."""
         if not 1 <= world_size <= self.max_workers:
             raise ValueError(f"world_size={world_size}; this pool has 1 to {self.max_workers} processes")
@@ -137,7 +132,7 @@ class Pool:
         for rank in range(world_size):
             worker = self._workers[rank]
             if worker is None or not worker.process.is_alive():
-                worker = _Worker(self._store.port, self._warning_filters)
+                worker = WorkerProcess(self._store.port, self._warning_filters)
                 self._workers[rank] = worker
                 fresh.append(worker)
         for worker in fresh:
@@ -149,47 +144,6 @@ class Pool:
         if worker is not None:
             worker.kill()
             self._workers[rank] = None
-
-
-class _Worker:
-    """A process and the connection to it."""
-
-    def __init__(self, port: int, warning_filters: Sequence[str]) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.folder = tempfile.TemporaryDirectory(prefix="pool-")
-        self.stacks = Path(self.folder.name) / "stacks"
-        self.connection: Connection
-        self.connection, theirs = context.Pipe()
-        self.process = context.Process(
-            target=serve, args=(theirs, port, warning_filters, str(self.stacks)), daemon=True
-        )
-        self.process.start()
-        theirs.close()
-
-    def await_ready(self) -> None:
-        if not self.connection.poll(START_S):
-            raise TimeoutError(f"a process of the pool did not start within {START_S} s")
-        self.connection.recv_bytes()
-
-    def dump(self) -> str:
-        """The stacks of the process as they are now."""
-        if self.process.pid is None or not self.process.is_alive():
-            return "(the process has ended)"
-        os.kill(self.process.pid, signal.SIGUSR1)
-        time.sleep(0.2)
-        return self.stacks.read_text()
-
-    def hang_up(self) -> None:
-        self.connection.close()
-        self.process.join(5)
-        self.kill()
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.join()
-        self.process.close()
-        self.connection.close()
-        self.folder.cleanup()
 
 
 class _Run:
@@ -243,7 +197,7 @@ class _Run:
             group_timeout=self.group_timeout,
         )
 
-    def _collect(self, workers: list[_Worker]) -> None:
+    def _collect(self, workers: list[WorkerProcess]) -> None:
         """Take one outcome per rank; a rank that is late or dead has an error for an outcome and loses its process."""
         pending = {worker.connection: rank for rank, worker in enumerate(workers)}
         deadline = time.monotonic() + self.timeout
@@ -261,7 +215,7 @@ class _Run:
             message = f"rank {rank} of {self.world_size} still ran after {self.timeout} s:\n{workers[rank].dump()}"
             self._lose(rank, TimeoutError(message))
 
-    def _release(self, workers: list[_Worker]) -> None:
+    def _release(self, workers: list[WorkerProcess]) -> None:
         """Let the remaining ranks destroy their groups."""
         remaining = sorted(self.busy)
         for rank in remaining:
@@ -289,7 +243,7 @@ class _Run:
         error.add_note(f"\nRaised on rank {rank} of {self.world_size}:\n{outcome.trace}")
         self._fail(rank, outcome.at, error)
 
-    def _died(self, rank: int, worker: _Worker) -> WorkerDiedError:
+    def _died(self, rank: int, worker: WorkerProcess) -> WorkerDiedError:
         worker.process.join(1)
         return WorkerDiedError(f"rank {rank} of {self.world_size} died with exit code {worker.process.exitcode}")
 
