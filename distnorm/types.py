@@ -18,10 +18,14 @@ Link = Callable[[Tensor], Tensor]
 
 
 class Observer(Protocol):
-    """Told of every collective: its slot, the payload in bytes, and the seconds that the host waited."""
+    """Told of collectives."""
 
-    def __call__(self, slot: Slot, nbytes: int, seconds: float) -> None:
-        """Take note."""
+    def issued(self, slot: Slot, nbytes: int) -> None:
+        """A collective for ``slot`` starts, with a payload of ``nbytes``."""
+        ...
+
+    def waited(self, slot: Slot, seconds: float) -> None:
+        """The host spent ``seconds`` in a collective for ``slot``."""
         ...
 
 

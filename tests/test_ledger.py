@@ -171,3 +171,18 @@ def test_time_and_table() -> None:
     ]
     assert total.split()[:3] == ["total", str(ledger.collectives), str(ledger.bytes)]
     assert len({len(line) for line in (header, *rows, total)}) == 1
+
+
+def test_asynchronous_collectives_count_when_they_start() -> None:
+    """All of a block's steps are its own, also the last one, whose sum is still under way."""
+
+    def run(rank: int) -> list[int]:
+        model = distnorm.convert(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)), "lazy_bn", warmup=0)
+        counts = []
+        for _ in range(3):
+            with distnorm.Ledger(model) as ledger:
+                model(torch.ones(2, 3) * rank).sum().backward()
+            counts.append(ledger.collectives)
+        return counts
+
+    assert run_threads(2, run) == [[1, 1, 1]] * 2

@@ -21,12 +21,6 @@ class Tally:
     bytes: int = 0
     seconds: float = 0.0
 
-    def add(self, nbytes: int, seconds: float) -> None:
-        """Count one collective."""
-        self.collectives += 1
-        self.bytes += nbytes
-        self.seconds += seconds
-
 
 class Ledger:
     """Count the statistics collectives of ``model`` on this rank, within a ``with`` block.
@@ -67,7 +61,7 @@ class Ledger:
     def __enter__(self) -> Ledger:
         """Start counting."""
         for conversion in self._conversions:
-            conversion.observers.append(self._observe)
+            conversion.observers.append(self)
         return self
 
     def __exit__(
@@ -75,7 +69,7 @@ class Ledger:
     ) -> None:
         """Stop counting."""
         for conversion in self._conversions:
-            conversion.observers.remove(self._observe)
+            conversion.observers.remove(self)
 
     def __str__(self) -> str:
         """A table, one row per layer."""
@@ -84,6 +78,16 @@ class Ledger:
             rows.append(f"{name:<40} {tally.collectives:>11} {tally.bytes:>12} {tally.seconds:>9.4f}")
         return "\n".join(rows)
 
-    def _observe(self, slot: Slot, nbytes: int, seconds: float) -> None:
-        for tally in (self.total, self.layers[slot.layer], self.steps[slot.step]):
-            tally.add(nbytes, seconds)
+    def issued(self, slot: Slot, nbytes: int) -> None:
+        """Count a collective."""
+        for tally in self._tallies(slot):
+            tally.collectives += 1
+            tally.bytes += nbytes
+
+    def waited(self, slot: Slot, seconds: float) -> None:
+        """Add host time; also of a collective that was issued within the block and waited for after it."""
+        for tally in self._tallies(slot):
+            tally.seconds += seconds
+
+    def _tallies(self, slot: Slot) -> tuple[Tally, Tally, Tally]:
+        return self.total, self.layers[slot.layer], self.steps[slot.step]

@@ -148,4 +148,4 @@ class Bucket:
         if in_flight is not None:
             vector = in_flight.to(self.outbox.device, copy=True)
             slot = Slot(EVERY_LAYER, "forward", -1)
-            self._pending = Pending(vector, None, slot, 0.0)
+            self._pending = Pending(vector, None, slot)

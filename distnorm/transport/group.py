@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -32,23 +34,19 @@ class LostGroup:
 class Pending:
     """A sum that is under way."""
 
-    def __init__(self, wire_: Tensor, work: dist.Work | None, slot: Slot, seconds: float) -> None:
-        """``seconds``: host time spent on it so far."""
+    def __init__(self, wire_: Tensor, work: dist.Work | None, slot: Slot) -> None:
+        """``work`` sums ``wire_`` in place; None if it is done."""
         self.step = slot.step
         self._wire = wire_
         self._work = work
         self._slot = slot
-        self._seconds = seconds
 
     def wait(self) -> Tensor:
         """The sum; waits once. On a GPU the current stream waits, not the host."""
         if self._work is not None:
-            started = time.perf_counter()
-            self._work.wait()
+            with _timed(self._slot):
+                self._work.wait()
             self._work = None  # not before: a sum that failed must fail again
-            seconds = self._seconds + time.perf_counter() - started
-            for observe in self._slot.observers:
-                observe(self._slot, self._wire.numel() * self._wire.element_size(), seconds)
         return self._wire
 
 
@@ -78,18 +76,18 @@ class TorchGroup:
         """Sum of ``wire`` over the group, shape and dtype kept. One collective; none in a group of one rank."""
         if self.size == 1:
             return wire
-        started = time.perf_counter()
-        nbytes = wire.numel() * wire.element_size()
-        total = self._exchange(wire) if nbytes <= self.exchange_limit_bytes else self._all_reduce(wire)
-        for observe in slot.observers:
-            observe(slot, nbytes, time.perf_counter() - started)
-        return total
+        nbytes = _announce(wire, slot)
+        with _timed(slot):
+            return self._exchange(wire) if nbytes <= self.exchange_limit_bytes else self._all_reduce(wire)
 
     def sum_async(self, wire_: Tensor, slot: Slot) -> Pending:
         """Start summing ``wire_`` over the group, in place. One collective; none in a group of one rank."""
-        started = time.perf_counter()
-        work = dist.all_reduce(wire_, group=self.process_group, async_op=True) if self.size > 1 else None
-        return Pending(wire_, work, slot, time.perf_counter() - started)
+        if self.size == 1:
+            return Pending(wire_, None, slot)
+        _announce(wire_, slot)
+        with _timed(slot):
+            work = dist.all_reduce(wire_, group=self.process_group, async_op=True)
+        return Pending(wire_, work, slot)
 
     def broadcast(self, tensor: Tensor) -> None:
         """Overwrite ``tensor`` with the first rank's, in place. One collective; none in a group of one rank."""
@@ -106,3 +104,18 @@ class TorchGroup:
         total = wire.detach().clone()
         dist.all_reduce(total, group=self.process_group)
         return total
+
+
+def _announce(wire: Tensor, slot: Slot) -> int:
+    nbytes = wire.numel() * wire.element_size()
+    for observer in slot.observers:
+        observer.issued(slot, nbytes)
+    return nbytes
+
+
+@contextmanager
+def _timed(slot: Slot) -> Iterator[None]:
+    started = time.perf_counter()
+    yield
+    for observer in slot.observers:
+        observer.waited(slot, time.perf_counter() - started)
