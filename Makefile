@@ -7,6 +7,8 @@ ONE_THREAD := OMP_NUM_THREADS=1
 
 # The constraints hold for the isolated build of the package itself, too.
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
+# DeepSpeed is pure Python then.
+export DS_BUILD_OPS := 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
