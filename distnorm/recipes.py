@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import ast
-import difflib
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from distnorm.grid import Recipe, Weights
 from distnorm.methods import RMS, BatchNorm
 from distnorm.policies import AllReduce, Chain, Local, Moving, Periodic, Policy, StaleMix, Warmup
 from distnorm.policies.moving import LossReduction
+from distnorm.suggest import suggest
 
 
 def local_bn(*, weights: Weights = "none") -> Recipe:
@@ -81,7 +81,14 @@ def periodic_bn(*, every: int = 8) -> Recipe:
     return Recipe(method=BatchNorm(), policy=Periodic(every=every))
 
 
-def mabn(*, window: int = 16, warmup: int = 100, clip: float = 5.0, loss_reduction: LossReduction = "mean") -> Recipe:
+def mabn(
+    *,
+    window: int = 16,
+    warmup: int = 100,
+    clip: float = 5.0,
+    loss_reduction: LossReduction = "mean",
+    weights: Weights = "centralized",
+) -> Recipe:
     """Moving statistics: one asynchronous collective per step for the whole model, none that a layer waits for.
 
     RMS over a window of steps, global but for the newest; centralized weights stand in for centring. Running
@@ -93,9 +100,10 @@ def mabn(*, window: int = 16, warmup: int = 100, clip: float = 5.0, loss_reducti
         warmup: the step from which windows are used, counted from 1 as in the paper's code.
         clip: bound of the correction that follows the running statistics after 1000 steps; see ``RMS``.
         loss_reduction: whether each rank's loss is a "mean" or a "sum" over its batch.
+        weights: "centralized" as published, or "none" to leave them alone.
     """
     moving = Moving(window=window, loss_reduction=loss_reduction)
-    return _mabn(moving, warmup, clip)
+    return _mabn(moving, warmup, clip, weights)
 
 
 def hierarchical_mabn(
@@ -112,7 +120,7 @@ def hierarchical_mabn(
         warmup: the step from which windows are used, counted from 1.
         clip: as in ``mabn``.
     """
-    return _mabn(Chain(AllReduce(axis=local), Moving(window=window, axis=node)), warmup, clip)
+    return _mabn(Chain(AllReduce(axis=local), Moving(window=window, axis=node)), warmup, clip, "centralized")
 
 
 def lazy_bn(*, warmup: int = 16, weights: Weights = "centralized") -> Recipe:
@@ -128,10 +136,10 @@ def lazy_bn(*, warmup: int = 16, weights: Weights = "centralized") -> Recipe:
     return Recipe(method=BatchNorm(), policy=Warmup(then=StaleMix(), steps=warmup), weights=weights)
 
 
-def _mabn(policy: Policy, warmup: int, clip: float) -> Recipe:
+def _mabn(policy: Policy, warmup: int, clip: float, weights: Weights) -> Recipe:
     relay = Warmup(then=policy, steps=max(warmup - 1, 0))
     method = RMS(clip=clip, clip_after=max(1000, warmup))
-    return Recipe(method=method, policy=relay, weights="centralized", momentum=0.02)
+    return Recipe(method=method, policy=relay, weights=weights, momentum=0.02)
 
 
 _BUILDERS: dict[str, Callable[..., Recipe]] = {
@@ -179,7 +187,7 @@ def build(name: str, **options: object) -> Recipe:
     for option in options:
         if option not in allowed:
             raise ValueError(
-                f"recipe {name!r} has no option {option!r}{_suggest(option, allowed)}; "
+                f"recipe {name!r} has no option {option!r}{suggest(option, allowed)}; "
                 f"it takes {', '.join(allowed) if allowed else 'none'}."
             )
     recipe = builder(**options)
@@ -205,10 +213,5 @@ def parse(text: str) -> Recipe:
 
 def _builder(name: str) -> Callable[..., Recipe]:
     if name not in _BUILDERS:
-        raise ValueError(f"unknown recipe {name!r}{_suggest(name, _BUILDERS)}; there are {', '.join(_BUILDERS)}.")
+        raise ValueError(f"unknown recipe {name!r}{suggest(name, _BUILDERS)}; there are {', '.join(_BUILDERS)}.")
     return _BUILDERS[name]
-
-
-def _suggest(given: str, allowed: Iterable[str]) -> str:
-    near = difflib.get_close_matches(given, list(allowed), n=1)
-    return f" (did you mean {near[0]!r}?)" if near else ""
