@@ -22,7 +22,8 @@ def test_recipes_lists_all(capsys: pytest.CaptureFixture[str]) -> None:
         "group_bn(size: int | None = None, axis: str | None = None)",
         "hierarchical_bn(local: str = 'local', node: str = 'node')",
         "periodic_bn(every: int = 8)",
-        "mabn(window: int = 16, warmup: int = 100, clip: float = 5.0, loss_reduction: LossReduction = 'mean')",
+        "mabn(window: int = 16, warmup: int = 100, clip: float = 5.0, loss_reduction: LossReduction = 'mean', "
+        "weights: Weights = 'centralized')",
         "hierarchical_mabn(local: str = 'local', node: str = 'node', window: int = 16, warmup: int = 100, "
         "clip: float = 5.0)",
         "lazy_bn(warmup: int = 16, weights: Weights = 'centralized')",
