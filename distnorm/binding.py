@@ -23,10 +23,10 @@ from distnorm.boundary import at_end_of_backward, graph_task
 from distnorm.grid import Recipe
 from distnorm.layout import layout_of
 from distnorm.policies import Reducer
-from distnorm.transport import LostGroup, Topology
+from distnorm.transport import LostGroup, Topology, mpi
 from distnorm.transport.rendezvous import group_timeout, tell_and_collect
 from distnorm.transport.topology import current_world, mesh_ranks, node_id
-from distnorm.types import EVERY_LAYER, Observer, Slot
+from distnorm.types import EVERY_LAYER, Observer, Slot, Transport
 
 logger = logging.getLogger("distnorm")
 
@@ -107,9 +107,10 @@ class Binding:
 class Conversion:
     """One call of ``convert``: its recipe and its layers, and their binding once there is one."""
 
-    def __init__(self, recipe: Recipe, mesh: DeviceMesh | None) -> None:
+    def __init__(self, recipe: Recipe, mesh: DeviceMesh | None, transport: Transport = "torch") -> None:
         """No layers yet, and no ranks."""
         self.recipe = recipe
+        self.transport = transport
         self.mesh: DeviceMesh | LostGroup | None = mesh
         self._start()
 
@@ -125,12 +126,12 @@ class Conversion:
     def __getstate__(self) -> dict[str, Any]:
         """Copies are unbound; a mesh belongs to its process."""
         mesh = LostGroup(f"its device mesh {self.mesh}") if isinstance(self.mesh, DeviceMesh) else self.mesh
-        return {"recipe": self.recipe, "mesh": mesh}
+        return {"recipe": self.recipe, "mesh": mesh, "transport": self.transport}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Conversion:
         """Within a process the mesh stays valid."""
         copied = memo[id(self)] = type(self).__new__(type(self))
-        copied.__setstate__({"recipe": self.recipe, "mesh": self.mesh})
+        copied.__setstate__({**self.__getstate__(), "mesh": self.mesh})
         return copied
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -154,7 +155,7 @@ class Conversion:
         """The binding to this process's job; made now if there is none.
 
         Raises:
-            RuntimeError: the job that the layers were bound to is gone, or ranks differ or do not answer.
+            RuntimeError: the job that the layers were bound to is gone; ranks differ, do not answer, or are no MPI job.
             ValueError: the policy does not fit the ranks.
         """
         world = current_world()
@@ -177,6 +178,8 @@ class Conversion:
         if isinstance(self.mesh, LostGroup):
             raise self.mesh.refuse()
         world = current_world()
+        if world is None and self.transport == "mpi":
+            mpi.check_alone()
         ranks = (0,) if world is None else self._ranks(process_group)
         if self._binding is not None and self._binding.world is world and self._binding.topology.ranks == ranks:
             return
@@ -226,15 +229,22 @@ class Conversion:
 
     def _agree(self, world: dist.ProcessGroup, ranks: tuple[int, ...]) -> Topology:
         timeout = group_timeout(world)
-        mine = {"node": node_id(), "converted": self._fingerprint()}
+        mine = {"node": node_id(), "converted": self._fingerprint(), "mpi": self._mpi_place()}
         told = [json.loads(text) for text in tell_and_collect(ranks, json.dumps(mine), timeout)]
         for rank, other in zip(ranks, told, strict=True):
             _compare(ranks[0], told[0]["converted"], rank, other["converted"])
         mesh = self.mesh if isinstance(self.mesh, DeviceMesh) else None
-        return Topology(ranks, mesh=mesh, nodes=tuple(other["node"] for other in told), timeout=timeout)
+        nodes = tuple(other["node"] for other in told)
+        places = mpi.check_places(ranks, [other["mpi"] for other in told]) if self.transport == "mpi" else None
+        return Topology(ranks, mesh=mesh, nodes=nodes, timeout=timeout, mpi=places)
+
+    def _mpi_place(self) -> dict[str, object] | None:
+        if self.transport != "mpi":
+            return None
+        return mpi.place(layout_of(self.layers(), self.recipe.method).device)
 
     def _fingerprint(self) -> list[str]:
-        lines = [repr(self.recipe)]
+        lines = [repr(self.recipe), f"transport={self.transport!r}"]
         for name, layer in self.layers():
             lines.append(f"{name}: {layer.num_features} features, eps={layer.eps}, momentum={layer.momentum}")
         return lines

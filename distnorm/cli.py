@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 
 from distnorm import recipes
+from distnorm.commands import config, launch
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    if given[:1] == ["launch"]:
+        return launch.main(given[1:])  # accelerate's own parser reads the rest
     parser = argparse.ArgumentParser(
         prog="distnorm", description="Synchronized normalization for distributed training."
     )
     commands = parser.add_subparsers(dest="command", required=True)
     listing = commands.add_parser("recipes", help="list the recipes, or describe one")
     listing.add_argument("name", nargs="?", help="a recipe's name")
-    chosen = parser.parse_args(arguments)
-    return _recipes(parser, chosen.name)
+    commands.add_parser("launch", help="accelerate launch, with models converted as the config file says")
+    config.add_arguments(commands.add_parser("config", help="write distnorm's section into accelerate's config file"))
+    chosen = parser.parse_args(given)
+    return config.main(chosen) if chosen.command == "config" else _recipes(parser, chosen.name)
 
 
 def _recipes(parser: argparse.ArgumentParser, name: str | None) -> int:

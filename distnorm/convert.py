@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from fnmatch import fnmatchcase
-from typing import TypeVar
+from typing import TypeVar, get_args
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -18,6 +18,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from distnorm import ddp, recipes, weights
 from distnorm.binding import Conversion
+from distnorm.class_swap import swap, underlying
 from distnorm.grid import Recipe
 from distnorm.module import (
     DistNorm,
@@ -28,6 +29,8 @@ from distnorm.module import (
     holds_stock_statistics,
 )
 from distnorm.site import Site
+from distnorm.transport.mpi import load_mpi
+from distnorm.types import Transport
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 Where = Callable[[str, nn.Module], bool] | Sequence[str]
@@ -63,6 +66,7 @@ def convert(
     *,
     where: Where | None = None,
     mesh: DeviceMesh | None = None,
+    transport: Transport = "torch",
     **options: object,
 ) -> ModelT:
     """Replace the model's batch norm layers by ``recipe``, in place, and return the model.
@@ -77,18 +81,25 @@ def convert(
         where: which layers: a function of name and layer, or glob patterns over names such as ``["backbone.*"]``.
         mesh: the data-parallel device mesh, whose axes a recipe can name; statistics never leave it. Slice a mesh
             that has other axes too: ``mesh["dp"]``.
+        transport: who carries statistics: ``"torch"``, a process group of the job's backend, or ``"mpi"``, mpi4py, for
+            layers on the CPU in a job that mpirun started.
         options: options of a named recipe, such as ``size=4``.
 
     Raises:
-        ValueError: unknown recipe, option or value; an uninitialized lazy layer; a layer that another recipe has
-            converted; ``where`` selects nothing. The model is as it was.
+        ImportError: ``transport="mpi"`` without mpi4py.
+        ValueError: unknown recipe, option, transport or value; an uninitialized lazy layer; a layer that another recipe
+            has converted; ``where`` selects nothing. The model is as it was.
 
     Warns:
         UserWarning: once, naming subclasses of batch norm that were left alone; or if the model has no batch norm.
     """
     wanted = _recipe(recipe, options)
+    if transport not in get_args(Transport):
+        raise ValueError(f"convert(transport={transport!r}): allowed are {', '.join(get_args(Transport))}.")
+    if transport == "mpi":
+        load_mpi("transport='mpi'")
     layers = _select(model, wanted, where)
-    apply_to(model, layers, Conversion(wanted, mesh), _targets)
+    apply_to(model, layers, Conversion(wanted, mesh, transport), _targets)
     return model
 
 
@@ -100,9 +111,9 @@ def apply_to(
 ) -> None:
     """Swap the classes of ``layers`` of ``model`` for their ``targets``."""
     for index, (name, layer) in enumerate(layers):
-        original = type(layer)
+        original = _original(layer)
         site = Site(conversion, index, name, original, layer.momentum)
-        layer.__class__ = targets[original]
+        swap(layer, targets[original])
         if conversion.recipe.momentum is not None:
             layer.momentum = conversion.recipe.momentum
         layer.__dict__["_site"] = site
@@ -120,11 +131,17 @@ def revert(model: ModelT) -> ModelT:
     Evaluation output is unchanged; centralized weights are written into the parameters. No collective.
     """
     weights.bake(model)
+    return undo(model)
+
+
+def undo(model: ModelT) -> ModelT:
+    """``revert``, but leave the weights as they are: for a conversion that nothing has used yet."""
+    weights.release(model)
     layers = [layer for layer in model.modules() if isinstance(layer, DistNorm)]
     ddp.heed_buffers(model, layers)
     for layer in layers:
         site = layer.__dict__.pop("_site")
-        layer.__class__ = site.original
+        swap(layer, site.original)
         layer.momentum = site.momentum
         for name in ("running_mean", "running_var"):  # stock layers want the dtype of their parameters
             buffer = getattr(layer, name)
@@ -153,7 +170,7 @@ def _select(model: nn.Module, recipe: Recipe, where: Where | None) -> list[tuple
     wanted = [(name, layer) for name, layer in candidates if _matches(where, name, layer)]
     if not wanted:
         raise ValueError(f"convert(where={where!r}) selects none of {[name for name, _ in candidates]}.")
-    unknown = [(name, layer) for name, layer in wanted if type(layer) not in _targets]
+    unknown = [(name, layer) for name, layer in wanted if _original(layer) not in _targets]
     for name, layer in unknown:
         if isinstance(layer, LazyModuleMixin):
             raise ValueError(f"{name}: {type(layer).__name__} is not initialized. Run one forward, then convert.")
@@ -166,7 +183,13 @@ def _select(model: nn.Module, recipe: Recipe, where: Where | None) -> list[tuple
             "distnorm.register_converter(their class, a DistNorm subclass).",
             stacklevel=3,
         )
-    return [(name, layer) for name, layer in wanted if type(layer) in _targets]
+    return [(name, layer) for name, layer in wanted if _original(layer) in _targets]
+
+
+def _original(layer: _BatchNorm) -> type[_BatchNorm]:
+    found = underlying(layer)
+    assert issubclass(found, _BatchNorm)
+    return found
 
 
 def _batch_norms(model: nn.Module) -> Iterator[tuple[str, _BatchNorm]]:

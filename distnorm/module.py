@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from distnorm import fused, running
+from distnorm import alone, fused, running
 from distnorm.boundary import NO_BACKWARD, graph_task
 from distnorm.grid import Recipe
 from distnorm.methods import ChannelAffine
@@ -51,6 +51,8 @@ class DistNorm(_BatchNorm):
             return self._evaluate(input, affine)
         self._check_loss_scale(input)
         compiling = torch.compiler.is_compiling()
+        if not compiling and self._site.alone(input):
+            return alone.normalize(self, input, track=self.track_running_stats and graph_task() == NO_BACKWARD)
         share = LayerShare(self._site.key, NOW if compiling else self._site.conversion.bound().step)
         method = self.recipe.method
         if isinstance(method, ChannelAffine) and fused.suits(input):

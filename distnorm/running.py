@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from distnorm.methods import Method
-from distnorm.transport import TorchGroup
+from distnorm.transport import Group
 from distnorm.types import Landed, Moments, Slot
 
 logger = logging.getLogger("distnorm")
@@ -24,10 +24,15 @@ BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 def absorb(layer: _BatchNorm, moments: Moments, count: Tensor, landed: Tensor) -> None:
     """``running += (moments - running) * momentum``, or their plain average over all steps if momentum is None.
 
-    Nothing happens where ``landed`` is 0 or fewer than two values were seen. Branch-free: no host synchronization.
+    Nothing happens where ``landed`` is 0 or fewer than two values were seen. Branch-free where a branch would make the
+    host wait for a GPU.
     """
     mean_C, var_C = layer.running_mean, layer.running_var
     assert mean_C is not None and var_C is not None and layer.num_batches_tracked is not None
+    if count.device.type == "cpu" and not torch.compiler.is_compiling():
+        if landed and count > 1:
+            absorb_known(layer, moments)
+        return
     fresh = landed * (count > 1)
     layer.num_batches_tracked.add_(fresh.to(layer.num_batches_tracked.dtype))
     momentum = layer.momentum if layer.momentum is not None else 1 / layer.num_batches_tracked.clamp_min(1)
@@ -35,6 +40,22 @@ def absorb(layer: _BatchNorm, moments: Moments, count: Tensor, landed: Tensor) -
     if moments.mean_C is not None:
         _lerp(mean_C, moments.mean_C, rate)
     _lerp(var_C, moments.var_C, rate)
+
+
+def next_rate(layer: _BatchNorm) -> float:
+    """Count a step that needs no caution, and return the weight of its moments: what ``absorb`` does with tensors."""
+    assert layer.num_batches_tracked is not None
+    layer.num_batches_tracked.add_(1)
+    return layer.momentum if layer.momentum is not None else 1 / float(layer.num_batches_tracked)
+
+
+def absorb_known(layer: _BatchNorm, moments: Moments) -> None:
+    """``absorb`` moments that are known to have landed and to rest on two values or more."""
+    assert layer.running_mean is not None and layer.running_var is not None
+    rate = next_rate(layer)
+    if moments.mean_C is not None:
+        layer.running_mean.lerp_(moments.mean_C.to(layer.running_mean.dtype), rate)
+    layer.running_var.lerp_(moments.var_C.to(layer.running_var.dtype), rate)
 
 
 def _lerp(buffer_C: Tensor, fresh_C: Tensor, rate: Tensor) -> None:
@@ -70,7 +91,7 @@ def fold_means(layers: Iterable[_BatchNorm]) -> None:
 
 
 @torch.no_grad()
-def take_over(layers: Iterable[_BatchNorm], group: TorchGroup) -> None:
+def take_over(layers: Iterable[_BatchNorm], group: Group) -> None:
     """Give every rank of ``group`` the running statistics of its first rank. One broadcast per dtype."""
     by_dtype: dict[torch.dtype, list[Tensor]] = {}
     for buffer in _buffers(layers):
@@ -83,7 +104,7 @@ def take_over(layers: Iterable[_BatchNorm], group: TorchGroup) -> None:
 
 
 @torch.no_grad()
-def average(layers: Iterable[_BatchNorm], group: TorchGroup) -> None:
+def average(layers: Iterable[_BatchNorm], group: Group) -> None:
     """Make running statistics those of all ranks together: means of mean and of var + mean^2. One collective."""
     tracked = [
         (layer.running_mean, layer.running_var)

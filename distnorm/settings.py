@@ -9,17 +9,17 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal, Self, get_args
+from typing import Any, Self, get_args
 
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from distnorm import recipes
 from distnorm.convert import convert
 from distnorm.grid import Recipe
 from distnorm.module import DistNorm
 from distnorm.suggest import suggest
-
-Transport = Literal["torch", "mpi"]
+from distnorm.types import Transport
 
 SECTION_VARIABLE = "DISTNORM_CONFIG"
 """Carries a config file's section from the launcher to its workers, as JSON: ``{"source": ..., "section": {...}}``."""
@@ -108,14 +108,17 @@ class Settings:
             return recipes.parse(self.recipe)
         return recipes.build(self.recipe, **self.options)
 
-    def convert(self, model: nn.Module) -> bool:
-        """Convert ``model`` in place, unless it is converted already; whether there was something to convert."""
+    def convert(self, model: nn.Module, *, mesh: DeviceMesh | None = None) -> bool:
+        """Convert ``model`` in place, unless it is converted already; whether there was something to convert.
+
+        ``mesh`` holds the data-parallel ranks, if they are not all.
+        """
         modules = list(model.modules())
         if any(isinstance(each, DistNorm) for each in modules):
             return False
         if not any(isinstance(each, nn.modules.batchnorm._BatchNorm) for each in modules):
             return False
-        convert(model, self.build(), where=self.where or None)
+        convert(model, self.build(), where=self.where or None, mesh=mesh, transport=self.transport)
         return True
 
     def _wrong(self, key: str, given: object, allowed: str) -> ValueError:

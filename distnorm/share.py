@@ -176,10 +176,31 @@ class LayerShare:
         local = torch.cat((sums_KC.flatten(), sums_KC.new_full((1,), count)))
         shared = ReduceForward.apply(local, None, self.key, self.step, self.learning)
         total = shared[-1].detach()
-        means_KC = shared[:-1].view_as(sums_KC) / torch.where(total > 0, total, 1)
+        means_KC = shared[:-1].view_as(sums_KC) / _divisor(total)
         self.means_KC, self.count = means_KC.detach(), total
         theta_KC = ReduceBackward.apply(link(means_KC), total, self.key, self.step)
         return theta_KC, total
+
+    def gather(self, count: int, sums_KC: Tensor, *, held: bool) -> tuple[Tensor, Tensor]:
+        """``shared sums / shared count``, and the shared count. One use of the policy; nothing is differentiated."""
+        self._channel = _channels[self.key]  # a graph may outlive its layer
+        wire = torch.cat((sums_KC.flatten(), sums_KC.new_full((1,), count)))
+        # The graph keeps the record alive, for as long as a checkpoint may recompute this forward.
+        self._record = self._channel.statistics(wire, self.step, learning=self.learning, held=held)
+        shared = self._record.shared
+        self.count = shared[-1]
+        self.means_KC = shared[:-1].view_as(sums_KC) / _divisor(self.count)
+        return self.means_KC, self.count
+
+    def scatter(self, cotangents_KC: Tensor) -> Tensor:
+        """The cotangents' shared counterpart. One use of the policy; nothing is differentiated."""
+        assert self.count is not None, "nothing was shared yet"
+        shared = self._channel.cotangents(cotangents_KC.flatten(), self.count, self.step, learning=True)
+        return shared.view_as(cotangents_KC)
+
+    def again(self) -> LayerShare:
+        """For a repetition inside a backward pass, where the channel answers from its records."""
+        return LayerShare(self.key, self.step)
 
     def landed(self) -> Tensor:
         """1 if what was shared is fit for the running statistics, else 0: a float64 scalar beside the count."""
@@ -190,7 +211,30 @@ class LayerShare:
         return torch.full_like(self.count, _channels[self.key].lands(self.step, learning=self.learning))
 
 
-def keep_local(count: int, sums_KC: Tensor, link: Link) -> tuple[Tensor, Tensor]:
+class KeepLocal:
     """A ``share`` that shares nothing: for evaluation by batch statistics, which never communicates."""
-    total = sums_KC.new_full((), count)
-    return link(sums_KC / total.clamp_min(1)), total
+
+    def __call__(self, count: int, sums_KC: Tensor, link: Link) -> tuple[Tensor, Tensor]:
+        """``link(sums / count)``, and the count."""
+        means_KC, total = self.gather(count, sums_KC)
+        return link(means_KC), total
+
+    def gather(self, count: int, sums_KC: Tensor, *, held: bool = False) -> tuple[Tensor, Tensor]:
+        """``sums / count``, and the count."""
+        total = sums_KC.new_full((), count)
+        return sums_KC / total.clamp_min(1), total
+
+    def scatter(self, cotangents_KC: Tensor) -> Tensor:
+        """The cotangents."""
+        return cotangents_KC
+
+    def again(self) -> KeepLocal:
+        """There is no state."""
+        return self
+
+
+keep_local = KeepLocal()
+
+
+def _divisor(total: Tensor) -> Tensor:
+    return torch.where(total > 0, total, 1)

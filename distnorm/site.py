@@ -47,6 +47,21 @@ class Site:
         self.__dict__.update(state)
         self._open()
 
+    def alone(self, x_NCL: Tensor) -> bool:
+        """Whether torch's own batch norm does the same to ``x_NCL``, since nothing is shared.
+
+        Raises:
+            ValueError: 1 value per channel.
+        """
+        binding = self.conversion.bound()
+        shares = not (binding.reducer.alone and self.conversion.recipe.method.stock)
+        if shares or x_NCL.device.type != "cpu" or not x_NCL.numel():
+            return False
+        if x_NCL.numel() == x_NCL.shape[1]:
+            raise self._too_few(1)
+        binding.forward_begins()
+        return True
+
     def statistics(self, wire: Tensor, step: int, *, learning: bool, held: bool) -> Record:
         """Shared counterpart of the local sums ``wire``, whose last element is the count.
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 Direction = Literal["forward", "backward"]
 Link = Callable[[Tensor], Tensor]
+Transport = Literal["torch", "mpi"]
 
 
 class Observer(Protocol):
@@ -114,5 +115,21 @@ class Share(Protocol):
     """Local additive sums in, shared statistics out: all that a method knows of the other ranks."""
 
     def __call__(self, count: int, sums_KC: Tensor, link: Link) -> tuple[Tensor, Tensor]:
-        """Return ``(link(shared means), shared count)``; both are equal on all ranks that share."""
+        """Return ``(link(shared means), shared count)``; both are equal on all ranks that share. Differentiable."""
+        ...
+
+
+class Exchange(Share, Protocol):
+    """A share whose two directions can be had one by one, for kernels that know their own derivative."""
+
+    def gather(self, count: int, sums_KC: Tensor, *, held: bool) -> tuple[Tensor, Tensor]:
+        """Return ``(shared means, shared count)``, values only; ``held`` says that a backward may follow."""
+        ...
+
+    def scatter(self, cotangents_KC: Tensor) -> Tensor:
+        """Return the shared counterpart of the cotangents of ``link(shared means)``, values only."""
+        ...
+
+    def again(self) -> Exchange:
+        """A share for a repetition of the forward that gathered, without a second collective."""
         ...

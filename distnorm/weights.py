@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -18,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from distnorm.class_swap import swap, underlying
 
 
 def centred(weight: Tensor) -> Tensor:
@@ -47,6 +50,17 @@ class Centralized:
         """Centre the weight in place."""
         self.weight.copy_(centred(self.weight))
 
+    @torch.no_grad()
+    def take_over(self) -> None:
+        """Centre a weight that comes from elsewhere; filters that are centred but for rounding stay bit for bit.
+
+        Projecting twice changes last bits, and what a checkpoint holds has been projected.
+        """
+        filters = list(range(1, self.weight.dim()))
+        rounding = 4 * torch.finfo(self.weight.dtype).eps * self.weight.abs().amax(filters, keepdim=True)
+        settled = self.weight.mean(filters, keepdim=True).abs() <= rounding
+        self.weight.copy_(torch.where(settled, self.weight, centred(self.weight)))
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         """No optimizer keeps a copy's values centred."""
         super().__setstate__({name: value for name, value in state.items() if name != "projected"})  # type: ignore[misc]
@@ -54,7 +68,7 @@ class Centralized:
     def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
         super()._load_from_state_dict(*args, **options)  # type: ignore[misc]
         if self.projected:
-            self.project()
+            self.take_over()
 
 
 class CentralizedConv1d(Centralized, nn.Conv1d):
@@ -107,7 +121,7 @@ def feeders(model: nn.Module, layers: Iterable[_BatchNorm]) -> Iterator[tuple[st
     wanted = {id(layer) for layer in layers}
     open_: list[tuple[str, nn.Module]] = []
     for name, module in model.named_modules():
-        if type(module) in _TARGETS:
+        if underlying(module) in _TARGETS:
             open_.append((name, module))
         elif isinstance(module, _BatchNorm) and id(module) in wanted:
             fits = [each for each in open_ if _outputs(each[1]) == module.num_features]
@@ -127,12 +141,10 @@ def centralize(model: nn.Module, layers: Iterable[_BatchNorm], stock: Callable[[
     """
     left_alone = []
     for name, module, layer in list(feeders(model, layers)):
-        weight = module.weight
-        assert isinstance(weight, Tensor)
-        if weight[0].numel() == 1:
+        if _inputs(module) == 1:
             left_alone.append(name)
         else:
-            module.__class__ = _TARGETS[type(module)]
+            swap(module, _TARGETS[underlying(module)])
             # Not an attribute set the usual way: the norm must not become a child of what feeds it.
             module.__dict__["stock"] = partial(stock, layer)
     if left_alone:
@@ -143,15 +155,19 @@ def centralize(model: nn.Module, layers: Iterable[_BatchNorm], stock: Callable[[
         )
 
 
-@torch.no_grad()
 def bake(model: nn.Module) -> None:
-    """Write centred weights into the parameters and give the layers their original classes back."""
+    """Write centred weights into the parameters."""
     for module in centralized(model):
         if not module.stock():
             module.project()
+
+
+def release(model: nn.Module) -> None:
+    """Give layers with centred weights their original classes back; the parameters stay as they are."""
+    for module in centralized(model):
         del module.__dict__["stock"]
         module.__dict__.pop("projected", None)
-        module.__class__ = _ORIGINALS[type(module)]
+        swap(module, _ORIGINALS[underlying(module)])
 
 
 def centralized(model: nn.Module) -> list[Any]:
@@ -171,7 +187,7 @@ def project_with(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable
     stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     layers = [module for module in centralized(model) if id(module.weight) in stepped]
     for layer in layers:
-        layer.project()
+        layer.take_over()
         layer.projected = True
 
     def project(*_: Any) -> None:
@@ -190,3 +206,11 @@ def project_with(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable
 
 def _outputs(module: nn.Module) -> int:
     return int(getattr(module, "out_channels", 0) or getattr(module, "out_features", 0))
+
+
+def _inputs(module: nn.Module) -> int:
+    """Weights per filter. Not from the weight: ``deepspeed.zero.Init`` leaves an empty one in place of it."""
+    if isinstance(module, nn.Linear):
+        return module.in_features
+    assert isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+    return module.in_channels // module.groups * math.prod(module.kernel_size)

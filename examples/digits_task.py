@@ -20,13 +20,21 @@ VALIDATION_SAMPLES = 500  # per scanner
 WIDTH = 16
 BLOCKS = 4
 
-# How far scanners and distortions reach; ranges lie evenly around "unchanged".
-GAIN_RANGE = 0.5
-OFFSET_RANGE = 0.4
-NOISE = 0.1
+# How far distortions reach; ranges lie evenly around "unchanged".
 ROTATION_RANGE = 0.15  # radians
 SCALE_RANGE = 0.1
 SHIFT_RANGE = 0.08  # of half an image
+
+
+class Difficulty(NamedTuple):
+    """How far apart the scanners are, evenly around "unchanged", and how much noise covers the images."""
+
+    gain_range: float
+    offset_range: float
+    noise: float
+
+
+DEMO = Difficulty(gain_range=0.5, offset_range=0.4, noise=0.1)
 
 
 class Digits(NamedTuple):
@@ -52,10 +60,10 @@ def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def scanner_of(rank: int, world_size: int) -> Scanner:
+def scanner_of(rank: int, world_size: int, difficulty: Difficulty = DEMO) -> Scanner:
     """Return the scanner of ``rank``, between the darkest one at rank 0 and the brightest one at the last rank."""
     position = 2 * rank / (world_size - 1) - 1 if world_size > 1 else 0.0
-    return Scanner(gain=1 + GAIN_RANGE * position, offset=OFFSET_RANGE * position)
+    return Scanner(gain=1 + difficulty.gain_range * position, offset=difficulty.offset_range * position)
 
 
 def split_digits(seed: int) -> tuple[Digits, Digits]:
@@ -69,7 +77,7 @@ def split_digits(seed: int) -> tuple[Digits, Digits]:
     return Digits(images[train], labels[train]), Digits(images[validation], labels[validation])
 
 
-def distort(images: Tensor, generator: torch.Generator) -> Tensor:
+def distort(images: Tensor, generator: torch.Generator, difficulty: Difficulty = DEMO) -> Tensor:
     """Turn, scale and shift each image at random, and cover it with noise."""
     count = len(images)
     turn, grow, right, down = torch.rand(4, count, generator=generator) * 2 - 1
@@ -78,13 +86,14 @@ def distort(images: Tensor, generator: torch.Generator) -> Tensor:
     maps = torch.stack([cos, -sin, SHIFT_RANGE * right, sin, cos, SHIFT_RANGE * down], dim=1).view(count, 2, 3)
     grid = functional.affine_grid(maps, list(images.shape), align_corners=False)
     moved = functional.grid_sample(images, grid, padding_mode="border", align_corners=False)
-    return moved + NOISE * torch.randn(moved.shape, generator=generator)
+    return moved + difficulty.noise * torch.randn(moved.shape, generator=generator)
 
 
-def validation_views(clean: Digits, world_size: int, seed: int) -> Digits:
+def validation_views(clean: Digits, world_size: int, seed: int, difficulty: Difficulty = DEMO) -> Digits:
     """Return every digit of ``clean`` once through the scanner of each rank, distorted anew for each."""
     generator = seeded(seed)
-    views = [scanner_of(rank, world_size).scan(distort(clean.images, generator)) for rank in range(world_size)]
+    scanners = [scanner_of(rank, world_size, difficulty) for rank in range(world_size)]
+    views = [scanner.scan(distort(clean.images, generator, difficulty)) for scanner in scanners]
     return Digits(torch.cat(views), clean.labels.repeat(world_size))
 
 
@@ -104,11 +113,17 @@ class ResidualBlock(nn.Module):
         return functional.relu(x + self.norm2(self.conv2(y)))
 
 
-def build_network(seed: int) -> nn.Module:
-    """Build the classifier with stock batch norm; equal seeds give equal weights."""
+def build_network(seed: int, depth: int = BLOCKS, grid: int = 1) -> nn.Module:
+    """Build the classifier with stock batch norm; equal seeds give equal weights.
+
+    Args:
+        seed: of the weights.
+        depth: residual blocks, half of them before the images are halved.
+        grid: features are averaged over ``grid`` x ``grid`` parts of the image.
+    """
     torch.manual_seed(seed)
-    blocks = [ResidualBlock(WIDTH) for _ in range(BLOCKS)]
-    half = BLOCKS // 2
+    blocks = [ResidualBlock(WIDTH) for _ in range(depth)]
+    half = depth // 2
     return nn.Sequential(
         nn.Conv2d(1, WIDTH, 3, padding=1, bias=False),
         nn.BatchNorm2d(WIDTH),
@@ -116,7 +131,7 @@ def build_network(seed: int) -> nn.Module:
         *blocks[:half],
         nn.MaxPool2d(2),
         *blocks[half:],
-        nn.AdaptiveAvgPool2d(1),
+        nn.AdaptiveAvgPool2d(grid),
         nn.Flatten(),
-        nn.Linear(WIDTH, CLASSES),
+        nn.Linear(WIDTH * grid**2, CLASSES),
     )

@@ -10,6 +10,38 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+FEW_VALUES = 32
+"""Values of a channel in one sample up to which group norm is slow."""
+
+
+def moments(x_NCL: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Mean and biased variance per channel, float64 ``[C]``; and memory for an output like x where there is some.
+
+    Of contiguous images, group norm with a group per channel yields the moments of every channel of every sample in one
+    pass, by a stable recurrence; they are united in float64: mean = E[mean_n], var = E[var_n] + Var[mean_n]. Of all
+    others, sums about a pivot do, in two passes.
+    """
+    batch, channels = x_NCL.shape[:2]
+    length = x_NCL.numel() // (batch * channels)
+    if length <= FEW_VALUES or x_NCL.dtype != wide_dtype(x_NCL) or not x_NCL.is_contiguous():
+        return _moments_about_pivot(x_NCL, batch * length)
+    spare_NCL, mean_NC, invstd_NC = torch.native_group_norm(x_NCL, None, None, batch, channels, length, channels, 0.0)
+    mean_NC, invstd_NC = mean_NC.double(), invstd_NC.double()
+    mean_C = mean_NC.mean(0)
+    return mean_C, invstd_NC.pow_(-2).add_((mean_NC.sub_(mean_C)).square_()).mean(0), spare_NCL
+
+
+def _moments_about_pivot(x_NCL: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Two passes; four where the first sample lies far from the others."""
+    pivot_C = pivot(x_NCL)
+    sum_C, square_C, centred_NCL = sums(x_NCL, pivot_C)
+    if bool((sum_C.square() > 0.75 * count * square_C).any()):
+        pivot_C = pivot_C + sum_C / count
+        sum_C, square_C, centred_NCL = sums(x_NCL, pivot_C)
+    offset_C = sum_C.double().div_(count)
+    var_C = square_C.double().div_(count).addcmul_(offset_C, offset_C, value=-1).clamp_min_(0)
+    return offset_C.add_(pivot_C), var_C, centred_NCL if centred_NCL.dtype == x_NCL.dtype else None
+
 
 def pivot(x_NCL: Tensor) -> Tensor:
     """Mean of the first sample, ``[C]``: a centre so close that sums about it lose at most a factor N of accuracy.
@@ -17,31 +49,40 @@ def pivot(x_NCL: Tensor) -> Tensor:
     With p the mean of one of N samples, (p - mean)^2 <= N var, so E(x - p)^2 - (p - mean)^2 cancels at most
     log2(N + 1) bits.
     """
-    first_CL = x_NCL[0].to(_wide(x_NCL))
+    first_CL = x_NCL[0].to(wide_dtype(x_NCL))
     return first_CL.flatten(1).mean(1) if x_NCL.dim() > 2 else first_CL.clone()
 
 
-def centre(x_NCL: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """A pivot and the ``sums`` about it. Two passes; four where the first sample lies far from the others."""
-    count = x_NCL.numel() // x_NCL.shape[1]
-    pivot_C = pivot(x_NCL)
-    sum_C, square_C = sums(x_NCL, pivot_C)
-    if bool((sum_C.square() > 0.75 * count * square_C).any()):
-        pivot_C = pivot_C + sum_C / count
-        sum_C, square_C = sums(x_NCL, pivot_C)
-    return pivot_C, sum_C, square_C
+def sums(x_NCL: Tensor, pivot_C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``sum(x - pivot), sum((x - pivot)^2)``, each ``[C]``, and ``x - pivot``. Two passes."""
+    zero_C = torch.zeros_like(pivot_C)
+    centred_NCL = apply(x_NCL.to(pivot_C.dtype), pivot_C, torch.ones_like(pivot_C), zero_C)
+    return *cosums(centred_NCL, centred_NCL, zero_C), centred_NCL
 
 
-def sums(x_NCL: Tensor, pivot_C: Tensor) -> tuple[Tensor, Tensor]:
-    """``sum(x - pivot), sum((x - pivot)^2)``, each ``[C]``. Two passes."""
-    centred_NCL = apply(x_NCL.to(pivot_C.dtype), pivot_C, torch.ones_like(pivot_C), torch.zeros_like(pivot_C))
-    sum_C, square_C = cosums(centred_NCL, centred_NCL, torch.zeros_like(pivot_C))
-    return sum_C, square_C
+def normalize(
+    x_NCL: Tensor,
+    mean_C: Tensor,
+    var_C: Tensor,
+    weight_C: Tensor | None,
+    bias_C: Tensor | None,
+    eps: float,
+    *,
+    into: Tensor | None = None,
+) -> Tensor:
+    """``(x - mean) / sqrt(var + eps) * weight + bias``, in the dtype of x; in new memory, or ``into``. One pass."""
+    if into is None:
+        return torch.batch_norm(x_NCL, weight_C, bias_C, mean_C, var_C, False, 0.0, eps, False)
+    none = mean_C.new_empty(0)
+    torch.ops.aten.native_batch_norm.out(
+        x_NCL, weight_C, bias_C, mean_C, var_C, False, 0.0, eps, out=into, save_mean=none, save_invstd=none
+    )
+    return into
 
 
-def apply(x_NCL: Tensor, pivot_C: Tensor, scale_C: Tensor, shift_C: Tensor) -> Tensor:
-    """``(x - pivot) * scale + shift``, in the dtype of x. One pass."""
-    return torch.batch_norm(x_NCL, scale_C, shift_C, pivot_C, torch.ones_like(pivot_C), False, 0.0, 0.0, False)
+def apply(x_NCL: Tensor, pivot_C: Tensor, scale_C: Tensor, shift_C: Tensor, *, into: Tensor | None = None) -> Tensor:
+    """``(x - pivot) * scale + shift``, in the dtype of x; in new memory, or ``into``. One pass."""
+    return normalize(x_NCL, pivot_C, torch.ones_like(pivot_C), scale_C, shift_C, 0.0, into=into)
 
 
 def cosums(dy_NCL: Tensor, x_NCL: Tensor, pivot_C: Tensor) -> tuple[Tensor, Tensor]:
@@ -70,5 +111,6 @@ def _dense_alike(dy_NCL: Tensor, x_NCL: Tensor) -> bool:
     )
 
 
-def _wide(x_NCL: Tensor) -> torch.dtype:
+def wide_dtype(x_NCL: Tensor) -> torch.dtype:
+    """The dtype of the arithmetic on ``x_NCL``: at least float32."""
     return torch.float32 if x_NCL.dtype.itemsize < torch.float32.itemsize else x_NCL.dtype

@@ -42,6 +42,11 @@ class RMS(ChannelAffine):
         if self.clip_after < 0:
             raise ValueError(f"RMS(clip_after={self.clip_after!r}): need a number of updates, at least 0.")
 
+    @property
+    def follows(self) -> bool:
+        """With a clip."""
+        return self.clip is not None
+
     def link(self, means_KC: Tensor, eps: float) -> Tensor:
         """``log(mean(x^2) + eps) / 2``."""
         return (means_KC + eps).log() / 2
@@ -53,6 +58,19 @@ class RMS(ChannelAffine):
             scale_C = scale_C * affine.weight_C
         shift_C = torch.zeros_like(scale_C) if affine.bias_C is None else affine.bias_C.to(scale_C.dtype)
         return scale_C, shift_C
+
+    def pull(
+        self, theta_KC: Tensor, affine: Affine, scale_grad_C: Tensor, shift_grad_C: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """``d log_rms = -scale dscale``."""
+        slope_C = torch.exp(-theta_KC[0]) * self._correction(theta_KC[0], affine)
+        weight_grad_C = slope_C * scale_grad_C
+        scaled_C = weight_grad_C if affine.weight_C is None else weight_grad_C * affine.weight_C
+        return -scaled_C[None], weight_grad_C, shift_grad_C
+
+    def pull_link(self, means_KC: Tensor, theta_KC: Tensor, theta_grad_KC: Tensor, eps: float) -> Tensor:
+        """``d square = d log_rms / (2 (mean(x^2) + eps))``."""
+        return torch.exp(-2 * theta_KC).mul_(theta_grad_KC).div_(2)
 
     def _correction(self, log_rms_C: Tensor, affine: Affine) -> Tensor | float:
         if self.clip is None or affine.running_var_C is None or affine.updates is None:

@@ -13,14 +13,18 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distnorm.policies.base import Policy, Reducer
-from distnorm.transport import LostGroup, Topology, TorchGroup
+from distnorm.transport import Group, LostGroup, Topology
 from distnorm.types import Layout, Slot
 
 
 class _GroupSum(Reducer):
-    def __init__(self, group: TorchGroup) -> None:
+    def __init__(self, group: Group) -> None:
         super().__init__(group.size)
         self.group = group
+
+    @property
+    def alone(self) -> bool:
+        return self.size == 1
 
     def reduce(self, wire: Tensor, slot: Slot) -> Tensor:
         return self.group.sum(wire, slot)

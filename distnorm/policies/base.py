@@ -23,6 +23,11 @@ class Reducer(ABC):
     def reduce(self, wire: Tensor, slot: Slot) -> Tensor:
         """The shared counterpart of the local sums ``wire``; shape and dtype kept."""
 
+    @property
+    def alone(self) -> bool:
+        """Whether ``reduce`` is the identity, in every step."""
+        return False
+
     def lands(self, slot: Slot) -> bool:
         """Whether what ``reduce`` returns for ``slot`` is shared, and fit for the running statistics."""
         return True

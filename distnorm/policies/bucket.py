@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distnorm.transport import TorchGroup
+from distnorm.transport import Group
 from distnorm.transport.group import Pending
 from distnorm.types import EVERY_LAYER, Direction, Layout, Slot
 
@@ -22,7 +22,7 @@ logger = logging.getLogger("distnorm")
 class Bucket:
     """Collects slots during a step and sums them over a group while the next step runs."""
 
-    def __init__(self, layout: Layout, group: TorchGroup, *, extra: int = 0) -> None:
+    def __init__(self, layout: Layout, group: Group, *, extra: int = 0) -> None:
         """Room for ``layout``, with ``extra`` more values per forward slot."""
         self.group = group
         self.index = {slot: number for number, slot in enumerate(layout.sizes)}

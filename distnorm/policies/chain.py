@@ -22,6 +22,10 @@ class _Sequence(Reducer):
         super().__init__(math.prod(part.size for part in parts))
         self.parts = parts
 
+    @property
+    def alone(self) -> bool:
+        return all(part.alone for part in self.parts)
+
     def reduce(self, wire: Tensor, slot: Slot) -> Tensor:
         # The adjoint of "first a, then b" is "first b, then a".
         for part in self.parts if slot.direction == "forward" else reversed(self.parts):

@@ -17,6 +17,10 @@ from distnorm.types import Layout, Slot
 
 
 class _Identity(Reducer):
+    @property
+    def alone(self) -> bool:
+        return True
+
     def reduce(self, wire: Tensor, slot: Slot) -> Tensor:
         return wire
 

@@ -17,14 +17,14 @@ from torch import Tensor
 
 from distnorm.policies.base import Policy, Reducer
 from distnorm.policies.bucket import Bucket
-from distnorm.transport import Topology, TorchGroup
+from distnorm.transport import Group, Topology
 from distnorm.types import Landed, Layout, Slot, Watch
 
 LossReduction = Literal["mean", "sum"]
 
 
 class _Window(Reducer):
-    def __init__(self, policy: Moving, blocking: TorchGroup, background: TorchGroup, layout: Layout) -> None:
+    def __init__(self, policy: Moving, blocking: Group, background: Group, layout: Layout) -> None:
         super().__init__(blocking.size)
         self.policy = policy
         self.blocking = blocking

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from distnorm.policies.base import Policy, Reducer
 from distnorm.policies.bucket import Bucket
-from distnorm.transport import Topology, TorchGroup
+from distnorm.transport import Group, Topology
 from distnorm.types import Landed, Layout, Slot, Watch
 
 
 class _Mix(Reducer):
-    def __init__(self, blocking: TorchGroup, background: TorchGroup, layout: Layout) -> None:
+    def __init__(self, blocking: Group, background: Group, layout: Layout) -> None:
         super().__init__(blocking.size)
         self.blocking = blocking
         # Counts are values here, to be mixed like sums; weights count contributions.

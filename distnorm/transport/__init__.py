@@ -1,6 +1,6 @@
-"""Who carries the bytes: process groups of our own, and which ranks they join."""
+"""Who carries the bytes: groups of our own, of torch or of MPI, and which ranks they join."""
 
-from distnorm.transport.group import LostGroup, TorchGroup
+from distnorm.transport.group import Group, LostGroup, TorchGroup
 from distnorm.transport.topology import Topology
 
-__all__ = ["LostGroup", "Topology", "TorchGroup"]
+__all__ = ["Group", "LostGroup", "Topology", "TorchGroup"]

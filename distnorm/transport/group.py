@@ -1,11 +1,13 @@
-"""A torch process group that sums small vectors at the lowest latency its backend allows."""
+"""Groups that sum small vectors: what every transport offers, and torch process groups at their lowest latency."""
 
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -31,10 +33,18 @@ class LostGroup:
         )
 
 
+class Work(Protocol):
+    """A collective that was started."""
+
+    def wait(self) -> object:
+        """Return when it is done."""
+        ...
+
+
 class Pending:
     """A sum that is under way."""
 
-    def __init__(self, wire_: Tensor, work: dist.Work | None, slot: Slot) -> None:
+    def __init__(self, wire_: Tensor, work: Work | None, slot: Slot) -> None:
         """``work`` sums ``wire_`` in place; None if it is done."""
         self.step = slot.step
         self._wire = wire_
@@ -50,7 +60,50 @@ class Pending:
         return self._wire
 
 
-class TorchGroup:
+class Group(ABC):
+    """Ranks that share statistics, and what carries these between them."""
+
+    def __init__(self, ranks: tuple[int, ...]) -> None:
+        """Join the global ``ranks`` of the job."""
+        self.ranks = ranks
+        self.size = len(ranks)
+
+    def sum(self, wire: Tensor, slot: Slot) -> Tensor:
+        """Sum of ``wire`` over the group, shape and dtype kept. One collective; none in a group of one rank."""
+        if self.size == 1:
+            return wire
+        _announce(wire, slot)
+        with _timed(slot):
+            return self._sum(wire.detach())
+
+    def sum_async(self, wire_: Tensor, slot: Slot) -> Pending:
+        """Start summing ``wire_`` over the group, in place. One collective; none in a group of one rank."""
+        if self.size == 1:
+            return Pending(wire_, None, slot)
+        _announce(wire_, slot)
+        with _timed(slot):
+            work = self._start_sum(wire_)
+        return Pending(wire_, work, slot)
+
+    def broadcast(self, tensor: Tensor) -> None:
+        """Overwrite ``tensor`` with the first rank's, in place. One collective; none in a group of one rank."""
+        if self.size > 1:
+            self._broadcast(tensor)
+
+    @abstractmethod
+    def _sum(self, wire: Tensor) -> Tensor:
+        """``sum``, among two ranks at least; every rank gets the same bits."""
+
+    @abstractmethod
+    def _start_sum(self, wire_: Tensor) -> Work:
+        """``sum_async``, among two ranks at least; every rank gets the same bits."""
+
+    @abstractmethod
+    def _broadcast(self, tensor: Tensor) -> None:
+        """``broadcast``, among two ranks at least."""
+
+
+class TorchGroup(Group):
     """Sums over the ranks of one process group.
 
     On gloo an all_reduce of P ranks costs about 2 (P - 1) message rounds and a direct exchange costs one, so small
@@ -66,51 +119,38 @@ class TorchGroup:
         exchange_limit_bytes: int = EXCHANGE_LIMIT_BYTES,
     ) -> None:
         """Wrap ``process_group``, which joins the global ``ranks``; None where a rank is alone."""
+        super().__init__(ranks)
         self.process_group = process_group
-        self.ranks = ranks
-        self.size = len(ranks)
         gloo = process_group is not None and dist.get_backend(process_group) == "gloo"
         self.exchange_limit_bytes = exchange_limit_bytes if gloo else -1
 
-    def sum(self, wire: Tensor, slot: Slot) -> Tensor:
-        """Sum of ``wire`` over the group, shape and dtype kept. One collective; none in a group of one rank."""
-        if self.size == 1:
-            return wire
-        nbytes = _announce(wire, slot)
-        with _timed(slot):
-            return self._exchange(wire) if nbytes <= self.exchange_limit_bytes else self._all_reduce(wire)
+    def _sum(self, wire: Tensor) -> Tensor:
+        nbytes = wire.numel() * wire.element_size()
+        return self._exchange(wire) if nbytes <= self.exchange_limit_bytes else self._all_reduce(wire)
 
-    def sum_async(self, wire_: Tensor, slot: Slot) -> Pending:
-        """Start summing ``wire_`` over the group, in place. One collective; none in a group of one rank."""
-        if self.size == 1:
-            return Pending(wire_, None, slot)
-        _announce(wire_, slot)
-        with _timed(slot):
-            work = dist.all_reduce(wire_, group=self.process_group, async_op=True)
-        return Pending(wire_, work, slot)
+    def _start_sum(self, wire_: Tensor) -> Work:
+        work: Work = dist.all_reduce(wire_, group=self.process_group, async_op=True)
+        return work
 
-    def broadcast(self, tensor: Tensor) -> None:
-        """Overwrite ``tensor`` with the first rank's, in place. One collective; none in a group of one rank."""
-        if self.size > 1:
-            dist.broadcast(tensor, src=self.ranks[0], group=self.process_group)
+    def _broadcast(self, tensor: Tensor) -> None:
+        dist.broadcast(tensor, src=self.ranks[0], group=self.process_group)
 
     def _exchange(self, wire: Tensor) -> Tensor:
-        sent = wire.detach().reshape(-1).repeat(self.size)
+        sent = wire.reshape(-1).repeat(self.size)
         received = torch.empty_like(sent)
         dist.all_to_all_single(received, sent, group=self.process_group)
         return received.view(self.size, -1).sum(0).view_as(wire)
 
     def _all_reduce(self, wire: Tensor) -> Tensor:
-        total = wire.detach().clone()
+        total = wire.clone()
         dist.all_reduce(total, group=self.process_group)
         return total
 
 
-def _announce(wire: Tensor, slot: Slot) -> int:
+def _announce(wire: Tensor, slot: Slot) -> None:
     nbytes = wire.numel() * wire.element_size()
     for observer in slot.observers:
         observer.issued(slot, nbytes)
-    return nbytes
 
 
 @contextmanager

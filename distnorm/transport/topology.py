@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from datetime import timedelta
 from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from distnorm.transport.group import TorchGroup
+from distnorm.transport.group import Group, TorchGroup
 from distnorm.transport.make_group import make_group
+from distnorm.transport.mpi import make_mpi_group
 from distnorm.transport.rendezvous import group_timeout
 
 NODE_AXES = ("local", "node")
 
 # Groups are resources of the process, as torch's own are: layers and models that join the same ranks use one group.
 # Keyed weakly by the job's world, so that a destroyed job leaves nothing behind.
-_groups: WeakKeyDictionary[dist.ProcessGroup, dict[tuple[tuple[int, ...], bool], TorchGroup]] = WeakKeyDictionary()
+_groups: WeakKeyDictionary[dist.ProcessGroup, dict[tuple[tuple[int, ...], bool, bool], Group]] = WeakKeyDictionary()
 
 
 def current_world() -> dist.ProcessGroup | None:
@@ -41,9 +42,10 @@ def mesh_ranks(mesh: DeviceMesh, axes: Collection[str]) -> tuple[int, ...]:
     coordinate = mesh.get_coordinate()
     if coordinate is None:
         raise ValueError(f"rank {dist.get_rank()} is not part of the given mesh {mesh}; bind on its ranks only.")
+    if not names:
+        return tuple(mesh.mesh.flatten().tolist())
     index = tuple(slice(None) if name in axes else at for name, at in zip(names, coordinate, strict=True))
-    ranks = mesh.mesh[index] if names else mesh.mesh
-    return tuple(ranks.flatten().tolist())
+    return tuple(mesh.mesh[index].flatten().tolist())
 
 
 class Topology:
@@ -61,19 +63,24 @@ class Topology:
         mesh: DeviceMesh | None = None,
         nodes: tuple[str, ...] | None = None,
         timeout: timedelta | None = None,
+        mpi: Mapping[int, int] | None = None,
     ) -> None:
-        """Describe ``ranks``; ``nodes`` names the node of each of them."""
+        """Describe ``ranks``; ``nodes`` names the node of each of them.
+
+        ``mpi``: which ranks of MPI they are, where MPI carries the statistics.
+        """
         self.ranks = ranks
         self.rank = dist.get_rank() if current_world() is not None else ranks[0]
         self.mesh = mesh
         self.nodes = nodes if nodes is not None else ("",) * len(ranks)
         self.timeout = timeout
+        self.mpi = mpi
 
-    def everyone(self, *, background: bool = False) -> TorchGroup:
+    def everyone(self, *, background: bool = False) -> Group:
         """All data-parallel ranks; ``background`` gives the group for asynchronous collectives."""
         return self._group(self.ranks, background)
 
-    def blocks(self, size: int) -> TorchGroup:
+    def blocks(self, size: int) -> Group:
         """This rank's block of ``size`` neighbouring ranks.
 
         Raises:
@@ -88,13 +95,13 @@ class Topology:
         start = self.ranks.index(self.rank) // size * size
         return self._group(self.ranks[start : start + size])
 
-    def along(self, axis: str, *, background: bool = False) -> TorchGroup:
-        """The ranks along a mesh axis, or without a mesh ``"local"`` (this node) and ``"node"`` (this place on each).
+    def along(self, axis: str, *, background: bool = False) -> Group:
+        """The ranks along a mesh axis; else ``"local"`` is this node, and ``"node"`` this place on every node.
 
         Raises:
             ValueError: no such axis, or ``"node"`` where nodes hold different numbers of ranks.
         """
-        if self.mesh is not None:
+        if self.mesh is not None and (axis not in NODE_AXES or axis in (self.mesh.mesh_dim_names or ())):
             return self._group(mesh_ranks(self.mesh, (axis,)), background)
         if axis not in NODE_AXES:
             raise ValueError(f"axis {axis!r} needs a mesh: pass convert(..., mesh=...), or use one of {NODE_AXES}.")
@@ -110,23 +117,28 @@ class Topology:
         place = mine.index(self.rank)
         return self._group(tuple(ranks[place] for ranks in members.values()), background)
 
-    def pair(self, axis: str | None) -> tuple[TorchGroup, TorchGroup]:
+    def pair(self, axis: str | None) -> tuple[Group, Group]:
         """Two groups over the ranks along ``axis``, or all: for blocking and for asynchronous collectives."""
         if axis is None:
             return self.everyone(), self.everyone(background=True)
         return self.along(axis), self.along(axis, background=True)
 
-    def joining(self, process_group: dist.ProcessGroup) -> TorchGroup:
+    def joining(self, process_group: dist.ProcessGroup) -> Group:
         """A group of our own over the ranks of the user's ``process_group``."""
         return self._group(tuple(dist.get_process_group_ranks(process_group)))
 
-    def _group(self, ranks: tuple[int, ...], background: bool = False) -> TorchGroup:
+    def _group(self, ranks: tuple[int, ...], background: bool = False) -> Group:
         world = current_world()
         if world is None or len(ranks) == 1:
             return TorchGroup(None, ranks)
         known = _groups.setdefault(world, {})
-        if (ranks, background) not in known:
-            timeout = self.timeout if self.timeout is not None else group_timeout(world)
-            group = make_group(ranks, "background" if background else "blocking", timeout)
-            known[ranks, background] = TorchGroup(group, ranks)
-        return known[ranks, background]
+        key = ranks, background, self.mpi is not None
+        if key not in known:
+            known[key] = self._make(world, ranks, background)
+        return known[key]
+
+    def _make(self, world: dist.ProcessGroup, ranks: tuple[int, ...], background: bool) -> Group:
+        timeout = self.timeout if self.timeout is not None else group_timeout(world)
+        if self.mpi is not None:
+            return make_mpi_group(ranks, self.mpi, int(background), timeout)
+        return TorchGroup(make_group(ranks, "background" if background else "blocking", timeout), ranks)

@@ -1,0 +1,165 @@
+"""What the run module does to the models of this process, and what it says about it on rank 0."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Self
+
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from distnorm.attach import conversions_of
+from distnorm.binding import Conversion
+from distnorm.diagnostics import Ledger
+from distnorm.integrations.loss_scales import LossScales
+from distnorm.integrations.optimizers import Optimizers, in_use
+from distnorm.integrations.patching import after_init
+from distnorm.settings import Settings
+
+logger = logging.getLogger("distnorm")
+
+_RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "SLURM_PROCID")
+_ONE_PROCESS = (
+    "has 1 process, so there is nothing to synchronize. Start it with several: torchrun --nproc_per_node, mpirun -n, "
+    "accelerate launch --num_processes. (On the CPU, accelerate starts 1 unless its config has MULTI_GPU with "
+    "use_cpu: true and ACCELERATE_USE_CPU=true is set, or it has an mpirun_config.)"
+)
+
+
+class Job:
+    """The models of this process that were converted, and how the script ended."""
+
+    def __init__(self, settings: Settings) -> None:
+        """Nothing converted yet."""
+        self.settings = settings
+        self.failed = False
+        self._process = os.getpid()
+        self._rank = _rank_of(os.environ)
+        self._warned = False  # that it cannot do what it is there for
+        self._any_conversion = False
+        self._unannounced: list[tuple[str, Conversion]] = []
+        self._ledgers: list[tuple[str, Conversion, Ledger]] = []
+        self.scales = LossScales()
+        self.optimizers = Optimizers()
+
+    def watch(self) -> None:
+        """Take note of optimizers, scalers and conversions; report when the process ends."""
+        after_init(Conversion, self._note_conversion)
+        self.scales.watch()
+        self.optimizers.watch()
+        register_optimizer_step_pre_hook(lambda *_: self.announce())
+        atexit.register(self._report)
+
+    def convert_before_ddp(self, model: nn.Module) -> None:
+        """Convert ``model``, which DistributedDataParallel is about to wrap, unless it is converted. No collective.
+
+        Raises:
+            ValueError: as ``distnorm.convert``.
+
+        Warns:
+            UserWarning: on rank 0, if the model has no batch norm; if the job has one process.
+        """
+        if not any(isinstance(each, nn.modules.batchnorm._BatchNorm) for each in model.modules()):
+            self._warned = True  # there was a model to look at: no second warning when the script ends
+            if self._is_first():
+                warnings.warn(f"distnorm.run: {type(model).__name__} has no batch norm layer to convert.", stacklevel=3)
+        self.convert_before_sharding(model)
+        self.announce()
+
+    def convert_before_sharding(self, model: nn.Module) -> None:
+        """The same for a model that may be a part of one: it may well have no batch norm."""
+        if WatchedSettings.of_job(self, follow=True).convert(model):
+            self._warn_if_alone()
+
+    def note(self, model: nn.Module, *, follow: bool) -> None:
+        """Take note of ``model``, which has just been converted; ``follow`` its optimizers."""
+        self._rank = dist.get_rank() if dist.is_initialized() else self._rank
+        (conversion,) = conversions_of(model)
+        layers = sum(1 for _ in conversion.layers())
+        recipe = conversion.recipe.name or str(conversion.recipe)
+        self._unannounced.append((f"{type(model).__name__}: {layers} layers converted to {recipe}", conversion))
+        self.scales.tell(conversion)
+        if follow:
+            self.optimizers.follow(model, conversion)
+        if self.settings.ledger:
+            self._ledgers.append((type(model).__name__, conversion, Ledger(model).__enter__()))
+
+    def announce(self) -> None:
+        """Say what has been converted, except for what has been undone since: parts of a model that became a whole."""
+        for text, conversion in self._unannounced:
+            if in_use(conversion):
+                logger.info("distnorm.run: %s", text)
+                self._say(text)
+        self._unannounced.clear()
+
+    def _note_conversion(self, _: Conversion) -> None:
+        self._any_conversion = True
+
+    def _warn_if_alone(self) -> None:
+        policy = self.settings.build().policy
+        synchronizes = policy.collectives > 0 or policy.background > 0
+        alone = not dist.is_initialized() or dist.get_world_size() == 1
+        if synchronizes and alone and not self._warned:
+            self._warned = True
+            warnings.warn(f"distnorm.run: this job {_ONE_PROCESS}", stacklevel=5)
+
+    def _report(self) -> None:
+        if os.getpid() != self._process:  # a fork runs the handlers that it inherited
+            return
+        self.announce()
+        if not (self.failed or self._any_conversion or self._warned):
+            alone = os.environ.get("WORLD_SIZE", "1") == "1" and "OMPI_COMM_WORLD_SIZE" not in os.environ
+            self._say(
+                "warning: nothing was converted. A model with batch norm is converted when it is wrapped in "
+                "DistributedDataParallel, FSDP (fully_shard) or DeepSpeed, and this script wrapped none. Wrap the "
+                f"model, or call distnorm.convert(model, {self.settings.recipe!r}) in the script."
+                + (f" Besides, this job {_ONE_PROCESS}" if alone else "")
+            )
+        for name, conversion, ledger in self._ledgers:
+            if ledger.collectives or in_use(conversion):
+                self._say(f"ledger of {name}\n{ledger}")
+
+    def _is_first(self) -> bool:
+        return (dist.get_rank() if dist.is_initialized() else self._rank) == 0
+
+    def _say(self, text: str) -> None:
+        if self._is_first():
+            print(f"distnorm.run: {text}", file=sys.stderr, flush=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WatchedSettings(Settings):
+    """Settings whose conversions a job takes note of.
+
+    Args:
+        job: the job.
+        follow: whether optimizers' steps end the steps of what is converted; an engine may do so itself.
+    """
+
+    job: Job = field(repr=False, compare=False)
+    follow: bool = field(default=True, repr=False, compare=False)
+
+    @classmethod
+    def of_job(cls, job: Job, *, follow: bool) -> Self:
+        """The settings of ``job``."""
+        values: dict[str, Any] = {each.name: getattr(job.settings, each.name) for each in fields(Settings)}
+        return cls(**values, job=job, follow=follow)
+
+    def convert(self, model: nn.Module, *, mesh: DeviceMesh | None = None) -> bool:
+        """As ``Settings.convert``."""
+        converted = super().convert(model, mesh=mesh)
+        if converted:
+            self.job.note(model, follow=self.follow)
+        return converted
+
+
+def _rank_of(environment: Mapping[str, str]) -> int:
+    return next((int(environment[name]) for name in _RANK_VARIABLES if name in environment), 0)

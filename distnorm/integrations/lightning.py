@@ -1,0 +1,258 @@
+"""Lightning: ``Trainer(plugins=[DistNormSync("sync_bn")])`` converts before training and reverts after it.
+
+The plugin brings its callback along. The only user of Lightning's private ``Trainer._checkpoint_connector`` (2.6; see
+tests/integrations/test_lightning.py): ddp restores a checkpoint before it calls the plugin.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+import distnorm
+from distnorm import recipes, weights
+from distnorm.attach import Attachment, conversions_of
+from distnorm.convert import Where
+from distnorm.grid import Recipe
+from distnorm.integrations.checkpoint import is_converted
+
+try:
+    from lightning.pytorch import Callback, LightningModule, Trainer
+    from lightning.pytorch.plugins import FSDPPrecision, MixedPrecision
+    from lightning.pytorch.plugins.layer_sync import LayerSync
+    from lightning.pytorch.trainer.states import TrainerFn
+    from lightning.pytorch.utilities import rank_zero_warn
+except ModuleNotFoundError as error:
+    raise ImportError("distnorm.integrations.lightning needs Lightning: pip install 'distnorm[lightning]'") from error
+
+_SECTION = "distnorm"
+"""Where a checkpoint holds the state of moving statistics."""
+
+
+class DistNormSync(LayerSync):
+    """A plugin that puts ``recipe`` in place of batch norm during ``Trainer.fit``.
+
+    Lightning calls it in its ddp and fsdp strategies, before they wrap the model, and again when training ends.
+
+    Args:
+        recipe: a ``Recipe``, or the name of one, with its ``options``; as ``distnorm.convert``.
+        where: which layers; as ``distnorm.convert``.
+        options: options of a named recipe, such as ``size=4``.
+
+    Raises:
+        ValueError: unknown recipe, option or value.
+
+    Warns:
+        UserWarning: at the process's first optimizer step, if no strategy has called the plugin by then.
+    """
+
+    def __init__(self, recipe: Recipe | str = "sync_bn", *, where: Where | None = None, **options: object) -> None:
+        if options and not isinstance(recipe, str):
+            raise ValueError(f"DistNormSync: options {sorted(options)} belong to named recipes, not to {recipe!r}.")
+        self.recipe = recipes.build(recipe, **options) if isinstance(recipe, str) else recipe
+        if not isinstance(self.recipe, Recipe):
+            raise ValueError(f"DistNormSync(recipe={recipe!r}): need a Recipe or the name of one.")
+        self.where = where
+        # A strategy that ignores the plugin calls nothing of it.
+        self._watch = register_optimizer_step_post_hook(self._complain)
+        self._complained = False
+
+    def _complain(self, *_: object) -> None:
+        if self._complained:  # a hook cannot remove itself: torch walks the list
+            return
+        self._complained = True
+        rank_zero_warn(
+            f"An optimizer steps, and {self} has not been applied: only Lightning's ddp and fsdp strategies call it. "
+            "Use one of them (strategy='ddp' works with one device too), or convert in the LightningModule's __init__, "
+            "distnorm.convert(self, ...), and pass Trainer(callbacks=[DistNormCallback()])."
+        )
+
+    def __repr__(self) -> str:
+        return f"DistNormSync({self.recipe.name or self.recipe})"
+
+    def apply(self, model: nn.Module) -> nn.Module:
+        """Convert ``model``, in place, and see to it that the trainer has a ``DistNormCallback``. No collective.
+
+        Raises:
+            ValueError: as ``distnorm.convert``.
+        """
+        assert isinstance(model, LightningModule)
+        self._watch.remove()
+        distnorm.convert(model, self.recipe, where=self.where)
+        trainer = model.trainer
+        if not any(isinstance(each, DistNormCallback) for each in trainer.callbacks):  # type: ignore[attr-defined]
+            callback = DistNormCallback()
+            callback.on_load_checkpoint(trainer, model, trainer._checkpoint_connector._loaded_checkpoint)
+            # First, so that callbacks that save find running statistics united.
+            trainer.callbacks.insert(0, callback)  # type: ignore[attr-defined]
+        return model
+
+    def revert(self, model: nn.Module) -> nn.Module:
+        """Give ``model`` its stock layers back, in place. No collective."""
+        return distnorm.revert(model)
+
+
+class DistNormCallback(Callback):
+    """Tells converted layers of Lightning's training loop, whichever way they were converted.
+
+    ``DistNormSync`` brings it along; models that convert themselves pass ``Trainer(callbacks=[DistNormCallback()])``.
+
+    * Steps of moving statistics end when an optimizer steps, whatever accumulates gradients, and in manual
+      optimization. Float16's loss scale is known.
+    * Checkpoints hold the state of moving statistics of every rank; ``fit(ckpt_path=...)`` goes on bit for bit.
+    * Running statistics that ranks keep for themselves (``local_bn``, ``group_bn``) are united before each validation
+      and when training ends.
+
+    Warns:
+        UserWarning: nothing is converted when training starts.
+    """
+
+    def __init__(self) -> None:
+        self._attachments: list[Attachment] = []
+        self._resumed: Mapping[str, Any] | None = None
+        self._last: dict[str, Any] | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forget earlier runs."""
+        self._resumed = None
+        if stage == "fit":
+            self._last = None
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: Mapping[str, Any]) -> None:
+        """Keep what the checkpoint says until training starts: the layers may not be converted yet.
+
+        Stock layers that are only evaluated get the weights that training computed with.
+        """
+        self._resumed = checkpoint.get(_SECTION)
+        if self._resumed is not None and trainer.state.fn != TrainerFn.FITTING and not is_converted(pl_module):
+            with torch.no_grad():
+                for name in self._resumed["uncentred"]:
+                    weight = pl_module.get_parameter(name)
+                    weight.copy_(weights.centred(weight))
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Resume moving statistics, bind to the ranks, and let optimizers end the steps. Collective."""
+        if not is_converted(pl_module):
+            rank_zero_warn(
+                f"DistNormCallback: {type(pl_module).__name__} has no layer that distnorm converted. Strategy "
+                f"{type(trainer.strategy).__name__} may not call DistNormSync; only ddp and fsdp do. Convert in the "
+                "LightningModule's __init__ then: distnorm.convert(self, ...)."
+            )
+            return
+        if self._resumed is not None:
+            _resume(pl_module, self._resumed, trainer.global_rank, trainer.world_size)
+            self._resumed = None
+        scale = _loss_scale(trainer)
+        self._attachments = [
+            distnorm.attach(pl_module, optimizer=optimizer, loss_scale=scale) for optimizer in trainer.optimizers
+        ]
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let all ranks validate one model. Collective where ranks keep running statistics for themselves."""
+        if not trainer.sanity_checking and is_converted(pl_module):
+            distnorm.sync_running_stats(pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Unite running statistics, and keep the state for a checkpoint after ``fit``. Collective likewise."""
+        if is_converted(pl_module):
+            distnorm.sync_running_stats(pl_module)
+            self._last = _own_state(pl_module)
+        self._detach()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Take the hooks off the optimizers."""
+        self._detach()
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Put every rank's state into the checkpoint that rank 0 writes. Collective, as saving is in Lightning."""
+        state = _own_state(pl_module) if is_converted(pl_module) else self._last
+        if state is not None:
+            checkpoint[_SECTION] = _join(state)
+
+    def _detach(self) -> None:
+        for attachment in self._attachments:
+            attachment.remove()
+        self._attachments.clear()
+
+
+def _loss_scale(trainer: Trainer) -> Callable[[], Tensor | float] | None:
+    precision = trainer.precision_plugin
+    if isinstance(precision, MixedPrecision | FSDPPrecision) and precision.scaler is not None:
+        return precision.scaler.get_scale
+    return None
+
+
+def _own_state(model: nn.Module) -> dict[str, Any]:
+    """What this rank needs to go on, on the CPU; what it belongs to; and which weights only act centred."""
+    state = distnorm.state_dict(model)
+    leaves = {path: leaf.cpu() for path, leaf in _leaves(state).items() if isinstance(leaf, Tensor)}
+    uncentred = [
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if isinstance(module, weights.Centralized) and not (module.projected or module.stock())
+    ]
+    return {"converted": _converted(model), "uncentred": uncentred, "state": _with_leaves(state, leaves)}
+
+
+def _converted(model: nn.Module) -> list[list[str]]:
+    return [[repr(each.recipe), *(name for name, _ in each.layers())] for each in conversions_of(model)]
+
+
+def _join(own: dict[str, Any]) -> dict[str, Any]:
+    """Rank 0's state, and what is different on each of the others, which is little; complete on rank 0 only."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return {**own, "differences": [{}]}
+    first = [own["state"]]
+    dist.broadcast_object_list(first, src=0)
+    theirs = _leaves(first[0])
+    mine = {path: leaf for path, leaf in _leaves(own["state"]).items() if not _equal(leaf, theirs[path])}
+    gathered = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(mine, gathered, dst=0)
+    return {**own, "differences": gathered}
+
+
+def _resume(model: nn.Module, section: Mapping[str, Any], rank: int, world_size: int) -> None:
+    if section["converted"] != _converted(model):
+        rank_zero_warn(
+            f"distnorm: the checkpoint's moving statistics belong to {section['converted']}; the model was converted "
+            f"to {_converted(model)}. They are left aside."
+        )
+        return
+    differences = section["differences"]
+    # At another world size: rank 0's, which load_state_dict reports.
+    mine = differences[rank] if len(differences) == world_size else {}
+    distnorm.load_state_dict(model, _with_leaves(section["state"], mine))
+
+
+def _branches(tree: object, path: str) -> Iterable[tuple[Any, object, str]] | None:
+    if isinstance(tree, dict | list):
+        pairs = tree.items() if isinstance(tree, dict) else enumerate(tree)
+        return [(key, branch, f"{path}/{key}") for key, branch in pairs]
+    return None
+
+
+def _leaves(tree: object, path: str = "") -> dict[str, Any]:
+    branches = _branches(tree, path)
+    if branches is None:
+        return {path: tree}
+    return {key: leaf for _, branch, at in branches for key, leaf in _leaves(branch, at).items()}
+
+
+def _with_leaves(tree: Any, leaves: Mapping[str, Any], path: str = "") -> Any:
+    """``tree`` with those of its leaves replaced that ``leaves`` holds."""
+    branches = _branches(tree, path)
+    if branches is None:
+        return leaves.get(path, tree)
+    replaced = {key: _with_leaves(branch, leaves, at) for key, branch, at in branches}
+    return replaced if isinstance(tree, dict) else list(replaced.values())
+
+
+def _equal(one: object, other: object) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return torch.equal(one, other)
+    return one == other

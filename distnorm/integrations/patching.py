@@ -1,0 +1,32 @@
+"""Watch the constructors of other people's classes, subclasses included: signature and class stay what they are."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+
+def before_init(kind: type, parameter: str, callback: Callable[[Any], None]) -> None:
+    """Call ``callback`` with the first argument, named ``parameter``, before each construction of a ``kind``."""
+    original = kind.__init__  # type: ignore[misc]
+
+    @functools.wraps(original)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+        if args or parameter in kwargs:  # without it, the constructor itself says what is missing
+            callback(args[0] if args else kwargs[parameter])
+        original(self, *args, **kwargs)
+
+    kind.__init__ = __init__  # type: ignore[misc]
+
+
+def after_init(kind: type, callback: Callable[[Any], None]) -> None:
+    """Call ``callback`` with each new ``kind``."""
+    original = kind.__init__  # type: ignore[misc]
+
+    @functools.wraps(original)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+        original(self, *args, **kwargs)
+        callback(self)
+
+    kind.__init__ = __init__  # type: ignore[misc]

@@ -1,0 +1,107 @@
+"""Run a script or a module as ``python script.py`` and ``python -m module`` do, in this process.
+
+Not by ``runpy.run_path``, which takes ``__main__`` away when the script ends, before its atexit handlers, threads and
+pickles are done with it. The only user of ``runpy._run_module_as_main`` (Python 3.11 to 3.13; the interpreter itself
+calls it for ``-m``), pinned by tests/integrations/test_script.py.
+"""
+
+from __future__ import annotations
+
+import builtins
+import io
+import os
+import pkgutil
+import runpy
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from importlib.machinery import SourceFileLoader
+from types import ModuleType, TracebackType
+
+
+def run_script(path: str, arguments: Sequence[str]) -> None:
+    """Run the file ``path``, or the ``__main__.py`` of a folder or archive, as the main program.
+
+    Raises:
+        OSError: the file cannot be read; before anything runs.
+        BaseException: what the script raises. The traceback that is shown if nobody catches it starts in the script.
+    """
+    if pkgutil.get_importer(path) is not None:
+        sys.argv = [path, *arguments]
+        if sys.flags.safe_path:
+            sys.path.insert(0, os.path.abspath(path))
+        else:
+            sys.path[0] = os.path.abspath(path)
+        _run_module("__main__", alter_argv=False)
+        return
+    file = os.path.abspath(path)
+    with io.open_code(file) as source:
+        text = source.read()
+    sys.argv = [path, *arguments]
+    if not sys.flags.safe_path:
+        # "python -m" has put the current folder where "python script.py" puts the script's.
+        sys.path[0] = os.path.dirname(os.path.realpath(path))
+    main = _new_main()
+    main.__file__ = file
+    main.__loader__ = SourceFileLoader("__main__", file)
+    main.__dict__["__cached__"] = None
+    with _script_traceback():
+        exec(compile(text, file, "exec", dont_inherit=True), main.__dict__)
+
+
+def run_module(name: str, arguments: Sequence[str]) -> None:
+    """Run the module or package ``name`` as the main program.
+
+    Raises:
+        BaseException: as ``run_script``; SystemExit if there is no such module.
+    """
+    sys.argv = ["-m", *arguments]
+    _run_module(name, alter_argv=True)
+
+
+def _run_module(name: str, *, alter_argv: bool) -> None:
+    _new_main()
+    with _script_traceback():
+        runpy._run_module_as_main(name, alter_argv)  # type: ignore[attr-defined]
+
+
+def _new_main() -> ModuleType:
+    main = ModuleType("__main__")
+    main.__dict__.update(__builtins__=builtins, __annotations__={})
+    sys.modules["__main__"] = main
+    return main
+
+
+@contextmanager
+def _script_traceback() -> Iterator[None]:
+    """Let the interpreter end on an exception as it always does, but hand the excepthook the script's frames only."""
+    try:
+        yield
+    except SystemExit:
+        raise
+    except BaseException:
+        sys.excepthook = partial(_show, sys.excepthook)
+        raise
+
+
+def _show(
+    hook: Callable[[type[BaseException], BaseException, TracebackType | None], object],
+    kind: type[BaseException],
+    error: BaseException,
+    trace: TracebackType | None,
+) -> None:
+    """Call the excepthook that was in place, the script's own if it has one."""
+    sys.excepthook = hook
+    inner = sys.last_traceback = error.__traceback__ = _without_ours(trace)
+    hook(kind, error, inner)
+
+
+def _without_ours(trace: TracebackType | None) -> TracebackType | None:
+    """What follows the last frame of this file; "python -m" shows runpy's own frames, and so they stay."""
+    inner = frame = trace
+    while frame is not None:
+        if frame.tb_frame.f_code.co_filename == __file__:
+            inner = frame.tb_next
+        frame = frame.tb_next
+    return inner

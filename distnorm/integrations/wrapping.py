@@ -1,0 +1,48 @@
+"""Where scripts wrap models: conversion comes just before it. One place for all frameworks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.nn.parallel import DistributedDataParallel
+
+from distnorm.integrations.import_hook import when_imported
+from distnorm.integrations.job import Job, WatchedSettings
+from distnorm.integrations.patching import after_init, before_init
+from distnorm.settings import Settings
+
+
+def install(settings: Settings | None) -> Job:
+    """Convert every model of this process just before it is wrapped, from now on. No collective.
+
+    Args:
+        settings: None if nobody said anything: ``sync_bn``, or what DeepSpeed's JSON says.
+
+    Returns:
+        Reports on rank 0 when the process ends; set its ``failed`` if the script did.
+    """
+    job = Job(settings or Settings())
+    job.watch()
+
+    def deepspeed(module: Any) -> None:
+        from distnorm.integrations.deepspeed import wrap_initialize
+
+        watched = WatchedSettings.of_job(job, follow=False)
+        wrap_initialize(module, settings and watched, default=watched)
+
+    def accelerate(module: Any) -> None:
+        from distnorm.integrations.accelerate import keep_state
+
+        after_init(module.Accelerator, keep_state)
+
+    def fsdp(module: Any) -> None:
+        from distnorm.integrations.fsdp import wrap_fully_shard
+
+        wrap_fully_shard(WatchedSettings.of_job(job, follow=True))
+        before_init(module.FullyShardedDataParallel, "module", job.convert_before_sharding)
+
+    before_init(DistributedDataParallel, "module", job.convert_before_ddp)
+    when_imported("deepspeed", deepspeed)
+    when_imported("accelerate", accelerate)
+    when_imported("torch.distributed.fsdp", fsdp)
+    return job

@@ -1,0 +1,116 @@
+"""``<launcher> -m distnorm.run [options] train.py args``: convert the models of a script that stays as it is.
+
+Each model is converted just before DistributedDataParallel, FSDP or DeepSpeed wraps it. Works wherever ``-m`` does:
+torchrun, ``accelerate launch -m``, ``deepspeed --module``, ``mpirun python -m``, plain Python.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+
+from distnorm.integrations.script import run_module, run_script
+from distnorm.integrations.wrapping import install
+from distnorm.settings import from_environment
+
+_TAKES_VALUE = ("--recipe", "--options", "--where", "--transport")
+_LAUNCHER_FLAGS = ("--local_rank", "--local-rank")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the script that ``arguments`` name, ``sys.argv[1:]`` by default.
+
+    Raises:
+        SystemExit: what the script exits with, or 2 for a wrong call or settings that are not allowed.
+        BaseException: what the script raises.
+    """
+    own, as_module, target, rest = _split(sys.argv[1:] if arguments is None else arguments)
+    parser = _parser()
+    options = parser.parse_args(own)
+    if target is None:
+        parser.error("name the script to run, or -m and a module.")
+    try:
+        flags = {key: getattr(options, key) for key in ("recipe", "options", "where", "ledger", "transport")}
+        settings = from_environment(os.environ, flags)
+    except ValueError as error:
+        _refuse(str(error))
+    job = install(settings)
+    try:
+        if as_module:
+            run_module(target, rest)
+        else:
+            _check(target)
+            run_script(target, rest)
+    except SystemExit as end:
+        job.failed = end.code not in (None, 0)
+        raise
+    except BaseException:
+        job.failed = True
+        raise
+
+
+def _split(arguments: Sequence[str]) -> tuple[list[str], bool, str | None, list[str]]:
+    """Our own options, whether a module is named, the script or module, and what belongs to it.
+
+    Not left to argparse, which looks for options behind the script too and takes a ``--`` out of its arguments.
+    The local rank that deepspeed and older launchers put first is the script's.
+    """
+    own: list[str] = []
+    forwarded: list[str] = []
+    waiting = list(arguments)
+    while waiting and waiting[0].startswith("-") and waiting[0] != "-m":
+        flag = waiting.pop(0)
+        kept = forwarded if flag.partition("=")[0] in _LAUNCHER_FLAGS else own
+        kept.append(flag)
+        if waiting and flag in (*_TAKES_VALUE, *_LAUNCHER_FLAGS):
+            kept.append(waiting.pop(0))
+    as_module = waiting[:1] == ["-m"]
+    named = waiting[1:] if as_module else waiting
+    return own, as_module, (named[0] if named else None), [*forwarded, *named[1:]]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="distnorm.run",
+        usage="<launcher> -m distnorm.run [options] (script | -m module) [its arguments]",
+        description="Run a script whose models are converted just before DDP, FSDP or DeepSpeed wraps them. What no "
+        "option says comes from the environment (DISTNORM_RECIPE and so on), then from the launcher's config.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--recipe", help="a recipe's name, or with options: 'group_bn(size=4)'; sync_bn by default")
+    parser.add_argument("--options", type=_mapping, metavar="JSON", help="the recipe's options: '{\"size\": 4}'")
+    parser.add_argument("--where", metavar="PATTERNS", help="layers to convert: 'backbone.*,neck.*'; all by default")
+    parser.add_argument(
+        "--ledger", action=argparse.BooleanOptionalAction, default=None, help="print the collectives at the end"
+    )
+    parser.add_argument("--transport", help="who carries statistics: torch or mpi")
+    return parser
+
+
+def _mapping(text: str) -> object:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"need JSON such as '{{\"size\": 4}}'; got {text!r} ({error}).") from None
+
+
+def _check(path: str) -> None:
+    """As Python does, in one line and with its exit code; an OSError of the script's own must not look like it."""
+    try:
+        if not os.path.isdir(path):
+            with open(path, "rb"):
+                pass
+    except OSError as error:
+        _refuse(f"can't open file {os.path.abspath(path)!r}: [Errno {error.errno}] {error.strerror}")
+
+
+def _refuse(message: str) -> None:
+    print(f"distnorm.run: error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+if __name__ == "__main__":
+    main()

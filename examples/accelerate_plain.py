@@ -1,0 +1,34 @@
+"""Accelerate and stock batch norm: a script that knows nothing of this package.
+
+ACCELERATE_USE_CPU=true torchrun --standalone --nproc_per_node 2 examples/accelerate_plain.py
+"""
+
+import torch
+from accelerate import Accelerator
+from task import GLOBAL_BATCH, LEARNING_RATE, build_model, report, train_data
+from torch.nn import functional
+from torch.utils.data import DataLoader
+
+
+def main() -> None:
+    """Train, evaluate, report."""
+    accelerator = Accelerator()
+    model = build_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
+    loader = DataLoader(train_data(), batch_size=GLOBAL_BATCH // accelerator.num_processes)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    losses = []
+    for images, labels in loader:
+        with accelerator.accumulate(model):
+            loss = functional.cross_entropy(model(images), labels)
+            accelerator.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+    report(model, losses)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()

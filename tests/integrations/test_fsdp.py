@@ -1,0 +1,439 @@
+"""FSDP2: sharded parameters, bfloat16 parameters, checkpoints, meshes, and scripts that stay as they are.
+
+The reference of exact recipes is stock batch norm in one process that holds the joined batch; of moving ones, the same
+model under DistributedDataParallel.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed import fsdp
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+import distnorm
+from distnorm.attach import conversions_of
+from distnorm.class_swap import swap, underlying
+from distnorm.integrations.fsdp import wrap_fully_shard
+from distnorm.module import DistNorm, DistNorm2d
+from distnorm.settings import Settings
+from tests.support.pool import Pool
+
+N = 4
+"""Samples per rank and step."""
+LR = 0.1
+MABN: dict[str, Any] = {"window": 3, "warmup": 3}
+
+
+class Net(nn.Module):
+    """5 channels and 1 channel: shards of 3 and 2 rows, and of 1 row and none."""
+
+    def __init__(self, recompute: bool = False) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 5, 3, padding=1), nn.BatchNorm2d(5), nn.ReLU())
+        self.block = nn.Sequential(nn.Conv2d(5, 1, 3, padding=1), nn.BatchNorm2d(1), nn.ReLU())
+        self.head = nn.Linear(36, 2)
+        self.recompute = recompute
+
+    def forward(self, x_NCS: Tensor) -> Tensor:
+        h_NCS = self.stem(x_NCS)
+        h_NCS = checkpoint(self.block, h_NCS, use_reentrant=False) if self.recompute else self.block(h_NCS)
+        return self.head(h_NCS.flatten(1))
+
+
+def net(dtype: torch.dtype = torch.float64, recompute: bool = False) -> Net:
+    torch.manual_seed(1)
+    return Net(recompute).to(dtype)
+
+
+def batch(step: int, ranks: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    """The joined batch; ranks see different distributions."""
+    generator = torch.Generator().manual_seed(step)
+    x_NCS = torch.randn(ranks * N, 3, 6, 6, generator=generator, dtype=dtype)
+    x_NCS += torch.arange(ranks).repeat_interleave(N).view(-1, 1, 1, 1)
+    return x_NCS, torch.randint(0, 2, (ranks * N,), generator=generator)
+
+
+def train(
+    model: nn.Module,
+    steps: Sequence[int],
+    ranks: int,
+    place: int | None,
+    *,
+    attached: bool = False,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> list[float]:
+    """Train on the part of the rank at ``place``, or on the joined batch."""
+    optimizer = optimizer or torch.optim.SGD(model.parameters(), LR, momentum=0.9)
+    if attached:
+        distnorm.attach(model, optimizer=optimizer)
+    losses = []
+    for step in steps:
+        x_NCS, labels_N = batch(step, ranks, next(model.buffers()).dtype)
+        if place is not None:
+            x_NCS, labels_N = x_NCS[place * N :][:N], labels_N[place * N :][:N]
+        loss = F.cross_entropy(model(x_NCS).to(x_NCS.dtype), labels_N)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def whole(model: nn.Module) -> dict[str, Tensor]:
+    """The state of a sharded model, gathered on every rank."""
+    return {
+        name: value.full_tensor() if isinstance(value, DTensor) else value
+        for name, value in get_model_state_dict(model).items()
+    }
+
+
+def shard(model: Net, parts: str = "blocks", **options: Any) -> Net:
+    """Shard ``model``, its blocks first; with ``parts="leaves"`` every convolution and norm before them."""
+    if parts == "leaves":
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d | nn.BatchNorm2d):
+                fsdp.fully_shard(module, **options)
+    fsdp.fully_shard(model.block, **options)
+    fsdp.fully_shard(model, **options)
+    return model
+
+
+def joined(steps: int, ranks: int) -> dict[str, Tensor]:
+    reference = net()
+    train(reference, range(steps), ranks, None)
+    return reference.state_dict()
+
+
+# Exact recipes ----------------------------------------------------------------------------------------------
+
+
+def train_exact(rank: int, when: str, parts: str, recompute: bool) -> dict[str, Tensor]:
+    model = net(recompute=recompute)
+    if when == "before":
+        distnorm.convert(model, "sync_bn")
+    shard(model, parts)
+    if when == "after":
+        distnorm.convert(model, "sync_bn")
+    assert isinstance(model.stem[1], DistNorm2d) and isinstance(model.stem[1].weight, DTensor)
+    train(model, range(4), 2, rank)
+    return whole(model)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize(("parts", "recompute"), [("blocks", False), ("leaves", False), ("blocks", True)])
+def test_sync_bn_equals_stock_on_the_joined_batch(pool: Pool, when: str, parts: str, recompute: bool) -> None:
+    expected = joined(4, 2)
+    for state in pool.run(2, train_exact, when, parts, recompute):
+        torch.testing.assert_close(state, expected, rtol=1e-9, atol=1e-9)
+
+
+def train_hybrid(rank: int) -> dict[str, Tensor]:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    undo = wrap_fully_shard(Settings(recipe="sync_bn"))
+    model = shard(net(), mesh=mesh)
+    undo()
+    train(model, range(4), 4, rank)
+    return whole(model)
+
+
+def test_replicate_and_shard_axes_are_both_data(pool: Pool) -> None:
+    expected = joined(4, 4)
+    for state in pool.run(4, train_hybrid):
+        torch.testing.assert_close(state, expected, rtol=1e-9, atol=1e-9)
+
+
+def train_one_axis(rank: int) -> dict[str, Tensor]:
+    """Ranks of one column see the same data, as tensor parallel ranks do; each row has a model of its own."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "other"))
+    model = distnorm.convert(net(), "sync_bn", mesh=mesh["dp"])
+    shard(model, mesh=mesh["dp"])
+    place = mesh.get_local_rank("dp")
+    train(model, range(4), 2, place)
+    return whole(model)
+
+
+def test_one_data_axis_of_two(pool: Pool) -> None:
+    expected = joined(4, 2)
+    for state in pool.run(4, train_one_axis):
+        torch.testing.assert_close(state, expected, rtol=1e-9, atol=1e-9)
+
+
+# Moving recipes ---------------------------------------------------------------------------------------------
+
+
+def train_moving(rank: int, engine: str, attached: bool) -> tuple[dict[str, Tensor], list[int]]:
+    """The trained state with centred weights written out, and the collectives of the last steps."""
+    model = distnorm.convert(net(), "mabn", **MABN)
+    wrapped = shard(model, "leaves") if engine == "fsdp" else DistributedDataParallel(model)
+    with distnorm.Ledger(model) as ledger:
+        train(wrapped, range(10), 2, rank, attached=attached)
+    return whole(distnorm.revert(model)), [ledger.steps[step].collectives for step in range(5, 10)]
+
+
+@pytest.mark.parametrize("attached", [False, True])
+def test_mabn_equals_the_same_model_under_ddp(pool: Pool, attached: bool) -> None:
+    expected = pool.run(2, train_moving, "ddp", False)[0][0]
+    for state, collectives in pool.run(2, train_moving, "fsdp", attached):
+        torch.testing.assert_close(state, expected, rtol=1e-9, atol=1e-9)
+        assert collectives == [1] * 5
+
+
+def accumulate(rank: int, engine: str) -> dict[str, Tensor]:
+    """Two backward passes per optimizer step, gradients reduced in the second."""
+    model = distnorm.convert(net(), "mabn", **MABN)
+    wrapped = shard(model) if engine == "fsdp" else DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(wrapped.parameters(), LR)
+    distnorm.attach(model, optimizer=optimizer)
+    for step in range(8):
+        for part in (0, 1):
+            x_NCS, labels_N = (each[2 * rank + part :: 4] for each in batch(step, 2))
+            if engine == "fsdp":
+                wrapped.set_requires_gradient_sync(part == 1)
+            else:
+                wrapped.require_backward_grad_sync = part == 1
+            F.cross_entropy(wrapped(x_NCS), labels_N).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return whole(distnorm.revert(model))
+
+
+def test_mabn_with_gradient_accumulation(pool: Pool) -> None:
+    expected = pool.run(2, accumulate, "ddp")[0]
+    for state in pool.run(2, accumulate, "fsdp"):
+        torch.testing.assert_close(state, expected, rtol=1e-9, atol=1e-9)
+
+
+def project(rank: int, dim: int, form: str) -> tuple[Tensor, Tensor, int]:
+    """The centred weight, what it should be, and the collectives of centring it."""
+    model = distnorm.convert(nn.Sequential(nn.Conv2d(4, 5, 3), nn.BatchNorm2d(5)).double(), "mabn")
+    before = model[0].weight.detach().clone()
+    dist.broadcast(before, 0)
+    model[0].weight.data.copy_(before)
+    fsdp.fully_shard(model, shard_placement_fn=lambda p: Shard(dim) if p.dim() == 4 else None)
+    with CommDebugMode() as communication:
+        getattr(model[0], form)()
+    collectives = communication.get_total_counts()
+    return whole(model)["0.weight"], before - before.mean((1, 2, 3), keepdim=True), collectives
+
+
+@pytest.mark.parametrize(("dim", "form"), [(0, "project"), (1, "project"), (0, "take_over")])
+def test_centring_sharded_weights(pool: Pool, dim: int, form: str) -> None:
+    """Filters lie whole on a rank unless the user shards another dimension."""
+    for weight, expected, collectives in pool.run(2, project, dim, form):
+        torch.testing.assert_close(weight, expected, rtol=1e-12, atol=1e-12)
+        assert (collectives == 0) == (dim == 0)
+
+
+# bfloat16 parameters ----------------------------------------------------------------------------------------
+
+
+def train_bfloat16(rank: int, recipe: str) -> list[tuple[Tensor, ...]]:
+    """Per layer: running mean and variance after one step, and the layer's inputs."""
+    model = distnorm.convert(net(torch.float32), recipe)
+    shard(model, mp_policy=fsdp.MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32))
+    layers = [model.stem[1], model.block[1]]
+    seen: list[Tensor] = []
+    for layer in layers:
+        layer.register_forward_pre_hook(lambda layer, args: seen.append(args[0].detach().clone()))
+    train(model, [0], 2, rank)
+    running = [(layer.running_mean.clone(), layer.running_var.clone()) for layer in layers]
+    train(model, range(1, 6), 2, rank)
+    assert model.eval()(batch(9, 2, torch.float32)[0]).dtype == torch.bfloat16
+    assert all(layer.running_var.dtype == torch.float32 for layer in layers)
+    return [(*each, x_NCS) for each, x_NCS in zip(running, seen, strict=False)]
+
+
+def test_statistics_stay_float32(pool: Pool) -> None:
+    """bfloat16 statistics would be off by 4e-3."""
+    ranks = pool.run(2, train_bfloat16, "sync_bn")
+    for layer in (0, 1):
+        assert all(rank[layer][2].dtype == torch.bfloat16 for rank in ranks)
+        x_CS = torch.cat([rank[layer][2].double() for rank in ranks]).transpose(0, 1).flatten(1)
+        for mean_C, var_C, _ in (rank[layer] for rank in ranks):
+            assert mean_C.dtype == var_C.dtype == torch.float32
+            torch.testing.assert_close(mean_C.double(), 0.1 * x_CS.mean(1), rtol=1e-6, atol=1e-7)
+            torch.testing.assert_close(var_C.double(), 0.9 + 0.1 * x_CS.var(1), rtol=1e-6, atol=1e-7)
+
+
+def test_mabn_in_bfloat16(pool: Pool) -> None:
+    """The first step is synchronous; RMS tracks x^2 about 0."""
+    ranks = pool.run(2, train_bfloat16, "mabn")
+    x_CS = torch.cat([rank[0][2].double() for rank in ranks]).transpose(0, 1).flatten(1)
+    for rank in ranks:
+        torch.testing.assert_close(rank[0][1].double(), 0.98 + 0.02 * x_CS.square().mean(1), rtol=1e-6, atol=1e-7)
+
+
+# State ------------------------------------------------------------------------------------------------------
+
+
+def exchange_states(rank: int, recipe: str) -> None:
+    """Out to a stock model and back into a sharded one, strictly."""
+    model = shard(distnorm.convert(net(), recipe))
+    train(model, range(3), 2, rank)
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    parts = [state]
+    dist.broadcast_object_list(parts, src=0)
+    state = parts[0]
+    stock = net()
+    stock.load_state_dict(state, strict=True)
+    assert list(state) == list(stock.state_dict())
+    other = shard(distnorm.convert(net(), recipe))
+    options = StateDictOptions(full_state_dict=True, strict=True)
+    set_model_state_dict(other, state, options=options)
+    torch.testing.assert_close(whole(other), dict(stock.state_dict()), rtol=0, atol=0)
+    x_NCS = batch(9, 2)[0]
+    y = model.eval()(x_NCS)
+    torch.testing.assert_close(other.eval()(x_NCS), y, rtol=0, atol=0)
+    if recipe == "sync_bn":
+        torch.testing.assert_close(stock.eval()(x_NCS), y, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("recipe", ["sync_bn", "mabn"])
+def test_states_are_those_of_the_stock_model(pool: Pool, recipe: str) -> None:
+    pool.run(2, exchange_states, recipe)
+
+
+def resume(rank: int, folder: str) -> None:
+    """torch.distributed.checkpoint for model and optimizer, one file per rank for windows: bit for bit."""
+
+    def start() -> tuple[Net, torch.optim.Optimizer]:
+        model = shard(distnorm.convert(net(), "mabn", **MABN))
+        optimizer = torch.optim.SGD(model.parameters(), LR, momentum=0.9)
+        distnorm.attach(model, optimizer=optimizer)
+        return model, optimizer
+
+    model, optimizer = start()
+    train(model, range(5), 2, rank, optimizer=optimizer)
+    state, optimizer_state = get_state_dict(model, optimizer)
+    dcp.save({"model": state, "optimizer": optimizer_state}, checkpoint_id=folder)
+    torch.save(distnorm.state_dict(model), f"{folder}/distnorm_{rank}.pt")
+    losses = train(model, range(5, 9), 2, rank, optimizer=optimizer)
+
+    other, other_optimizer = start()
+    state, optimizer_state = get_state_dict(other, other_optimizer)
+    dcp.load({"model": state, "optimizer": optimizer_state}, checkpoint_id=folder)
+    set_state_dict(other, other_optimizer, model_state_dict=state, optim_state_dict=optimizer_state)
+    distnorm.load_state_dict(other, torch.load(f"{folder}/distnorm_{rank}.pt"))
+    assert train(other, range(5, 9), 2, rank, optimizer=other_optimizer) == losses
+    torch.testing.assert_close(whole(other), whole(model), rtol=0, atol=0)
+
+
+def test_resuming_from_a_sharded_checkpoint(pool: Pool, tmp_path: Path) -> None:
+    pool.run(2, resume, str(tmp_path))
+
+
+# Scripts that stay as they are ------------------------------------------------------------------------------
+
+
+def wrap(rank: int, check: Callable[[], None], where: tuple[str, ...] = ()) -> None:
+    undo = wrap_fully_shard(Settings(recipe="mabn", where=where))
+    try:
+        check()
+    finally:
+        undo()
+
+
+def one_conversion() -> None:
+    from torch.distributed._composable.fsdp import fully_shard as old_path
+
+    model = net()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    old_path(model.stem[1])
+    assert isinstance(model.stem[1], DistNorm2d)
+    fsdp.fully_shard([model.stem[0], model.block[0]])
+    shard(model)
+    assert len(conversions_of(model)) == 1
+    assert [name for name, _ in conversions_of(model)[0].layers()] == ["stem.1", "block.1"]
+    assert len(distnorm.weights.centralized(model)) == 2
+    torch.testing.assert_close(whole(model), before, rtol=0, atol=0)
+    reverted = distnorm.revert(model)
+    assert not any(isinstance(each, DistNorm) for each in reverted.modules())
+    assert isinstance(model.stem[1], nn.BatchNorm2d) and isinstance(model.stem[1], fsdp.FSDPModule)
+
+
+def own_conversion_stays() -> None:
+    model = shard(distnorm.convert(net(), "sync_bn"))
+    assert model.stem[1].recipe.name == "sync_bn"
+
+
+def meta_device() -> None:
+    with torch.device("meta"):
+        model = shard(Net())
+    model.to_empty(device="cpu")
+    set_model_state_dict(model, net(torch.float32).state_dict(), options=StateDictOptions(full_state_dict=True))
+    losses = train(model, range(4), 2, dist.get_rank())
+    expected = shard(net(torch.float32))
+    assert train(expected, range(4), 2, dist.get_rank()) == losses
+
+
+def where_names_the_whole() -> None:
+    model = shard(net())
+    assert isinstance(model.block[1], DistNorm) and not isinstance(model.stem[1], DistNorm)
+    train(model, [0], 2, dist.get_rank())
+
+
+def where_names_nothing() -> None:
+    model = shard(net())
+    with pytest.warns(UserWarning, match=r"where=\['backbone.\*'\] selects none of \['stem.1', 'block.1'\]"):
+        train(model, [0], 2, dist.get_rank())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(model, [0], 2, dist.get_rank())
+
+
+@pytest.mark.parametrize("check", [one_conversion, own_conversion_stays, meta_device])
+def test_fully_shard_converts(pool: Pool, check: Callable[[], None]) -> None:
+    original = fsdp.fully_shard
+    pool.run(2, wrap, check)
+    assert fsdp.fully_shard is original
+
+
+@pytest.mark.parametrize(
+    ("check", "where"), [(where_names_the_whole, ("block.*",)), (where_names_nothing, ("backbone.*",))]
+)
+def test_fully_shard_converts_named_layers(pool: Pool, check: Callable[[], None], where: tuple[str, ...]) -> None:
+    pool.run(2, wrap, check, where)
+
+
+def wrapped_class(rank: int) -> None:
+    layer = fsdp.fully_shard(nn.BatchNorm2d(2))
+    made = type(layer)
+    assert made.__bases__ == (fsdp.FSDPModule, nn.BatchNorm2d)
+    assert underlying(layer) is nn.BatchNorm2d
+    swap(layer, nn.BatchNorm1d)
+    assert type(layer).__bases__ == (fsdp.FSDPModule, nn.BatchNorm1d)
+    assert set(vars(made)) - set(vars(type(layer))) == set()
+
+
+def test_the_class_that_fsdp_makes(pool: Pool) -> None:
+    """Private to torch: fails when it wraps modules in another way."""
+    pool.run(2, wrapped_class)
+
+
+def test_other_classes_are_their_own() -> None:
+    class Mine(nn.BatchNorm2d):
+        pass
+
+    assert underlying(Mine(2)) is Mine
+    assert underlying(nn.SyncBatchNorm(2)) is nn.SyncBatchNorm

