@@ -48,7 +48,8 @@ def attach(
         model: has converted layers.
         process_group: the data-parallel ranks.
         optimizer: its ``step`` ends a step of moving statistics, instead of every backward pass: for gradient
-            accumulation, several losses, GANs. With SGD, centralized weights take their cheaper form.
+            accumulation, several losses, GANs. One more call with another optimizer adds that one. With SGD,
+            centralized weights take their cheaper form.
         loss_scale: gives the factor that the loss is multiplied by, such as ``scaler.get_scale``.
         manual: steps end where you call ``end_step(model)``, and nowhere else.
 
@@ -59,17 +60,25 @@ def attach(
     if manual and optimizer is not None:
         raise ValueError("attach(optimizer=..., manual=True): either the optimizer ends steps, or you do.")
     conversions = conversions_of(model)
+    undo = []
     for conversion in conversions:
         conversion.bind(process_group)
         conversion.ends_with_backward = optimizer is None and not manual
         conversion.loss_scale = loss_scale
-    undo = []
-    if optimizer is not None:
-        undo.append(optimizer.register_step_post_hook(lambda *_: end_step(model)).remove)
-        projection = weights.project_with(model, optimizer)
-        if projection is not None:
-            undo.append(projection)
-    return Attachment(conversions, undo)
+        if optimizer is not None:
+            undo.append(_end_steps(conversion, optimizer))
+    projection = None if optimizer is None else weights.project_with(model, optimizer)
+    return Attachment(conversions, undo if projection is None else [*undo, projection])
+
+
+def _end_steps(conversion: Conversion, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
+    """Let ``optimizer`` end the steps of ``conversion``, once each, however often it is told so."""
+    known = conversion.optimizers.pop(optimizer, None)
+    if known is not None:
+        known.remove()
+    handle = optimizer.register_step_post_hook(lambda *_: conversion.bound().end_step())
+    conversion.optimizers[optimizer] = handle
+    return handle.remove
 
 
 def end_step(model: nn.Module) -> None:

@@ -11,12 +11,14 @@ import logging
 from collections.abc import Callable, Iterator
 from itertools import zip_longest
 from typing import Any
-from weakref import ReferenceType, ref
+from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
 from distnorm import running
 from distnorm.boundary import at_end_of_backward, graph_task
@@ -48,6 +50,7 @@ class Binding:
         self._passes = 0
         self._used: set[str] = set()
         self._warned = False
+        self._scale = 0.0
 
     @property
     def agrees(self) -> bool:
@@ -60,10 +63,18 @@ class Binding:
         Training goes on, so stock running statistics that were loaded must now mean what the method tracks.
         """
         self._boundary_queued = False
+        if self.conversion.recipe.policy.keeps_cotangents and self.conversion.loss_scale is not None:
+            self._end_skipped_step(float(self.conversion.loss_scale()))
         if self.conversion.means_to_fold:
             self.conversion.means_to_fold = False
             if not self.conversion.recipe.method.centred:
                 running.fold_means(layer for _, layer in self.conversion.layers())
+
+    def _end_skipped_step(self, scale: float) -> None:
+        """A loss scale that falls says that the optimizer skipped a step: end it, or its NaN would enter the next."""
+        if scale < self._scale and self._used and not self.conversion.ends_with_backward:
+            self.end_step()
+        self._scale = scale
 
     def note_use(self, layer: str) -> None:
         """Watch for a second forward of ``layer`` in one step, which a window cannot tell from a missed step."""
@@ -119,6 +130,7 @@ class Conversion:
         self.means_to_fold = True
         self.loss_scale: Callable[[], Tensor | float] | None = None
         self.ends_with_backward = True
+        self.optimizers: WeakKeyDictionary[Optimizer, RemovableHandle] = WeakKeyDictionary()
         self._layers: dict[int, tuple[str, ReferenceType[_BatchNorm]]] = {}
         self._binding: Binding | None = None
         self._resumed: dict[str, Any] | None = None

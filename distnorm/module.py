@@ -53,7 +53,7 @@ class DistNorm(_BatchNorm):
         compiling = torch.compiler.is_compiling()
         if not compiling and self._site.alone(input):
             return alone.normalize(self, input, track=self.track_running_stats and graph_task() == NO_BACKWARD)
-        share = LayerShare(self._site.key, NOW if compiling else self._site.conversion.bound().step)
+        share = LayerShare(self._site.key, NOW if compiling else self._site.begin())
         method = self.recipe.method
         if isinstance(method, ChannelAffine) and fused.suits(input):
             y = fused.normalize(method, input, share, affine)

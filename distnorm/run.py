@@ -12,9 +12,12 @@ import os
 import sys
 from collections.abc import Sequence
 
+from distnorm.integrations.launchers import read_launcher
+from distnorm.integrations.mpi import export_environment
 from distnorm.integrations.script import run_module, run_script
 from distnorm.integrations.wrapping import install
 from distnorm.settings import from_environment
+from distnorm.transport.mpi import end_job_after
 
 _TAKES_VALUE = ("--recipe", "--options", "--where", "--transport")
 _LAUNCHER_FLAGS = ("--local_rank", "--local-rank")
@@ -37,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         settings = from_environment(os.environ, flags)
     except ValueError as error:
         _refuse(str(error))
+    _meet()
     job = install(settings)
     try:
         if as_module:
@@ -46,10 +50,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
             run_script(target, rest)
     except SystemExit as end:
         job.failed = end.code not in (None, 0)
+        end_job_after(end)
         raise
     except BaseException:
         job.failed = True
         raise
+
+
+def _meet() -> None:
+    """Where mpirun or srun started the ranks, export what ``env://`` reads, for scripts that expect torchrun's."""
+    if "RANK" not in os.environ and read_launcher(os.environ) is not None:
+        try:
+            export_environment()
+        except (ImportError, RuntimeError, ValueError) as error:  # the script may know a way of its own
+            print(f"distnorm.run: RANK and MASTER_ADDR are not exported: {error}", file=sys.stderr)
 
 
 def _split(arguments: Sequence[str]) -> tuple[list[str], bool, str | None, list[str]]:

@@ -62,6 +62,13 @@ class Site:
         binding.forward_begins()
         return True
 
+    def begin(self) -> int:
+        """The training step of the forward that begins now."""
+        binding = self.conversion.bound()
+        if graph_task() == NO_BACKWARD:
+            binding.forward_begins()
+        return binding.step
+
     def statistics(self, wire: Tensor, step: int, *, learning: bool, held: bool) -> Record:
         """Shared counterpart of the local sums ``wire``, whose last element is the count.
 

@@ -1,7 +1,6 @@
 """A detector's habits: one head over all levels of a pyramid, image sizes that differ, ranks without proposals.
 
 torchrun --standalone --nproc_per_node 2 examples/detection.py [--engine fsdp2] [--recipe mabn]
-
 Every rank runs every norm layer equally often, on empty batches too: a rank that skips one makes the others wait.
 """
 
@@ -20,29 +19,31 @@ STEPS = 12
 
 
 class Detector(nn.Module):
-    """A stem, a dense head that all levels share, and a box head over proposals."""
+    """A stem, a dense head that all levels share, a box head over proposals, and a mask head for large images."""
+
+    may_skip = True  # the mask head, which has no norm, on a rank with a small image: DDP bears it, FSDP2 does not
 
     def __init__(self) -> None:
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())
         self.dense = nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 2, 1))
         self.box = nn.Sequential(nn.Linear(8, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 4))
-        self.mask = nn.Linear(8, 1)  # for large images only: DDP needs find_unused_parameters
+        self.mask = nn.Linear(8, 1)
 
     def forward(self, image: Tensor, proposals: Tensor) -> Tensor:
         """Sum of squared scores; ``proposals`` are positions in the flattened features, possibly none."""
         features = self.stem(image)
         scores = [self.dense(functional.avg_pool2d(features, 2**level)) for level in range(3)]
         rows = features.movedim(1, -1).flatten(0, 2)[proposals]
-        scores += [self.box(rows)] + ([self.mask(rows)] if image.shape[-1] > 16 else [])
+        large = image.shape[-1] > 16
+        scores += [self.box(rows)] + ([self.mask(rows) * large] if large or not self.may_skip else [])
         return torch.stack([each.square().sum() for each in scores]).sum() / 1000
 
 
 def sample(step: int, rank: int) -> tuple[Tensor, Tensor]:
-    """Image sizes differ by rank and step; every other step rank 1 has no proposals."""
+    """Image sizes differ; every other step rank 1 has no proposals."""
     generator = torch.Generator().manual_seed(1000 * step + rank)
-    size = 12 + 4 * ((step + rank) % 3)
-    proposals = 0 if rank == 1 and step % 2 == 0 else 5 + rank
+    size, proposals = 12 + 4 * ((step + rank) % 3), 0 if rank == 1 and step % 2 == 0 else 5 + rank
     image = torch.randn(1, 3, size, size, generator=generator) + rank
     return image, torch.randint(0, size * size, (proposals,), generator=generator)
 
@@ -51,23 +52,19 @@ def wrap(model: Detector, engine: str) -> nn.Module:
     """DistributedDataParallel, or FSDP2 of the heads and the whole."""
     if engine == "ddp":
         return DistributedDataParallel(model, find_unused_parameters=True)
-    fully_shard(model.dense)
-    fully_shard(model.box)
-    fully_shard(model)
+    model.may_skip = False
+    for part in (model.dense, model.box, model):
+        fully_shard(part)
     return model
 
 
-def main() -> None:
+def main(engine: str, recipe: str) -> None:
     """Train and report."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--engine", choices=["ddp", "fsdp2"], default="ddp")
-    parser.add_argument("--recipe", default="sync_bn")
-    args = parser.parse_args()
     dist.init_process_group("gloo")
     torch.manual_seed(0)
-    model = wrap(distnorm.convert(Detector(), args.recipe), args.engine)
+    model = wrap(distnorm.convert(Detector(), recipe), engine)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    distnorm.attach(model, optimizer=optimizer)  # a step of moving statistics is an optimizer step, of many calls
+    distnorm.attach(model, optimizer=optimizer)  # an optimizer step is a step of moving statistics
     for step in range(STEPS):
         loss = model(*sample(step, dist.get_rank()))
         loss.backward()
@@ -79,4 +76,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--engine", choices=["ddp", "fsdp2"], default="ddp")
+    parser.add_argument("--recipe", default="sync_bn")
+    main(**vars(parser.parse_args()))

@@ -1,5 +1,6 @@
 """A job that survives the death of a worker: moving statistics go on bit for bit from the last checkpoint.
 
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # restarts of gloo jobs fail without it in torch 2.13: pytorch#135712
 torchrun --standalone --nproc_per_node 2 --max-restarts 1 examples/elastic.py FOLDER [--kill-at 25] [--steps 40]
 
 Started again on the same folder with another number of processes, it goes on with warm windows and says so.

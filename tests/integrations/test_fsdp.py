@@ -6,6 +6,11 @@ model under DistributedDataParallel.
 
 from __future__ import annotations
 
+import json
+import os
+import runpy
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -39,6 +44,7 @@ from distnorm.module import DistNorm, DistNorm2d
 from distnorm.settings import Settings
 from tests.support.pool import Pool
 
+EXAMPLES = Path(__file__).parents[2] / "examples"
 N = 4
 """Samples per rank and step."""
 LR = 0.1
@@ -437,3 +443,27 @@ def test_other_classes_are_their_own() -> None:
 
     assert underlying(Mine(2)) is Mine
     assert underlying(nn.SyncBatchNorm(2)) is nn.SyncBatchNorm
+
+
+def test_the_example_trains_as_one_process_with_stock_batch_norm() -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    script = str(EXAMPLES / "fsdp2.py")
+    job = subprocess.run([*command, script], capture_output=True, text=True, env=environment, timeout=100, check=False)
+    assert job.returncode == 0, job.stderr
+    found = json.loads(job.stdout.split("RESULT", 1)[1])
+    assert found["world_size"] == 2
+
+    task = runpy.run_path(str(EXAMPLES / "task.py"))
+    model = task["build_model"]()
+    optimizer = torch.optim.SGD(model.parameters(), lr=task["LEARNING_RATE"])
+    losses = []
+    for images, labels in task["train_loader"]():
+        loss = F.cross_entropy(model(images), labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    torch.testing.assert_close(torch.tensor(found["losses"]), torch.tensor(losses[:20]), rtol=0, atol=1e-5)
+    variances = [each.running_var.sum().item() for each in model.modules() if isinstance(each, nn.BatchNorm2d)]
+    torch.testing.assert_close(torch.tensor(found["running_var"]), torch.tensor(variances), rtol=1e-4, atol=0)

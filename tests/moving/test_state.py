@@ -216,3 +216,16 @@ def test_looking_at_a_stock_checkpoint_does_not_change_its_evaluation(look):
     look(layer)
     layer.eval()
     torch.testing.assert_close(layer(x), stock(x))
+
+
+def test_an_optimizer_ends_a_step_once_however_often_it_is_attached():
+    model = build(Recipe(method=RMS(), policy=Moving(window=3)), layers=1)
+    optimizer, other = (torch.optim.SGD(model.parameters(), 0.1) for _ in range(2))
+    for _ in range(3):
+        distnorm.attach(model, optimizer=optimizer)
+    distnorm.attach(model, optimizer=other)
+    loss_of(model(batch(0, 0))).backward()
+    optimizer.step()
+    assert distnorm.state_dict(model)[0]["step"] == 1
+    other.step()
+    assert distnorm.state_dict(model)[0]["step"] == 2
