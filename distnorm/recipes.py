@@ -177,11 +177,19 @@ def available() -> list[Description]:
 
 
 def build(name: str, **options: object) -> Recipe:
-    """The recipe ``name`` with ``options``, as a config file would give them.
+    """The recipe ``name`` with ``options``, as a config file would give them; or what ``parse`` takes, alone.
 
     Raises:
-        ValueError: unknown name, unknown option, or a value out of range; the message says what is allowed.
+        ValueError: unknown name, unknown option, or a value out of range; the message says what is allowed. Options
+            both in the name and apart.
     """
+    if "(" in name:
+        if options:
+            raise ValueError(
+                f"recipe {name!r} has options in its name, and more are given apart: {', '.join(options)}. Write all "
+                "of them in one place."
+            )
+        return parse(name)
     builder = _builder(name)
     allowed = list(inspect.signature(builder).parameters)
     for option in options:

@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from distnorm.integrations.children import convert_in_children
 from distnorm.integrations.launchers import read_launcher
 from distnorm.integrations.mpi import export_environment
 from distnorm.integrations.script import run_module, run_script
@@ -42,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _refuse(str(error))
     _meet()
     job = install(settings)
+    convert_in_children(job, settings, own)
     try:
         if as_module:
             run_module(target, rest)

@@ -104,8 +104,6 @@ class Settings:
 
     def build(self) -> Recipe:
         """The recipe itself."""
-        if not self.options:
-            return recipes.parse(self.recipe)
         return recipes.build(self.recipe, **self.options)
 
     def convert(self, model: nn.Module, *, mesh: DeviceMesh | None = None) -> bool:

@@ -1,6 +1,7 @@
 """A detector's habits: one head over all levels of a pyramid, image sizes that differ, ranks without proposals.
 
 torchrun --standalone --nproc_per_node 2 examples/detection.py [--engine fsdp2] [--recipe mabn]
+
 Every rank runs every norm layer equally often, on empty batches too: a rank that skips one makes the others wait.
 """
 
@@ -14,8 +15,6 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 import distnorm
-
-STEPS = 12
 
 
 class Detector(nn.Module):
@@ -32,11 +31,10 @@ class Detector(nn.Module):
 
     def forward(self, image: Tensor, proposals: Tensor) -> Tensor:
         """Sum of squared scores; ``proposals`` are positions in the flattened features, possibly none."""
-        features = self.stem(image)
+        features, size = self.stem(image), image.shape[-1]
         scores = [self.dense(functional.avg_pool2d(features, 2**level)) for level in range(3)]
         rows = features.movedim(1, -1).flatten(0, 2)[proposals]
-        large = image.shape[-1] > 16
-        scores += [self.box(rows)] + ([self.mask(rows) * large] if large or not self.may_skip else [])
+        scores += [self.box(rows)] + ([self.mask(rows) * (size > 16)] if size > 16 or not self.may_skip else [])
         return torch.stack([each.square().sum() for each in scores]).sum() / 1000
 
 
@@ -65,12 +63,12 @@ def main(engine: str, recipe: str) -> None:
     model = wrap(distnorm.convert(Detector(), recipe), engine)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     distnorm.attach(model, optimizer=optimizer)  # an optimizer step is a step of moving statistics
-    for step in range(STEPS):
+    for step in range(12):
         loss = model(*sample(step, dist.get_rank()))
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    print(f"rank {dist.get_rank()}: loss {loss.item():.4f} after {STEPS} steps", flush=True)
+    print(f"rank {dist.get_rank()}: loss {loss.item():.4f}", flush=True)
     dist.barrier()
     dist.destroy_process_group()
 

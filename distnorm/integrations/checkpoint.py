@@ -51,21 +51,20 @@ def load(models: Iterable[nn.Module], folder: str | Path) -> None:
         ValueError: the files hold other models than these, or ranks found files of different steps.
     """
     converted = [model for model in models if is_converted(model)]
-    if not converted:
-        return
-    state = _read(folder)
+    state = _read(folder) if converted else {"models": []}
     if state is not None and len(state["models"]) != len(converted):
         raise ValueError(f"{folder}: distnorm state of {len(state['models'])} models; this job has {len(converted)}.")
-    found = _tell(None if state is None else [[each["step"] for each in model] for model in state["models"]])
-    if None in found or state is None:
-        without = [rank for rank, steps in enumerate(found) if steps is None]
+    told = _tell(None if state is None else [[each["step"] for each in model] for model in state["models"]])
+    found = {rank: steps for rank, steps in enumerate(told) if steps != []}  # pipeline stages may have no such layer
+    if None in found.values() or state is None:
+        without = [rank for rank, steps in found.items() if steps is None]
         logger.warning(
             "distnorm: ranks %s found no %s, nor rank 0's: statistics that are kept over steps start cold on all ranks",
             without,
             file_of(folder, without[0]),
         )
         return
-    if any(steps != found[0] for steps in found):
+    if len({json.dumps(steps) for steps in found.values()}) > 1:
         raise ValueError(f"{folder}: ranks have files of different steps, by rank {found}; restore one checkpoint.")
     for model, each in zip(converted, state["models"], strict=True):
         load_state_dict(model, each)

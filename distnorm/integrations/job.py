@@ -41,6 +41,9 @@ class Job:
         """Nothing converted yet."""
         self.settings = settings
         self.failed = False
+        self.is_one_of_several = (
+            False  # processes of a script that starts them: which of them wraps models is its affair
+        )
         self._process = os.getpid()
         self._rank = _rank_of(os.environ)
         self._warned = False  # that it cannot do what it is there for
@@ -115,7 +118,7 @@ class Job:
         if os.getpid() != self._process:  # a fork runs the handlers that it inherited
             return
         self.announce()
-        if not (self.failed or self._any_conversion or self._warned):
+        if not (self.failed or self.is_one_of_several or self._any_conversion or self._warned):
             alone = os.environ.get("WORLD_SIZE", "1") == "1" and "OMPI_COMM_WORLD_SIZE" not in os.environ
             self._say(
                 "warning: nothing was converted. A model with batch norm is converted when it is wrapped in "

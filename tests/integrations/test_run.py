@@ -72,6 +72,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in os.environ if name.startswith("DISTNORM_")]:
         monkeypatch.delenv(name)
     monkeypatch.setattr(run, "install", install)
+    monkeypatch.setattr(run, "convert_in_children", lambda *_: None)
     monkeypatch.setattr(run, "run_script", start)
     monkeypatch.setattr(run, "run_module", start)
 

@@ -1,0 +1,109 @@
+"""Processes that a script starts by itself: they convert models as the one that ``distnorm.run`` started.
+
+Lightning starts ranks by running the script again, and knows nothing of the run module in front of it. The only user of
+its private ``_basic_subprocess_cmd`` and ``_hydra_subprocess_cmd`` (2.6; tests/integrations/test_children.py fails when
+they change). ``torch.multiprocessing.spawn`` and ``start_processes`` start a function; whoever uses them, such as
+Accelerate's ``notebook_launcher``, is served too.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch.multiprocessing
+
+from distnorm.integrations.import_hook import when_imported
+from distnorm.integrations.job import Job
+from distnorm.integrations.wrapping import install
+from distnorm.settings import Settings
+
+_LAUNCHERS = (
+    "lightning.fabric.strategies.launchers.subprocess_script",
+    "lightning_fabric.strategies.launchers.subprocess_script",
+)
+_at_work = False  # in this process, or in the one that it is a fork of
+
+
+def convert_in_children(job: Job, settings: Settings | None, flags: Sequence[str]) -> None:
+    """Let processes that this one starts convert models as ``job`` does, from now on. No collective.
+
+    Args:
+        job: as ``install`` has returned it.
+        settings: what ``install`` was given.
+        flags: the same as options of the run module; the rest comes from the environment, which children inherit.
+    """
+    global _at_work
+    _at_work = True
+    for launcher in _LAUNCHERS:
+        when_imported(launcher, functools.partial(_run_again_with, flags=tuple(flags)))
+    _wrap_start_processes(job, settings, tuple(flags))
+
+
+def _run_again_with(launcher: Any, flags: Sequence[str]) -> None:
+    """Put the run module into the commands by which ``launcher``, a module of Lightning, starts the other ranks."""
+    basic, hydra = launcher._basic_subprocess_cmd, launcher._hydra_subprocess_cmd
+
+    @functools.wraps(basic)
+    def basic_subprocess_cmd() -> Sequence[str]:
+        return _with_run_module(basic(), flags)
+
+    @functools.wraps(hydra)
+    def hydra_subprocess_cmd(local_rank: int) -> tuple[Sequence[str], str]:
+        command, folder = hydra(local_rank)
+        return _with_run_module(command, flags), folder
+
+    launcher._basic_subprocess_cmd, launcher._hydra_subprocess_cmd = basic_subprocess_cmd, hydra_subprocess_cmd
+
+
+def _with_run_module(command: Sequence[str], flags: Sequence[str]) -> list[str]:
+    python, *rest = command
+    return [python, "-m", "distnorm.run", *flags, *rest]
+
+
+def _wrap_start_processes(job: Job, settings: Settings | None, flags: tuple[str, ...]) -> None:
+    module = importlib.import_module("torch.multiprocessing.spawn")  # as an attribute, the function hides it
+    original = module.start_processes
+
+    @functools.wraps(original)
+    def start_processes(fn: Callable[..., object], *args: Any, **options: Any) -> Any:
+        job.is_one_of_several = True
+        return original(Converting(fn, settings, flags), *args, **options)
+
+    module.start_processes = torch.multiprocessing.start_processes = start_processes
+
+
+@dataclass(frozen=True)
+class Converting:
+    """``function``, which a new process calls with its number first, after what the run module does.
+
+    Args:
+        function: can be pickled, as ``torch.multiprocessing.spawn`` asks.
+        settings: as ``convert_in_children``.
+        flags: as ``convert_in_children``.
+    """
+
+    function: Callable[..., object]
+    settings: Settings | None
+    flags: tuple[str, ...]
+
+    def __call__(self, number: int, *args: Any) -> None:
+        """Call it.
+
+        Raises:
+            BaseException: what it raises.
+        """
+        if _at_work:  # a fork has the hooks of its parent
+            self.function(number, *args)
+            return
+        job = install(self.settings)
+        convert_in_children(job, self.settings, self.flags)
+        job.is_one_of_several = number > 0
+        try:
+            self.function(number, *args)
+        except BaseException:
+            job.failed = True
+            raise
