@@ -122,9 +122,9 @@ def test_a_checkpoint_without_our_files_starts_cold_and_says_so(
         assert rank["lost"]["losses"] != before["saves"]["losses"]
 
 
-@pytest.mark.parametrize("framework", ["accelerate", "transformers"])
+@pytest.mark.parametrize("framework", ["accelerate", "transformers", "lightning"])
 def test_a_missing_framework_names_the_extra(framework: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("accelerate", "accelerate.optimizer", "transformers"):
+    for name in ("accelerate", "accelerate.optimizer", "transformers", "lightning", "lightning.pytorch"):
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.delitem(sys.modules, f"distnorm.integrations.{framework}", raising=False)
     with pytest.raises(ImportError, match=rf"pip install 'distnorm\[{framework}\]'"):

@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -280,4 +281,18 @@ def test_a_script_that_fails_under_torchrun(tmp_path: Path) -> None:
     summary = job.stderr.partition("Root Cause (first observed failure)")[2]
     assert "rank      : 1 " in summary and "exitcode  : 1 " in summary
     assert "LookupError: the data is gone" in summary  # @record wrote its file
+    assert "nothing was converted" not in job.stderr
+
+
+def test_a_rank_that_is_killed_in_the_middle_of_a_step(tmp_path: Path) -> None:
+    launcher = ["torchrun", "--standalone", "--nproc_per_node", 2, "-m", "distnorm.run"]
+    started = time.monotonic()
+    job = _job([*launcher, SCRIPTS / "run_killed.py", tmp_path])
+    assert time.monotonic() - started < 60, "rank 0 waited for its timeout"
+    _reports(tmp_path)
+    assert job.returncode == 1
+    assert "nobody was killed" not in job.stdout
+    assert "RuntimeError: 4: sharing forward statistics" in job.stderr
+    assert "among ranks [0, 1] failed. Another rank has probably stopped" in job.stderr
+    assert "exitcode  : -9" in job.stderr
     assert "nothing was converted" not in job.stderr

@@ -1,0 +1,157 @@
+"""What one sum over ranks takes: linear in six numbers of a network, so that one formula predicts and can be fitted.
+
+docs/plan.md derives the coefficients.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+
+from distnorm.transport.group import EXCHANGE_LIMIT_BYTES
+
+Algorithm = Literal["exchange", "ring", "tree"]
+Backend = Literal["gloo", "nccl"]
+
+ASSUMED_MESSAGE = 2e-6
+"""Seconds per peer of an exchange, where groups of one size only were measured and say nothing about it."""
+
+
+class Reach(NamedTuple):
+    """A group of ranks: how many, on how many nodes (evenly), and how many ranks of the job stand on each node."""
+
+    ranks: int
+    nodes: int
+    local: int
+
+
+class Weights(NamedTuple):
+    """How often each number of the network enters a time: the same fields as ``Network``, bytes for bandwidths."""
+
+    overhead: float = 0.0
+    message: float = 0.0
+    alpha: float = 0.0
+    inverse_beta: float = 0.0
+    alpha_node: float = 0.0
+    inverse_beta_node: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Network:
+    """What messages cost, in seconds and seconds per byte.
+
+    Args:
+        overhead: the host's part of a collective, however many ranks: starting it, and waking up when it is done.
+        message: the host's part of each peer that an exchange sends to.
+        alpha: one round of messages within a node.
+        inverse_beta: one byte within a node.
+        alpha_node: one round of messages between nodes.
+        inverse_beta_node: one byte through a node's link, which its ranks use together.
+    """
+
+    overhead: float = 0.0
+    message: float = 0.0
+    alpha: float
+    inverse_beta: float
+    alpha_node: float
+    inverse_beta_node: float
+
+    def seconds(self, weights: Weights) -> float:
+        """The time that ``weights`` stand for."""
+        return sum(count * getattr(self, name) for name, count in weights._asdict().items())
+
+
+class Point(NamedTuple):
+    """A measured sum of ``nbytes`` over ``reach``, by ``algorithm``."""
+
+    algorithm: Algorithm
+    reach: Reach
+    nbytes: int
+    seconds: float
+
+
+def weights(algorithm: Algorithm, reach: Reach, nbytes: int) -> Weights:
+    """How the time of one sum of ``nbytes`` over ``reach`` depends on the network."""
+    ranks, nodes, per_node = reach.ranks, reach.nodes, reach.ranks // reach.nodes
+    flows = reach.local / per_node  # groups like this one that use a node's link at the same time
+    if algorithm == "exchange":
+        near, far = (per_node - 1) * nbytes, reach.local * (ranks - per_node) * nbytes
+        rounds = Weights(alpha=1) if nodes == 1 else Weights(alpha_node=1)
+        return rounds._replace(overhead=1, message=ranks - 1, inverse_beta=near, inverse_beta_node=far)
+    if algorithm == "ring":
+        steps, carried = 2 * (ranks - 1), 2 * (ranks - 1) / ranks * nbytes
+        if nodes == 1:
+            return Weights(overhead=1, alpha=steps, inverse_beta=carried)
+        return Weights(overhead=1, alpha_node=steps, inverse_beta_node=flows * carried)
+    return Weights(
+        overhead=1,
+        alpha=2 * (per_node - 1),
+        inverse_beta=2 * nbytes if per_node > 1 else 0,
+        alpha_node=2 * math.ceil(math.log2(nodes)),
+        inverse_beta_node=2 * flows * nbytes if nodes > 1 else 0,
+    )
+
+
+def collective_seconds(network: Network, backend: Backend, reach: Reach, nbytes: int, *, background: bool) -> float:
+    """One sum as ``TorchGroup`` does it: on gloo it picks the algorithm; NCCL is taken to pick the faster one."""
+    if backend == "gloo":
+        small = not background and nbytes <= EXCHANGE_LIMIT_BYTES
+        return network.seconds(weights("exchange" if small else "ring", reach, nbytes))
+    return min(network.seconds(weights(algorithm, reach, nbytes)) for algorithm in ("ring", "tree"))
+
+
+def fit(points: Sequence[Point], message: float = ASSUMED_MESSAGE) -> Network:
+    """The network that explains ``points`` best: least squares of relative errors, no number below 0.
+
+    Levels that no point touches get the numbers of the other one. ``message`` is fitted where exchanges in groups of
+    different sizes tell it apart from the overhead, and is as given elsewhere.
+
+    Raises:
+        ValueError: no points.
+    """
+    if not points:
+        raise ValueError("nothing was measured: there are no points to fit a network to.")
+    rows = [weights(point.algorithm, point.reach, point.nbytes) for point in points]
+    sizes = {point.reach.ranks for point in points if point.algorithm == "exchange"}
+    free = [name for name in Weights._fields if any(getattr(row, name) for row in rows)]
+    fixed = 0.0
+    if len(sizes) < 2 and "message" in free:
+        free.remove("message")
+        fixed = message
+    left = [[getattr(row, name) / point.seconds for name in free] for row, point in zip(rows, points, strict=True)]
+    right = [1 - fixed * row.message / point.seconds for row, point in zip(rows, points, strict=True)]
+    found = dict(zip(free, _nonnegative(left, right), strict=True))
+    near = "alpha" if "alpha" in found else "alpha_node"
+    far = "alpha_node" if "alpha_node" in found else "alpha"
+    return Network(
+        overhead=found["overhead"],
+        message=found.get("message", fixed),
+        alpha=found[near],
+        inverse_beta=found.get("inverse_beta", found.get("inverse_beta_node", 0.0)),
+        alpha_node=found[far],
+        inverse_beta_node=found.get("inverse_beta_node", found.get("inverse_beta", 0.0)),
+    )
+
+
+def _nonnegative(left: list[list[float]], right: list[float]) -> list[float]:
+    """Least squares under ``x >= 0``: the best among the feasible solutions of every subset of at most six columns."""
+    matrix, target = torch.tensor(left, dtype=torch.float64), torch.tensor(right, dtype=torch.float64)
+    scale = matrix.abs().amax(0)
+    matrix = matrix / scale
+    columns = range(matrix.shape[1])
+    best = torch.zeros(len(columns), dtype=torch.float64)
+    least = float(target.square().sum())
+    for size in range(1, len(columns) + 1):
+        for chosen in itertools.combinations(columns, size):
+            part = matrix[:, chosen]
+            solution = torch.linalg.lstsq(part, target.unsqueeze(1), driver="gelsd").solution[:, 0]
+            error = float((part @ solution - target).square().sum())
+            if bool((solution >= 0).all()) and error < least:
+                least = error
+                best = torch.zeros_like(best).index_copy(0, torch.tensor(chosen), solution)
+    return [float(value) for value in best / scale]

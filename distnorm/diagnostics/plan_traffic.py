@@ -1,0 +1,130 @@
+"""What a recipe sends in a step of a model: its own policy, at work on meta tensors in a job that is only imagined.
+
+So there is no second description of what policies do, and one of the user's own is planned like any other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from distnorm.diagnostics.plan_cost import Reach
+from distnorm.grid import Recipe
+from distnorm.layout import layout_of
+from distnorm.policies import Periodic, Policy
+from distnorm.transport import Group, Topology
+from distnorm.transport.group import Work
+from distnorm.types import EVERY_LAYER, Slot
+
+_LATE = 10**9
+"""A step after every warm-up, once it is made a multiple of the period."""
+
+
+class Sent(NamedTuple):
+    """One sum: among whom, what this rank contributes, and whether a layer goes on while it is under way."""
+
+    reach: Reach
+    nbytes: int
+    background: bool
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What rank 0 sends in ``period`` steps; ``shared`` is how many ranks a layer's statistics come from."""
+
+    period: int
+    sent: Counter[Sent]
+    shared: int
+
+    def collectives(self, *, background: bool) -> float:
+        """Per step."""
+        return sum(n for each, n in self.sent.items() if each.background == background) / self.period
+
+    @property
+    def nbytes(self) -> float:
+        """Per step."""
+        return sum(n * each.nbytes for each, n in self.sent.items()) / self.period
+
+
+def traffic(recipe: Recipe, layers: Sequence[tuple[str, _BatchNorm]], world: int, local: int) -> Traffic:
+    """What ``recipe`` sends for ``layers`` per step, after its warm-up, among ``world`` ranks.
+
+    ``local`` of them stand on each node, or all on one where there are fewer. No collective.
+
+    Raises:
+        ValueError: the recipe does not fit so many ranks.
+    """
+    topology = _Imagined(world, local)
+    layout = layout_of(layers, recipe.method)._replace(device=torch.device("meta"))
+    reducer = recipe.policy.bind(topology, layout)
+    period = _period(recipe.policy)
+    for step in range(_LATE * period, (_LATE + 1) * period):
+        counts = {}
+        for name, _ in layers:
+            wire = _empty(layout.sizes[name, "forward"] + 1)
+            counts[name] = reducer.reduce(wire, Slot(name, "forward", step))[-1]
+        for name, _ in reversed(layers):
+            slot = Slot(name, "backward", step, forward_count=counts[name])
+            reducer.reduce(_empty(layout.sizes[name, "backward"]), slot)
+        reducer.end_step(Slot(EVERY_LAYER, "forward", step))
+    return Traffic(period, topology.sent, reducer.size)
+
+
+class _Imagined(Topology):
+    """``world`` ranks, ``local`` per node, seen from rank 0; its groups only take note of what they are asked for."""
+
+    def __init__(self, world: int, local: int) -> None:
+        super().__init__(tuple(range(world)), nodes=tuple(str(rank // local) for rank in range(world)))
+        self.rank = 0
+        self.local = min(local, world)
+        self.sent: Counter[Sent] = Counter()
+
+    def _group(self, ranks: tuple[int, ...], background: bool = False) -> Group:
+        nodes = len({self.nodes[rank] for rank in ranks})
+        return _Noting(ranks, Reach(len(ranks), nodes, self.local), self.sent)
+
+
+class _Noting(Group):
+    def __init__(self, ranks: tuple[int, ...], reach: Reach, sent: Counter[Sent]) -> None:
+        super().__init__(ranks)
+        self.reach = reach
+        self.sent = sent
+
+    def _sum(self, wire: Tensor) -> Tensor:
+        self._note(wire, background=False)
+        return wire.clone()
+
+    def _start_sum(self, wire_: Tensor) -> Work:
+        self._note(wire_, background=True)
+        return _Done()
+
+    def _broadcast(self, tensor: Tensor) -> None:
+        pass
+
+    def _note(self, wire: Tensor, *, background: bool) -> None:
+        self.sent[Sent(self.reach, wire.numel() * wire.element_size(), background)] += 1
+
+
+class _Done:
+    def wait(self) -> None:
+        """It is."""
+
+
+def _empty(size: int) -> Tensor:
+    return torch.empty(size, dtype=torch.float64, device="meta")
+
+
+def _period(policy: Policy) -> int:
+    """After how many steps ``policy`` repeats itself."""
+    own = policy.every if isinstance(policy, Periodic) else 1
+    values = [getattr(policy, field.name) for field in dataclasses.fields(policy)]  # type: ignore[arg-type]
+    parts = [part for value in values for part in (value if isinstance(value, tuple) else (value,))]
+    return math.lcm(own, *(_period(part) for part in parts if isinstance(part, Policy)))
