@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -9,12 +10,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from distnorm.types import Slot
 
-_TAG = 0  # of all messages: between two ranks they arrive in the order in which they were sent
+AWAKE_S = 5e-3
+"""How long a rank waits for the others before its thread sleeps."""
 
 EXCHANGE_LIMIT_BYTES = 128 * 1024
 """Largest vector that gloo ranks send to each other directly; ``benchmarks/exchange.py`` measures the switch point."""
@@ -122,7 +125,6 @@ class TorchGroup(Group):
         """Wrap ``process_group``, which joins the global ``ranks``; None where a rank is alone."""
         super().__init__(ranks)
         self.process_group = process_group
-        self.place = 0 if process_group is None else dist.get_group_rank(process_group, dist.get_rank())
         gloo = process_group is not None and dist.get_backend(process_group) == "gloo"
         self.exchange_limit_bytes = exchange_limit_bytes if gloo else -1
 
@@ -138,24 +140,30 @@ class TorchGroup(Group):
         dist.broadcast(tensor, src=self.ranks[0], group=self.process_group)
 
     def _exchange(self, wire: Tensor) -> Tensor:
-        # Point to point: gloo sends from this thread and wakes it once, where a collective of its own goes through a
-        # worker thread and back (torch 2.13). The methods of the group, since dist.isend takes 20 us to check itself.
-        group = self.process_group
-        assert group is not None
-        sent = wire.contiguous()
-        received = sent.new_empty((self.size, sent.numel()))
-        received[self.place] = sent.view(-1)
-        others = [place for place in range(self.size) if place != self.place]
-        works = [group.recv([received[place]], place, _TAG) for place in others]
-        works += [group.send([sent], place, _TAG) for place in others]
-        for work in works:
-            work.wait()
-        return received.sum(0).view_as(wire)
+        sent = wire.reshape(-1).repeat(self.size)
+        received = torch.empty_like(sent)
+        _await(dist.all_to_all_single(received, sent, group=self.process_group, async_op=True))
+        return received.view(self.size, -1).sum(0).view_as(wire)
 
     def _all_reduce(self, wire: Tensor) -> Tensor:
         total = wire.clone()
-        dist.all_reduce(total, group=self.process_group)
+        if wire.device.type == "cpu":
+            _await(dist.all_reduce(total, group=self.process_group, async_op=True))
+        else:
+            dist.all_reduce(total, group=self.process_group)
         return total
+
+
+def _await(work: dist.Work) -> None:
+    """Wait for ``work`` on the CPU, awake for ``AWAKE_S``.
+
+    A thread that sleeps is woken late, and on a core that another rank may be using: in a training step that cost about
+    as much again as the collective. One that yields lets gloo's threads run, and goes on as soon as they are done.
+    """
+    until = time.perf_counter() + AWAKE_S
+    while not work.is_completed() and time.perf_counter() < until:
+        os.sched_yield()
+    work.wait()
 
 
 def _announce(wire: Tensor, slot: Slot) -> None:
