@@ -12,10 +12,10 @@ export DS_BUILD_OPS := 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-full test test-all check bench docs clean
+.PHONY: help demo demo-full test test-all check bench docs integrations clean
 
 help: ## list the commands
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -26,7 +26,7 @@ demo: $(STAMP) ## train the example with 2 processes and compare the recipes
 	$(ONE_THREAD) $(BIN)/torchrun --standalone --nproc_per_node 2 examples/train_digits.py --compare
 
 demo-full: $(STAMP) ## train what docs/quality.md still lacks, and write its tables
-	$(ONE_THREAD) $(BIN)/torchrun --standalone --nproc_per_node 2 benchmarks/quality.py
+	PATH="$(CURDIR)/$(BIN):$$PATH" YIELD=1 $(ONE_THREAD) launch/mpirun.sh 2 benchmarks/quality.py
 	$(BIN)/python benchmarks/quality_report.py
 
 check: $(STAMP) ## lint, format, types, import floors, spelling
@@ -47,6 +47,9 @@ bench: $(STAMP) ## measure the exchange of statistics with 4 processes
 
 docs: $(STAMP) ## write the generated tables of the documentation anew
 	$(BIN)/python docs/generate.py
+
+integrations: $(STAMP) ## run every launcher and framework with 2 processes, and write docs/integrations.md's tables
+	$(BIN)/python -m tests.integrations.table
 
 clean: ## remove .venv, caches and build products
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis build dist *.egg-info

@@ -1,6 +1,6 @@
 """How good are networks that each way of normalizing trains? The study behind docs/quality.md.
 
-    torchrun --standalone --nproc_per_node 2 benchmarks/quality.py
+    launch/mpirun.sh 2 benchmarks/quality.py
 
 Every run trains the same small network from the same weights on the same images; only the normalization differs. Each
 finished run is a line in a file, and a run that has its line is not run again: an interrupted study goes on where it
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import date, timedelta
@@ -42,10 +43,15 @@ from digits_task import (
 from tqdm import tqdm
 
 import distnorm
+from distnorm.integrations import mpi
+from distnorm.integrations.launchers import read_launcher
+from distnorm.types import Transport
 
 RESULTS = Path(__file__).parent.parent / "docs" / "quality.jsonl"
 
 STOCK = "stock"  # nn.BatchNorm2d as torch has it: nothing is converted
+# Under mpirun statistics travel by MPI: the same bits (tests/integrations/test_mpi.py), sooner.
+TRANSPORT: Transport = "torch" if read_launcher(os.environ) is None else "mpi"
 GROUP_NORM = "group_norm"  # nn.GroupNorm in its place: statistics of one image, nothing to share
 CONTENDERS = (
     STOCK,
@@ -133,7 +139,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)  # the ranks share the cores, and the images are tiny
     # Rank 1 waits in a collective while rank 0 writes; on a busy machine nobody should give up on the other.
-    dist.init_process_group("gloo", timeout=timedelta(hours=1))
+    mpi.init_process_group("gloo", timeout=timedelta(hours=1))
     try:
         cells = [cell for study in options.study for cell in STUDIES[study]()]
         run_all(pending(cells, options.output)[: options.limit], options.output, options.steps)
@@ -208,7 +214,7 @@ def normalized(network: nn.Module, contender: str) -> nn.Module:
                 if isinstance(child, nn.BatchNorm2d):
                     setattr(parent, name, nn.GroupNorm(GROUPS, child.num_features))
     elif contender != STOCK:
-        distnorm.convert(network, distnorm.recipes.parse(contender))
+        distnorm.convert(network, distnorm.recipes.parse(contender), transport=TRANSPORT)
     return network
 
 

@@ -50,31 +50,31 @@ class Binding:
         self._passes = 0
         self._used: set[str] = set()
         self._warned = False
-        self._scale = 0.0
+        self.loss_scale: Tensor | float = 0.0  # of the last backward pass
 
     @property
     def agrees(self) -> bool:
         """Whether running statistics are equal on all data-parallel ranks without further communication."""
         return self.reducer.size == len(self.topology.ranks)
 
-    def forward_begins(self) -> None:
+    def forward_begins(self, layer: str) -> None:
         """Outside of a backward pass nothing can be queued; a queue left by a pass that raised is forgotten.
 
         Training goes on, so stock running statistics that were loaded must now mean what the method tracks.
         """
         self._boundary_queued = False
-        if self.conversion.recipe.policy.keeps_cotangents and self.conversion.loss_scale is not None:
-            self._end_skipped_step(float(self.conversion.loss_scale()))
+        if layer in self._used:
+            self._end_skipped_step()
         if self.conversion.means_to_fold:
             self.conversion.means_to_fold = False
             if not self.conversion.recipe.method.centred:
                 running.fold_means(layer for _, layer in self.conversion.layers())
 
-    def _end_skipped_step(self, scale: float) -> None:
-        """A loss scale that falls says that the optimizer skipped a step: end it, or its NaN would enter the next."""
-        if scale < self._scale and self._used and not self.conversion.ends_with_backward:
+    def _end_skipped_step(self) -> None:
+        """A loss scale that fell says that the optimizer skipped a step: end it, or its NaN would enter the next."""
+        scale = self.conversion.loss_scale
+        if scale is not None and not self.conversion.ends_with_backward and scale() < self.loss_scale:
             self.end_step()
-        self._scale = scale
 
     def note_use(self, layer: str) -> None:
         """Watch for a second forward of ``layer`` in one step, which a window cannot tell from a missed step."""

@@ -59,14 +59,14 @@ class Site:
             return False
         if x_NCL.numel() == x_NCL.shape[1]:
             raise self._too_few(1)
-        binding.forward_begins()
+        binding.forward_begins(self.name)
         return True
 
     def begin(self) -> int:
         """The training step of the forward that begins now."""
         binding = self.conversion.bound()
         if graph_task() == NO_BACKWARD:
-            binding.forward_begins()
+            binding.forward_begins(self.name)
         return binding.step
 
     def statistics(self, wire: Tensor, step: int, *, learning: bool, held: bool) -> Record:
@@ -86,7 +86,7 @@ class Site:
                     binding.expect_boundary()
                 return record
         else:
-            binding.forward_begins()
+            binding.forward_begins(self.name)
         slot = self._slot(binding, "forward", step, learning=learning)
         if learning:
             binding.note_use(self.name)
@@ -113,7 +113,8 @@ class Site:
             binding.expect_boundary()
         slot = self._slot(binding, "backward", step, learning=learning)
         if self.conversion.loss_scale is not None:
-            slot = slot._replace(loss_scale=self.conversion.loss_scale())
+            binding.loss_scale = self.conversion.loss_scale()
+            slot = slot._replace(loss_scale=binding.loss_scale)
         return self._reduce(binding, wire, slot._replace(forward_count=count))
 
     def lands(self, step: int, *, learning: bool) -> bool:
