@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from distnorm import ddp, recipes, weights
+from distnorm import ddp, overlap, recipes, weights
 from distnorm.binding import Conversion
 from distnorm.class_swap import swap, underlying
 from distnorm.grid import Recipe
@@ -120,6 +120,8 @@ def apply_to(
         conversion.add(index, name, layer)
     if conversion.recipe.weights == "centralized":
         weights.centralize(model, [layer for _, layer in layers], holds_stock_statistics)
+    if conversion.recipe.overlap:
+        overlap.pair(model, [layer for _, layer in layers])
     # Binding takes over rank 0's buffers only among the ranks that it concerns; there DDP need not.
     if layers and conversion.mesh is None and conversion.recipe.policy.scope is None:
         ddp.ignore_buffers(model, [layer for _, layer in layers])
@@ -137,6 +139,7 @@ def revert(model: ModelT) -> ModelT:
 def undo(model: ModelT) -> ModelT:
     """``revert``, but leave the weights as they are: for a conversion that nothing has used yet."""
     weights.release(model)
+    overlap.release(model)
     layers = [layer for layer in model.modules() if isinstance(layer, DistNorm)]
     ddp.heed_buffers(model, layers)
     for layer in layers:

@@ -10,6 +10,7 @@ Shapes: x_NCL, dy_NCL, dx_NCL; pivot_C, scale_C, shift_C; sums_KC, means_KC, the
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,22 +27,62 @@ def suits(x_NCL: Tensor) -> bool:
     return x_NCL.device.type == "cpu" and x_NCL.numel() > 0 and not torch.compiler.is_compiling()
 
 
-def normalize(method: ChannelAffine, x_NCL: Tensor, share: Exchange, affine: Affine) -> Tensor:
-    """As ``method.normalize``: same values to rounding, same collectives."""
-    y_NCL: Tensor = _Normalize.apply(x_NCL, affine.weight_C, affine.bias_C, method, share, affine)
+def normalize(
+    method: ChannelAffine, x_NCL: Tensor, share: Exchange, affine: Affine, between: Callable[[], None] | None = None
+) -> Tensor:
+    """As ``method.normalize``: same values to rounding, same collectives.
+
+    If given, ``between`` makes nodes of the graph that shall run while cotangents are under way: the engine takes ready
+    nodes newest first, so they come after the node that sends them, and before the one that waits.
+    """
+    finish, waiting_NCL = None, x_NCL
+    if between is not None:
+        finish = Finish()
+        waiting_NCL = _Wait.apply(x_NCL, finish)
+        between()
+    y_NCL: Tensor = _Normalize.apply(waiting_NCL, affine.weight_C, affine.bias_C, x_NCL, method, share, affine, finish)
     return y_NCL
 
 
+class Finish:
+    """What ``_Normalize.backward`` leaves for ``_Wait.backward`` within one backward pass."""
+
+    def __init__(self) -> None:
+        """Nothing yet."""
+        self.gradient: Callable[[], Tensor] | None = None
+
+
+class _Wait(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_NCL: Tensor, finish: Finish) -> Tensor:
+        ctx.finish = finish
+        return x_NCL.view_as(x_NCL)
+
+    @staticmethod
+    def backward(ctx: Any, dx_NCL: Tensor) -> tuple[Tensor, None]:
+        """The gradient that was left; what comes here stands in for it, unless a graph is being built."""
+        gradient, ctx.finish.gradient = ctx.finish.gradient, None
+        return dx_NCL if gradient is None else gradient(), None
+
+
 class _Normalize(torch.autograd.Function):
+    """A function of its first three arguments.
+
+    ``x_NCL`` is ``waiting_NCL`` before ``_Wait``: what second derivatives have to say of x must not pass there, where
+    the gradient that was left takes the place of what comes.
+    """
+
     @staticmethod
     def forward(
         ctx: Any,
-        x_NCL: Tensor,
+        waiting_NCL: Tensor,
         weight_C: Tensor | None,
         bias_C: Tensor | None,
+        x_NCL: Tensor,
         method: ChannelAffine,
         share: Exchange,
         affine: Affine,
+        finish: Finish | None,
     ) -> Tensor:
         """Two passes over contiguous images, three over other layouts."""
         mean_C, var_C, y_NCL = aten.moments(x_NCL)
@@ -53,6 +94,7 @@ class _Normalize(torch.autograd.Function):
         pivot_C = mean_C.to(aten.wide_dtype(x_NCL))
         shift_C = torch.addcmul(shift_C, pivot_C.to(scale_C.dtype), scale_C).to(pivot_C.dtype)
         ctx.save_for_backward(x_NCL, weight_C, bias_C)
+        ctx.finish = finish
         ctx.method, ctx.share, ctx.total, ctx.means_KC, ctx.theta_KC = method, share, total, means_KC, theta_KC
         ctx.affine = _as_of_now(affine) if method.follows else affine
         ctx.pivot_C, ctx.scale_C = pivot_C, scale_C.to(pivot_C.dtype)
@@ -64,18 +106,20 @@ class _Normalize(torch.autograd.Function):
         x_NCL, weight_C, bias_C = ctx.saved_tensors
         affine: Affine = ctx.affine._replace(weight_C=weight_C, bias_C=bias_C)  # as saved: checkpoints give others
         if torch.is_grad_enabled():
-            return *_differentiable(ctx, x_NCL, affine, dy_NCL), None, None, None
+            return *_differentiable(ctx, x_NCL, affine, dy_NCL), None, None, None, None, None
         pivot_C, method = ctx.pivot_C, ctx.method
         shift_grad_C, scale_grad_C = (each.double() for each in aten.cosums(dy_NCL, x_NCL, pivot_C))
-        wide_pivot_C = pivot_C.double()
-        scale_grad_C = torch.addcmul(scale_grad_C, wide_pivot_C, shift_grad_C)
+        scale_grad_C = torch.addcmul(scale_grad_C, pivot_C.double(), shift_grad_C)
         theta_grad_KC, weight_grad_C, bias_grad_C = method.pull(ctx.theta_KC, affine, scale_grad_C, shift_grad_C)
         dx_NCL = None
         if ctx.needs_input_grad[0]:
-            shared_KC = ctx.share.scatter(theta_grad_KC)
-            sums_grad_KC = method.pull_link(ctx.means_KC, ctx.theta_KC, shared_KC, affine.eps) / ctx.total
-            dx_NCL = _input_gradient(ctx, dy_NCL, x_NCL, wide_pivot_C, sums_grad_KC)
-        return dx_NCL, _like(weight_C, weight_grad_C), _like(bias_C, bias_grad_C), None, None, None
+            shared = ctx.share.scatter(theta_grad_KC)
+            if ctx.finish is None:
+                dx_NCL = _input_gradient(ctx, dy_NCL, x_NCL, affine.eps, shared())
+            else:
+                ctx.finish.gradient = lambda: _input_gradient(ctx, dy_NCL, x_NCL, affine.eps, shared())
+                dx_NCL = dy_NCL
+        return dx_NCL, _like(weight_C, weight_grad_C), _like(bias_C, bias_grad_C), None, None, None, None, None
 
 
 def _as_of_now(affine: Affine) -> Affine:
@@ -84,10 +128,11 @@ def _as_of_now(affine: Affine) -> Affine:
     return affine._replace(running_var_C=running_var_C, updates=updates)
 
 
-def _input_gradient(ctx: Any, dy_NCL: Tensor, x_NCL: Tensor, wide_pivot_C: Tensor, grad_KC: Tensor) -> Tensor:
+def _input_gradient(ctx: Any, dy_NCL: Tensor, x_NCL: Tensor, eps: float, shared_KC: Tensor) -> Tensor:
     """``dy * scale + g_1 + 2 g_2 x``, written about the pivot."""
+    grad_KC = ctx.method.pull_link(ctx.means_KC, ctx.theta_KC, shared_KC, eps) / ctx.total
     slope_C = 2 * grad_KC[-1]
-    level_C = wide_pivot_C * slope_C
+    level_C = ctx.pivot_C.double() * slope_C
     if len(grad_KC) == RAW_MOMENTS:
         level_C += grad_KC[0]
     dtype = ctx.pivot_C.dtype

@@ -22,6 +22,7 @@ class Recipe:
         weights: what happens to the weights of the layers before: ``"none"`` leaves them alone, ``"centralized"``
             takes the mean out of every filter.
         momentum: of the running statistics; None keeps each layer's own.
+        overlap: whether backward collectives hide behind the weight gradients of the convolutions that follow.
         name: the recipe's name where it has one; it takes no part in comparisons.
 
     Raises:
@@ -32,6 +33,7 @@ class Recipe:
     policy: Policy
     weights: Weights = "none"
     momentum: float | None = None
+    overlap: bool = False
     name: str | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -42,5 +44,7 @@ class Recipe:
             raise ValueError(f"Recipe(policy={self.policy!r}): need a distnorm policy, such as AllReduce().")
         if self.weights not in ("none", "centralized"):
             raise ValueError(f'Recipe(weights={self.weights!r}): allowed are "none" and "centralized".')
+        if not isinstance(self.overlap, bool):
+            raise ValueError(f"Recipe(overlap={self.overlap!r}): allowed are True and False.")
         if self.momentum is not None and not 0 < self.momentum <= 1:
             raise ValueError(f"Recipe(momentum={self.momentum!r}): need a weight of the newest value in (0, 1].")

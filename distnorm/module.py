@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from distnorm import alone, fused, running
+from distnorm import alone, fused, overlap, running
 from distnorm.boundary import NO_BACKWARD, graph_task
 from distnorm.grid import Recipe
 from distnorm.methods import ChannelAffine
@@ -56,7 +56,8 @@ class DistNorm(_BatchNorm):
         share = LayerShare(self._site.key, NOW if compiling else self._site.begin())
         method = self.recipe.method
         if isinstance(method, ChannelAffine) and fused.suits(input):
-            y = fused.normalize(method, input, share, affine)
+            between = overlap.arrangement(self, input) if self.recipe.overlap else None
+            y = fused.normalize(method, input, share, affine, between)
         else:
             y = method.normalize(input, share, affine)
         # A forward inside a backward pass is a checkpoint's recomputation: it changes no state.

@@ -26,7 +26,7 @@ def local_bn(*, weights: Weights = "none") -> Recipe:
     return Recipe(method=BatchNorm(), policy=Local(), weights=weights)
 
 
-def sync_bn(*, weights: Weights = "none") -> Recipe:
+def sync_bn(*, weights: Weights = "none", overlap: bool = False) -> Recipe:
     """Batch norm over the joined batch of all ranks, exactly.
 
     One collective per layer and direction, of sums and squared sums with their count: unequal and empty local batches
@@ -34,8 +34,10 @@ def sync_bn(*, weights: Weights = "none") -> Recipe:
 
     Args:
         weights: "none", or "centralized" to take the mean out of every filter that feeds a norm.
+        overlap: whether to hide backward collectives behind the weight gradients of the convolutions that follow;
+            not for FSDP2 and ZeRO 3, whose weights come and go.
     """
-    return Recipe(method=BatchNorm(), policy=AllReduce(), weights=weights)
+    return Recipe(method=BatchNorm(), policy=AllReduce(), weights=weights, overlap=overlap)
 
 
 def group_bn(*, size: int | None = None, axis: str | None = None) -> Recipe:

@@ -13,6 +13,7 @@ per direction.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import Any, Protocol
 from weakref import WeakValueDictionary
 
@@ -39,6 +40,10 @@ class Channel(Protocol):
 
         ``learning``: not while a graph is being built (``create_graph=True``), when the pass ends no step.
         """
+        ...
+
+    def start_cotangents(self, wire: Tensor, count: Tensor, step: int, *, learning: bool) -> Callable[[], Tensor]:
+        """``cotangents``, whose result is asked for later."""
         ...
 
     def lands(self, step: int, *, learning: bool) -> bool:
@@ -192,11 +197,11 @@ class LayerShare:
         self.means_KC = shared[:-1].view_as(sums_KC) / _divisor(self.count)
         return self.means_KC, self.count
 
-    def scatter(self, cotangents_KC: Tensor) -> Tensor:
-        """The cotangents' shared counterpart. One use of the policy; nothing is differentiated."""
+    def scatter(self, cotangents_KC: Tensor) -> Callable[[], Tensor]:
+        """What gives the cotangents' shared counterpart. One use of the policy; nothing is differentiated."""
         assert self.count is not None, "nothing was shared yet"
-        shared = self._channel.cotangents(cotangents_KC.flatten(), self.count, self.step, learning=True)
-        return shared.view_as(cotangents_KC)
+        wait = self._channel.start_cotangents(cotangents_KC.flatten(), self.count, self.step, learning=True)
+        return lambda: wait().view_as(cotangents_KC)
 
     def again(self) -> LayerShare:
         """For a repetition inside a backward pass, where the channel answers from its records."""
@@ -224,9 +229,9 @@ class KeepLocal:
         total = sums_KC.new_full((), count)
         return sums_KC / total.clamp_min(1), total
 
-    def scatter(self, cotangents_KC: Tensor) -> Tensor:
+    def scatter(self, cotangents_KC: Tensor) -> Callable[[], Tensor]:
         """The cotangents."""
-        return cotangents_KC
+        return lambda: cotangents_KC
 
     def again(self) -> KeepLocal:
         """There is no state."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
@@ -90,7 +92,8 @@ class Site:
         slot = self._slot(binding, "forward", step, learning=learning)
         if learning:
             binding.note_use(self.name)
-        shared = self._reduce(binding, wire, slot)
+        with self._explained(binding, slot):
+            shared = binding.reducer.reduce(wire, slot)
         if binding.reducer.counts(slot):
             self._check_count(shared[-1], binding.reducer.size)
         record = Record(wire, shared, slot.step, held=held)
@@ -98,7 +101,11 @@ class Site:
         return record
 
     def cotangents(self, wire: Tensor, count: Tensor, step: int, *, learning: bool) -> Tensor:
-        """Shared counterpart of local cotangents. One use of the policy.
+        """Shared counterpart of local cotangents. One use of the policy; raises as ``start_cotangents``."""
+        return self.start_cotangents(wire, count, step, learning=learning)()
+
+    def start_cotangents(self, wire: Tensor, count: Tensor, step: int, *, learning: bool) -> Callable[[], Tensor]:
+        """``cotangents``, whose result is asked for later.
 
         Raises:
             RuntimeError: second derivatives of a policy whose cotangents outlive their step.
@@ -115,7 +122,14 @@ class Site:
         if self.conversion.loss_scale is not None:
             binding.loss_scale = self.conversion.loss_scale()
             slot = slot._replace(loss_scale=binding.loss_scale)
-        return self._reduce(binding, wire, slot._replace(forward_count=count))
+        with self._explained(binding, slot):
+            answer = binding.reducer.start(wire, slot._replace(forward_count=count))
+
+        def wait() -> Tensor:
+            with self._explained(binding, slot):
+                return answer()
+
+        return wait
 
     def lands(self, step: int, *, learning: bool) -> bool:
         """Whether the statistics of ``step`` are fit for the running statistics."""
@@ -126,9 +140,10 @@ class Site:
         step = binding.step if step == NOW else step
         return Slot(self.name, direction, step, learning=learning, observers=tuple(self.conversion.observers))
 
-    def _reduce(self, binding: Binding, wire: Tensor, slot: Slot) -> Tensor:
+    @contextmanager
+    def _explained(self, binding: Binding, slot: Slot) -> Iterator[None]:
         try:
-            return binding.reducer.reduce(wire, slot)
+            yield
         except RuntimeError as error:
             raise RuntimeError(
                 f"{self.name}: sharing {slot.direction} statistics ({self.conversion.recipe.policy}) among ranks "

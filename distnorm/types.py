@@ -126,8 +126,8 @@ class Exchange(Share, Protocol):
         """Return ``(shared means, shared count)``, values only; ``held`` says that a backward may follow."""
         ...
 
-    def scatter(self, cotangents_KC: Tensor) -> Tensor:
-        """Return the shared counterpart of the cotangents of ``link(shared means)``, values only."""
+    def scatter(self, cotangents_KC: Tensor) -> Callable[[], Tensor]:
+        """Send the cotangents of ``link(shared means)``; return what waits for their shared counterpart."""
         ...
 
     def again(self) -> Exchange:

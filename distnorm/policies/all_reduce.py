@@ -6,6 +6,7 @@ one axis, blocks of neighbours, or a process group of the user's.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, final
 
@@ -28,6 +29,9 @@ class _GroupSum(Reducer):
 
     def reduce(self, wire: Tensor, slot: Slot) -> Tensor:
         return self.group.sum(wire, slot)
+
+    def start(self, wire: Tensor, slot: Slot) -> Callable[[], Tensor]:
+        return self.group.start(wire, slot).wait
 
 
 @final

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import torch.distributed as dist
@@ -22,6 +23,11 @@ class Reducer(ABC):
     @abstractmethod
     def reduce(self, wire: Tensor, slot: Slot) -> Tensor:
         """The shared counterpart of the local sums ``wire``; shape and dtype kept."""
+
+    def start(self, wire: Tensor, slot: Slot) -> Callable[[], Tensor]:
+        """``reduce``, whose result is asked for later: where the policy can, what comes meanwhile hides its waiting."""
+        shared = self.reduce(wire, slot)
+        return lambda: shared
 
     @property
     def alone(self) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
@@ -64,6 +64,23 @@ class Pending:
         return self._wire
 
 
+class Later:
+    """The sum of a vector that is left as it was, once it is there."""
+
+    def __init__(self, work: Work | None, result: Callable[[], Tensor], slot: Slot) -> None:
+        """``work`` makes ``result`` possible; None if it is already."""
+        self._work = work
+        self._result = result
+        self._slot = slot
+
+    def wait(self) -> Tensor:
+        """The sum. On a GPU the current stream waits, not the host."""
+        if self._work is not None:
+            with _timed(self._slot):
+                self._work.wait()
+        return self._result()
+
+
 class Group(ABC):
     """Ranks that share statistics, and what carries these between them."""
 
@@ -80,6 +97,14 @@ class Group(ABC):
         with _timed(slot):
             return self._sum(wire.detach())
 
+    def start(self, wire: Tensor, slot: Slot) -> Later:
+        """``sum``, whose result is asked for later. One collective; none in a group of one rank."""
+        if self.size == 1:
+            return Later(None, lambda: wire, slot)
+        _announce(wire, slot)
+        with _timed(slot):
+            return Later(*self._start(wire.detach()), slot)
+
     def sum_async(self, wire_: Tensor, slot: Slot) -> Pending:
         """Start summing ``wire_`` over the group, in place. One collective; none in a group of one rank."""
         if self.size == 1:
@@ -94,9 +119,14 @@ class Group(ABC):
         if self.size > 1:
             self._broadcast(tensor)
 
-    @abstractmethod
     def _sum(self, wire: Tensor) -> Tensor:
-        """``sum``, among two ranks at least; every rank gets the same bits."""
+        work, result = self._start(wire)
+        work.wait()
+        return result()
+
+    @abstractmethod
+    def _start(self, wire: Tensor) -> tuple[Work, Callable[[], Tensor]]:
+        """Start a sum among two ranks at least, of which every rank gets the same bits; and what then gives it."""
 
     @abstractmethod
     def _start_sum(self, wire_: Tensor) -> Work:
@@ -128,7 +158,7 @@ class TorchGroup(Group):
         gloo = process_group is not None and dist.get_backend(process_group) == "gloo"
         self.exchange_limit_bytes = exchange_limit_bytes if gloo else -1
 
-    def _sum(self, wire: Tensor) -> Tensor:
+    def _start(self, wire: Tensor) -> tuple[Work, Callable[[], Tensor]]:
         nbytes = wire.numel() * wire.element_size()
         return self._exchange(wire) if nbytes <= self.exchange_limit_bytes else self._all_reduce(wire)
 
@@ -139,31 +169,33 @@ class TorchGroup(Group):
     def _broadcast(self, tensor: Tensor) -> None:
         dist.broadcast(tensor, src=self.ranks[0], group=self.process_group)
 
-    def _exchange(self, wire: Tensor) -> Tensor:
+    def _exchange(self, wire: Tensor) -> tuple[Work, Callable[[], Tensor]]:
         sent = wire.reshape(-1).repeat(self.size)
         received = torch.empty_like(sent)
-        _await(dist.all_to_all_single(received, sent, group=self.process_group, async_op=True))
-        return received.view(self.size, -1).sum(0).view_as(wire)
+        work = _Awake(dist.all_to_all_single(received, sent, group=self.process_group, async_op=True))
+        return work, lambda: received.view(self.size, -1).sum(0).view_as(wire)
 
-    def _all_reduce(self, wire: Tensor) -> Tensor:
+    def _all_reduce(self, wire: Tensor) -> tuple[Work, Callable[[], Tensor]]:
         total = wire.clone()
-        if wire.device.type == "cpu":
-            _await(dist.all_reduce(total, group=self.process_group, async_op=True))
-        else:
-            dist.all_reduce(total, group=self.process_group)
-        return total
+        work = dist.all_reduce(total, group=self.process_group, async_op=True)
+        return _Awake(work) if wire.device.type == "cpu" else work, lambda: total
 
 
-def _await(work: dist.Work) -> None:
-    """Wait for ``work`` on the CPU, awake for ``AWAKE_S``.
+class _Awake:
+    """Waits for a collective on the CPU, awake for ``AWAKE_S``.
 
     A thread that sleeps is woken late, and on a core that another rank may be using: in a training step that cost about
     as much again as the collective. One that yields lets gloo's threads run, and goes on as soon as they are done.
     """
-    until = time.perf_counter() + AWAKE_S
-    while not work.is_completed() and time.perf_counter() < until:
-        os.sched_yield()
-    work.wait()
+
+    def __init__(self, work: dist.Work) -> None:
+        self._work = work
+
+    def wait(self) -> None:
+        until = time.perf_counter() + AWAKE_S
+        while not self._work.is_completed() and time.perf_counter() < until:
+            os.sched_yield()
+        self._work.wait()
 
 
 def _announce(wire: Tensor, slot: Slot) -> None:

@@ -17,7 +17,7 @@ import ctypes
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from functools import cache
 from types import TracebackType
@@ -156,10 +156,9 @@ class MpiGroup(Group):
         self._in_place = load_mpi("transport='mpi'").IN_PLACE
         self._timeout_s = timeout.total_seconds()
 
-    def _sum(self, wire: Tensor) -> Tensor:
+    def _start(self, wire: Tensor) -> tuple[_Polled, Callable[[], Tensor]]:
         total = wire.clone(memory_format=torch.contiguous_format)
-        self._start_sum(total).wait()
-        return total
+        return self._start_sum(total), lambda: total
 
     def _start_sum(self, wire_: Tensor) -> _Polled:
         return self._polled(self._communicator.Iallreduce(self._in_place, wire_.numpy()))
