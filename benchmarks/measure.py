@@ -5,19 +5,8 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
 
-
-class Interval(NamedTuple):
-    """A median and its 95 % interval, which needs no assumption on how values are spread."""
-
-    median: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        """As a table shows it."""
-        return f"{self.median:.2f} [{self.low:.2f}, {self.high:.2f}]"
+from distnorm.diagnostics.bench_statistics import Interval, interval
 
 
 def rounds(contenders: Mapping[str, Callable[[], float]], count: int, warmup: int = 3) -> dict[str, list[float]]:
@@ -29,17 +18,6 @@ def rounds(contenders: Mapping[str, Callable[[], float]], count: int, warmup: in
         for name in names[first:] + names[:first]:
             seen[name].append(contenders[name]())
     return {name: values[warmup:] for name, values in seen.items()}
-
-
-def interval(values: Sequence[float]) -> Interval:
-    """The median of ``values`` and the order statistics that hold it with 95 % (sign test)."""
-    ordered = sorted(values)
-    count = len(ordered)
-    below = 0
-    while below < count and 2 * _binomial_tail(count, below) <= 0.05:
-        below += 1
-    low, high = max(below - 1, 0), count - 1 - max(below - 1, 0)
-    return Interval(statistics.median(ordered), ordered[low], ordered[high])
 
 
 def ratio(above: Sequence[float], below: Sequence[float]) -> Interval:
@@ -63,8 +41,3 @@ def exposed_ratio(ours: Sequence[float], theirs: Sequence[float], base: Sequence
         for i in starts
     ]
     return interval([one / other if other > 0 else math.inf for one, other in blocks])
-
-
-def _binomial_tail(count: int, below: int) -> float:
-    """The probability that at most ``below`` of ``count`` fair coins show heads."""
-    return float(sum(math.comb(count, heads) for heads in range(below + 1)) / 2**count)

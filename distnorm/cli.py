@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from distnorm import recipes
-from distnorm.commands import config, launch
+from distnorm.commands import bench, config, launch, plan
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -23,7 +23,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     listing.add_argument("name", nargs="?", help="a recipe's name")
     commands.add_parser("launch", help="accelerate launch, with models converted as the config file says")
     config.add_arguments(commands.add_parser("config", help="write distnorm's section into accelerate's config file"))
+    bench.add_arguments(commands.add_parser("bench", help="measure what each recipe costs on this cluster"))
+    plan.add_arguments(commands.add_parser("plan", help="predict what each recipe costs on any number of ranks"))
     chosen = parser.parse_args(given)
+    if chosen.command == "bench":
+        return bench.main(chosen, given)
+    if chosen.command == "plan":
+        return plan.main(chosen)
     return config.main(chosen) if chosen.command == "config" else _recipes(parser, chosen.name)
 
 

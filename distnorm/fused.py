@@ -23,8 +23,12 @@ from distnorm.types import Affine, Exchange
 
 
 def suits(x_NCL: Tensor) -> bool:
-    """Whether the kernels can take this input; the plain path takes all others."""
-    return x_NCL.device.type == "cpu" and x_NCL.numel() > 0 and not torch.compiler.is_compiling()
+    """Whether the kernels can take this input; the plain path takes all others.
+
+    Empty ones, too: parameters must receive their gradients in the same order on a rank without values as on others.
+    DeepSpeed's ZeRO 2 fills the buckets that ranks add up in that order (0.19.8).
+    """
+    return x_NCL.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def normalize(

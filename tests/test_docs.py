@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
 import subprocess
@@ -22,10 +23,12 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 INLINE = re.compile(r"`(make [\w-]+|distnorm \w+)`")
-LINK = re.compile(r"\]\(([^)#:]+)\)")
+TROUBLES = ROOT / "docs" / "troubleshooting.md"
+LINK = re.compile(r"\]\(([^)#:]+)(?:#([^)]*))?\)")
 
-# Commands that this very run is, or contains.
-RUN_ELSEWHERE = {"make test", "make test-all"}
+# Commands that this very run is, or contains, and names of commands that take more words.
+RUN_ELSEWHERE = {"make test", "make test-all", "make integrations", "distnorm launch", "distnorm config"}
+RUN_ELSEWHERE |= {"distnorm bench", "distnorm plan"}
 
 
 def blocks(language: str) -> list[object]:
@@ -87,8 +90,51 @@ def test_generated_tables_are_current():
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
-    missing = [target for target in LINK.findall(page.read_text()) if not (page.parent / target).exists()]
-    assert not missing
+    for target, anchor in LINK.findall(page.read_text()):
+        there = page.parent / target
+        assert there.exists(), target
+        headings = re.findall(r"^#+ (.*)", there.read_text(), re.MULTILINE) if anchor else []
+        slugs = [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings]
+        assert not anchor or anchor in slugs, f"{target}#{anchor}"
+
+
+def literals() -> list[str]:
+    """Texts in the package, with … where values are put in."""
+    trees = [ast.parse(path.read_text()) for path in sorted((ROOT / "distnorm").rglob("*.py"))]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    parts = [node.values if isinstance(node, ast.JoinedStr) else [node] for node in nodes]
+    return [
+        "".join(str(each.value) if isinstance(each, ast.Constant) else "…" for each in each_text)
+        for each_text in parts
+        if all(isinstance(each, ast.Constant | ast.FormattedValue) for each in each_text)
+    ]
+
+
+def test_quoted_errors_are_those_of_the_source():
+    quoted = [text.strip() for language, text in FENCE.findall(TROUBLES.read_text()) if language == "text"]
+    assert len(quoted) > 30
+    known = literals()
+    for text in quoted:
+        pieces = [piece.strip() for piece in text.split("…") if len(piece.strip()) > 3]
+        assert sum(map(len, pieces)) > 15, f"too little of {text!r} is fixed"
+        missing = [piece for piece in pieces if not any(piece in literal for literal in known)]
+        assert not missing, text
+
+
+@pytest.mark.parametrize("text", blocks("py"))
+def test_excerpts_name_what_there_is(text):
+    """They do not run by themselves. That is no excuse for naming what does not exist."""
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ImportFrom | ast.Import):
+            names = [node.module] if isinstance(node, ast.ImportFrom) else [each.name for each in node.names]
+            for name in filter(lambda name: name.split(".")[0] == "distnorm", names):
+                path = ROOT.joinpath(*name.split("."))
+                source = path.with_suffix(".py") if path.with_suffix(".py").exists() else path / "__init__.py"
+                imported = [each.name for each in node.names] if isinstance(node, ast.ImportFrom) else []
+                for each in imported:
+                    assert re.search(rf"^(class|def) {each}\b", source.read_text(), re.MULTILINE), f"{name}.{each}"
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "distnorm":
+            assert hasattr(distnorm, node.attr) or (ROOT / "distnorm" / node.attr).exists(), node.attr
 
 
 @pytest.mark.slow

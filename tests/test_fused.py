@@ -240,10 +240,28 @@ def test_half_precision_is_summed_in_float32(layout: str, dtype: torch.dtype) ->
     ("x", "expected"),
     [
         (torch.zeros(2, 3), True),
-        (torch.zeros(0, 3), False),
-        (torch.zeros(2, 3, 0), False),
+        (torch.zeros(0, 3), True),
+        (torch.zeros(2, 3, 0), True),
         (torch.zeros(2, 3, device="meta"), False),
     ],
 )
 def test_which_inputs_the_kernels_take(x: Tensor, expected: bool) -> None:
     assert fused.suits(x) is expected
+
+
+@pytest.mark.parametrize("method", [BatchNorm(), RMS()])
+@pytest.mark.parametrize("shape", [(4, 3), (0, 3), (0, 3, 5), (2, 3, 0), (0, 3, 5, 4)])
+def test_gradients_reach_parameters_in_one_order_whatever_the_batch(
+    shape: tuple[int, ...], method: ChannelAffine
+) -> None:
+    """A rank without values, too: DeepSpeed's ZeRO 2 adds up gradients of ranks in the order in which they come."""
+    x, weight, bias = (torch.ones(size, requires_grad=True) for size in (shape, 3, 3))
+    seen = []
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        parameter.register_post_accumulate_grad_hook(lambda _, name=name: seen.append(name))
+    y = fused.normalize(method, x, keep_local, Affine(weight, bias, EPS))
+    y.sum().backward()
+    assert seen == ["weight", "bias"]
+    assert y.shape == x.grad.shape == x.shape
+    if not x.numel():
+        assert not weight.grad.any() and not bias.grad.any()

@@ -63,7 +63,8 @@ class Network:
 
     def seconds(self, weights: Weights) -> float:
         """The time that ``weights`` stand for."""
-        return sum(count * getattr(self, name) for name, count in weights._asdict().items())
+        numbers: list[float] = [count * getattr(self, name) for name, count in weights._asdict().items()]
+        return sum(numbers)
 
 
 class Point(NamedTuple):

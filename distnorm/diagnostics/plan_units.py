@@ -37,7 +37,9 @@ def show_seconds(value: float) -> str:
 
 
 def show_bandwidth(value: float) -> str:
-    """``value`` in GB/s."""
+    """``value`` in GB/s; infinity is what a measurement finds where bytes cost less than its noise."""
+    if value == float("inf"):
+        return "unlimited"
     return f"{value / 1e9:.3g} GB/s"
 
 

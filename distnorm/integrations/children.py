@@ -65,7 +65,7 @@ def _with_run_module(command: Sequence[str], flags: Sequence[str]) -> list[str]:
 
 
 def _wrap_start_processes(job: Job, settings: Settings | None, flags: tuple[str, ...]) -> None:
-    module = importlib.import_module("torch.multiprocessing.spawn")  # as an attribute, the function hides it
+    module: Any = importlib.import_module("torch.multiprocessing.spawn")  # as an attribute, the function hides it
     original = module.start_processes
 
     @functools.wraps(original)
@@ -73,7 +73,8 @@ def _wrap_start_processes(job: Job, settings: Settings | None, flags: tuple[str,
         job.is_one_of_several = True
         return original(Converting(fn, settings, flags), *args, **options)
 
-    module.start_processes = torch.multiprocessing.start_processes = start_processes
+    module.start_processes = start_processes  # which spawn calls
+    torch.multiprocessing.start_processes = start_processes
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 Shapes: x_NCL and dy_NCL of one layout, pivot_C, scale_C, g1_C, g2_C in the dtype of the arithmetic (at least float32).
 Inference-mode batch norm is ATen's fastest per-channel multiply-add on a CPU, and its backward yields both channel sums
 in one pass. Half-precision tensors are widened first: (x - pivot) rounded to them would lose statistics.
+Empty tensors never reach ATen, whose batch norm divides by their size (torch 2.13: the process dies of it).
 """
 
 from __future__ import annotations
@@ -19,8 +20,11 @@ def moments(x_NCL: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
 
     Of contiguous images, group norm with a group per channel yields the moments of every channel of every sample in one
     pass, by a stable recurrence; they are united in float64: mean = E[mean_n], var = E[var_n] + Var[mean_n]. Of all
-    others, sums about a pivot do, in two passes.
+    others, sums about a pivot do, in two passes. Of none, both are zero.
     """
+    if not x_NCL.numel():
+        zero_C = x_NCL.new_zeros(x_NCL.shape[1], dtype=torch.float64)
+        return zero_C, zero_C, None
     batch, channels = x_NCL.shape[:2]
     length = x_NCL.numel() // (batch * channels)
     if length <= FEW_VALUES or x_NCL.dtype != wide_dtype(x_NCL) or not x_NCL.is_contiguous():
@@ -82,11 +86,15 @@ def normalize(
 
 def apply(x_NCL: Tensor, pivot_C: Tensor, scale_C: Tensor, shift_C: Tensor, *, into: Tensor | None = None) -> Tensor:
     """``(x - pivot) * scale + shift``, in the dtype of x; in new memory, or ``into``. One pass."""
+    if not x_NCL.numel():
+        return torch.empty_like(x_NCL)
     return normalize(x_NCL, pivot_C, torch.ones_like(pivot_C), scale_C, shift_C, 0.0, into=into)
 
 
 def cosums(dy_NCL: Tensor, x_NCL: Tensor, pivot_C: Tensor) -> tuple[Tensor, Tensor]:
     """``sum(dy), sum(dy * (x - pivot))``, each ``[C]``. One pass."""
+    if not x_NCL.numel():
+        return torch.zeros_like(pivot_C), torch.zeros_like(pivot_C)
     if not _dense_alike(dy_NCL, x_NCL):  # ATen's loop over strides would add up in the dtype of dy
         dy_NCL, x_NCL = dy_NCL.to(pivot_C.dtype), x_NCL.to(pivot_C.dtype)
     one_C = torch.ones_like(pivot_C)

@@ -161,14 +161,14 @@ class MpiGroup(Group):
         return self._start_sum(total), lambda: total
 
     def _start_sum(self, wire_: Tensor) -> _Polled:
-        return self._polled(self._communicator.Iallreduce(self._in_place, wire_.numpy()))
+        return self._polled(self._communicator.Iallreduce(self._in_place, wire_.numpy()), wire_)
 
     def _broadcast(self, tensor: Tensor) -> None:
         octets = tensor.view(-1).view(torch.uint8)  # numpy has no bfloat16
-        self._polled(self._communicator.Ibcast(octets.numpy(), root=0)).wait()
+        self._polled(self._communicator.Ibcast(octets.numpy(), root=0), octets).wait()
 
-    def _polled(self, request: MPI.Request) -> _Polled:
-        polled = _Polled(request, self.ranks, self._timeout_s)
+    def _polled(self, request: MPI.Request, memory: Tensor) -> _Polled:
+        polled = _Polled(request, memory, self.ranks, self._timeout_s)
         _under_way.add(polled)
         return polled
 
@@ -176,8 +176,10 @@ class MpiGroup(Group):
 class _Polled:
     """A collective whose end is asked for again and again, until a deadline."""
 
-    def __init__(self, request: MPI.Request, ranks: tuple[int, ...], timeout_s: float) -> None:
+    def __init__(self, request: MPI.Request, memory: Tensor, ranks: tuple[int, ...], timeout_s: float) -> None:
         self._request = request
+        # MPI writes here until it is done. The request alone does not keep it (mpi4py 4.1; a use after free showed it).
+        self._memory = memory
         self._ranks = ranks
         self._timeout_s = timeout_s
 

@@ -59,11 +59,13 @@ class Measured:
     collectives: float | None  # per step, by the ledger where the job prints one
 
 
-def without(example: str, word: str) -> Write:
-    """An example without the lines that have ``word``: a script that knows nothing of distnorm."""
+def without(example: str, word: str, replaced: str = "", by: str = "") -> Write:
+    """An example without the lines that have ``word``, after a replacement: it knows nothing of distnorm then."""
 
     def write(folder: Path, recipe: str) -> Path:
-        lines = (ROOT / "examples" / example).read_text().splitlines(keepends=True)
+        text = (ROOT / "examples" / example).read_text()
+        assert word in text and replaced in text
+        lines = (text.replace(replaced, by) if replaced else text).splitlines(keepends=True)
         path = folder / f"plain_{example}"
         path.write_text("".join(line for line in lines if word not in line))
         return path
@@ -127,6 +129,10 @@ ROWS = (
         files={"script": without("deepspeed_engine.py", "distnorm.integrations"), "json": deepspeed_json()}),
     Row(launcher="torchrun", framework="DeepSpeed ZeRO 2", how="in code, section of the JSON",
         command=(*TORCHRUN, "examples/deepspeed_engine.py", "{json}"), files={"json": deepspeed_json()}),
+    Row(launcher="torchrun", framework="FSDP2", how="run module",
+        command=(*TORCHRUN, *RUN_MODULE, "{script}"),
+        files={"script": without("fsdp2.py", "distnorm", "distnorm.convert(build_model(), args.recipe, mesh=mesh)",
+                                 "build_model()")}),
     Row(launcher="torchrun", framework="FSDP2", how="in code",
         command=(*TORCHRUN, "examples/fsdp2.py", "--recipe", "{recipe}")),
     Row(launcher="Lightning's own", framework="Lightning", how="run module",

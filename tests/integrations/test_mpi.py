@@ -128,6 +128,11 @@ def test_sums_of_any_size_are_the_same_bits_on_all_ranks(four: list[dict[str, An
     assert all(each["sums"] == four[0]["sums"] for each in four[1:])
 
 
+def test_a_sum_that_nobody_waits_for_keeps_its_memory(four: list[dict[str, Any]]) -> None:
+    """Else MPI writes to memory that is somebody else's: a model with moving statistics was dropped after training."""
+    assert all(each["abandoned"] for each in four)
+
+
 def test_the_ledger_counts_alike(two: list[dict[str, Any]]) -> None:
     for each in two:
         assert each["counted"]["mpi"] == each["counted"]["torch"]

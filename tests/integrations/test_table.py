@@ -1,4 +1,4 @@
-"""docs/integrations.md says what jobs of 2 processes say: all rows with 'make test-all', two of them always.
+"""docs/integrations.md says what jobs of 2 processes say: all rows with 'make test-all', three of them always.
 
 The other rows' launchers and frameworks have fast tests of their own, with the same reference.
 """
@@ -10,7 +10,7 @@ import pytest
 from tests.integrations import table
 from tests.integrations.table import BF16, RECIPES, ROWS, Measured, Row
 
-ALWAYS = {"torchrun | HF Trainer | run module", "Lightning's own | Lightning | run module"}
+ALWAYS = {"torchrun | DDP | in code", "torchrun | HF Trainer | run module", "Lightning's own | Lightning | run module"}
 NUMBERS = ("final_loss", "running_mean", "running_var")
 
 

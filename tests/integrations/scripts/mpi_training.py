@@ -8,6 +8,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from unittest import mock
+from weakref import ref
 
 import torch
 import torch.distributed as dist
@@ -66,6 +67,16 @@ def sums(rank: int) -> list[bytes]:
     return [each.numpy().tobytes() for each in blocking + background]
 
 
+def abandoned(rank: int) -> bool:
+    """Whether the memory of a sum that nobody waits for lives on."""
+    group = transport.make_mpi_group((0, 1, 2, 3), {each: each for each in range(4)}, 8, TIMEOUT)
+    wire = torch.ones(129)
+    alive = ref(wire)
+    group.sum_async(wire, SLOT)
+    del wire
+    return alive() is not None
+
+
 SLOT = distnorm.types.Slot("test", "forward", 0)
 
 
@@ -82,6 +93,7 @@ def main(folder: Path) -> None:
     if world_size == 4:
         os.environ["GROUP_RANK"] = str(rank // 2)  # two nodes, as far as hierarchical_bn can tell
         found["sums"] = sums(rank)
+        found["abandoned"] = abandoned(rank)
     found["trained"] = trainings(rank, world_size)
     if world_size == 2:
         found["counted"] = {carrier: counted(rank, carrier) for carrier in ("torch", "mpi")}

@@ -1,0 +1,8 @@
+"""``python -m distnorm``: the ``distnorm`` command, in the form that launchers such as torchrun can start."""
+
+import sys
+
+from distnorm.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())
