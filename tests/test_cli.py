@@ -18,7 +18,7 @@ def test_recipes_lists_all(capsys: pytest.CaptureFixture[str]) -> None:
     assert not err
     assert lines[::2] == [
         "local_bn(weights: Weights = 'none')",
-        "sync_bn(weights: Weights = 'none')",
+        "sync_bn(weights: Weights = 'none', overlap: bool = False)",
         "group_bn(size: int | None = None, axis: str | None = None)",
         "hierarchical_bn(local: str = 'local', node: str = 'node')",
         "periodic_bn(every: int = 8)",

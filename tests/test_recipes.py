@@ -154,7 +154,8 @@ def test_repr_is_how_it_is_written(value: object) -> None:
     if isinstance(value, Policy):
         recipe = Recipe(method=RMS(), policy=value, name="mine")
         assert eval(repr(recipe), names) == recipe
-        assert repr(recipe) == f"Recipe(method={RMS()!r}, policy={value!r}, weights='none', momentum=None)"
+        rest = "weights='none', momentum=None, overlap=False"
+        assert repr(recipe) == f"Recipe(method={RMS()!r}, policy={value!r}, {rest})"
 
 
 def test_the_name_takes_no_part_in_comparisons() -> None:
@@ -177,7 +178,7 @@ def test_available_lists_every_recipe() -> None:
 
 
 def test_options_with_their_defaults() -> None:
-    assert recipes.describe("sync_bn").options == {"weights": "Weights = 'none'"}
+    assert recipes.describe("sync_bn").options == {"weights": "Weights = 'none'", "overlap": "bool = False"}
     assert recipes.describe("group_bn").options == {"size": "int | None = None", "axis": "str | None = None"}
     assert recipes.describe("hierarchical_bn").options == {"local": "str = 'local'", "node": "str = 'node'"}
     assert recipes.describe("periodic_bn").options == {"every": "int = 8"}

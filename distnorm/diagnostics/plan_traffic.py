@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -98,9 +98,9 @@ class _Noting(Group):
         self.reach = reach
         self.sent = sent
 
-    def _sum(self, wire: Tensor) -> Tensor:
+    def _start(self, wire: Tensor) -> tuple[Work, Callable[[], Tensor]]:
         self._note(wire, background=False)
-        return wire.clone()
+        return _Done(), wire.clone
 
     def _start_sum(self, wire_: Tensor) -> Work:
         self._note(wire_, background=True)
