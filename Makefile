@@ -4,6 +4,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 ONE_THREAD := OMP_NUM_THREADS=1
+# Two processes, each with whole files: jobs that several tests look at are started once.
+PYTEST := $(ONE_THREAD) $(BIN)/pytest -n 2 --dist loadfile
 
 # The constraints hold for the isolated build of the package itself, too.
 export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
@@ -37,10 +39,10 @@ check: $(STAMP) ## lint, format, types, import floors, spelling
 	$(BIN)/codespell
 
 test: check ## check, then the tests that fit in minutes
-	$(ONE_THREAD) $(BIN)/pytest -m "not slow and not gpu"
+	$(PYTEST) -m "not slow and not gpu"
 
 test-all: check ## check, then every test that needs no GPU
-	$(ONE_THREAD) $(BIN)/pytest -m "not gpu"
+	$(PYTEST) -m "not gpu"
 
 bench: $(STAMP) ## measure the exchange of statistics with 4 processes
 	$(ONE_THREAD) $(BIN)/torchrun --standalone --nproc_per_node 4 benchmarks/exchange.py

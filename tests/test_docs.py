@@ -27,8 +27,8 @@ TROUBLES = ROOT / "docs" / "troubleshooting.md"
 LINK = re.compile(r"\]\(([^)#:]+)(?:#([^)]*))?\)")
 
 # Commands that this very run is, or contains, and names of commands that take more words.
-RUN_ELSEWHERE = {"make test", "make test-all", "make integrations", "distnorm launch", "distnorm config"}
-RUN_ELSEWHERE |= {"distnorm bench", "distnorm plan"}
+RUN_ELSEWHERE = {"make test", "make test-all", "make integrations"}
+RUN_ELSEWHERE |= {"distnorm launch", "distnorm config", "distnorm bench", "distnorm plan"}
 
 
 def blocks(language: str) -> list[object]:
