@@ -155,8 +155,8 @@ class TorchGroup(Group):
         """Wrap ``process_group``, which joins the global ``ranks``; None where a rank is alone."""
         super().__init__(ranks)
         self.process_group = process_group
-        gloo = process_group is not None and dist.get_backend(process_group) == "gloo"
-        self.exchange_limit_bytes = exchange_limit_bytes if gloo else -1
+        self.gloo = process_group is not None and dist.get_backend(process_group) == "gloo"
+        self.exchange_limit_bytes = exchange_limit_bytes if self.gloo else -1
 
     def _start(self, wire: Tensor) -> tuple[Work, Callable[[], Tensor]]:
         nbytes = wire.numel() * wire.element_size()
@@ -178,11 +178,11 @@ class TorchGroup(Group):
     def _all_reduce(self, wire: Tensor) -> tuple[Work, Callable[[], Tensor]]:
         total = wire.clone()
         work = dist.all_reduce(total, group=self.process_group, async_op=True)
-        return _Awake(work) if wire.device.type == "cpu" else work, lambda: total
+        return _Awake(work) if self.gloo and wire.device.type == "cpu" else work, lambda: total
 
 
 class _Awake:
-    """Waits for a collective on the CPU, awake for ``AWAKE_S``.
+    """Waits for a collective of gloo's on the CPU, awake for ``AWAKE_S``.
 
     A thread that sleeps is woken late, and on a core that another rank may be using: in a training step that cost about
     as much again as the collective. One that yields lets gloo's threads run, and goes on as soon as they are done.
