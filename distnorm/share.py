@@ -170,6 +170,7 @@ class LayerShare:
         self.key = key
         self.step = step
         self.learning = backward_may_follow()
+        self._builds_graph = torch.is_grad_enabled()  # inside of a Function's forward it never is
         self.means_KC: Tensor | None = None
         self.count: Tensor | None = None
 
@@ -191,7 +192,9 @@ class LayerShare:
         self._channel = _channels[self.key]  # a graph may outlive its layer
         wire = torch.cat((sums_KC.flatten(), sums_KC.new_full((1,), count)))
         # The graph keeps the record alive, for as long as a checkpoint may recompute this forward.
-        self._record = self._channel.statistics(wire, self.step, learning=self.learning, held=held)
+        self._record = self._channel.statistics(
+            wire, self.step, learning=self.learning, held=held and self._builds_graph
+        )
         shared = self._record.shared
         self.count = shared[-1]
         self.means_KC = shared[:-1].view_as(sums_KC) / _divisor(self.count)

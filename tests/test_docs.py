@@ -131,7 +131,7 @@ def test_excerpts_name_what_there_is(text):
                 path = ROOT.joinpath(*name.split("."))
                 source = path.with_suffix(".py") if path.with_suffix(".py").exists() else path / "__init__.py"
                 imported = [each.name for each in node.names] if isinstance(node, ast.ImportFrom) else []
-                for each in imported:
+                for each in filter(lambda each: not path.joinpath(f"{each}.py").exists(), imported):
                     assert re.search(rf"^(class|def) {each}\b", source.read_text(), re.MULTILINE), f"{name}.{each}"
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "distnorm":
             assert hasattr(distnorm, node.attr) or (ROOT / "distnorm" / node.attr).exists(), node.attr

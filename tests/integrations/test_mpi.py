@@ -178,6 +178,7 @@ def test_a_rank_that_exits_ends_the_job_of_the_launch_script() -> None:
     assert "nobody failed" not in done.stdout
 
 
+@pytest.mark.slow
 def test_the_example_is_the_same_under_mpirun_and_torchrun() -> None:
     example = ROOT / "examples" / "mpi.py"
     by_mpi = run(ROOT / "launch" / "mpirun.sh", "2", example)
