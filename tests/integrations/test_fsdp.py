@@ -11,10 +11,7 @@ import os
 import runpy
 import subprocess
 import sys
-import warnings
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -34,101 +31,15 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint
 
 import distnorm
-from distnorm.attach import conversions_of
-from distnorm.class_swap import swap, underlying
 from distnorm.integrations.fsdp import wrap_fully_shard
-from distnorm.module import DistNorm, DistNorm2d
+from distnorm.module import DistNorm2d
 from distnorm.settings import Settings
+from tests.integrations.fsdp_models import LR, MABN, Net, batch, joined, net, shard, train, whole
 from tests.support.pool import Pool
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-N = 4
-"""Samples per rank and step."""
-LR = 0.1
-MABN: dict[str, Any] = {"window": 3, "warmup": 3}
-
-
-class Net(nn.Module):
-    """5 channels and 1 channel: shards of 3 and 2 rows, and of 1 row and none."""
-
-    def __init__(self, recompute: bool = False) -> None:
-        super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(3, 5, 3, padding=1), nn.BatchNorm2d(5), nn.ReLU())
-        self.block = nn.Sequential(nn.Conv2d(5, 1, 3, padding=1), nn.BatchNorm2d(1), nn.ReLU())
-        self.head = nn.Linear(36, 2)
-        self.recompute = recompute
-
-    def forward(self, x_NCS: Tensor) -> Tensor:
-        h_NCS = self.stem(x_NCS)
-        h_NCS = checkpoint(self.block, h_NCS, use_reentrant=False) if self.recompute else self.block(h_NCS)
-        return self.head(h_NCS.flatten(1))
-
-
-def net(dtype: torch.dtype = torch.float64, recompute: bool = False) -> Net:
-    torch.manual_seed(1)
-    return Net(recompute).to(dtype)
-
-
-def batch(step: int, ranks: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
-    """The joined batch; ranks see different distributions."""
-    generator = torch.Generator().manual_seed(step)
-    x_NCS = torch.randn(ranks * N, 3, 6, 6, generator=generator, dtype=dtype)
-    x_NCS += torch.arange(ranks).repeat_interleave(N).view(-1, 1, 1, 1)
-    return x_NCS, torch.randint(0, 2, (ranks * N,), generator=generator)
-
-
-def train(
-    model: nn.Module,
-    steps: Sequence[int],
-    ranks: int,
-    place: int | None,
-    *,
-    attached: bool = False,
-    optimizer: torch.optim.Optimizer | None = None,
-) -> list[float]:
-    """Train on the part of the rank at ``place``, or on the joined batch."""
-    optimizer = optimizer or torch.optim.SGD(model.parameters(), LR, momentum=0.9)
-    if attached:
-        distnorm.attach(model, optimizer=optimizer)
-    losses = []
-    for step in steps:
-        x_NCS, labels_N = batch(step, ranks, next(model.buffers()).dtype)
-        if place is not None:
-            x_NCS, labels_N = x_NCS[place * N :][:N], labels_N[place * N :][:N]
-        loss = F.cross_entropy(model(x_NCS).to(x_NCS.dtype), labels_N)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses
-
-
-def whole(model: nn.Module) -> dict[str, Tensor]:
-    """The state of a sharded model, gathered on every rank."""
-    return {
-        name: value.full_tensor() if isinstance(value, DTensor) else value
-        for name, value in get_model_state_dict(model).items()
-    }
-
-
-def shard(model: Net, parts: str = "blocks", **options: Any) -> Net:
-    """Shard ``model``, its blocks first; with ``parts="leaves"`` every convolution and norm before them."""
-    if parts == "leaves":
-        for module in model.modules():
-            if isinstance(module, nn.Conv2d | nn.BatchNorm2d):
-                fsdp.fully_shard(module, **options)
-    fsdp.fully_shard(model.block, **options)
-    fsdp.fully_shard(model, **options)
-    return model
-
-
-def joined(steps: int, ranks: int) -> dict[str, Tensor]:
-    reference = net()
-    train(reference, range(steps), ranks, None)
-    return reference.state_dict()
 
 
 # Exact recipes ----------------------------------------------------------------------------------------------
@@ -347,102 +258,6 @@ def resume(rank: int, folder: str) -> None:
 
 def test_resuming_from_a_sharded_checkpoint(pool: Pool, tmp_path: Path) -> None:
     pool.run(2, resume, str(tmp_path))
-
-
-# Scripts that stay as they are ------------------------------------------------------------------------------
-
-
-def wrap(rank: int, check: Callable[[], None], where: tuple[str, ...] = ()) -> None:
-    undo = wrap_fully_shard(Settings(recipe="mabn", where=where))
-    try:
-        check()
-    finally:
-        undo()
-
-
-def one_conversion() -> None:
-    from torch.distributed._composable.fsdp import fully_shard as old_path
-
-    model = net()
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    old_path(model.stem[1])
-    assert isinstance(model.stem[1], DistNorm2d)
-    fsdp.fully_shard([model.stem[0], model.block[0]])
-    shard(model)
-    assert len(conversions_of(model)) == 1
-    assert [name for name, _ in conversions_of(model)[0].layers()] == ["stem.1", "block.1"]
-    assert len(distnorm.weights.centralized(model)) == 2
-    torch.testing.assert_close(whole(model), before, rtol=0, atol=0)
-    reverted = distnorm.revert(model)
-    assert not any(isinstance(each, DistNorm) for each in reverted.modules())
-    assert isinstance(model.stem[1], nn.BatchNorm2d) and isinstance(model.stem[1], fsdp.FSDPModule)
-
-
-def own_conversion_stays() -> None:
-    model = shard(distnorm.convert(net(), "sync_bn"))
-    assert model.stem[1].recipe.name == "sync_bn"
-
-
-def meta_device() -> None:
-    with torch.device("meta"):
-        model = shard(Net())
-    model.to_empty(device="cpu")
-    set_model_state_dict(model, net(torch.float32).state_dict(), options=StateDictOptions(full_state_dict=True))
-    losses = train(model, range(4), 2, dist.get_rank())
-    expected = shard(net(torch.float32))
-    assert train(expected, range(4), 2, dist.get_rank()) == losses
-
-
-def where_names_the_whole() -> None:
-    model = shard(net())
-    assert isinstance(model.block[1], DistNorm) and not isinstance(model.stem[1], DistNorm)
-    train(model, [0], 2, dist.get_rank())
-
-
-def where_names_nothing() -> None:
-    model = shard(net())
-    with pytest.warns(UserWarning, match=r"where=\['backbone.\*'\] selects none of \['stem.1', 'block.1'\]"):
-        train(model, [0], 2, dist.get_rank())
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        train(model, [0], 2, dist.get_rank())
-
-
-@pytest.mark.parametrize("check", [one_conversion, own_conversion_stays, meta_device])
-def test_fully_shard_converts(pool: Pool, check: Callable[[], None]) -> None:
-    original = fsdp.fully_shard
-    pool.run(2, wrap, check)
-    assert fsdp.fully_shard is original
-
-
-@pytest.mark.parametrize(
-    ("check", "where"), [(where_names_the_whole, ("block.*",)), (where_names_nothing, ("backbone.*",))]
-)
-def test_fully_shard_converts_named_layers(pool: Pool, check: Callable[[], None], where: tuple[str, ...]) -> None:
-    pool.run(2, wrap, check, where)
-
-
-def wrapped_class(rank: int) -> None:
-    layer = fsdp.fully_shard(nn.BatchNorm2d(2))
-    made = type(layer)
-    assert made.__bases__ == (fsdp.FSDPModule, nn.BatchNorm2d)
-    assert underlying(layer) is nn.BatchNorm2d
-    swap(layer, nn.BatchNorm1d)
-    assert type(layer).__bases__ == (fsdp.FSDPModule, nn.BatchNorm1d)
-    assert set(vars(made)) - set(vars(type(layer))) == set()
-
-
-def test_the_class_that_fsdp_makes(pool: Pool) -> None:
-    """Private to torch: fails when it wraps modules in another way."""
-    pool.run(2, wrapped_class)
-
-
-def test_other_classes_are_their_own() -> None:
-    class Mine(nn.BatchNorm2d):
-        pass
-
-    assert underlying(Mine(2)) is Mine
-    assert underlying(nn.SyncBatchNorm(2)) is nn.SyncBatchNorm
 
 
 def test_the_example_trains_as_one_process_with_stock_batch_norm() -> None:
