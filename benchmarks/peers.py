@@ -16,7 +16,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed._functional_collectives import all_reduce
 
 from distnorm.kernels import aten
 
@@ -62,14 +61,30 @@ class _Gather(torch.autograd.Function):
         return dx, sum_dy_centred * invstd, sum_dy, None
 
 
+class _AllReduce(torch.autograd.Function):
+    """A sum over ranks, and back the sum of its gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, local: Tensor) -> Tensor:
+        total = local.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        total = grad.clone()
+        dist.all_reduce(total)
+        return total
+
+
 class NaiveNorm(nn.BatchNorm2d):
     """Batch norm over all ranks: two differentiable all_reduces, so two forward and two backward."""
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalize ``input``."""
         ranks = dist.get_world_size()
-        mean = all_reduce(input.mean((0, 2, 3))) / ranks
-        var = all_reduce(input.square().mean((0, 2, 3))) / ranks - mean.square()
+        mean = _AllReduce.apply(input.mean((0, 2, 3))) / ranks
+        var = _AllReduce.apply(input.square().mean((0, 2, 3))) / ranks - mean.square()
         with torch.no_grad():
             assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
             total = input.numel() // input.shape[1] * ranks
