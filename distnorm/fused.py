@@ -106,7 +106,7 @@ class _Normalize(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy_NCL: Tensor) -> tuple[Tensor | None, ...]:
-        """Two passes."""
+        """One pass for the sums, two that combine."""
         x_NCL, weight_C, bias_C = ctx.saved_tensors
         affine: Affine = ctx.affine._replace(weight_C=weight_C, bias_C=bias_C)  # as saved: checkpoints give others
         if torch.is_grad_enabled():
