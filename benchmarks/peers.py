@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from distnorm.kernels import aten
+from distnorm.kernels import cpu
 
 
 class GatherNorm(nn.BatchNorm2d):
@@ -32,8 +32,10 @@ class GatherNorm(nn.BatchNorm2d):
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, layer: nn.BatchNorm2d) -> Tensor:
-        local_mean, local_var, memory = aten.moments(x)
+        raw, _, memory = cpu.moments(x)
         count = x.numel() // x.shape[1]
+        local_mean, square = (raw[:-1] / count).view(2, -1)
+        local_var = torch.addcmul(square, local_mean, local_mean, value=-1).clamp_min_(0)
         told = torch.cat((local_mean, (local_var + layer.eps).rsqrt_(), local_mean.new_full((1,), count))).float()
         answers = told.new_empty(dist.get_world_size() * told.numel())
         dist.all_gather_single(answers, told)
@@ -46,18 +48,18 @@ class _Gather(torch.autograd.Function):
         layer.running_var.lerp_(var * (total / (total - 1)), layer.momentum)
         invstd = (var + layer.eps).rsqrt()
         ctx.save_for_backward(x, weight, mean, invstd, total)
-        return aten.normalize(x, mean, var, weight, bias, layer.eps, into=memory)
+        return cpu.apply(x, mean, invstd * weight, bias, into=memory)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         x, weight, mean, invstd, total = ctx.saved_tensors
-        sum_dy, sum_dy_centred = aten.cosums(dy, x, mean)
+        sum_dy, sum_dy_centred = cpu.cosums(dy, x, mean).float()
         shared = torch.cat((sum_dy, sum_dy_centred))
         dist.all_reduce(shared)
         mean_dy, mean_dy_centred = (shared / total).view(2, -1)
         scale = invstd * weight
         slope = -scale * invstd.square() * mean_dy_centred
-        dx = aten.combine(dy, x, mean, scale, -scale * mean_dy, slope)
+        dx = cpu.combine(dy, x, mean, scale, -scale * mean_dy, slope)
         return dx, sum_dy_centred * invstd, sum_dy, None
 
 

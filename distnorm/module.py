@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from distnorm import alone, fused, overlap, running
+from distnorm import fused, overlap, running
 from distnorm.boundary import NO_BACKWARD, graph_task
 from distnorm.grid import Recipe
 from distnorm.methods import ChannelAffine
 from distnorm.methods.base import compute_dtype
-from distnorm.share import NOW, LayerShare, keep_local
+from distnorm.share import NOW, KeepLocal, LayerShare
 from distnorm.site import Site
 from distnorm.types import Affine
 
@@ -51,9 +51,11 @@ class DistNorm(_BatchNorm):
             return self._evaluate(input, affine)
         self._check_loss_scale(input)
         compiling = torch.compiler.is_compiling()
+        share: LayerShare | KeepLocal
         if not compiling and self._site.alone(input):
-            return alone.normalize(self, input, track=self.track_running_stats and graph_task() == NO_BACKWARD)
-        share = LayerShare(self._site.key, NOW if compiling else self._site.begin())
+            share = KeepLocal()
+        else:
+            share = LayerShare(self._site.key, NOW if compiling else self._site.begin())
         method = self.recipe.method
         if isinstance(method, ChannelAffine) and fused.suits(input):
             between = overlap.arrangement(self, input) if self.recipe.overlap else None
@@ -83,17 +85,16 @@ class DistNorm(_BatchNorm):
     def _evaluate(self, x_NCL: Tensor, affine: Affine) -> Tensor:
         mean_C, var_C = self.running_mean, self.running_var
         if mean_C is None or var_C is None:
-            return self.recipe.method.normalize(x_NCL, keep_local, affine)
+            return self.recipe.method.normalize(x_NCL, KeepLocal(), affine)
         weight_C = None if self.weight is None else self.weight.to(mean_C.dtype)
         bias_C = None if self.bias is None else self.bias.to(mean_C.dtype)
         return F.batch_norm(x_NCL, mean_C, var_C, weight_C, bias_C, False, 0.0, self.eps)
 
     @torch.no_grad()
-    def _track(self, share: LayerShare) -> None:
-        assert share.means_KC is not None and share.count is not None
-        moments = self.recipe.method.moments(share.means_KC, share.count)
-        landed = torch.ones_like(share.count) if self.recipe.policy.always_lands else share.landed()
-        running.absorb(self, moments, share.count, landed)
+    def _track(self, share: LayerShare | KeepLocal) -> None:
+        assert share.shared is not None
+        landed = None if self.recipe.policy.always_lands else share.landed()
+        running.absorb_shared(self, self.recipe.method, share.shared, landed)
 
     def _check(self, x_NCL: Tensor) -> None:
         try:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from distnorm.methods import Method
+from distnorm.kernels import arithmetic
+from distnorm.methods import ChannelAffine, Method
 from distnorm.transport import Group
 from distnorm.types import Landed, Moments, Slot
 
@@ -21,18 +22,38 @@ logger = logging.getLogger("distnorm")
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 
+def absorb_shared(layer: _BatchNorm, method: Method, shared: Tensor, landed: Tensor | None) -> None:
+    """``absorb`` what ``method`` makes of ``shared`` sums and their count, which ``landed`` unless it is 0."""
+    if shared.is_cpu and not torch.compiler.is_compiling():
+        if landed is None or landed:
+            _absorb_now(layer, method, shared)
+        return
+    count = shared[-1]
+    moments = method.moments(shared[:-1].view(-1, layer.num_features) / count.clamp_min(1), count)
+    absorb(layer, moments, count, torch.ones_like(count) if landed is None else landed)
+
+
+def _absorb_now(layer: _BatchNorm, method: Method, shared: Tensor) -> None:
+    formula = method.formula() if isinstance(method, ChannelAffine) else None
+    if formula is not None and arithmetic.absorb(formula, shared, layer):
+        return
+    count = shared[-1]
+    if count > 1:
+        _move(layer, method.moments(shared[:-1].view(-1, layer.num_features) / count, count), _next_rate(layer))
+
+
 def absorb(layer: _BatchNorm, moments: Moments, count: Tensor, landed: Tensor) -> None:
     """``running += (moments - running) * momentum``, or their plain average over all steps if momentum is None.
 
     Nothing happens where ``landed`` is 0 or fewer than two values were seen. Branch-free where a branch would make the
     host wait for a GPU.
     """
+    if count.is_cpu and not torch.compiler.is_compiling():
+        if landed and count > 1:
+            _move(layer, moments, _next_rate(layer))
+        return
     mean_C, var_C = layer.running_mean, layer.running_var
     assert mean_C is not None and var_C is not None and layer.num_batches_tracked is not None
-    if count.device.type == "cpu" and not torch.compiler.is_compiling():
-        if landed and count > 1:
-            absorb_known(layer, moments)
-        return
     fresh = landed * (count > 1)
     layer.num_batches_tracked.add_(fresh.to(layer.num_batches_tracked.dtype))
     momentum = layer.momentum if layer.momentum is not None else 1 / layer.num_batches_tracked.clamp_min(1)
@@ -42,17 +63,15 @@ def absorb(layer: _BatchNorm, moments: Moments, count: Tensor, landed: Tensor) -
     _lerp(var_C, moments.var_C, rate)
 
 
-def next_rate(layer: _BatchNorm) -> float:
+def _next_rate(layer: _BatchNorm) -> float:
     """Count a step that needs no caution, and return the weight of its moments: what ``absorb`` does with tensors."""
     assert layer.num_batches_tracked is not None
     layer.num_batches_tracked.add_(1)
     return layer.momentum if layer.momentum is not None else 1 / float(layer.num_batches_tracked)
 
 
-def absorb_known(layer: _BatchNorm, moments: Moments) -> None:
-    """``absorb`` moments that are known to have landed and to rest on two values or more."""
+def _move(layer: _BatchNorm, moments: Moments, rate: float) -> None:
     assert layer.running_mean is not None and layer.running_var is not None
-    rate = next_rate(layer)
     if moments.mean_C is not None:
         layer.running_mean.lerp_(moments.mean_C.to(layer.running_mean.dtype), rate)
     layer.running_var.lerp_(moments.var_C.to(layer.running_var.dtype), rate)

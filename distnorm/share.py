@@ -171,8 +171,7 @@ class LayerShare:
         self.step = step
         self.learning = backward_may_follow()
         self._builds_graph = torch.is_grad_enabled()  # inside of a Function's forward it never is
-        self.means_KC: Tensor | None = None
-        self.count: Tensor | None = None
+        self.shared: Tensor | None = None
 
     def __call__(self, count: int, sums_KC: Tensor, link: Link) -> tuple[Tensor, Tensor]:
         """``theta = link(shared sums / shared count)``, and the shared count, a float64 scalar without gradient.
@@ -183,28 +182,24 @@ class LayerShare:
         shared = ReduceForward.apply(local, None, self.key, self.step, self.learning)
         total = shared[-1].detach()
         means_KC = shared[:-1].view_as(sums_KC) / _divisor(total)
-        self.means_KC, self.count = means_KC.detach(), total
+        self.shared = shared.detach()
         theta_KC = ReduceBackward.apply(link(means_KC), total, self.key, self.step)
         return theta_KC, total
 
-    def gather(self, count: int, sums_KC: Tensor, *, held: bool) -> tuple[Tensor, Tensor]:
-        """``shared sums / shared count``, and the shared count. One use of the policy; nothing is differentiated."""
+    def gather(self, wire: Tensor, *, held: bool) -> Tensor:
+        """The shared counterpart of local sums and count. One use of the policy; nothing is differentiated."""
         self._channel = _channels[self.key]  # a graph may outlive its layer
-        wire = torch.cat((sums_KC.flatten(), sums_KC.new_full((1,), count)))
         # The graph keeps the record alive, for as long as a checkpoint may recompute this forward.
         self._record = self._channel.statistics(
             wire, self.step, learning=self.learning, held=held and self._builds_graph
         )
-        shared = self._record.shared
-        self.count = shared[-1]
-        self.means_KC = shared[:-1].view_as(sums_KC) / _divisor(self.count)
-        return self.means_KC, self.count
+        self.shared = self._record.shared
+        return self.shared
 
-    def scatter(self, cotangents_KC: Tensor) -> Callable[[], Tensor]:
+    def scatter(self, cotangents: Tensor) -> Callable[[], Tensor]:
         """What gives the cotangents' shared counterpart. One use of the policy; nothing is differentiated."""
-        assert self.count is not None, "nothing was shared yet"
-        wait = self._channel.start_cotangents(cotangents_KC.flatten(), self.count, self.step, learning=True)
-        return lambda: wait().view_as(cotangents_KC)
+        assert self.shared is not None, "nothing was shared yet"
+        return self._channel.start_cotangents(cotangents, self.shared[-1], self.step, learning=True)
 
     def again(self) -> LayerShare:
         """For a repetition inside a backward pass, where the channel answers from its records."""
@@ -212,36 +207,44 @@ class LayerShare:
 
     def landed(self) -> Tensor:
         """1 if what was shared is fit for the running statistics, else 0: a float64 scalar beside the count."""
-        assert self.count is not None, "nothing was shared yet"
+        assert self.shared is not None, "nothing was shared yet"
+        count = self.shared[-1]
         if torch.compiler.is_compiling():
-            landed: Tensor = torch.ops.distnorm.lands(self.count, self.key, self.learning)
+            landed: Tensor = torch.ops.distnorm.lands(count, self.key, self.learning)
             return landed
-        return torch.full_like(self.count, _channels[self.key].lands(self.step, learning=self.learning))
+        return torch.full_like(count, _channels[self.key].lands(self.step, learning=self.learning))
 
 
 class KeepLocal:
-    """A ``share`` that shares nothing: for evaluation by batch statistics, which never communicates."""
+    """A ``share`` that shares nothing, and remembers what it was given."""
+
+    def __init__(self) -> None:
+        """Nothing yet."""
+        self.shared: Tensor | None = None
 
     def __call__(self, count: int, sums_KC: Tensor, link: Link) -> tuple[Tensor, Tensor]:
         """``link(sums / count)``, and the count."""
-        means_KC, total = self.gather(count, sums_KC)
-        return link(means_KC), total
-
-    def gather(self, count: int, sums_KC: Tensor, *, held: bool = False) -> tuple[Tensor, Tensor]:
-        """``sums / count``, and the count."""
         total = sums_KC.new_full((), count)
-        return sums_KC / total.clamp_min(1), total
+        self.shared = torch.cat((sums_KC.detach().flatten(), total[None]))
+        return link(sums_KC / total.clamp_min(1)), total
 
-    def scatter(self, cotangents_KC: Tensor) -> Callable[[], Tensor]:
+    def gather(self, wire: Tensor, *, held: bool = False) -> Tensor:
+        """The local sums and count."""
+        self.shared = wire
+        return wire
+
+    def scatter(self, cotangents: Tensor) -> Callable[[], Tensor]:
         """The cotangents."""
-        return lambda: cotangents_KC
+        return lambda: cotangents
 
     def again(self) -> KeepLocal:
-        """There is no state."""
-        return self
+        """Another one."""
+        return KeepLocal()
 
-
-keep_local = KeepLocal()
+    def landed(self) -> Tensor:
+        """1: local statistics are there."""
+        assert self.shared is not None, "nothing was shared yet"
+        return torch.ones_like(self.shared[-1])
 
 
 def _divisor(total: Tensor) -> Tensor:

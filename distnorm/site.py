@@ -50,18 +50,17 @@ class Site:
         self._open()
 
     def alone(self, x_NCL: Tensor) -> bool:
-        """Whether torch's own batch norm does the same to ``x_NCL``, since nothing is shared.
+        """Whether nothing is shared, so that ``x_NCL`` can be normalized without this channel.
 
         Raises:
             ValueError: 1 value per channel.
         """
         binding = self.conversion.bound()
-        shares = not (binding.reducer.alone and self.conversion.recipe.method.stock)
-        if shares or x_NCL.device.type != "cpu" or not x_NCL.numel():
+        if not binding.reducer.alone or x_NCL.device.type != "cpu":
             return False
         if x_NCL.numel() == x_NCL.shape[1]:
             raise self._too_few(1)
-        binding.forward_begins(self.name)
+        self.begin()
         return True
 
     def begin(self) -> int:

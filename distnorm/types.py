@@ -122,11 +122,11 @@ class Share(Protocol):
 class Exchange(Share, Protocol):
     """A share whose two directions can be had one by one, for kernels that know their own derivative."""
 
-    def gather(self, count: int, sums_KC: Tensor, *, held: bool) -> tuple[Tensor, Tensor]:
-        """Return ``(shared means, shared count)``, values only; ``held`` says that a backward may follow."""
+    def gather(self, wire: Tensor, *, held: bool) -> Tensor:
+        """The shared counterpart of sums and count, values only; ``held`` says that a backward may follow."""
         ...
 
-    def scatter(self, cotangents_KC: Tensor) -> Callable[[], Tensor]:
+    def scatter(self, cotangents: Tensor) -> Callable[[], Tensor]:
         """Send the cotangents of ``link(shared means)``; return what waits for their shared counterpart."""
         ...
 

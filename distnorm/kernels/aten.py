@@ -1,4 +1,4 @@
-"""The four loops over big tensors, in ATen, for CPU tensors.
+"""The four loops over big tensors, in ATen: for CPU tensors that the compiled ones do not take.
 
 Shapes: x_NCL and dy_NCL of one layout, pivot_C, scale_C, g1_C, g2_C in the dtype of the arithmetic (at least float32).
 Inference-mode batch norm is ATen's fastest per-channel multiply-add on a CPU, and its backward yields both channel sums
@@ -16,7 +16,15 @@ FEW_VALUES = 32
 
 
 def moments(x_NCL: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Mean and biased variance per channel, float64 ``[C]``; and memory for an output like x where there is some.
+    """Sums of x and of its squares with their count, ``[2 C + 1]``, float64; the mean; memory for an output, if any."""
+    count = x_NCL.numel() // x_NCL.shape[1]
+    mean_C, var_C, spare_NCL = _mean_and_variance(x_NCL)
+    raw = torch.cat((mean_C, torch.addcmul(var_C, mean_C, mean_C), mean_C.new_ones(1)))
+    return raw.mul_(count), mean_C.to(wide_dtype(x_NCL)), spare_NCL
+
+
+def _mean_and_variance(x_NCL: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Per channel, float64 ``[C]``, biased; and memory for an output like x where there is some.
 
     Of contiguous images, group norm with a group per channel yields the moments of every channel of every sample in one
     pass, by a stable recurrence; they are united in float64: mean = E[mean_n], var = E[var_n] + Var[mean_n]. Of all
@@ -61,38 +69,29 @@ def sums(x_NCL: Tensor, pivot_C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """``sum(x - pivot), sum((x - pivot)^2)``, each ``[C]``, and ``x - pivot``. Two passes."""
     zero_C = torch.zeros_like(pivot_C)
     centred_NCL = apply(x_NCL.to(pivot_C.dtype), pivot_C, torch.ones_like(pivot_C), zero_C)
-    return *cosums(centred_NCL, centred_NCL, zero_C), centred_NCL
-
-
-def normalize(
-    x_NCL: Tensor,
-    mean_C: Tensor,
-    var_C: Tensor,
-    weight_C: Tensor | None,
-    bias_C: Tensor | None,
-    eps: float,
-    *,
-    into: Tensor | None = None,
-) -> Tensor:
-    """``(x - mean) / sqrt(var + eps) * weight + bias``, in the dtype of x; in new memory, or ``into``. One pass."""
-    if into is None:
-        return torch.batch_norm(x_NCL, weight_C, bias_C, mean_C, var_C, False, 0.0, eps, False)
-    none = mean_C.new_empty(0)
-    torch.ops.aten.native_batch_norm.out(
-        x_NCL, weight_C, bias_C, mean_C, var_C, False, 0.0, eps, out=into, save_mean=none, save_invstd=none
-    )
-    return into
+    return *_cosums(centred_NCL, centred_NCL, zero_C), centred_NCL
 
 
 def apply(x_NCL: Tensor, pivot_C: Tensor, scale_C: Tensor, shift_C: Tensor, *, into: Tensor | None = None) -> Tensor:
     """``(x - pivot) * scale + shift``, in the dtype of x; in new memory, or ``into``. One pass."""
     if not x_NCL.numel():
         return torch.empty_like(x_NCL)
-    return normalize(x_NCL, pivot_C, torch.ones_like(pivot_C), scale_C, shift_C, 0.0, into=into)
+    one_C = torch.ones_like(pivot_C)
+    if into is None:
+        return torch.batch_norm(x_NCL, scale_C, shift_C, pivot_C, one_C, False, 0.0, 0.0, False)
+    none = pivot_C.new_empty(0)
+    torch.ops.aten.native_batch_norm.out(
+        x_NCL, scale_C, shift_C, pivot_C, one_C, False, 0.0, 0.0, out=into, save_mean=none, save_invstd=none
+    )
+    return into
 
 
-def cosums(dy_NCL: Tensor, x_NCL: Tensor, pivot_C: Tensor) -> tuple[Tensor, Tensor]:
-    """``sum(dy), sum(dy * (x - pivot))``, each ``[C]``. One pass."""
+def cosums(dy_NCL: Tensor, x_NCL: Tensor, pivot_C: Tensor) -> Tensor:
+    """``sum(dy), sum(dy * (x - pivot))``, ``[2, C]``, float64. One pass."""
+    return torch.stack(_cosums(dy_NCL, x_NCL, pivot_C)).double()
+
+
+def _cosums(dy_NCL: Tensor, x_NCL: Tensor, pivot_C: Tensor) -> tuple[Tensor, Tensor]:
     if not x_NCL.numel():
         return torch.zeros_like(pivot_C), torch.zeros_like(pivot_C)
     if not _dense_alike(dy_NCL, x_NCL):  # ATen's loop over strides would add up in the dtype of dy
@@ -104,9 +103,11 @@ def cosums(dy_NCL: Tensor, x_NCL: Tensor, pivot_C: Tensor) -> tuple[Tensor, Tens
     return sum_C, product_C
 
 
-def combine(dy_NCL: Tensor, x_NCL: Tensor, pivot_C: Tensor, scale_C: Tensor, g1_C: Tensor, g2_C: Tensor) -> Tensor:
-    """``dy * scale + g1 + (x - pivot) * g2``, in the dtype of x. Two passes."""
-    dx_NCL = apply(x_NCL.to(pivot_C.dtype), pivot_C, g2_C, g1_C)
+def combine(
+    dy_NCL: Tensor, x_NCL: Tensor, pivot_C: Tensor, scale_C: Tensor, level_C: Tensor, slope_C: Tensor
+) -> Tensor:
+    """``dy * scale + level + (x - pivot) * slope``, in the dtype of x. Two passes."""
+    dx_NCL = apply(x_NCL.to(pivot_C.dtype), pivot_C, slope_C, level_C)
     scale_1C1 = scale_C.view(1, -1, *(1,) * (x_NCL.dim() - 2))
     return dx_NCL.addcmul_(dy_NCL, scale_1C1).to(x_NCL.dtype)
 

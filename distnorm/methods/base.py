@@ -12,6 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from distnorm.kernels.arithmetic import Formula
 from distnorm.types import Affine, Moments, Share
 
 RAW_MOMENTS = 2
@@ -33,9 +34,6 @@ class Method(ABC):
 
     centred: ClassVar[bool] = True
     """Whether evaluation subtracts ``running_mean``; if not, ``running_var`` tracks the second moment."""
-
-    stock: ClassVar[bool] = False
-    """Whether this is torch's own batch norm where nothing is shared."""
 
     @property
     def follows(self) -> bool:
@@ -63,6 +61,10 @@ class ChannelAffine(Method):
 
     raw: ClassVar[slice]
     """Which raw moments the method shares: rows of (mean of x, mean of x squared)."""
+
+    def formula(self, affine: Affine | None = None) -> Formula | None:
+        """The same arithmetic in C, where ``kernels`` has it; with ``affine`` if the transform is wanted."""
+        return None
 
     @abstractmethod
     def link(self, means_KC: Tensor, eps: float) -> Tensor:

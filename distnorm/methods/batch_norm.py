@@ -14,6 +14,7 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
+from distnorm.kernels.arithmetic import Formula
 from distnorm.methods.base import ChannelAffine
 from distnorm.types import Affine, Moments
 
@@ -23,8 +24,11 @@ from distnorm.types import Affine, Moments
 class BatchNorm(ChannelAffine):
     """Centre and scale by the batch's mean and biased variance; running_var absorbs the unbiased one."""
 
-    stock: ClassVar[bool] = True
     raw: ClassVar[slice] = slice(0, 2)
+
+    def formula(self, affine: Affine | None = None) -> Formula:
+        """Written out in arithmetic.c."""
+        return Formula("batch_norm", kinds=2)
 
     def link(self, means_KC: Tensor, eps: float) -> Tensor:
         """``(mean, log(var + eps) / 2)``: location and log-scale."""

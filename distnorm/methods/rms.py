@@ -15,6 +15,7 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
+from distnorm.kernels.arithmetic import Formula
 from distnorm.methods.base import ChannelAffine
 from distnorm.types import Affine, Moments
 
@@ -46,6 +47,12 @@ class RMS(ChannelAffine):
     def follows(self) -> bool:
         """With a clip."""
         return self.clip is not None
+
+    def formula(self, affine: Affine | None = None) -> Formula:
+        """Written out in arithmetic.c, with the correction if it is due."""
+        if self.clip is None or affine is None or affine.updates is None or int(affine.updates) < self.clip_after:
+            return Formula("rms", kinds=1)
+        return Formula("rms", kinds=1, running_var_C=affine.running_var_C, clip=self.clip)
 
     def link(self, means_KC: Tensor, eps: float) -> Tensor:
         """``log(mean(x^2) + eps) / 2``."""

@@ -8,13 +8,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from distnorm.types import Slot
+
+if TYPE_CHECKING:
+    from distnorm.transport.shared_memory import SharedMemory
 
 AWAKE_S = 5e-3
 """How long a rank waits for the others before its thread sleeps."""
@@ -142,7 +145,7 @@ class TorchGroup(Group):
 
     On gloo an all_reduce of P ranks costs about 2 (P - 1) message rounds and a direct exchange costs one, so small
     vectors are exchanged and added locally, in rank order: every rank gets the same bits. Larger ones, and those of
-    other backends, go by all_reduce.
+    other backends, go by all_reduce. Ranks of one host need no gloo for small vectors on the CPU: they share memory.
     """
 
     def __init__(
@@ -151,14 +154,22 @@ class TorchGroup(Group):
         ranks: tuple[int, ...],
         *,
         exchange_limit_bytes: int = EXCHANGE_LIMIT_BYTES,
+        memory: SharedMemory | None = None,
     ) -> None:
-        """Wrap ``process_group``, which joins the global ``ranks``; None where a rank is alone."""
+        """Wrap ``process_group``, which joins the global ``ranks``; None where a rank is alone.
+
+        ``memory`` is what the ranks share, if they can, for what one of them waits for.
+        """
         super().__init__(ranks)
         self.process_group = process_group
         self.gloo = process_group is not None and dist.get_backend(process_group) == "gloo"
         self.exchange_limit_bytes = exchange_limit_bytes if self.gloo else -1
+        self.memory = memory
 
     def _start(self, wire: Tensor) -> tuple[Work, Callable[[], Tensor]]:
+        if self.memory is not None and self.memory.takes(wire):
+            turn = self.memory.start(wire)
+            return turn, turn.total
         nbytes = wire.numel() * wire.element_size()
         return self._exchange(wire) if nbytes <= self.exchange_limit_bytes else self._all_reduce(wire)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 from collections.abc import Collection, Mapping
 from datetime import timedelta
 from weakref import WeakKeyDictionary
@@ -141,4 +142,9 @@ class Topology:
         timeout = self.timeout if self.timeout is not None else group_timeout(world)
         if self.mpi is not None:
             return make_mpi_group(ranks, self.mpi, int(background), timeout)
-        return TorchGroup(make_group(ranks, "background" if background else "blocking", timeout), ranks)
+        process_group = make_group(ranks, "background" if background else "blocking", timeout)
+        if background or sys.platform != "linux" or dist.get_backend(process_group) != "gloo":
+            return TorchGroup(process_group, ranks)
+        from distnorm.transport import shared_memory  # of Linux only
+
+        return TorchGroup(process_group, ranks, memory=shared_memory.join(ranks, self.rank, timeout))

@@ -1,0 +1,131 @@
+/* The C-sized float64 arithmetic of methods: what methods/batch_norm.py and methods/rms.py say in torch, in one call each.
+
+   wire: K sums per channel and their count, shared. means: wire over count. pivot: what the loops centre about.
+   Forward, of a method: means[K * C]; factor = d scale / d weight; y = (x - pivot) * scale + shift.
+   Pull: from sum(dy) and sum(dy * (x - pivot)) to the cotangents of the method's link, and to the parameters' gradients.
+   Link: from shared cotangents to dx = dy * scale + level + (x - pivot) * slope.
+   Absorb: running += (moments - running) * rate, if there are two values at least. */
+
+#include <math.h>
+#include <stddef.h>
+#include <stdint.h>
+
+typedef ptrdiff_t index_t;
+
+static double divisor(double count) { return count > 0 ? count : 1; }
+
+/* Rounding can leave less than 0; NaN stays NaN. */
+static double variance(double mean, double square)
+{
+    double var = square - mean * mean;
+    return var < 0 ? 0 : var;
+}
+
+static double or_one(const float *values, index_t c) { return values ? values[c] : 1; }
+static double or_zero(const float *values, index_t c) { return values ? values[c] : 0; }
+
+void batch_norm_forward(const double *wire, const float *pivot, const float *weight, const float *bias,
+                        const float *running_var, double clip, double eps, index_t C, double *means, double *factor,
+                        float *scale, float *shift)
+{
+    (void)running_var, (void)clip;
+    double count = divisor(wire[2 * C]);
+    for (index_t c = 0; c < C; c++) {
+        double mean = wire[c] / count, square = wire[C + c] / count;
+        double invstd = 1 / sqrt(variance(mean, square) + eps), slope = invstd * or_one(weight, c);
+        means[c] = mean, means[C + c] = square, factor[c] = invstd;
+        scale[c] = slope, shift[c] = (pivot[c] - mean) * slope + or_zero(bias, c);
+    }
+}
+
+void batch_norm_pull(const double *sums, const double *means, const double *factor, const float *pivot,
+                     const float *weight, index_t C, double *cotangents, float *weight_grad, float *bias_grad)
+{
+    for (index_t c = 0; c < C; c++) {
+        double centred = sums[C + c] + (pivot[c] - means[c]) * sums[c], slope = factor[c] * or_one(weight, c);
+        cotangents[c] = -slope * sums[c], cotangents[C + c] = -slope * centred;
+        weight_grad[c] = factor[c] * centred, bias_grad[c] = sums[c];
+    }
+}
+
+void batch_norm_link(const double *cotangents, const double *means, const double *count, const float *pivot,
+                          double eps, index_t C, float *level, float *slope)
+{
+    double total = divisor(*count);
+    for (index_t c = 0; c < C; c++) {
+        double tilt = cotangents[C + c] / ((variance(means[c], means[C + c]) + eps) * total);
+        level[c] = cotangents[c] / total + (pivot[c] - means[c]) * tilt, slope[c] = tilt;
+    }
+}
+
+/* Counts the step, and returns the weight of its moments; a negative momentum is the plain average over all steps. */
+static double next_rate(double momentum, int64_t *tracked)
+{
+    ++*tracked;
+    return momentum < 0 ? 1.0 / *tracked : momentum;
+}
+
+void batch_norm_absorb(const double *wire, index_t C, double momentum, int64_t *tracked, float *running_mean,
+                       float *running_var)
+{
+    double count = wire[2 * C];
+    if (!(count > 1)) return;
+    double rate = next_rate(momentum, tracked);
+    for (index_t c = 0; c < C; c++) {
+        double mean = wire[c] / count, unbiased = variance(mean, wire[C + c] / count) * (count / (count - 1));
+        running_mean[c] += (mean - running_mean[c]) * rate;
+        running_var[c] += (unbiased - running_var[c]) * rate;
+    }
+}
+
+/* How far RMS follows the running second moment: sqrt((square + eps) / (running_var + eps)), clipped. */
+static double correction(double square, const float *running_var, index_t c, double clip, double eps)
+{
+    if (!running_var) return 1;
+    double ratio = sqrt((square + eps) / (running_var[c] + eps));
+    return ratio < 1 / clip ? 1 / clip : ratio > clip ? clip : ratio;
+}
+
+void rms_forward(const double *wire, const float *pivot, const float *weight, const float *bias,
+                 const float *running_var, double clip, double eps, index_t C, double *means, double *factor,
+                 float *scale, float *shift)
+{
+    double count = divisor(wire[C]);
+    for (index_t c = 0; c < C; c++) {
+        double square = wire[c] / count, slope;
+        means[c] = square, factor[c] = correction(square, running_var, c, clip, eps) / sqrt(square + eps);
+        slope = factor[c] * or_one(weight, c);
+        scale[c] = slope, shift[c] = pivot[c] * slope + or_zero(bias, c);
+    }
+}
+
+void rms_pull(const double *sums, const double *means, const double *factor, const float *pivot, const float *weight,
+              index_t C, double *cotangents, float *weight_grad, float *bias_grad)
+{
+    (void)means;
+    for (index_t c = 0; c < C; c++) {
+        double gradient = factor[c] * (sums[C + c] + pivot[c] * sums[c]);
+        cotangents[c] = -gradient * or_one(weight, c);
+        weight_grad[c] = gradient, bias_grad[c] = sums[c];
+    }
+}
+
+void rms_link(const double *cotangents, const double *means, const double *count, const float *pivot, double eps,
+                   index_t C, float *level, float *slope)
+{
+    double total = divisor(*count);
+    for (index_t c = 0; c < C; c++) {
+        double tilt = cotangents[c] / ((means[c] + eps) * total);
+        level[c] = pivot[c] * tilt, slope[c] = tilt;
+    }
+}
+
+void rms_absorb(const double *wire, index_t C, double momentum, int64_t *tracked, float *running_mean,
+                float *running_var)
+{
+    (void)running_mean;
+    double count = wire[C];
+    if (!(count > 1)) return;
+    double rate = next_rate(momentum, tracked);
+    for (index_t c = 0; c < C; c++) running_var[c] += (wire[c] / count - running_var[c]) * rate;
+}

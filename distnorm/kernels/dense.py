@@ -1,0 +1,89 @@
+"""One forward and backward of one layer in C: dense float32 on a CPU, by a method that ``arithmetic.c`` knows.
+
+Small layers cost what Python costs, so this file works on addresses. Shapes: x_NCL, dy_NCL, dx_NCL; weight_C, bias_C;
+shared and cotangents float64, ``[K C + 1]`` with the count and ``[K C]``, of the formula's K kinds.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from distnorm.kernels.arithmetic import Formula, Functions, address, functions, plain
+from distnorm.kernels.cpu import Loops, like, loops
+
+FLOAT, DOUBLE = 4, 8  # bytes
+
+
+class DensePass:
+    """What the kernels remember between the loops of a forward, and for its backward."""
+
+    def __init__(self, formula: Formula, arithmetic: Functions, compiled: Loops, eps: float) -> None:
+        """Nothing is computed yet."""
+        self._formula, self._arithmetic, self._loops, self._eps = formula, arithmetic, compiled, eps
+
+    def sums(self, x_NCL: Tensor) -> Tensor:
+        """What the method shares: local sums and their count, float64 ``[K C + 1]``."""
+        channels, kinds = x_NCL.shape[1], self._formula.kinds
+        self._channels = channels
+        self._narrow = torch.empty(5 * channels, dtype=torch.float32)  # pivot, scale, shift; level, slope
+        self._wide = torch.empty(7 * channels + 1, dtype=torch.float64)  # sums, count, means, factor; sums of dy
+        self._narrow_at = narrow = self._narrow.data_ptr()
+        wide = self._wide.data_ptr()
+        self._means_at = wide + (2 * channels + 1) * DOUBLE
+        self._loops.sums(None, x_NCL.data_ptr(), narrow, wide, *self._loops.image)
+        return self._wide[(2 - kinds) * channels : 2 * channels + 1]
+
+    def normalize(self, x_NCL: Tensor, shared: Tensor, weight_C: Tensor | None, bias_C: Tensor | None) -> Tensor:
+        """The output, by ``shared`` sums and their count."""
+        self._shared = shared = shared.contiguous()
+        pivot, row, means = self._narrow_at, self._channels * FLOAT, self._means_at
+        formula = self._formula
+        self._arithmetic.forward(
+            *(shared.data_ptr(), pivot, address(weight_C), address(bias_C), address(formula.running_var_C)),
+            *(formula.clip, self._eps, self._channels),
+            *(means, means + 2 * self._channels * DOUBLE, pivot + row, pivot + 2 * row),
+        )
+        y_NCL = torch.empty_like(x_NCL)
+        tensors = x_NCL.data_ptr(), y_NCL.data_ptr(), pivot, pivot + row, pivot + 2 * row
+        self._loops.apply(*tensors, *self._loops.image)
+        return y_NCL
+
+    def pull(self, dy_NCL: Tensor, x_NCL: Tensor, weight_C: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Cotangents of what was shared, and gradients of weight and bias."""
+        channels, pivot, means = self._channels, self._narrow_at, self._means_at
+        factor = means + 2 * channels * DOUBLE
+        sums = factor + channels * DOUBLE
+        dy_NCL = like(dy_NCL, x_NCL)
+        self._loops.sums(dy_NCL.data_ptr(), x_NCL.data_ptr(), pivot, sums, *self._loops.image)
+        cotangents = self._wide.new_empty(self._formula.kinds * channels)
+        weight_grad_C, bias_grad_C = self._narrow.new_empty(channels), self._narrow.new_empty(channels)
+        self._arithmetic.pull(
+            *(sums, means, factor, pivot, address(weight_C), channels),
+            *(cotangents.data_ptr(), weight_grad_C.data_ptr(), bias_grad_C.data_ptr()),
+        )
+        return cotangents, weight_grad_C, bias_grad_C
+
+    def combine(self, dy_NCL: Tensor, x_NCL: Tensor, cotangents: Tensor) -> Tensor:
+        """The input's gradient, by shared cotangents."""
+        channels, pivot, row = self._channels, self._narrow_at, self._channels * FLOAT
+        count = self._shared.data_ptr() + self._formula.kinds * channels * DOUBLE
+        cotangents = cotangents.contiguous()
+        level, slope = pivot + 3 * row, pivot + 4 * row
+        self._arithmetic.link(cotangents.data_ptr(), self._means_at, count, pivot, self._eps, channels, level, slope)
+        dy_NCL, dx_NCL = like(dy_NCL, x_NCL), torch.empty_like(x_NCL)
+        tensors = dy_NCL.data_ptr(), x_NCL.data_ptr(), dx_NCL.data_ptr()
+        self._loops.combine(*tensors, pivot, pivot + row, level, slope, *self._loops.image)
+        return dx_NCL
+
+
+def dense_pass(
+    formula: Formula, x_NCL: Tensor, weight_C: Tensor | None, bias_C: Tensor | None, eps: float
+) -> DensePass | None:
+    """A pass over ``x_NCL``; None where the C does not take it."""
+    compiled, arithmetic = loops(x_NCL), functions(formula.name)
+    if compiled is None or arithmetic is None:
+        return None
+    if not (plain(weight_C) and plain(bias_C) and plain(formula.running_var_C)):
+        return None
+    return DensePass(formula, arithmetic, compiled, eps)

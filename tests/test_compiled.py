@@ -1,0 +1,148 @@
+"""The C: that it is built here, kept, and done without where it cannot be; its loops against float64."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import distnorm
+from distnorm import compiled
+from distnorm.kernels import arithmetic, cpu
+
+# Whole and broken vectors, blocks of planes (4,096 values) and of rows (64 x 64), and enough for threads.
+SHAPES = [
+    (3, 2, 5),
+    (2, 3, 70, 70),
+    (5, 70, 7, 7),
+    (9, 130),
+    (70, 64),
+    (2, 65, 3, 5, 7),
+    (17, 129, 4, 4),
+    (1, 1, 2),
+    (4, 64, 33, 31),
+]
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def tensors(shape: tuple[int, ...], layout: str) -> list[Tensor]:
+    """x, dy, and 4 vectors of the channels."""
+    generator = torch.Generator().manual_seed(0)
+    memory_format = torch.channels_last_3d if layout == "channels_last" and len(shape) == 5 else LAYOUTS[layout]
+    images = [torch.randn(shape, generator=generator) + 3 for _ in range(2)]
+    if len(shape) > 3:
+        images = [each.to(memory_format=memory_format) for each in images]
+    return [*images, *torch.rand(4, shape[1], generator=generator)]
+
+
+def wide(values_C: Tensor, x_NCL: Tensor) -> Tensor:
+    return values_C.double().view(1, -1, *(1,) * (x_NCL.dim() - 2))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_loops_agree_with_float64(shape: tuple[int, ...], layout: str, threads: int) -> None:
+    x, dy, pivot, scale, level, slope = tensors(shape, layout)
+    assert cpu.loops(x) is not None
+    dims = [dim for dim in range(x.dim()) if dim != 1]
+    count = x.numel() // shape[1]
+    wire, mean, _ = cpu.moments(x)
+    raw = torch.cat((x.double().sum(dims), x.double().square().sum(dims)))
+    torch.testing.assert_close(wire[:-1], raw, rtol=3e-7, atol=0)
+    assert wire[-1] == count
+    torch.testing.assert_close(mean.double(), raw[: shape[1]] / count, rtol=1e-6, atol=0)
+    centred = x.double() - wide(pivot, x)
+    sums = torch.stack((dy.double().sum(dims), (dy.double() * centred).sum(dims)))
+    torch.testing.assert_close(cpu.cosums(dy, x, pivot), sums, rtol=1e-5, atol=1e-6 * count)
+    y = centred * wide(scale, x) + wide(level, x)
+    torch.testing.assert_close(cpu.apply(x, pivot, scale, level).double(), y, rtol=1e-6, atol=1e-6)
+    dx = dy.double() * wide(scale, x) + wide(level, x) + centred * wide(slope, x)
+    torch.testing.assert_close(cpu.combine(dy, x, pivot, scale, level, slope).double(), dx, rtol=1e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_what_is_not_finite_stays_so_in_its_channel(layout: str, bad: float) -> None:
+    x = tensors((4, 3, 6, 6), layout)[0]
+    x[1, 1, 2, 3] = bad
+    layer = distnorm.convert(nn.Sequential(nn.BatchNorm2d(3)), "local_bn")[0]
+    y = layer(x)
+    assert y[:, 1].isnan().any()
+    assert y[:, [0, 2]].isfinite().all()
+    assert layer.running_var.isfinite().tolist() == [True, False, True]
+
+
+def test_running_statistics_that_autograd_needs_are_not_changed_unseen() -> None:
+    layer = distnorm.convert(nn.Sequential(nn.BatchNorm1d(3)), "local_bn")[0]
+    x = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    y = layer.eval()(x)
+    layer.train()(x)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+# --- building it ---------------------------------------------------------------------------------
+
+
+def build() -> object:
+    return compiled.library.__wrapped__()
+
+
+def test_it_is_built_once_and_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert build() is not None
+    (kept,) = (tmp_path / "distnorm").iterdir()
+    assert re.fullmatch(r"kernels-[0-9a-f]{16}\.so", kept.name)
+    written = kept.stat().st_mtime_ns
+    assert build() is not None
+    assert kept.stat().st_mtime_ns == written
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def refuse(*args: object, **options: object) -> None:
+        raise PermissionError("read-only")
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    assert build() is not None
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("compiler", ["false", "no-such-compiler"])
+def test_without_a_compiler_aten_serves(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture, compiler: str
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CC", compiler)
+    with caplog.at_level(logging.INFO, "distnorm"):
+        assert build() is None
+    assert "could not be compiled; ATen's serve" in caplog.text
+
+
+def test_the_environment_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DISTNORM_KERNELS", "aten")
+    assert build() is None
+    monkeypatch.setenv("DISTNORM_KERNELS", "fast")
+    with pytest.raises(
+        ValueError, match=r'DISTNORM_KERNELS=\'fast\': allowed are "compiled" \(the default\) and "aten"'
+    ):
+        build()
+
+
+def test_which_parameters_the_arithmetic_reads() -> None:
+    assert arithmetic.plain(None) and arithmetic.plain(torch.ones(3))
+    assert not arithmetic.plain(torch.ones(3, dtype=torch.bfloat16))
+    assert not arithmetic.plain(torch.ones(6)[::2])
