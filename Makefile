@@ -44,8 +44,8 @@ test: check ## check, then the tests that fit in minutes
 test-all: check ## check, then every test that needs no GPU
 	$(PYTEST) -m "not gpu"
 
-bench: $(STAMP) ## measure the exchange of statistics with 4 processes
-	$(ONE_THREAD) $(BIN)/torchrun --standalone --nproc_per_node 4 benchmarks/exchange.py
+bench: $(STAMP) ## measure every figure of docs/performance.md, in under 15 minutes, and write its tables
+	$(BIN)/python benchmarks/suite.py
 
 docs: $(STAMP) ## write the generated tables of the documentation anew
 	$(BIN)/python docs/generate.py

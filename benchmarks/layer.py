@@ -6,16 +6,13 @@ that of the sums over all layers, round by round, with the median's 95 % interva
 
 from __future__ import annotations
 
-import argparse
-import platform
-import statistics
 import time
 from collections import Counter
-from collections.abc import Callable
-from datetime import date
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
-from measure import ratio, rounds
+from measure import finish, markdown, milliseconds, parser_of, ratio, rounds
 from models import norm_shapes
 from torch import Tensor, nn
 
@@ -35,31 +32,44 @@ def pass_through(layer: nn.Module, x: Tensor, dy: Tensor) -> float:
 
 def contender(recipe: str | None, shapes: Counter[tuple[int, int]], batch: int, format: str) -> Callable[[], float]:
     """A function that returns the milliseconds of all layers together."""
-    cases: list[tuple[int, nn.Module, Tensor, Tensor]] = []
+    cases: list[tuple[int, tuple[nn.Module, Tensor, Tensor]]] = []
     for (channels, side), times in shapes.items():
         norm = nn.Sequential(nn.BatchNorm2d(channels))
         layer = norm[0] if recipe is None else distnorm.convert(norm, recipe)[0]
         x, dy = (torch.randn(batch, channels, side, side).to(memory_format=FORMATS[format]) for _ in range(2))
-        cases.append((times, layer, x.requires_grad_(), dy))
-    return lambda: sum(times * min(pass_through(*each) for _ in range(REPEATS)) for times, *each in cases)
+        cases.append((times, (layer, x.requires_grad_(), dy)))
+
+    def one_round() -> float:
+        fastest = [(times, min(pass_through(*each) for _ in range(REPEATS))) for times, each in cases]
+        return sum(times * each for times, each in fastest)
+
+    return one_round
+
+
+def table(cases: Sequence[Mapping[str, Any]]) -> list[str]:
+    """One row per width and layout."""
+    rows = []
+    for case in cases:
+        ours, stock = case["ms"]["local_bn"], case["ms"]["stock"]
+        figures = [milliseconds(stock), milliseconds(ours), str(ratio(ours, stock))]
+        rows.append([case["format"], str(case["width"]), *figures])
+    return markdown(["layout", "width", "stock, ms", "`local_bn`, ms", "ratio"], rows)
 
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description="Time norm layers without communication.")
+    parser = parser_of("Time norm layers without communication.", runs=25)
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--runs", type=int, default=25, help="counted rounds")
+    parser.add_argument("--widths", type=int, nargs="+", default=[32, 64])
     options = parser.parse_args()
     torch.set_num_threads(1)
-    print(f"batch {options.batch}, one thread, {platform.machine()}, torch {torch.__version__}, {date.today()}\n")
-    print("| width | layout | stock, ms | `local_bn`, ms | ratio |\n|---:|---|---:|---:|---:|")
-    for width in (32, 64):
+    cases = []
+    for width in options.widths:
         shapes = Counter(norm_shapes(width))
         for format in FORMATS:
             makers = {name or "stock": contender(name, shapes, options.batch, format) for name in (None, "local_bn")}
-            seen = rounds(makers, options.runs)
-            medians = (f"{statistics.median(values):.2f}" for values in seen.values())
-            print(f"| {width} | {format} | {' | '.join(medians)} | {ratio(seen['local_bn'], seen['stock'])} |")
+            cases.append({"width": width, "format": format, "ms": rounds(makers, options)})
+    finish({"batch": options.batch, "cases": cases}, table(cases), options.json)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent.parent / "docs"))
 
 from generate import filled
+from measure import markdown
 from quality import BATCHES, CONTENDERS, DIFFICULTIES, RESULTS, SEEDS, Cell, rates, read_results, tuning
 
 PAGE = RESULTS.with_suffix(".md")
@@ -82,7 +83,7 @@ def accuracy_rows(accuracies: Accuracies, level: int) -> list[str]:
 
     batches = sorted(BATCHES)
     rows = [[f"`{each}`", *(at(each, batch) for batch in batches)] for each in CONTENDERS]
-    return table(["contender", *headings(accuracies, level)], rows)
+    return markdown(["contender", *headings(accuracies, level)], rows)
 
 
 def pair_rows(accuracies: Accuracies, level: int) -> list[str]:
@@ -94,7 +95,7 @@ def pair_rows(accuracies: Accuracies, level: int) -> list[str]:
         return f"**{text}**" if abs(found.mean) > found.half else text
 
     rows = [[f"`{one}` − `{other}`", *(at((one, other), batch) for batch in sorted(BATCHES))] for one, other in PAIRS]
-    return table(["difference", *headings(accuracies, level)], rows)
+    return markdown(["difference", *headings(accuracies, level)], rows)
 
 
 def headings(accuracies: Accuracies, level: int) -> list[str]:
@@ -119,7 +120,7 @@ def goal_rows(accuracies: Accuracies) -> list[str]:
         cells = [f"{text}: {word}" for text, word in zip(intervals, verdicts, strict=True)]
         rows.append([str(level), *cells])
     titles = ["`mabn` − `sync_bn`", "`mabn` − `sync_bn(weights='centralized')`", "`local_bn` − `sync_bn`"]
-    return table(["difficulty", *titles], rows)
+    return markdown(["difficulty", *titles], rows)
 
 
 def verdict(holds: bool, fails: bool) -> str:
@@ -137,7 +138,7 @@ def rate_rows(accuracies: Accuracies) -> list[str]:
         here = [cell for cell in cells if (cell.difficulty, cell.contender) == (level, contender)]
         found = [mean_of(accuracies, [cell for cell in here if cell.rate == rate]) for rate in columns]
         rows.append([str(level), f"`{contender}`", *found])
-    return table(["difficulty", "contender", *(f"{rate:g}" for rate in columns)], rows)
+    return markdown(["difficulty", "contender", *(f"{rate:g}" for rate in columns)], rows)
 
 
 def tuning_rows(accuracies: Accuracies) -> list[str]:
@@ -145,7 +146,7 @@ def tuning_rows(accuracies: Accuracies) -> list[str]:
     cells = tuning()
     settings = dict.fromkeys(cell.contender for cell in cells)
     rows = [[f"`{name}`", mean_of(accuracies, [cell for cell in cells if cell.contender == name])] for name in settings]
-    return table(["setting", "accuracy"], rows)
+    return markdown(["setting", "accuracy"], rows)
 
 
 def mean_of(accuracies: Accuracies, cells: Sequence[Cell]) -> str:
@@ -161,12 +162,6 @@ def written(value: Interval, sign: str = "") -> str:
         return "not run"
     mean = f"{value.mean:{sign}.1f}".replace("-", "−")
     return mean if math.isnan(value.half) else f"{mean} ± {value.half:.1f}"
-
-
-def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """A Markdown table; all columns but the first are numbers."""
-    ruler = ["---", *("---:" for _ in titles[1:])]
-    return [f"| {' | '.join(cells)} |" for cells in (titles, ruler, *rows)]
 
 
 def page_of(text: str, accuracies: Accuracies) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import distnorm
 from distnorm.attach import conversions_of
 from distnorm.diagnostics.plan import DEFAULT_RECIPES, Prediction, make_plan, predict
-from distnorm.diagnostics.plan_cost import Network, Point, Reach, fit, weights
+from distnorm.diagnostics.plan_cost import Algorithm, Network, Point, Reach, fit, weights
 from distnorm.diagnostics.plan_traffic import traffic
 from distnorm.methods import BatchNorm
 from distnorm.policies import AllReduce, Chain, Periodic, Policy, Reducer
@@ -24,7 +24,15 @@ from distnorm.types import Layout, Slot
 from tests.support.pool import Pool
 
 CHANNELS = (4, 6, 9000)  # the last one's forward, 144,008 bytes, and backward go by all_reduce on gloo
-NETWORK = Network(overhead=1e-4, message=3e-6, alpha=2e-5, inverse_beta=1e-10, alpha_node=5e-5, inverse_beta_node=1e-9)
+NETWORK = Network(
+    overhead=1e-4,
+    message=3e-6,
+    wake=7e-5,
+    alpha=2e-5,
+    inverse_beta=1e-10,
+    alpha_node=5e-5,
+    inverse_beta_node=1e-9,
+)
 STEP = 0.1
 
 
@@ -55,8 +63,8 @@ def test_sync_bn_on_gloo_between_two_nodes() -> None:
     for nbytes in wires():
         if nbytes <= 131072:  # to 15 peers: 7 in the node; 8 others through a link that 8 ranks of the node use
             total += 1e-4 + 15 * 3e-6 + 5e-5 + 7 * nbytes * 1e-10 + 8 * 8 * nbytes * 1e-9
-        else:  # a ring: 30 rounds; the link carries 30/16 of the vector
-            total += 1e-4 + 30 * 5e-5 + 30 / 16 * nbytes * 1e-9
+        else:  # gloo's ring: 30 rounds there and back; the link carries 30/16 of the vector
+            total += 30 * (7e-5 + 2 * 5e-5) + 30 / 16 * nbytes * 1e-9
     found = foreseen("sync_bn", 16)
     assert found.blocking_seconds == pytest.approx(total, rel=1e-12)
     assert found.exposed_seconds == found.blocking_seconds
@@ -71,8 +79,8 @@ def test_hierarchical_bn_on_gloo() -> None:
             total += 1e-4 + 7 * 3e-6 + 2e-5 + 7 * nbytes * 1e-10
             total += 1e-4 + 3 * 3e-6 + 5e-5 + 8 * 3 * nbytes * 1e-9  # 8 groups of 4 share each link
         else:
-            total += 1e-4 + 14 * 2e-5 + 14 / 8 * nbytes * 1e-10
-            total += 1e-4 + 6 * 5e-5 + 8 * 6 / 4 * nbytes * 1e-9
+            total += 14 * (7e-5 + 2 * 2e-5) + 14 / 8 * nbytes * 1e-10
+            total += 6 * (7e-5 + 2 * 5e-5) + 8 * 6 / 4 * nbytes * 1e-9
     found = foreseen("hierarchical_bn", 32)
     assert found.blocking_seconds == pytest.approx(total, rel=1e-12)
     assert (found.blocking, found.nbytes) == (12, 2 * sum(wires()))
@@ -83,7 +91,7 @@ def test_a_group_in_a_node_costs_the_same_on_any_number_of_nodes() -> None:
     small = [nbytes for nbytes in wires() if nbytes <= 131072]
     big = [nbytes for nbytes in wires() if nbytes > 131072]
     total = sum(1e-4 + 3 * 3e-6 + 2e-5 + 3 * nbytes * 1e-10 for nbytes in small)
-    total += sum(1e-4 + 6 * 2e-5 + 6 / 4 * nbytes * 1e-10 for nbytes in big)
+    total += sum(6 * (7e-5 + 2 * 2e-5) + 6 / 4 * nbytes * 1e-10 for nbytes in big)
     for world in (8, 4096):
         found = foreseen("group_bn(size=4)", world)
         assert found.blocking_seconds == pytest.approx(total, rel=1e-12)
@@ -112,7 +120,7 @@ def test_moving_recipes_send_one_vector_beside_the_step(recipe: str, kinds: int,
     # values and, for lazy_bn, a count per layer; a weight per layer and direction; the number of backward passes
     nbytes = 8 * (2 * kinds * sum(CHANNELS) + extra * len(CHANNELS) + 2 * len(CHANNELS) + 1)
     found = foreseen(recipe, 16)
-    assert found.background_seconds == pytest.approx(1e-4 + 30 * 5e-5 + 30 / 16 * nbytes * 1e-9, rel=1e-12)
+    assert found.background_seconds == pytest.approx(30 * (7e-5 + 2 * 5e-5) + 30 / 16 * nbytes * 1e-9, rel=1e-12)
     assert (found.blocking, found.background, found.nbytes) == (0, 1, nbytes)
     assert found.exposed_seconds == 0 and found.covers_all and not found.exact
 
@@ -136,7 +144,7 @@ def test_what_outlasts_the_step_is_exposed() -> None:
 def test_cost_never_falls_with_ranks_or_a_slower_network(recipe: str, backend: str) -> None:
     costs = [foreseen(recipe, world, backend=backend).exposed_seconds for world in (1, 2, 8, 64, 512)]
     assert costs == sorted(costs) and costs[0] == 0
-    for name in ("overhead", "message", "alpha", "inverse_beta", "alpha_node", "inverse_beta_node"):
+    for name in ("overhead", "message", "wake", "alpha", "inverse_beta", "alpha_node", "inverse_beta_node"):
         slower = dataclasses.replace(NETWORK, **{name: 10 * getattr(NETWORK, name)})
         assert foreseen(recipe, 64, backend=backend, network=slower).exposed_seconds >= costs[3]
 
@@ -212,32 +220,46 @@ def test_a_policy_of_the_users_is_planned_by_running_it() -> None:
 # --- fitting --------------------------------------------------------------------------------------------------------
 
 
-def made_up(network: Network, reaches: list[Reach]) -> list[Point]:
+GLOO: tuple[Algorithm, ...] = ("exchange", "gloo_ring")
+NCCL: tuple[Algorithm, ...] = ("ring", "tree")
+
+
+def made_up(network: Network, reaches: list[Reach], algorithms: tuple[Algorithm, ...] = GLOO) -> list[Point]:
     return [
         Point(algorithm, reach, nbytes, network.seconds(weights(algorithm, reach, nbytes)))
         for reach in reaches
-        for algorithm in ("exchange", "ring")
+        for algorithm in algorithms
         for nbytes in (1024, 65536, 1 << 20)
     ]
 
 
-def test_a_fit_finds_the_network_that_made_the_points() -> None:
-    points = made_up(NETWORK, [Reach(16, 2, 8), Reach(8, 1, 8), Reach(2, 2, 8), Reach(2, 1, 8)])
-    found = fit(points)
+@pytest.mark.parametrize(("algorithms", "absent"), [(GLOO, ["overhead"]), (NCCL, ["message", "wake"])])
+def test_a_fit_finds_the_network_that_made_the_points(algorithms: tuple[Algorithm, ...], absent: list[str]) -> None:
+    network = dataclasses.replace(NETWORK, **dict.fromkeys(absent, 0.0))
+    found = fit(made_up(network, [Reach(16, 2, 8), Reach(8, 1, 8), Reach(2, 2, 8), Reach(2, 1, 8)], algorithms))
     for field in dataclasses.fields(Network):
-        assert getattr(found, field.name) == pytest.approx(getattr(NETWORK, field.name), rel=1e-6), field.name
+        assert getattr(found, field.name) == pytest.approx(getattr(network, field.name), rel=1e-6), field.name
 
 
-def test_two_ranks_tell_rounds_from_overhead_and_leave_the_message_as_assumed() -> None:
-    network = dataclasses.replace(NETWORK, message=2e-6)
+def test_overhead_counts_as_part_of_the_one_round_of_an_exchange() -> None:
+    reach, network = Reach(2, 1, 2), dataclasses.replace(NETWORK, overhead=1e-5)
+    points = made_up(network, [reach])
+    found = fit(points, message=network.message)
+    assert found.overhead == 0
+    for point in points:
+        assert found.seconds(weights(point.algorithm, reach, point.nbytes)) == pytest.approx(point.seconds)
+
+
+def test_two_ranks_tell_rounds_from_waking_up_and_leave_the_message_as_assumed() -> None:
+    network = dataclasses.replace(NETWORK, message=2e-6, overhead=0.0)
     found = fit(made_up(network, [Reach(2, 1, 2)]), message=2e-6)
-    assert found.overhead == pytest.approx(network.overhead)
+    assert found.wake == pytest.approx(network.wake)
     assert found.alpha == pytest.approx(network.alpha) == found.alpha_node
     assert found.inverse_beta == pytest.approx(network.inverse_beta) == found.inverse_beta_node
 
 
 def test_no_number_of_a_fit_is_negative() -> None:
-    slow_exchange = [Point("exchange", Reach(2, 1, 2), 1024, 2e-3), Point("ring", Reach(2, 1, 2), 1024, 1e-3)]
+    slow_exchange = [Point("exchange", Reach(2, 1, 2), 1024, 2e-3), Point("gloo_ring", Reach(2, 1, 2), 1024, 1e-3)]
     found = fit(slow_exchange)
     assert all(value >= 0 for value in dataclasses.astuple(found))
     assert 1e-3 < found.seconds(weights("exchange", Reach(2, 1, 2), 1024)) < 2e-3

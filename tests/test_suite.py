@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import os
 import random
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -35,15 +35,8 @@ ROOT = Path(__file__).parent.parent
 
 
 def record(*results: object, not_run: str | None = None) -> dict[str, object]:
-    return {
-        "date": "2026-01-02",
-        "machine": "2 cores",
-        "torch": "2.13",
-        "load": 0.1,
-        "commands": ["torchrun it.py"],
-        "not_run": not_run,
-        "results": list(results),
-    }
+    where = {"date": "2026-01-02", "machine": "2 cores", "torch": "2.13", "load": 0.1, "commands": ["torchrun it.py"]}
+    return where | {"not_run": not_run, "results": results}
 
 
 def steps(**ms: float) -> dict[str, object]:
@@ -116,10 +109,6 @@ def test_the_interval_of_exposed_times_holds_their_ratio():
         widths.append(found.high - found.low)
     assert inside >= 52
     assert sorted(widths)[30] < 0.3
-
-
-def test_a_peer_without_exposed_time_has_no_ratio():
-    assert measure.exposed_ratio([2.0] * 6, [1.0] * 6, [1.0] * 6).median == math.inf
 
 
 def test_rounds_stop_at_their_limit_and_change_their_order():
@@ -214,13 +203,12 @@ def test_axes_run_through_the_base_point():
 
 
 def test_commands_are_those_of_the_launchers():
-    def words(**options):
-        return " ".join(Job("step", 4, {"contenders": ["a", "b"]}, **options).command())
-
+    job = Job("step", 4, {"contenders": ["a", "b"]})
     tail = "benchmarks/step.py --contenders a b"
-    assert words() == f"torchrun --standalone --nproc_per_node 4 {tail}"
-    assert words(delay_ms=0.2) == f"python benchmarks/hosts.py 4 0.2 python {tail}"
-    assert words(mpi=True) == f"launch/mpirun.sh 4 {tail}"
+    starts = {"torchrun --standalone --nproc_per_node 4": job}
+    starts["python benchmarks/hosts.py 4 0.2 python"] = replace(job, delay_ms=0.2)
+    starts["launch/mpirun.sh 4"] = replace(job, mpi=True)
+    assert [" ".join(each.command()) for each in starts.values()] == [f"{start} {tail}" for start in starts]
 
 
 def test_a_job_that_fails_is_told():
@@ -236,15 +224,11 @@ def test_a_smoke_run_does_not_touch_measured_figures():
     assert "give it a --page and --results of its own" in error.value.stderr
 
 
-def test_without_root_there_are_no_hosts(monkeypatch):
-    monkeypatch.setattr(os, "geteuid", lambda: 1000)
-    assert hosts.why_not() == "a network between hosts needs root"
-
-
-def test_without_a_compiler_there_are_no_hosts(monkeypatch, tmp_path):
-    monkeypatch.setattr(os, "geteuid", lambda: 0)
+@pytest.mark.parametrize(("user", "missing"), [(1000, "root"), (0, "a C compiler (cc)")])
+def test_a_machine_without_hosts_says_why(monkeypatch, tmp_path, user, missing):
+    monkeypatch.setattr(os, "geteuid", lambda: user)
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert hosts.why_not() == "a network between hosts needs a C compiler (cc)"
+    assert hosts.why_not() == f"a network between hosts needs {missing}"
 
 
 @pytest.fixture
@@ -292,13 +276,13 @@ def test_a_rank_that_fails_ends_the_others():
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_the_whole_suite_runs(tmp_path):
     """Every part at tiny sizes on real ranks; those between hosts say why they did not run where that is so."""
     page, results = tmp_path / "page.md", tmp_path / "results.jsonl"
     page.write_text(suite.PAGE.read_text())
     options = ["--smoke", "--page", str(page), "--results", str(results)]
-    subprocess.run([sys.executable, "benchmarks/suite.py", *options], cwd=ROOT, check=True, timeout=580)
+    subprocess.run([sys.executable, "benchmarks/suite.py", *options], cwd=ROOT, check=True, timeout=880)
     records = suite.read(results)
     assert list(records) == list(suite.PARTS)
     for part, found in records.items():

@@ -21,7 +21,7 @@ from distnorm.diagnostics.plan_units import bytes_per_second, seconds
 
 _ASSUMED = {"alpha": "30us", "beta": "10GB/s", "overhead": "0us", "message": f"{ASSUMED_MESSAGE * 1e6:g}us"}
 _ASSUMED_STEP = "200ms"
-_TIMES = ("overhead", "message", "alpha", "alpha_node")
+_TIMES = ("overhead", "message", "wake", "alpha", "alpha_node")
 _BANDWIDTHS = ("beta", "beta_node")
 
 
@@ -42,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--beta-node", metavar="BANDWIDTH", help="bandwidth of a node's link; default: as --beta")
     add("--overhead", metavar="TIME", help=f"the host's part of a collective; default: {_ASSUMED['overhead']}")
     add("--message", metavar="TIME", help=f"the host's part per peer, on gloo; default: {_ASSUMED['message']}")
+    add("--wake", metavar="TIME", help="the host's part of a round of gloo's own collectives; default: 0us")
     add("--json", type=Path, metavar="FILE", help="write the predictions")
     add("--picture", type=Path, metavar="FILE", help="draw exposed time against ranks; needs matplotlib")
 

@@ -15,10 +15,11 @@ from torch import Tensor
 from distnorm.diagnostics.bench_rounds import synchronize, take_turns
 from distnorm.diagnostics.plan_cost import Algorithm, Point, Reach
 from distnorm.transport import Topology, TorchGroup
+from distnorm.transport.group import EXCHANGE_LIMIT_BYTES
 from distnorm.types import Slot
 
-SIZES = (1 << 10, 1 << 13, 1 << 16, 1 << 18)
-"""Bytes: a layer of 64 channels, one of 512, and two that show what a byte costs."""
+SIZES = (1 << 10, 1 << 13, 1 << 16, 1 << 17, 1 << 18)
+"""Bytes: a layer of 64 channels, one of 512, and three that show what a byte costs."""
 
 _WORK = 320
 """Side of the matrices that are multiplied before each sum."""
@@ -27,7 +28,6 @@ _CUT = 0.02
 """Part of the rounds at either end that does not count: an interruption of the machine says nothing of the network."""
 
 _SLOT = Slot("bench", "forward", 0)
-_NO_LIMIT = 1 << 40
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,10 +86,9 @@ def measure_links(
     reaches: dict[tuple[str, Algorithm], Reach] = {}
     for where, group in _groups(topology, local).items():
         nodes = len({topology.nodes[topology.ranks.index(rank)] for rank in group.ranks})
-        for algorithm, limit in _algorithms(group):
-            wrapped = TorchGroup(group.process_group, group.ranks, exchange_limit_bytes=limit)
+        for algorithm, wrapped in _algorithms(group).items():
             reaches[where, algorithm] = Reach(group.size, nodes, local)
-            for nbytes in sizes:
+            for nbytes in _taken(algorithm, sizes):
                 contenders[where, algorithm, nbytes] = _timer(wrapped, nbytes, device)
     seen = take_turns(contenders, seconds, device, tell)
     mine = torch.tensor([seen[key] for key in contenders], dtype=torch.float64, device=device)
@@ -100,7 +99,9 @@ def measure_links(
             where=where,
             algorithm=algorithm,
             reach=reach,
-            points=tuple(Point(algorithm, reach, nbytes, found[where, algorithm, nbytes]) for nbytes in sizes),
+            points=tuple(
+                Point(algorithm, reach, nbytes, found[where, algorithm, nbytes]) for nbytes in _taken(algorithm, sizes)
+            ),
         )
         for (where, algorithm), reach in reaches.items()
     ]
@@ -123,10 +124,15 @@ def _groups(topology: Topology, local: int) -> dict[str, TorchGroup]:
     return {name: group for name, group in groups.items() if isinstance(group, TorchGroup) and group.size > 1}
 
 
-def _algorithms(group: TorchGroup) -> list[tuple[Algorithm, int]]:
-    """What sums by which limit of the exchange: on gloo there is a choice. NCCL takes a tree for small vectors."""
-    gloo = group.process_group is not None and dist.get_backend(group.process_group) == "gloo"
-    return [("exchange", _NO_LIMIT), ("ring", -1)] if gloo else [("tree", -1)]
+def _algorithms(group: TorchGroup) -> dict[Algorithm, TorchGroup]:
+    """On gloo there is a choice, by size. NCCL takes a tree for small vectors."""
+    if group.gloo:
+        return {"exchange": group, "gloo_ring": TorchGroup(group.process_group, group.ranks, exchange_limit_bytes=-1)}
+    return {"tree": group}
+
+
+def _taken(algorithm: Algorithm, sizes: tuple[int, ...]) -> list[int]:
+    return [nbytes for nbytes in sizes if algorithm != "exchange" or nbytes <= EXCHANGE_LIMIT_BYTES]
 
 
 def _timer(group: TorchGroup, nbytes: int, device: torch.device) -> Callable[[], float]:

@@ -124,6 +124,7 @@ class Plan:
         near = f"{show_seconds(network.alpha)} and {_bandwidth(network.inverse_beta)}"
         far = f"{show_seconds(network.alpha_node)} and {_bandwidth(network.inverse_beta_node)}"
         host = f"{show_seconds(network.overhead)} per collective, {show_seconds(network.message)} per peer"
+        host += f", {show_seconds(network.wake)} per round of gloo's"
         return f"a round and bandwidth in a node: {near}; between nodes: {far}; host: {host}"
 
 

@@ -15,7 +15,7 @@ import torch
 
 from distnorm.transport.group import EXCHANGE_LIMIT_BYTES
 
-Algorithm = Literal["exchange", "ring", "tree"]
+Algorithm = Literal["exchange", "gloo_ring", "ring", "tree"]
 Backend = Literal["gloo", "nccl"]
 
 ASSUMED_MESSAGE = 2e-6
@@ -35,6 +35,7 @@ class Weights(NamedTuple):
 
     overhead: float = 0.0
     message: float = 0.0
+    wake: float = 0.0
     alpha: float = 0.0
     inverse_beta: float = 0.0
     alpha_node: float = 0.0
@@ -46,8 +47,9 @@ class Network:
     """What messages cost, in seconds and seconds per byte.
 
     Args:
-        overhead: the host's part of a collective, however many ranks: starting it, and waking up when it is done.
+        overhead: the host's part of a collective, however many ranks.
         message: the host's part of each peer that an exchange sends to.
+        wake: the host's part of each round of gloo's: its threads wake up.
         alpha: one round of messages within a node.
         inverse_beta: one byte within a node.
         alpha_node: one round of messages between nodes.
@@ -56,6 +58,7 @@ class Network:
 
     overhead: float = 0.0
     message: float = 0.0
+    wake: float = 0.0
     alpha: float
     inverse_beta: float
     alpha_node: float
@@ -84,11 +87,13 @@ def weights(algorithm: Algorithm, reach: Reach, nbytes: int) -> Weights:
         near, far = (per_node - 1) * nbytes, reach.local * (ranks - per_node) * nbytes
         rounds = Weights(alpha=1) if nodes == 1 else Weights(alpha_node=1)
         return rounds._replace(overhead=1, message=ranks - 1, inverse_beta=near, inverse_beta_node=far)
-    if algorithm == "ring":
+    if algorithm in ("ring", "gloo_ring"):
         steps, carried = 2 * (ranks - 1), 2 * (ranks - 1) / ranks * nbytes
+        asked = algorithm == "gloo_ring"  # gloo's receiver first says that it is ready
+        host = Weights(wake=steps) if asked else Weights(overhead=1)
         if nodes == 1:
-            return Weights(overhead=1, alpha=steps, inverse_beta=carried)
-        return Weights(overhead=1, alpha_node=steps, inverse_beta_node=flows * carried)
+            return host._replace(alpha=(1 + asked) * steps, inverse_beta=carried)
+        return host._replace(alpha_node=(1 + asked) * steps, inverse_beta_node=flows * carried)
     return Weights(
         overhead=1,
         alpha=2 * (per_node - 1),
@@ -102,15 +107,15 @@ def collective_seconds(network: Network, backend: Backend, reach: Reach, nbytes:
     """One sum as ``TorchGroup`` does it: on gloo it picks the algorithm; NCCL is taken to pick the faster one."""
     if backend == "gloo":
         small = not background and nbytes <= EXCHANGE_LIMIT_BYTES
-        return network.seconds(weights("exchange" if small else "ring", reach, nbytes))
+        return network.seconds(weights("exchange" if small else "gloo_ring", reach, nbytes))
     return min(network.seconds(weights(algorithm, reach, nbytes)) for algorithm in ("ring", "tree"))
 
 
 def fit(points: Sequence[Point], message: float = ASSUMED_MESSAGE) -> Network:
     """The network that explains ``points`` best: least squares of relative errors, no number below 0.
 
-    Levels that no point touches get the numbers of the other one. ``message`` is fitted where exchanges in groups of
-    different sizes tell it apart from the overhead, and is as given elsewhere.
+    Levels that no point touches get the numbers of the other one. On gloo, overhead counts as part of alpha.
+    ``message`` is fitted where exchanges in groups of different sizes tell it apart, and is as given elsewhere.
 
     Raises:
         ValueError: no points.
@@ -120,6 +125,8 @@ def fit(points: Sequence[Point], message: float = ASSUMED_MESSAGE) -> Network:
     rows = [weights(point.algorithm, point.reach, point.nbytes) for point in points]
     sizes = {point.reach.ranks for point in points if point.algorithm == "exchange"}
     free = [name for name in Weights._fields if any(getattr(row, name) for row in rows)]
+    if "wake" in free:  # on gloo an exchange is one round, and overhead cannot be told from it
+        free.remove("overhead")
     fixed = 0.0
     if len(sizes) < 2 and "message" in free:
         free.remove("message")
@@ -130,8 +137,9 @@ def fit(points: Sequence[Point], message: float = ASSUMED_MESSAGE) -> Network:
     near = "alpha" if "alpha" in found else "alpha_node"
     far = "alpha_node" if "alpha_node" in found else "alpha"
     return Network(
-        overhead=found["overhead"],
+        overhead=found.get("overhead", 0.0),
         message=found.get("message", fixed),
+        wake=found.get("wake", 0.0),
         alpha=found[near],
         inverse_beta=found.get("inverse_beta", found.get("inverse_beta_node", 0.0)),
         alpha_node=found[far],
@@ -140,7 +148,7 @@ def fit(points: Sequence[Point], message: float = ASSUMED_MESSAGE) -> Network:
 
 
 def _nonnegative(left: list[list[float]], right: list[float]) -> list[float]:
-    """Least squares under ``x >= 0``: the best among the feasible solutions of every subset of at most six columns."""
+    """Least squares under ``x >= 0``: the best among the feasible solutions of every subset of columns, a handful."""
     matrix, target = torch.tensor(left, dtype=torch.float64), torch.tensor(right, dtype=torch.float64)
     scale = matrix.abs().amax(0)
     matrix = matrix / scale

@@ -8,19 +8,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from distnorm.transport.direct import AWAKE_S, Direct
 from distnorm.types import Slot
-
-if TYPE_CHECKING:
-    from distnorm.transport.shared_memory import SharedMemory
-
-AWAKE_S = 5e-3
-"""How long a rank waits for the others before its thread sleeps."""
 
 EXCHANGE_LIMIT_BYTES = 128 * 1024
 """Largest vector that gloo ranks send to each other directly; ``benchmarks/exchange.py`` measures the switch point."""
@@ -145,7 +140,8 @@ class TorchGroup(Group):
 
     On gloo an all_reduce of P ranks costs about 2 (P - 1) message rounds and a direct exchange costs one, so small
     vectors are exchanged and added locally, in rank order: every rank gets the same bits. Larger ones, and those of
-    other backends, go by all_reduce. Ranks of one host need no gloo for small vectors on the CPU: they share memory.
+    other backends, go by all_reduce. Small vectors on the CPU need no gloo where ranks share memory or have sockets of
+    their own.
     """
 
     def __init__(
@@ -154,21 +150,21 @@ class TorchGroup(Group):
         ranks: tuple[int, ...],
         *,
         exchange_limit_bytes: int = EXCHANGE_LIMIT_BYTES,
-        memory: SharedMemory | None = None,
+        direct: Direct | None = None,
     ) -> None:
         """Wrap ``process_group``, which joins the global ``ranks``; None where a rank is alone.
 
-        ``memory`` is what the ranks share, if they can, for what one of them waits for.
+        ``direct`` carries small vectors that a rank waits for, where there is a way without gloo.
         """
         super().__init__(ranks)
         self.process_group = process_group
         self.gloo = process_group is not None and dist.get_backend(process_group) == "gloo"
         self.exchange_limit_bytes = exchange_limit_bytes if self.gloo else -1
-        self.memory = memory
+        self.direct = direct
 
     def _start(self, wire: Tensor) -> tuple[Work, Callable[[], Tensor]]:
-        if self.memory is not None and self.memory.takes(wire):
-            turn = self.memory.start(wire)
+        if self.direct is not None and self.direct.takes(wire):
+            turn = self.direct.start(wire)
             return turn, turn.total
         nbytes = wire.numel() * wire.element_size()
         return self._exchange(wire) if nbytes <= self.exchange_limit_bytes else self._all_reduce(wire)
@@ -193,11 +189,7 @@ class TorchGroup(Group):
 
 
 class _Awake:
-    """Waits for a collective of gloo's on the CPU, awake for ``AWAKE_S``.
-
-    A thread that sleeps is woken late, and on a core that another rank may be using: in a training step that cost about
-    as much again as the collective. One that yields lets gloo's threads run, and goes on as soon as they are done.
-    """
+    """Waits for a collective of gloo's on the CPU, awake for ``AWAKE_S``."""
 
     def __init__(self, work: dist.Work) -> None:
         self._work = work

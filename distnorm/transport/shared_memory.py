@@ -19,75 +19,53 @@ from ctypes import CDLL, addressof, c_char
 from datetime import timedelta
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from distnorm.compiled import library
-from distnorm.transport.group import AWAKE_S
+from distnorm.transport.direct import AWAKE_S, CAPACITY, LOOK_S, Direct
 from distnorm.transport.rendezvous import tell_and_collect
 
 logger = logging.getLogger("distnorm")
 
 FOLDER = Path("/dev/shm")
-CAPACITY = 16 * 1024
-"""Longest vector, in values: 128 KiB."""
-
-LOOK_S = 0.1
-"""How long before it makes sure that those it waits for still live."""
-
 LINE = 64  # bytes, as in exchange.c
 
 
-class SharedMemory:
+class SharedMemory(Direct):
     """A segment that the ranks of a group share; each knows it by its own address."""
 
     def __init__(self, file: int, ranks: tuple[int, ...], place: int, timeout: timedelta, compiled: CDLL) -> None:
         """Map the open ``file`` as rank number ``place`` of ``ranks``, and hold this rank's lock."""
+        super().__init__()
         self._file = os.fdopen(file, "r+b")
         fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, place)
         self._map = mmap.mmap(file, segment_bytes(len(ranks)))
         self._segment = addressof(c_char.from_buffer(self._map))
         self._ranks, self._place, self._timeout, self._compiled = ranks, place, timeout, compiled
-        self._turn = 0
-        self._under_way: _Turn | None = None
 
-    def close(self) -> None:
-        """Leave: whoever waits for this rank is told that it has ended."""
-        self._file.close()
-
-    def takes(self, wire: Tensor) -> bool:
-        """Whether ``wire`` can travel here: the same on every rank."""
-        return wire.dtype is torch.float64 and wire.is_cpu and wire.numel() <= CAPACITY
-
-    def start(self, wire: Tensor) -> _Turn:
-        """Hand in ``wire``, of which nothing is needed afterwards."""
-        if self._under_way is not None:
-            self._under_way.wait()  # its vectors would be overwritten in the turn after this one
-        self._turn += 1
-        wire = wire.contiguous()
+    def post(self, wire: Tensor) -> None:
+        """Write the vector, then the turn."""
         self._compiled.exchange_post(
-            *(self._segment, self._place, len(self._ranks), CAPACITY, self._turn, wire.data_ptr(), wire.numel())
+            *(self._segment, self._place, len(self._ranks), CAPACITY, self.turn, wire.data_ptr(), wire.numel())
         )
-        self._under_way = _Turn(self, wire)
-        return self._under_way
 
     def finish(self, total: Tensor) -> None:
-        """Wait for the turn, and write its sum to ``total``.
-
-        Raises:
-            RuntimeError: a rank has ended, did not take part within the timeout, or sent a vector of another length.
-        """
+        """Watch for the turns of all, and add up in the order of ranks."""
         until = time.monotonic() + self._timeout.total_seconds()
         size = len(self._ranks)
-        while (late := self._compiled.exchange_await(self._segment, size, self._turn, AWAKE_S, LOOK_S)) >= 0:
+        while (late := self._compiled.exchange_await(self._segment, size, self.turn, AWAKE_S, LOOK_S)) >= 0:
             self._check(late, time.monotonic() > until)
-        place = self._compiled.exchange_add(self._segment, size, CAPACITY, self._turn, total.data_ptr(), total.numel())
+        place = self._compiled.exchange_add(self._segment, size, CAPACITY, self.turn, total.data_ptr(), total.numel())
         if place >= 0:
             raise RuntimeError(f"rank {self._ranks[place]} sent another number of values than {total.numel()}.")
         self._under_way = None
 
+    def close(self) -> None:
+        """Give up this rank's lock."""
+        self._file.close()
+
     def _check(self, late: int, too_late: bool) -> None:
-        if not self._lives(late) and self._compiled.exchange_await(self._segment, late + 1, self._turn, 0, 0) == late:
+        if not self._lives(late) and self._compiled.exchange_await(self._segment, late + 1, self.turn, 0, 0) == late:
             raise RuntimeError(f"rank {self._ranks[late]} has ended.")
         if too_late:
             raise RuntimeError(
@@ -101,24 +79,6 @@ class SharedMemory:
             return True
         fcntl.lockf(self._file, fcntl.LOCK_UN, 1, place)
         return False
-
-
-class _Turn:
-    """One sum; done once it was waited for."""
-
-    def __init__(self, memory: SharedMemory, wire: Tensor) -> None:
-        self._memory: SharedMemory | None = memory
-        self._total = torch.empty_like(wire)
-
-    def wait(self) -> None:
-        """Return when all ranks have handed in."""
-        if self._memory is not None:
-            self._memory.finish(self._total)
-            self._memory = None  # not before: a sum that failed must fail again
-
-    def total(self) -> Tensor:
-        """The sum."""
-        return self._total
 
 
 def segment_bytes(size: int) -> int:

@@ -145,6 +145,7 @@ class Topology:
         process_group = make_group(ranks, "background" if background else "blocking", timeout)
         if background or sys.platform != "linux" or dist.get_backend(process_group) != "gloo":
             return TorchGroup(process_group, ranks)
-        from distnorm.transport import shared_memory  # of Linux only
+        from distnorm.transport import shared_memory, sockets  # of Linux only
 
-        return TorchGroup(process_group, ranks, memory=shared_memory.join(ranks, self.rank, timeout))
+        place = ranks, self.rank, timeout
+        return TorchGroup(process_group, ranks, direct=shared_memory.join(*place) or sockets.join(*place))
