@@ -20,7 +20,9 @@ from typing import Any
 
 logger = logging.getLogger("distnorm")
 
-SOURCES = tuple(Path(__file__).with_name("csrc") / f"{name}.c" for name in ("loops", "arithmetic", "exchange"))
+SOURCES = tuple(
+    Path(__file__).with_name("csrc") / f"{name}.c" for name in ("loops", "arithmetic", "exchange", "entries")
+)
 # Only rounding may differ from the C as written: sums are reassociated by hand, infinities and NaN keep their meaning.
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC")
 COMPILE_SECONDS = 60
@@ -43,8 +45,12 @@ _EXCHANGE: dict[str, list[Any]] = {
     "await": [_POINTER, _INDEX, _TURN, _DOUBLE, _DOUBLE],
     "add": [_POINTER, _INDEX, _INDEX, _TURN, _POINTER, _INDEX],
 }
+_ENTRIES: dict[str, list[Any]] = {
+    "window": [_POINTER, _INDEX, _DOUBLE, _DOUBLE, _DOUBLE] + [_POINTER] * 5,
+    "mix": [_POINTER, _INDEX, _DOUBLE, _DOUBLE, _DOUBLE] + [_POINTER] * 4,
+}
 _FAMILIES: dict[str, dict[str, list[Any]]] = {"plane": _LOOPS, "row": _LOOPS, "exchange": _EXCHANGE}
-_FAMILIES |= {"batch_norm": _ARITHMETIC, "rms": _ARITHMETIC}
+_FAMILIES |= {"batch_norm": _ARITHMETIC, "rms": _ARITHMETIC, "entries": _ENTRIES}
 _RANK_RETURNED = ("exchange_await", "exchange_add")
 
 

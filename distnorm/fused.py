@@ -16,24 +16,41 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distnorm.kernels import gpu
+from distnorm.kernels.dense import DensePass
 from distnorm.methods import ChannelAffine
-from distnorm.passes import new_pass
-from distnorm.types import Affine, Exchange
+from distnorm.passes import FormulaPass, new_pass
+from distnorm.types import Affine, Exchange, Running
+
+NOT_TENSORS = (None,) * 6
+"""Gradients of ``_Normalize`` for x once more, and for what is no tensor."""
 
 
-def suits(x_NCL: Tensor) -> bool:
+def suits(method: ChannelAffine, x_NCL: Tensor) -> bool:
     """Whether the kernels can take this input; the plain path takes all others.
+
+    On a CPU any method's; on a GPU those of the methods that are written out for it.
 
     Empty ones, too: parameters must receive their gradients in the same order on a rank without values as on others.
     DeepSpeed's ZeRO 2 fills the buckets that ranks add up in that order (0.19.8).
     """
-    return x_NCL.device.type == "cpu" and not torch.compiler.is_compiling()
+    if torch.compiler.is_compiling():
+        return False
+    return x_NCL.device.type == "cpu" or (gpu.takes(x_NCL) and method.formula() is not None)
 
 
 def normalize(
-    method: ChannelAffine, x_NCL: Tensor, share: Exchange, affine: Affine, between: Callable[[], None] | None = None
+    method: ChannelAffine,
+    x_NCL: Tensor,
+    share: Exchange,
+    affine: Affine,
+    between: Callable[[], None] | None = None,
+    running: Callable[[], Running] | None = None,
 ) -> Tensor:
     """As ``method.normalize``: same values to rounding, same collectives.
+
+    If given, ``running`` names the running statistics that shall absorb what landed. Kernels that do so by the way say
+    it: ``share.absorbed``.
 
     If given, ``between`` makes nodes of the graph that shall run while cotangents are under way: the engine takes ready
     nodes newest first, so they come after the node that sends them, and before the one that waits.
@@ -43,7 +60,9 @@ def normalize(
         finish = Finish()
         waiting_NCL = _Wait.apply(x_NCL, finish)
         between()
-    y_NCL: Tensor = _Normalize.apply(waiting_NCL, affine.weight_C, affine.bias_C, x_NCL, method, share, affine, finish)
+    y_NCL: Tensor = _Normalize.apply(
+        waiting_NCL, affine.weight_C, affine.bias_C, x_NCL, method, share, affine, finish, running
+    )
     return y_NCL
 
 
@@ -86,15 +105,20 @@ class _Normalize(torch.autograd.Function):
         share: Exchange,
         affine: Affine,
         finish: Finish | None,
+        running: Callable[[], Running] | None,
     ) -> Tensor:
         """Sums, and one pass that applies."""
         ctx.affine = _as_of_now(affine) if method.follows else affine
-        ctx.kernels = new_pass(method, x_NCL, ctx.affine)
-        shared = share.gather(ctx.kernels.sums(x_NCL), held=ctx.needs_input_grad[0])
+        kernels = ctx.kernels = new_pass(method, x_NCL, ctx.affine)
+        enough = x_NCL.numel() > x_NCL.shape[1]
+        shared = share.gather(kernels.sums(x_NCL), held=ctx.needs_input_grad[0], enough=enough)
         ctx.save_for_backward(x_NCL, weight_C, bias_C)
         ctx.method, ctx.share, ctx.finish = method, share, finish
-        y_NCL: Tensor = ctx.kernels.normalize(x_NCL, shared, weight_C, bias_C)
-        return y_NCL
+        if isinstance(kernels, DensePass | FormulaPass):
+            return kernels.normalize(x_NCL, shared, weight_C, bias_C)
+        share.absorbed = True
+        landed = running() if running is not None and share.lands() else None
+        return kernels.normalize(x_NCL, shared, weight_C, bias_C, landed)
 
     @staticmethod
     def backward(ctx: Any, dy_NCL: Tensor) -> tuple[Tensor | None, ...]:
@@ -102,7 +126,7 @@ class _Normalize(torch.autograd.Function):
         x_NCL, weight_C, bias_C = ctx.saved_tensors
         if torch.is_grad_enabled():
             affine = ctx.affine._replace(weight_C=weight_C, bias_C=bias_C)  # as saved: checkpoints give others
-            return *_differentiable(ctx, x_NCL, affine, dy_NCL), None, None, None, None, None
+            return *_differentiable(ctx, x_NCL, affine, dy_NCL), *NOT_TENSORS
         kernels = ctx.kernels
         cotangents, weight_grad_C, bias_grad_C = kernels.pull(dy_NCL, x_NCL, weight_C)
         dx_NCL = None
@@ -113,7 +137,7 @@ class _Normalize(torch.autograd.Function):
             else:
                 ctx.finish.gradient = lambda: kernels.combine(dy_NCL, x_NCL, shared())
                 dx_NCL = dy_NCL
-        return dx_NCL, _like(weight_C, weight_grad_C), _like(bias_C, bias_grad_C), None, None, None, None, None
+        return dx_NCL, _like(weight_C, weight_grad_C), _like(bias_C, bias_grad_C), *NOT_TENSORS
 
 
 def _as_of_now(affine: Affine) -> Affine:

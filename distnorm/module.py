@@ -7,6 +7,7 @@ the module survive. The classes derive from torch's: ``isinstance(layer, nn.Batc
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -57,13 +58,15 @@ class DistNorm(_BatchNorm):
         else:
             share = LayerShare(self._site.key, NOW if compiling else self._site.begin())
         method = self.recipe.method
-        if isinstance(method, ChannelAffine) and fused.suits(input):
+        # A forward inside a backward pass is a checkpoint's recomputation: it changes no state.
+        tracks = self.track_running_stats and (compiling or graph_task() == NO_BACKWARD)
+        if isinstance(method, ChannelAffine) and fused.suits(method, input):
+            tracked = partial(running.running_of, self) if tracks else None
             between = overlap.arrangement(self, input) if self.recipe.overlap else None
-            y = fused.normalize(method, input, share, affine, between)
+            y = fused.normalize(method, input, share, affine, between, tracked)
         else:
             y = method.normalize(input, share, affine)
-        # A forward inside a backward pass is a checkpoint's recomputation: it changes no state.
-        if self.track_running_stats and (compiling or graph_task() == NO_BACKWARD):
+        if tracks and not share.absorbed:
             self._track(share)
         return y
 
@@ -93,7 +96,7 @@ class DistNorm(_BatchNorm):
     @torch.no_grad()
     def _track(self, share: LayerShare | KeepLocal) -> None:
         assert share.shared is not None
-        landed = None if self.recipe.policy.always_lands else share.landed()
+        landed = self.recipe.policy.always_lands or share.landed()
         running.absorb_shared(self, self.recipe.method, share.shared, landed)
 
     def _check(self, x_NCL: Tensor) -> None:

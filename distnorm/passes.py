@@ -1,9 +1,11 @@
-"""One forward and backward of one layer, by the formulas of its method; or in C, where that knows them.
+"""One forward and backward of one layer, by the formulas of its method; or in C or Triton, where these know them.
 
 Shapes: as in kernels/dense.py.
 """
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,6 +15,9 @@ from distnorm.kernels.dense import DensePass, dense_pass
 from distnorm.methods import ChannelAffine
 from distnorm.methods.base import RAW_MOMENTS
 from distnorm.types import Affine
+
+if TYPE_CHECKING:
+    from distnorm.kernels.gpu.gpu_pass import GpuPass
 
 
 class FormulaPass:
@@ -62,8 +67,12 @@ class FormulaPass:
         return cpu.combine(dy_NCL, x_NCL, self._pivot_C, self._scale_C, level_C.to(dtype), slope_C.to(dtype))
 
 
-def new_pass(method: ChannelAffine, x_NCL: Tensor, affine: Affine) -> DensePass | FormulaPass:
+def new_pass(method: ChannelAffine, x_NCL: Tensor, affine: Affine) -> DensePass | FormulaPass | GpuPass:
     """What computes one forward, and its backward."""
     formula = method.formula(affine)
+    if formula is not None and x_NCL.is_cuda:
+        from distnorm.kernels.gpu.gpu_pass import GpuPass  # imports Triton
+
+        return GpuPass(formula, affine.eps)
     dense = None if formula is None else dense_pass(formula, x_NCL, affine.weight_C, affine.bias_C, affine.eps)
     return FormulaPass(method, affine) if dense is None else dense

@@ -12,25 +12,25 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from distnorm.kernels import arithmetic
+from distnorm.kernels import arithmetic, gpu
 from distnorm.methods import ChannelAffine, Method
 from distnorm.transport import Group
-from distnorm.types import Landed, Moments, Slot
+from distnorm.types import Landed, Moments, Running, Slot
 
 logger = logging.getLogger("distnorm")
 
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 
-def absorb_shared(layer: _BatchNorm, method: Method, shared: Tensor, landed: Tensor | None) -> None:
-    """``absorb`` what ``method`` makes of ``shared`` sums and their count, which ``landed`` unless it is 0."""
+def absorb_shared(layer: _BatchNorm, method: Method, shared: Tensor, landed: Tensor | bool) -> None:
+    """``absorb`` what ``method`` makes of ``shared`` sums and their count, which ``landed`` or did not."""
     if shared.is_cpu and not torch.compiler.is_compiling():
-        if landed is None or landed:
+        if landed:
             _absorb_now(layer, method, shared)
         return
     count = shared[-1]
     moments = method.moments(shared[:-1].view(-1, layer.num_features) / count.clamp_min(1), count)
-    absorb(layer, moments, count, torch.ones_like(count) if landed is None else landed)
+    absorb(layer, moments, count, landed)
 
 
 def _absorb_now(layer: _BatchNorm, method: Method, shared: Tensor) -> None:
@@ -42,7 +42,7 @@ def _absorb_now(layer: _BatchNorm, method: Method, shared: Tensor) -> None:
         _move(layer, method.moments(shared[:-1].view(-1, layer.num_features) / count, count), _next_rate(layer))
 
 
-def absorb(layer: _BatchNorm, moments: Moments, count: Tensor, landed: Tensor) -> None:
+def absorb(layer: _BatchNorm, moments: Moments, count: Tensor, landed: Tensor | bool) -> None:
     """``running += (moments - running) * momentum``, or their plain average over all steps if momentum is None.
 
     Nothing happens where ``landed`` is 0 or fewer than two values were seen. Branch-free where a branch would make the
@@ -54,7 +54,7 @@ def absorb(layer: _BatchNorm, moments: Moments, count: Tensor, landed: Tensor) -
         return
     mean_C, var_C = layer.running_mean, layer.running_var
     assert mean_C is not None and var_C is not None and layer.num_batches_tracked is not None
-    fresh = landed * (count > 1)
+    fresh = (landed * (count > 1)).to(count.dtype)
     layer.num_batches_tracked.add_(fresh.to(layer.num_batches_tracked.dtype))
     momentum = layer.momentum if layer.momentum is not None else 1 / layer.num_batches_tracked.clamp_min(1)
     rate = fresh * momentum
@@ -88,9 +88,22 @@ def absorb_landed(layers: Mapping[str, _BatchNorm], landed: Iterable[Landed], me
     """``absorb`` what became global at a step's end."""
     for each in landed:
         layer = layers.get(each.layer)
-        if layer is not None and layer.running_var is not None:
+        if layer is None or layer.running_var is None:
+            continue
+        formula = method.formula() if each.means.is_cuda and isinstance(method, ChannelAffine) else None
+        if formula is not None and gpu.available():
+            from distnorm.kernels.gpu.gpu_pass import absorb_means  # imports Triton
+
+            absorb_means(formula, each, running_of(layer))
+        else:
             moments = method.moments(each.means.view(-1, layer.num_features), each.total)
             absorb(layer, moments, each.total, each.weight)
+
+
+def running_of(layer: _BatchNorm) -> Running:
+    """The running statistics of a layer that tracks them."""
+    mean_C, var_C, updates = arithmetic.layer_statistics(layer)
+    return Running(mean_C, var_C, updates, layer.momentum)
 
 
 @torch.no_grad()

@@ -28,10 +28,11 @@ from distnorm.types import Link
 class Channel(Protocol):
     """One layer's line to its policy."""
 
-    def statistics(self, wire: Tensor, step: int, *, learning: bool, held: bool) -> Record:
+    def statistics(self, wire: Tensor, step: int, *, learning: bool, held: bool, enough: bool = False) -> Record:
         """Share local sums and their count, as of training step ``step``.
 
-        ``learning``: a backward may follow. ``held``: a graph keeps the record alive.
+        ``learning``: a backward may follow. ``held``: a graph keeps the record alive. ``enough``: two local values are
+        known to be there.
         """
         ...
 
@@ -172,6 +173,7 @@ class LayerShare:
         self.learning = backward_may_follow()
         self._builds_graph = torch.is_grad_enabled()  # inside of a Function's forward it never is
         self.shared: Tensor | None = None
+        self.absorbed = False
 
     def __call__(self, count: int, sums_KC: Tensor, link: Link) -> tuple[Tensor, Tensor]:
         """``theta = link(shared sums / shared count)``, and the shared count, a float64 scalar without gradient.
@@ -186,12 +188,12 @@ class LayerShare:
         theta_KC = ReduceBackward.apply(link(means_KC), total, self.key, self.step)
         return theta_KC, total
 
-    def gather(self, wire: Tensor, *, held: bool) -> Tensor:
+    def gather(self, wire: Tensor, *, held: bool, enough: bool = False) -> Tensor:
         """The shared counterpart of local sums and count. One use of the policy; nothing is differentiated."""
         self._channel = _channels[self.key]  # a graph may outlive its layer
         # The graph keeps the record alive, for as long as a checkpoint may recompute this forward.
         self._record = self._channel.statistics(
-            wire, self.step, learning=self.learning, held=held and self._builds_graph
+            wire, self.step, learning=self.learning, held=held and self._builds_graph, enough=enough
         )
         self.shared = self._record.shared
         return self.shared
@@ -205,14 +207,17 @@ class LayerShare:
         """For a repetition inside a backward pass, where the channel answers from its records."""
         return LayerShare(self.key, self.step)
 
-    def landed(self) -> Tensor:
-        """1 if what was shared is fit for the running statistics, else 0: a float64 scalar beside the count."""
-        assert self.shared is not None, "nothing was shared yet"
-        count = self.shared[-1]
+    def landed(self) -> Tensor | bool:
+        """Whether what was shared is fit for the running statistics; in a compiled graph a scalar, 1 or 0."""
         if torch.compiler.is_compiling():
-            landed: Tensor = torch.ops.distnorm.lands(count, self.key, self.learning)
+            assert self.shared is not None, "nothing was shared yet"
+            landed: Tensor = torch.ops.distnorm.lands(self.shared[-1], self.key, self.learning)
             return landed
-        return torch.full_like(count, _channels[self.key].lands(self.step, learning=self.learning))
+        return self.lands()
+
+    def lands(self) -> bool:
+        """Whether what was shared is fit for the running statistics. Not in compiled graphs."""
+        return _channels[self.key].lands(self.step, learning=self.learning)
 
 
 class KeepLocal:
@@ -221,6 +226,7 @@ class KeepLocal:
     def __init__(self) -> None:
         """Nothing yet."""
         self.shared: Tensor | None = None
+        self.absorbed = False
 
     def __call__(self, count: int, sums_KC: Tensor, link: Link) -> tuple[Tensor, Tensor]:
         """``link(sums / count)``, and the count."""
@@ -228,7 +234,7 @@ class KeepLocal:
         self.shared = torch.cat((sums_KC.detach().flatten(), total[None]))
         return link(sums_KC / total.clamp_min(1)), total
 
-    def gather(self, wire: Tensor, *, held: bool = False) -> Tensor:
+    def gather(self, wire: Tensor, *, held: bool = False, enough: bool = False) -> Tensor:
         """The local sums and count."""
         self.shared = wire
         return wire
@@ -241,10 +247,13 @@ class KeepLocal:
         """Another one."""
         return KeepLocal()
 
-    def landed(self) -> Tensor:
-        """1: local statistics are there."""
-        assert self.shared is not None, "nothing was shared yet"
-        return torch.ones_like(self.shared[-1])
+    def landed(self) -> bool:
+        """Local statistics are there."""
+        return True
+
+    def lands(self) -> bool:
+        """Local statistics are there."""
+        return True
 
 
 def _divisor(total: Tensor) -> Tensor:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -56,7 +55,7 @@ class Site:
             ValueError: 1 value per channel.
         """
         binding = self.conversion.bound()
-        if not binding.reducer.alone or x_NCL.device.type != "cpu":
+        if not binding.reducer.alone or x_NCL.device.type not in ("cpu", "cuda"):
             return False
         if x_NCL.numel() == x_NCL.shape[1]:
             raise self._too_few(1)
@@ -70,10 +69,11 @@ class Site:
             binding.forward_begins(self.name)
         return binding.step
 
-    def statistics(self, wire: Tensor, step: int, *, learning: bool, held: bool) -> Record:
+    def statistics(self, wire: Tensor, step: int, *, learning: bool, held: bool, enough: bool = False) -> Record:
         """Shared counterpart of the local sums ``wire``, whose last element is the count.
 
-        One use of the policy, or none in a recomputation. ``held`` says that a graph will hold the record.
+        One use of the policy, or none in a recomputation. ``held`` says that a graph will hold the record, ``enough``
+        that the local count is known to be above 1.
 
         Raises:
             ValueError: 1 value per channel over all sharing ranks.
@@ -91,9 +91,11 @@ class Site:
         slot = self._slot(binding, "forward", step, learning=learning)
         if learning:
             binding.note_use(self.name)
-        with self._explained(binding, slot):
+        try:
             shared = binding.reducer.reduce(wire, slot)
-        if binding.reducer.counts(slot):
+        except RuntimeError as error:
+            raise self._failed(binding, slot, error) from error
+        if not enough and binding.reducer.counts(slot):
             self._check_count(shared[-1], binding.reducer.size)
         record = Record(wire, shared, slot.step, held=held)
         self.records.note(record)
@@ -121,12 +123,16 @@ class Site:
         if self.conversion.loss_scale is not None:
             binding.loss_scale = self.conversion.loss_scale()
             slot = slot._replace(loss_scale=binding.loss_scale)
-        with self._explained(binding, slot):
+        try:
             answer = binding.reducer.start(wire, slot._replace(forward_count=count))
+        except RuntimeError as error:
+            raise self._failed(binding, slot, error) from error
 
         def wait() -> Tensor:
-            with self._explained(binding, slot):
+            try:
                 return answer()
+            except RuntimeError as error:
+                raise self._failed(binding, slot, error) from error
 
         return wait
 
@@ -139,16 +145,12 @@ class Site:
         step = binding.step if step == NOW else step
         return Slot(self.name, direction, step, learning=learning, observers=tuple(self.conversion.observers))
 
-    @contextmanager
-    def _explained(self, binding: Binding, slot: Slot) -> Iterator[None]:
-        try:
-            yield
-        except RuntimeError as error:
-            raise RuntimeError(
-                f"{self.name}: sharing {slot.direction} statistics ({self.conversion.recipe.policy}) among ranks "
-                f"{list(binding.topology.ranks)} failed. Another rank has probably stopped, or runs other layers; its "
-                f"own message says more. Cause: {error}"
-            ) from error
+    def _failed(self, binding: Binding, slot: Slot, error: RuntimeError) -> RuntimeError:
+        return RuntimeError(
+            f"{self.name}: sharing {slot.direction} statistics ({self.conversion.recipe.policy}) among ranks "
+            f"{list(binding.topology.ranks)} failed. Another rank has probably stopped, or runs other layers; its "
+            f"own message says more. Cause: {error}"
+        )
 
     def _check_count(self, count: Tensor, size: int) -> None:
         if count.device.type == "cpu":

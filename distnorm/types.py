@@ -111,6 +111,18 @@ class Affine(NamedTuple):
     updates: Tensor | None = None
 
 
+class Running(NamedTuple):
+    """The running statistics of a layer, changed in place; a ``momentum`` of None is the plain average over all steps.
+
+    ``updates`` is how often they were changed.
+    """
+
+    mean_C: Tensor
+    var_C: Tensor
+    updates: Tensor
+    momentum: float | None
+
+
 class Share(Protocol):
     """Local additive sums in, shared statistics out: all that a method knows of the other ranks."""
 
@@ -122,8 +134,18 @@ class Share(Protocol):
 class Exchange(Share, Protocol):
     """A share whose two directions can be had one by one, for kernels that know their own derivative."""
 
-    def gather(self, wire: Tensor, *, held: bool) -> Tensor:
-        """The shared counterpart of sums and count, values only; ``held`` says that a backward may follow."""
+    absorbed: bool
+    """Whether kernels have let the running statistics absorb what was gathered, if it landed."""
+
+    def gather(self, wire: Tensor, *, held: bool, enough: bool) -> Tensor:
+        """The shared counterpart of sums and count, values only; ``held`` says that a backward may follow.
+
+        ``enough``: the local count alone is above 1, so that nobody need look at the shared one.
+        """
+        ...
+
+    def lands(self) -> bool:
+        """Whether what was gathered is fit for the running statistics."""
         ...
 
     def scatter(self, cotangents: Tensor) -> Callable[[], Tensor]:

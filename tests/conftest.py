@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -11,6 +12,12 @@ from tests.support.pool import Pool
 
 settings.register_profile("distnorm", deadline=None, max_examples=25, derandomize=True)
 settings.load_profile("distnorm")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Without ``-m gpu``, kernels for GPUs run in Triton's interpreter: a choice made before Triton is imported."""
+    if config.option.markexpr != "gpu":
+        os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(scope="session")

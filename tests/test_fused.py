@@ -258,7 +258,7 @@ def test_half_precision_is_summed_in_float32(layout: str, dtype: torch.dtype) ->
     ],
 )
 def test_which_inputs_the_kernels_take(x: Tensor, expected: bool) -> None:
-    assert fused.suits(x) is expected
+    assert fused.suits(BatchNorm(), x) is expected
 
 
 @pytest.mark.parametrize("method", [BatchNorm(), RMS()])

@@ -15,12 +15,17 @@ from distnorm.compiled import library
 
 
 class Formula(NamedTuple):
-    """A method of ``arithmetic.c``, and what limits its correction by running_var, if it has one."""
+    """A method of ``arithmetic.c``, and what limits its correction by running_var, if it has one.
+
+    Where asking would make the host wait, the device compares ``updates`` with ``clip_after``.
+    """
 
     name: str
     kinds: int
     running_var_C: Tensor | None = None
     clip: float = 1.0
+    updates: Tensor | None = None
+    clip_after: int = 0
 
 
 class Functions(NamedTuple):

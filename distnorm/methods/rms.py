@@ -50,9 +50,11 @@ class RMS(ChannelAffine):
 
     def formula(self, affine: Affine | None = None) -> Formula:
         """Written out in arithmetic.c, with the correction if it is due."""
-        if self.clip is None or affine is None or affine.updates is None or int(affine.updates) < self.clip_after:
+        if self.clip is None or affine is None or affine.running_var_C is None or affine.updates is None:
             return Formula("rms", kinds=1)
-        return Formula("rms", kinds=1, running_var_C=affine.running_var_C, clip=self.clip)
+        if affine.updates.is_cpu and int(affine.updates) < self.clip_after:
+            return Formula("rms", kinds=1)
+        return Formula("rms", 1, affine.running_var_C, self.clip, affine.updates, self.clip_after)
 
     def link(self, means_KC: Tensor, eps: float) -> Tensor:
         """``log(mean(x^2) + eps) / 2``."""

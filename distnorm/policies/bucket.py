@@ -14,9 +14,11 @@ from torch import Tensor
 
 from distnorm.transport import Group
 from distnorm.transport.group import Pending
-from distnorm.types import EVERY_LAYER, Direction, Layout, Slot
+from distnorm.types import EVERY_LAYER, Direction, Landed, Layout, Slot
 
 logger = logging.getLogger("distnorm")
+
+DOUBLE = 8  # bytes
 
 
 class Bucket:
@@ -31,6 +33,7 @@ class Bucket:
         self.span = {slot: slice(*starts[number : number + 2]) for slot, number in self.index.items()}
         self.values = starts[-1]
         self.slots = len(sizes)
+        self._sizes = sizes
         self.slot_of = torch.repeat_interleave(torch.tensor(sizes)).to(layout.device)
         """Which slot each value belongs to."""
         self.outbox = self._empty(layout.device)
@@ -51,6 +54,11 @@ class Bucket:
         key = layer, direction
         self.outbox[self.span[key]].add_(values)
         self.outbox[self.values + self.index[key]].add_(weight)
+
+    def addresses(self, slot: tuple[str, Direction]) -> tuple[int, int]:
+        """Where C finds the values and the weight of ``slot`` in this step's vector."""
+        start = self.outbox.data_ptr()
+        return start + DOUBLE * self.span[slot].start, start + DOUBLE * (self.values + self.index[slot])
 
     def parts(self, vector: Tensor) -> tuple[Tensor, Tensor]:
         """The values and the weights of ``vector``."""
@@ -106,6 +114,11 @@ class Bucket:
         values, weights = self.parts(vector)
         spread = weights[self.slot_of]
         return torch.where(spread > 0, values / spread, 0.0)
+
+    def landed(self, means: Tensor, weights: Tensor, usable: Tensor) -> list[Landed]:
+        """What the running statistics shall absorb: the forward slots of these vectors."""
+        rows = zip(self.index, means.split(self._sizes), weights.unbind(), usable.double().unbind(), strict=True)
+        return [Landed(layer, *each) for (layer, direction), *each in rows if direction == "forward"]
 
     def _check_phase(self, landed: Tensor, passes: int) -> None:
         if landed.device.type == "cpu" and landed[-1].item() != passes * self.group.size:

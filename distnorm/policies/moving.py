@@ -9,14 +9,16 @@ is our construction.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, final
 
 import torch
 from torch import Tensor
 
+from distnorm.compiled import library
 from distnorm.policies.base import Policy, Reducer
-from distnorm.policies.bucket import Bucket
+from distnorm.policies.bucket import DOUBLE, Bucket
 from distnorm.transport import Group, Topology
 from distnorm.types import Landed, Layout, Slot, Watch
 
@@ -43,6 +45,11 @@ class _Window(Reducer):
 
     def _statistics(self, wire: Tensor, slot: Slot) -> Tensor:
         newest = wire if self.policy.staleness else self.blocking.sum(wire, slot)
+        if entries := _compiled(newest):
+            out, count = torch.empty_like(newest), newest[-1].item()
+            out[-1] = count
+            self._enter(entries, newest, slot, count, count, out)
+            return out
         self.bucket.write(slot.layer, "forward", newest[:-1], newest[-1])
         means = self._windowed(slot, newest[:-1], newest[-1])
         return torch.cat((means * newest[-1], newest[-1:]))
@@ -52,6 +59,10 @@ class _Window(Reducer):
         # A count and cotangents of this rank alone, or of all that a blocking sum joins.
         ranks = 1 if self.policy.staleness else self.size
         count = _count(slot)
+        if self.policy.staleness and (entries := _compiled(wire)):
+            out, own = torch.empty_like(wire), count.item() if per_value else 1.0
+            self._enter(entries, wire, slot, own, own * float(slot.loss_scale), out)
+            return out
         weight = count / ranks if per_value else torch.ones_like(count)
         newest = torch.cat((wire / slot.loss_scale, weight.view(1)))
         if not self.policy.staleness:
@@ -59,6 +70,19 @@ class _Window(Reducer):
         self.bucket.write(slot.layer, "backward", newest[:-1], newest[-1])
         share = self._windowed(slot, newest[:-1], newest[-1]) * slot.loss_scale
         return share * (count if per_value else ranks)
+
+    def _enter(
+        self, entries: Callable[..., None], newest: Tensor, slot: Slot, weight: float, factor: float, out: Tensor
+    ) -> None:
+        """``bucket.write`` and ``factor * _windowed`` of contiguous values on the CPU, in one call."""
+        key = slot.layer, slot.direction
+        span, number = self.bucket.span[key], self.bucket.index[key]
+        loss_scale = float(slot.loss_scale) if slot.direction == "backward" else 1.0
+        entries(
+            *(newest.data_ptr(), span.stop - span.start, loss_scale, weight, factor),
+            *(self.sums.data_ptr() + DOUBLE * span.start, self.filled.data_ptr() + DOUBLE * number),
+            *(*self.bucket.addresses(key), out.data_ptr()),
+        )
 
     def _windowed(self, slot: Slot, newest: Tensor, weight: Tensor) -> Tensor:
         """Mean over the landed entries and the newest, if it has any weight."""
@@ -91,12 +115,7 @@ class _Window(Reducer):
         weights = self.bucket.parts(landed)[1]
         # A window of one keeps no entry: what landed is all there is.
         shared = self.sums / self.filled[self.bucket.slot_of].clamp_min(1) if self.depth else self.bucket.means(landed)
-        found = []
-        for (layer, direction), number in self.bucket.index.items():
-            if direction == "forward":
-                means = shared[self.bucket.span[layer, direction]]
-                found.append(Landed(layer, means, weights[number], usable[number].double()))
-        return found
+        return self.bucket.landed(shared, weights, usable)
 
     def watch(self, slot: Slot, *, exact: bool) -> dict[str, Watch]:
         local = self.bucket.means(self.bucket.last)
@@ -138,6 +157,12 @@ class _Window(Reducer):
             getattr(self, name).copy_(value)
         self.sums = self.ring.sum(0)
         self.bucket.load_state_dict(state["bucket"], own=own)
+
+
+def _compiled(values: Tensor) -> Callable[..., None] | None:
+    """The C that enters ``values`` into a window, where it can."""
+    found = library() if values.is_cpu and values.is_contiguous() else None
+    return None if found is None else found.entries_window
 
 
 def _count(slot: Slot) -> Tensor:

@@ -8,14 +8,16 @@ independent batches.
 
 from __future__ import annotations
 
+from ctypes import CDLL
 from dataclasses import dataclass
 from typing import Any, final
 
 import torch
 from torch import Tensor
 
+from distnorm.compiled import library
 from distnorm.policies.base import Policy, Reducer
-from distnorm.policies.bucket import Bucket
+from distnorm.policies.bucket import DOUBLE, Bucket
 from distnorm.transport import Group, Topology
 from distnorm.types import Landed, Layout, Slot, Watch
 
@@ -34,8 +36,21 @@ class _Mix(Reducer):
         if not slot.learning:
             return self.blocking.sum(wire, slot)
         scale = slot.loss_scale if slot.direction == "backward" else 1.0
+        compiled = library() if wire.is_cpu and wire.is_contiguous() else None
+        if compiled is not None:
+            return self._enter(compiled, wire, slot, float(scale))
         self.bucket.write(slot.layer, slot.direction, wire / scale, 1.0)
         return wire + (self.size - 1) * scale * self.others[self.bucket.span[slot.layer, slot.direction]]
+
+    def _enter(self, compiled: CDLL, wire: Tensor, slot: Slot, scale: float) -> Tensor:
+        key = slot.layer, slot.direction
+        others = self.others.data_ptr() + DOUBLE * self.bucket.span[key].start
+        out = torch.empty_like(wire)
+        compiled.entries_mix(
+            *(wire.data_ptr(), wire.numel(), scale, 1.0, (self.size - 1) * scale),
+            *(others, *self.bucket.addresses(key), out.data_ptr()),
+        )
+        return out
 
     def lands(self, slot: Slot) -> bool:
         return not slot.learning

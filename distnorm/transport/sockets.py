@@ -75,10 +75,18 @@ class Sockets(Direct):
             if waited < AWAKE_S:
                 os.sched_yield()
             else:
-                reading, writing = ([self._peers[place] for place in some] for some in (self._unread, self._unsent))
-                select.select(reading, writing, [], LOOK_S)
+                self._sleep()
         torch.sum(self._messages[:, HEADER:], 0, out=total.view(-1))
         self._under_way = None
+
+    def _sleep(self) -> None:
+        """Until something can be read or written, or for a while."""
+        poller = select.poll()
+        for place, connection in self._peers.items():
+            wanted = select.POLLIN * (place in self._unread) | select.POLLOUT * (place in self._unsent)
+            if wanted:
+                poller.register(connection, wanted)
+        poller.poll(LOOK_S * 1e3)
 
     def close(self) -> None:
         """Close all connections."""

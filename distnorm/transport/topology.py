@@ -26,7 +26,7 @@ _groups: WeakKeyDictionary[dist.ProcessGroup, dict[tuple[tuple[int, ...], bool, 
 
 def current_world() -> dist.ProcessGroup | None:
     """The job's process group, or None in a process that is alone."""
-    return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+    return dist.group.WORLD if dist.is_available() else None
 
 
 def node_id() -> str:

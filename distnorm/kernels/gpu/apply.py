@@ -1,0 +1,224 @@
+"""Finalize and apply, in one launch: shared sums become scale and shift, and running statistics absorb them.
+
+Every program works out scale and shift of its own channels, which costs less than a launch; the first of each channel
+keeps them for the backward pass and moves the running statistics. Nothing depends on a value that the host knows.
+
+Launches: 1. Bytes: x and a residual once, y once.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from distnorm.kernels.gpu import formulas
+from distnorm.kernels.gpu.tiles import channels, launch, operator, place, spread, tiles_of
+
+BLOCK = 128
+"""Channels that a program of ``absorb_kernel`` takes."""
+
+
+@operator("gpu_apply", mutates=("running",))
+def apply(
+    x_NCL: Tensor,
+    shared: Tensor,
+    pivot_C: Tensor,
+    weight_C: Tensor | None,
+    bias_C: Tensor | None,
+    residual_NCL: Tensor | None,
+    followed: Sequence[Tensor],
+    running: Sequence[Tensor],
+    earlier: Tensor | None,
+    momentum: float | None,
+    eps: float,
+    clip: float,
+    clip_after: int,
+    kinds: int,
+    relu: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``y = (x - pivot) * scale + shift`` of dense ``x_NCL``; then ``+ residual`` and ReLU, if asked for.
+
+    Args:
+        x_NCL: the input; ``residual_NCL`` has its strides.
+        shared: sums ``[kinds * C]`` and their count, float64.
+        pivot_C: what the loop centres about.
+        weight_C: the scale that was learnt.
+        bias_C: the shift that was.
+        residual_NCL: what is added to the output.
+        followed: copies of running_var and of its number of updates, which RMS is corrected by; or nothing.
+        running: running_mean, running_var and their number of updates, moved in place; or nothing.
+        earlier: a copy of that number, where ``momentum`` is None: the plain average over all steps.
+        momentum: the weight of this step.
+        eps: guards the division.
+        clip: the bound of the correction, in force after ``clip_after`` updates.
+        clip_after: see there.
+        kinds: 2 for batch norm, 1 for RMS.
+        relu: whether negative outputs become 0.
+
+    Returns:
+        y; means of ``shared`` and d scale / d weight ``[kinds + 1, C]``, float64; scale and shift ``[2, C]``, float32.
+    """
+    saved, narrow = _kept(x_NCL, kinds)
+    y_NCL = torch.empty_like(x_NCL)
+    tiles = tiles_of(x_NCL)
+    followed_var, followed_updates = followed if followed else (None, None)
+    running_mean, running_var, updates = running if running else (None, None, None)
+    launch(
+        *(apply_kernel, tiles.grid, x_NCL, y_NCL, residual_NCL, shared, pivot_C, weight_C, bias_C),
+        *(followed_var, followed_updates, running_mean, running_var, updates, earlier, saved, narrow),
+        *(momentum, eps, clip, clip_after, *tiles.image, kinds, relu),
+    )
+    return y_NCL, saved, narrow
+
+
+@torch.library.register_fake("distnorm::gpu_apply")
+def _(
+    x_NCL: Tensor,
+    shared: Tensor,
+    pivot_C: Tensor,
+    weight_C: Tensor | None,
+    bias_C: Tensor | None,
+    residual_NCL: Tensor | None,
+    followed: Sequence[Tensor],
+    running: Sequence[Tensor],
+    earlier: Tensor | None,
+    momentum: float | None,
+    eps: float,
+    clip: float,
+    clip_after: int,
+    kinds: int,
+    relu: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(x_NCL), *_kept(x_NCL, kinds)
+
+
+def _kept(x_NCL: Tensor, kinds: int) -> tuple[Tensor, Tensor]:
+    channels_ = x_NCL.shape[1]
+    return (
+        x_NCL.new_empty((kinds + 1) * channels_, dtype=torch.float64),
+        x_NCL.new_empty(2 * channels_, dtype=torch.float32),
+    )
+
+
+@triton.jit(do_not_specialize=["clip_after", "N", "tiles"])
+def apply_kernel(
+    x,
+    y,
+    residual,
+    shared,
+    pivot,
+    weight,
+    bias,
+    followed,
+    followed_updates,
+    running_mean,
+    running_var,
+    updates,
+    earlier,
+    saved,
+    narrow,
+    momentum,
+    eps,
+    clip,
+    clip_after,
+    N,
+    L,
+    C,
+    tiles,
+    PLANES: tl.constexpr,
+    VEC: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    KINDS: tl.constexpr,
+    RELU: tl.constexpr,
+):
+    """One pass over x. The first split of each channel writes what is of the channels' size."""
+    c = channels(PLANES, COLS)
+    here = c < C
+    split, splits = tl.program_id(1), tl.num_programs(1)
+    mean, square, count, factor, scale, shift = formulas.forward(
+        shared, pivot, weight, bias, followed, followed_updates, clip, clip_after, eps, C, c, here, KINDS
+    )
+    mine = here & (split == 0)
+    if KINDS == 2:
+        tl.store(saved + c, mean, mask=mine)
+    tl.store(saved + (KINDS - 1) * C + c, square, mask=mine)
+    tl.store(saved + KINDS * C + c, factor, mask=mine)
+    tl.store(narrow + c, scale.to(tl.float32), mask=mine)
+    tl.store(narrow + C + c, shift.to(tl.float32), mask=mine)
+    if running_var is not None:
+        fresh = mine & (count > 1)
+        formulas.absorb(mean, square, count, running_mean, running_var, earlier, momentum, c, fresh, KINDS)
+        counts = (split == 0) & (tl.program_id(0) == 0) & (tl.load(shared + KINDS * C) > 1)
+        tl.store(updates, tl.load(updates) + 1, mask=counts)
+    middle = spread(tl.load(pivot + c, mask=here, other=0.0), PLANES)
+    scale, shift = spread(scale.to(tl.float32), PLANES), spread(shift.to(tl.float32), PLANES)
+    for t in range(split, tiles, splits):
+        base, offsets, mask, _ = place(t, N, L, C, PLANES, VEC, ROWS, COLS)
+        values = tl.load(x + base + offsets, mask=mask, other=0.0).to(tl.float32)
+        values = (values - middle) * scale + shift
+        if residual is not None:
+            values += tl.load(residual + base + offsets, mask=mask, other=0.0).to(tl.float32)
+        if RELU:
+            values = tl.where(values < 0, 0.0, values)  # NaN stays NaN
+        tl.store(y + base + offsets, values.to(y.dtype.element_ty), mask=mask)
+
+
+@operator("gpu_absorb", mutates=("running",))
+def absorb(
+    means: Tensor,
+    total: Tensor,
+    landed: Tensor,
+    running: Sequence[Tensor],
+    earlier: Tensor | None,
+    momentum: float | None,
+    kinds: int,
+) -> None:
+    """Running statistics absorb ``means[kinds * C]`` over ``total`` values, where ``landed`` is not 0. One launch.
+
+    All float64; ``running``, ``earlier`` and ``momentum`` as for ``apply``.
+    """
+    channels_ = running[1].numel()
+    blocks = (triton.cdiv(channels_, BLOCK),)
+    launch(absorb_kernel, blocks, means, total, landed, *running, earlier, momentum, channels_, kinds, BLOCK)
+
+
+@torch.library.register_fake("distnorm::gpu_absorb")
+def _(
+    means: Tensor,
+    total: Tensor,
+    landed: Tensor,
+    running: Sequence[Tensor],
+    earlier: Tensor | None,
+    momentum: float | None,
+    kinds: int,
+) -> None:
+    pass
+
+
+@triton.jit
+def absorb_kernel(
+    means,
+    total,
+    landed,
+    running_mean,
+    running_var,
+    updates,
+    earlier,
+    momentum,
+    C,
+    KINDS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """``formulas.absorb`` of means that came by themselves."""
+    c = tl.program_id(0) * COLS + tl.arange(0, COLS)
+    here = c < C
+    mean = tl.load(means + c, mask=here, other=0.0)
+    square = tl.load(means + (KINDS - 1) * C + c, mask=here, other=0.0)
+    count = tl.load(total + 0 * c)
+    fresh = here & (count > 1) & (tl.load(landed + 0 * c) > 0)
+    formulas.absorb(mean, square, count, running_mean, running_var, earlier, momentum, c, fresh, KINDS)
+    counts = (tl.program_id(0) == 0) & (tl.load(total) > 1) & (tl.load(landed) > 0)
+    tl.store(updates, tl.load(updates) + 1, mask=counts)

@@ -1,0 +1,86 @@
+"""One forward and backward of one layer on an NVIDIA card, by a method that ``formulas.py`` knows.
+
+Beside the collectives, 3 launches forward and 3 backward at most; 2 and 2 where one program has a channel to itself.
+Shapes: as in kernels/dense.py.
+"""
+
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from distnorm.kernels.arithmetic import Formula
+from distnorm.kernels.gpu.apply import absorb, apply
+from distnorm.kernels.gpu.combine import combine
+from distnorm.kernels.gpu.cosums import UNMASKED, cosums
+from distnorm.kernels.gpu.moments import moments
+from distnorm.kernels.gpu.tiles import dense, like
+from distnorm.types import Landed, Running
+
+
+class GpuPass:
+    """As ``DensePass``, for dense or other CUDA tensors; moves the running statistics, too."""
+
+    def __init__(self, formula: Formula, eps: float) -> None:
+        """Nothing is computed yet."""
+        self._formula, self._eps = formula, eps
+
+    def sums(self, x_NCL: Tensor) -> Tensor:
+        """What the method shares: local sums and their count, float64 ``[K C + 1]``."""
+        wire: Tensor
+        wire, self._pivot_C = moments(dense(x_NCL))
+        return wire[(2 - self._formula.kinds) * x_NCL.shape[1] :]
+
+    def normalize(
+        self,
+        x_NCL: Tensor,
+        shared: Tensor,
+        weight_C: Tensor | None,
+        bias_C: Tensor | None,
+        running: Running | None = None,
+    ) -> Tensor:
+        """The output, by ``shared`` sums and their count; ``running`` statistics absorb these, if given."""
+        formula = self._formula
+        shared = shared.contiguous()
+        self._count = shared[-1]
+        followed = [] if formula.running_var_C is None else [formula.running_var_C, formula.updates]
+        buffers, earlier, momentum = _arguments(running)
+        y_NCL: Tensor
+        y_NCL, self._saved, self._narrow = apply(
+            *(dense(x_NCL), shared, self._pivot_C, weight_C, bias_C, None, followed, buffers, earlier, momentum),
+            *(self._eps, formula.clip, formula.clip_after, formula.kinds, False),
+        )
+        increment_version(buffers)
+        return y_NCL
+
+    def pull(self, dy_NCL: Tensor, x_NCL: Tensor, weight_C: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Cotangents of what was shared, and gradients of weight and bias."""
+        x_NCL = dense(x_NCL)
+        found: tuple[Tensor, Tensor, Tensor] = cosums(
+            *(like(dy_NCL, x_NCL), x_NCL, None, self._pivot_C, weight_C, self._saved, self._narrow),
+            *(self._formula.kinds, UNMASKED),
+        )
+        return found
+
+    def combine(self, dy_NCL: Tensor, x_NCL: Tensor, cotangents: Tensor) -> Tensor:
+        """The input's gradient, by shared cotangents."""
+        x_NCL = dense(x_NCL)
+        dx_NCL: Tensor = combine(
+            *(like(dy_NCL, x_NCL), x_NCL, None, cotangents.contiguous(), self._count, self._pivot_C, self._saved),
+            *(self._narrow, self._eps, self._formula.kinds, UNMASKED, False),
+        )[0]
+        return dx_NCL
+
+
+def absorb_means(formula: Formula, landed: Landed, running: Running) -> None:
+    """Let ``running`` statistics absorb what ``landed`` at a step's end, if anything did."""
+    buffers, earlier, momentum = _arguments(running)
+    absorb(landed.means.contiguous(), landed.total, landed.weight, buffers, earlier, momentum, formula.kinds)
+    increment_version(buffers)
+
+
+def _arguments(running: Running | None) -> tuple[list[Tensor], Tensor | None, float | None]:
+    """Buffers, a copy of their number of updates, and the momentum, as operators take them."""
+    if running is None:
+        return [], None, 0.0
+    # Programs read the number while one of them counts on.
+    earlier = running.updates.clone() if running.momentum is None else None
+    return [running.mean_C, running.var_C, running.updates], earlier, running.momentum
