@@ -14,7 +14,7 @@ export DS_BUILD_OPS := 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-full test test-all check bench docs integrations clean
+.PHONY: help demo demo-full test test-all check bench bench-gpu docs integrations clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -46,6 +46,9 @@ test-all: check ## check, then every test that needs no GPU
 
 bench: $(STAMP) ## measure every figure of docs/performance.md, in under 15 minutes, and write its tables
 	$(BIN)/python benchmarks/suite.py
+
+bench-gpu: ## measure norms on an NVIDIA card, with a Python that has torch and Triton; says so where there is no card
+	PYTHONPATH=. $(firstword $(wildcard $(BIN)/python) $(PYTHON)) benchmarks/gpu.py
 
 docs: $(STAMP) ## write the generated tables of the documentation anew
 	$(BIN)/python docs/generate.py

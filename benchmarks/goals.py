@@ -57,12 +57,12 @@ def moving_goals(record: Record) -> Iterator[Goal]:
     """Moving statistics over the same without sharing, as published: centralized weights in the projected form."""
     for result in record["results"]:
         for name in moving.METHODS:
-            place = f"{result['ranks']} ranks, {result.get('delay_ms') or 0:g} ms"
+            place = f"{result['ranks']} ranks, {result.get('delay_ms') or 0:g} ms, width {result['width']}"
             what = f"{place}: step of `{name}` over the same with `Local`"
             yield Goal(what, moving.GOAL, moving.over_local(result, name, "projected"))
-    full = next((each for each in record["results"] if moving.key("mabn", "forward") in each["ms"]), None)
-    if full is not None:
-        yield Goal("projected form: projection over step", moving.PROJECTION_GOAL, moving.projected_part(full))
+        if moving.key("mabn", "forward") in result["ms"]:
+            what = f"width {result['width']}, batch {result['batch']}: projection over step"
+            yield Goal(what, moving.PROJECTION_GOAL, moving.projected_part(result))
 
 
 def mpi_goals(record: Record) -> Iterator[Goal]:

@@ -17,6 +17,7 @@ from models import norm_shapes
 from torch import Tensor, nn
 
 import distnorm
+from distnorm.kernels import cpu
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 REPEATS = 5  # per layer and round: the fastest counts, for another program can only slow one down
@@ -46,14 +47,46 @@ def contender(recipe: str | None, shapes: Counter[tuple[int, int]], batch: int, 
     return one_round
 
 
+def loops_alone(x: Tensor, dy: Tensor) -> float:
+    """Milliseconds of the four loops of a forward and backward, without autograd, module and C-sized arithmetic."""
+    a_C = torch.ones(x.shape[1])
+    started = time.perf_counter()
+    cpu.moments(x)
+    cpu.apply(x, a_C, a_C, a_C)
+    cpu.cosums(dy, x, a_C)
+    cpu.combine(dy, x, a_C, a_C, a_C, a_C)
+    return (time.perf_counter() - started) * 1e3
+
+
+def floor(shapes: Counter[tuple[int, int]], batch: int, format: str) -> Callable[[], float]:
+    """As ``contender``, for the loops alone."""
+    cases = [
+        (times, [torch.randn(batch, channels, side, side).to(memory_format=FORMATS[format]) for _ in range(2)])
+        for (channels, side), times in shapes.items()
+    ]
+    return lambda: sum(times * min(loops_alone(*pair) for _ in range(REPEATS)) for times, pair in cases)
+
+
 def table(cases: Sequence[Mapping[str, Any]]) -> list[str]:
     """One row per width and layout."""
     rows = []
     for case in cases:
         ours, stock = case["ms"]["local_bn"], case["ms"]["stock"]
-        figures = [milliseconds(stock), milliseconds(ours), str(ratio(ours, stock))]
+        loops = case["ms"]["loops"]
+        figures = [*map(milliseconds, (stock, loops, ours)), str(ratio(loops, stock)), str(ratio(ours, stock))]
         rows.append([case["format"], str(case["width"]), *figures])
-    return markdown(["layout", "width", "stock, ms", "`local_bn`, ms", "ratio"], rows)
+    return markdown(
+        [
+            "layout",
+            "width",
+            "stock, ms",
+            "loops alone, ms",
+            "`local_bn`, ms",
+            "loops over stock",
+            "`local_bn` over stock",
+        ],
+        rows,
+    )
 
 
 def main() -> None:
@@ -68,6 +101,7 @@ def main() -> None:
         shapes = Counter(norm_shapes(width))
         for format in FORMATS:
             makers = {name or "stock": contender(name, shapes, options.batch, format) for name in (None, "local_bn")}
+            makers["loops"] = floor(shapes, options.batch, format)
             cases.append({"width": width, "format": format, "ms": rounds(makers, options)})
     finish({"batch": options.batch, "cases": cases}, table(cases), options.json)
 

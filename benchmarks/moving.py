@@ -77,30 +77,33 @@ def table(results: Sequence[Mapping[str, Any]]) -> list[str]:
     """Moving statistics beside ``Local``, one row per network, recipe and form."""
     rows = []
     for result in results:
-        for name in METHODS:
-            for form in (each for each in FORMS if key(name, each) in result["ms"]):
-                pair = [milliseconds(result["ms"][key(name, form, local)]) for local in (False, True)]
-                place = [str(result["ranks"]), f"{result.get('delay_ms') or 0:g}"]
-                rows.append([f"`{name}`", form, *place, *pair, str(over_local(result, name, form))])
-    return markdown(["recipe", "weights", "ranks", "delay, ms", "step, ms", "with `Local`, ms", "ratio"], rows, texts=2)
+        for method in METHODS:
+            for form in (each for each in FORMS if key(method, each) in result["ms"]):
+                pair = [milliseconds(result["ms"][key(method, form, local)]) for local in (False, True)]
+                place = [str(result[name]) for name in ("ranks", "width", "batch")]
+                place.append(f"{result.get('delay_ms') or 0:g}")
+                rows.append([f"`{method}`", form, *place, *pair, str(over_local(result, method, form))])
+    titles = ["recipe", "weights", "ranks", "width", "batch", "delay, ms", "step, ms", "with `Local`, ms", "ratio"]
+    return markdown(titles, rows, texts=2)
 
 
 def weights_table(results: Sequence[Mapping[str, Any]]) -> list[str]:
     """What centralized weights cost by themselves: steps with policy ``Local``, over those with weights as they are."""
     rows = []
     for result in (each for each in results if key("mabn", "none") in each["ms"]):
-        for name in METHODS:
+        for method in METHODS:
             steps = {
-                form: result["ms"][key(name, form, local=True)] for form in FORMS if key(name, form) in result["ms"]
+                form: result["ms"][key(method, form, local=True)] for form in FORMS if key(method, form) in result["ms"]
             }
             over = [
                 f"{milliseconds(steps[form])} | {ratio(steps[form], steps['none'])}" if form in steps else " | "
                 for form in FORMS[1:]
             ]
             alone = f"{milliseconds(result['ms']['projection'])} | {percent(projected_part(result))}"
-            rows.append([f"`{name}`", str(result["ranks"]), milliseconds(steps["none"]), *over, alone])
+            place = [str(result[name]) for name in ("ranks", "width", "batch")]
+            rows.append([f"`{method}`", *place, milliseconds(steps["none"]), *over, alone])
     titles = ["forward form, ms", "ratio", "projected form, ms", "ratio", "the projection alone, ms", "of the step"]
-    return markdown(["method of", "ranks", "weights as they are, ms", *titles], rows)
+    return markdown(["method of", "ranks", "width", "batch", "weights as they are, ms", *titles], rows)
 
 
 def percent(part: Interval) -> str:

@@ -74,7 +74,8 @@ def counted(runs: int, limit: float, warmup: int = 3, **options: Any) -> dict[st
 PEERS = ["stock", "local_bn", "sync_bn", "gather", "naive"]
 OVERLAP = "sync_bn(overlap=True)"
 MPI = ["stock", "local_bn", "sync_bn", "gloo:sync_bn", "mpi:sync_bn"]
-PROJECTED = counted(30, 14, warmup=5, weights=["projected"], width=16, batch=4)
+FORMS = {"weights": ["none", "forward", "projected"]}
+PROJECTED = counted(30, 22, warmup=4, weights=["projected"], width=32, batch=16)
 LINE = [f"{layers},64" for layers in (10, 40, 160)] + [f"40,{channels}" for channels in (16, 512, 2048)]
 BASE = counted(8, 5, warmup=2, points=["40,64"])
 
@@ -83,14 +84,15 @@ PARTS: dict[str, list[Job]] = {
     "exchange": [Job("exchange", ranks, counted(20, 1)) for ranks in (2, 4, 8)],
     "step-32": [Job("step", 2, counted(30, 52, width=32, batch=16, contenders=[*PEERS, "none", OVERLAP]))],
     "step-64": [Job("step", 2, counted(25, 56, width=64, batch=16, contenders=PEERS))],
-    "mpi": [Job("step", 2, counted(25, 46, width=64, batch=16, contenders=MPI), mpi=True)],
+    "mpi": [Job("step", 2, counted(40, 50, width=32, batch=16, contenders=MPI), mpi=True)],
     "hosts-16": [Job("step", 4, counted(20, 40, width=16, batch=4, contenders=[*PEERS, OVERLAP]), delay_ms=1)],
     "hosts-32": [Job("step", 4, counted(20, 42, width=32, batch=4, contenders=PEERS), delay_ms=1)],
     "moving": [
-        Job("moving", 2, counted(30, 32, warmup=5, weights=["none", "forward", "projected"], width=16, batch=4)),
+        Job("moving", 2, counted(30, 20, warmup=5, width=16, batch=4) | FORMS),
+        Job("moving", 2, counted(30, 32, warmup=4, width=32, batch=16) | FORMS),
         *(Job("moving", 2, PROJECTED, delay_ms=delay) for delay in (0.2, 1)),
-        Job("moving", 4, PROJECTED | {"limit": 18}),
-        *(Job("moving", 4, PROJECTED | {"limit": 18}, delay_ms=delay) for delay in (0.2, 1)),
+        Job("moving", 4, PROJECTED),
+        *(Job("moving", 4, PROJECTED, delay_ms=delay) for delay in (0.2, 1)),
     ],
     "growth": [
         Job("growth", 2, BASE | {"points": LINE}, delay_ms=0.2),

@@ -48,6 +48,7 @@ _EXCHANGE: dict[str, list[Any]] = {
 _ENTRIES: dict[str, list[Any]] = {
     "window": [_POINTER, _INDEX, _DOUBLE, _DOUBLE, _DOUBLE] + [_POINTER] * 5,
     "mix": [_POINTER, _INDEX, _DOUBLE, _DOUBLE, _DOUBLE] + [_POINTER] * 4,
+    "push": [_POINTER, _POINTER, _INDEX, _INDEX] + [_POINTER] * 6,
 }
 _FAMILIES: dict[str, dict[str, list[Any]]] = {"plane": _LOOPS, "row": _LOOPS, "exchange": _EXCHANGE}
 _FAMILIES |= {"batch_norm": _ARITHMETIC, "rms": _ARITHMETIC, "entries": _ENTRIES}

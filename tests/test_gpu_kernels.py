@@ -21,7 +21,7 @@ from distnorm.kernels.gpu.cosums import BY_INPUT, BY_OUTPUT, cosums
 from distnorm.methods import RMS, BatchNorm, ChannelAffine
 from distnorm.share import KeepLocal
 from distnorm.types import Affine
-from tests.support.gpu import CUTS, DEVICES, cut_small, run_on
+from tests.support.gpu import CUTS, DEVICES, cut_small, run_on, skip_without
 from tests.test_fused import (
     EPS,
     Case,
@@ -35,6 +35,12 @@ from tests.test_fused import (
     numbers,
     plain_path,
 )
+
+# The interpreter computes with numpy, and also in lanes that nothing is kept of.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning"),
+]
 
 METHODS = (BatchNorm(), RMS())
 HALF = (torch.bfloat16, torch.float16)
@@ -62,30 +68,35 @@ def judge(case: Case, device: str) -> None:
     assert (ours.y.dtype, ours.dx.dtype) == (case.dtype, case.dtype)
 
 
-@settings(max_examples=16)
+@settings(max_examples=30)
 @given(cases(torch.float32, *HALF, methods=METHODS))
 def test_forward_and_backward_agree_with_float64(device: str, cut: str, case: Case) -> None:
     assume(torch.Size(case.shape).numel() <= 500)
     judge(case, device)
 
 
-@pytest.mark.parametrize("method", METHODS, ids=str)
 @pytest.mark.parametrize(
     "case",
     [
         Case((5, 1), mean=50.0),
         Case((1, 3, 7), mean=1e4),
-        Case((2, 4096)),
-        Case((2, 67, 1, 1), layout="channels_last"),
+        Case((2, 67, 1, 1), layout="channels_last", method=RMS()),
         Case((3, 1, 7, 5), layout="channels_last"),
         Case((2, 3, 2, 3, 5), layout="channels_last", dtype=torch.float16),
         Case((4, 2, 7, 7), values="outlier", dtype=torch.bfloat16),
-        Case((2, 2, 3001), mean=50.0),
+        Case((1, 2, 3001), mean=50.0),
     ],
     ids=str,
 )
-def test_odd_sizes(device: str, case: Case, method: ChannelAffine) -> None:
-    judge(case._replace(method=method), device)
+def test_odd_sizes(device: str, case: Case) -> None:
+    judge(case, device)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_many_channels(device: str, method: ChannelAffine, monkeypatch: pytest.MonkeyPatch) -> None:
+    if device == "cpu":
+        monkeypatch.setattr(tiles, "COLUMNS", 2048)  # the interpreter takes its time for every program
+    judge(Case((2, 4096), method=method), device)
 
 
 @pytest.mark.gpu
@@ -94,8 +105,9 @@ def test_odd_sizes(device: str, case: Case, method: ChannelAffine) -> None:
 @pytest.mark.parametrize(
     "shape", [(64, 64, 112, 112), (8, 2048, 7, 7), (33, 259, 13, 15), (4096, 4096), (3, 1, 999983)]
 )
-def test_large_tensors(device: str, shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> None:
-    judge(Case(shape, layout, layout, mean=5.0, dtype=dtype), device)
+def test_large_tensors(shape: tuple[int, ...], dtype: torch.dtype, layout: str) -> None:
+    skip_without("cuda")
+    judge(Case(shape, layout, layout, mean=5.0, dtype=dtype), "cuda")
 
 
 @pytest.mark.parametrize("method", METHODS, ids=str)

@@ -29,7 +29,8 @@ class Bucket:
         self.group = group
         self.index = {slot: number for number, slot in enumerate(layout.sizes)}
         sizes = [size + extra * (slot[1] == "forward") for slot, size in layout.sizes.items()]
-        starts = torch.tensor([0, *sizes]).cumsum(0).tolist()
+        self.starts = torch.tensor([0, *sizes]).cumsum(0)
+        starts = self.starts.tolist()
         self.span = {slot: slice(*starts[number : number + 2]) for slot, number in self.index.items()}
         self.values = starts[-1]
         self.slots = len(sizes)

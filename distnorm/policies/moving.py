@@ -10,6 +10,7 @@ is our construction.
 from __future__ import annotations
 
 from collections.abc import Callable
+from ctypes import CDLL
 from dataclasses import dataclass
 from typing import Any, Literal, final
 
@@ -133,6 +134,8 @@ class _Window(Reducer):
 
     def _push(self, vector: Tensor) -> Tensor:
         """Put the entry that ``vector`` holds into the ring; return which slots it had."""
+        if self.depth and vector.is_cpu and (compiled := library()) is not None:
+            return self._push_compiled(compiled, vector.contiguous())
         usable = self.bucket.usable(vector)
         if not self.depth:
             return usable
@@ -145,6 +148,15 @@ class _Window(Reducer):
         self.position = torch.where(usable, (self.position + 1) % self.depth, self.position)
         self.filled = (self.filled + usable).clamp_max(self.depth)
         self.sums = self.ring.sum(0)
+        return usable
+
+    def _push_compiled(self, compiled: CDLL, vector: Tensor) -> Tensor:
+        bucket, usable = self.bucket, torch.empty(self.bucket.slots, dtype=torch.bool)
+        ring = self.ring, self.filled, self.position, self.sums
+        compiled.entries_push(
+            *(vector.data_ptr(), bucket.starts.data_ptr(), bucket.slots, self.depth),
+            *(each.data_ptr() for each in (*ring, bucket.dropped, usable)),
+        )
         return usable
 
     def state_dict(self) -> dict[str, Any]:

@@ -18,6 +18,8 @@ from distnorm.policies import AllReduce, Chain, Moving, Policy, StaleMix, Warmup
 from tests.moving.models import batch, build, loss_of, same, shared_state
 from tests.support.threads import run_threads
 
+pytestmark = pytest.mark.usefixtures("entries")
+
 POLICIES: dict[str, Policy] = {
     "Moving": Moving(window=3),
     "blocking": Moving(window=3, staleness=0),

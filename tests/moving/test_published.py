@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -11,6 +12,8 @@ import distnorm
 from distnorm import Recipe
 from distnorm.methods import RMS
 from distnorm.policies import AllReduce, Moving, Warmup
+
+pytestmark = pytest.mark.usefixtures("entries")
 
 C, WINDOW, WARMUP, EPS, OLD = 4, 16, 100, 1e-5, 0.98
 STEPS = 1200

@@ -14,6 +14,8 @@ from tests.moving.plans import C, Plan, Seen, follow, make_layer, make_plan
 from tests.moving.written_out import Step, Windows, assert_all_close, draw
 from tests.support.threads import run_threads
 
+pytestmark = pytest.mark.usefixtures("entries")
+
 
 def write_out(plan: Plan, ranks: int, method: Method, policy: Moving) -> list[Seen]:
     model = make_layer(Recipe(method=method, policy=policy))

@@ -28,6 +28,8 @@ from tests.moving.written_out import (
 )
 from tests.support.threads import run_threads
 
+pytestmark = pytest.mark.usefixtures("entries")
+
 METHODS = st.sampled_from([RMS(), BatchNorm()])
 SEEDS = st.integers(0, 2**16)
 WORLDS = st.integers(1, 4)

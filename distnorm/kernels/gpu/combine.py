@@ -75,7 +75,7 @@ def combine_kernel(
     dx,
     dresidual,
     cotangents,
-    count,
+    total,
     pivot,
     saved,
     narrow,
@@ -94,7 +94,7 @@ def combine_kernel(
     """One pass over x and dy."""
     c = channels(PLANES, COLS)
     here = c < C
-    level, slope = formulas.link(cotangents, saved, count, pivot, eps, C, c, here, KINDS)
+    level, slope = formulas.link(cotangents, saved, total, pivot, eps, C, c, here, KINDS)
     level, slope = spread(level.to(tl.float32), PLANES), spread(slope.to(tl.float32), PLANES)
     middle = spread(tl.load(pivot + c, mask=here, other=0.0), PLANES)
     scale = spread(tl.load(narrow + c, mask=here, other=0.0), PLANES)

@@ -98,17 +98,17 @@ def pull(ones, twos, saved, pivot, weight, cotangents, weight_grad, bias_grad, C
 
 
 @triton.jit
-def link(cotangents, saved, count, pivot, eps, C, c, here, KINDS: tl.constexpr):
+def link(cotangents, saved, total, pivot, eps, C, c, here, KINDS: tl.constexpr):
     """From shared cotangents to ``dx = dy * scale + level + (x - pivot) * slope``."""
-    total = divisor(tl.load(count))
+    count = divisor(tl.load(total))
     middle = values_or(pivot, c, here, 0.0)
     square = tl.load(saved + (KINDS - 1) * C + c, mask=here, other=0.0)
     tilt = tl.load(cotangents + (KINDS - 1) * C + c, mask=here, other=0.0)
     if KINDS == 2:
         mean = tl.load(saved + c, mask=here, other=0.0)
-        slope = tilt / ((variance(mean, square) + eps) * total)
-        level = tl.load(cotangents + c, mask=here, other=0.0) / total + (middle - mean) * slope
+        slope = tilt / ((variance(mean, square) + eps) * count)
+        level = tl.load(cotangents + c, mask=here, other=0.0) / count + (middle - mean) * slope
     else:
-        slope = tilt / ((square + eps) * total)
+        slope = tilt / ((square + eps) * count)
         level = middle * slope
     return level, slope

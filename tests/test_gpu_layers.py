@@ -1,0 +1,313 @@
+"""Converted layers on the kernels for GPUs: running statistics, launches, models, compiled graphs, native code."""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+pytest.importorskip("triton", reason="Triton is made for Linux only")
+
+import distnorm
+from distnorm import fused
+from distnorm.kernels.gpu import apply, combine, cosums, gpu_pass, moments
+from distnorm.methods import RMS
+from distnorm.share import KeepLocal
+from distnorm.types import Affine, Landed, Running
+from tests.support.gpu import CUTS, DEVICES, cut_small, run_on, skip_without
+from tests.training import batches, same, train
+
+EPS = 1e-5
+FREE = {"empty", "empty_like", "new_empty", "view", "slice", "select", "detach", "alias", "_unsafe_view", "as_strided"}
+"""Operations of ATen that launch nothing."""
+
+
+@pytest.fixture(scope="module", params=DEVICES)
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    yield from run_on(request.param)
+
+
+@pytest.fixture(params=CUTS)
+def cut(request: pytest.FixtureRequest) -> Iterator[str]:
+    yield from cut_small(request.param)
+
+
+class Seen(TorchDispatchMode):
+    """Notes the operations that may launch something."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name not in FREE:
+            self.names.append(name)
+        return func(*args, **kwargs or {})
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the kernels that are launched, as it goes on."""
+    names: list[str] = []
+    real = moments.launch
+
+    def noting(kernel, grid, *arguments):
+        names.append(kernel.__name__)
+        real(kernel, grid, *arguments)
+
+    for module in (moments, apply, cosums, combine):
+        monkeypatch.setattr(module, "launch", noting)
+    return names
+
+
+def buffers(channels: int, device: str) -> Running:
+    mean, var = torch.rand(2, channels, device=device).add(0.5).unbind()
+    return Running(mean.clone(), var.clone(), torch.tensor(3, device=device), 0.1)
+
+
+# --- running statistics --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("momentum", [0.1, 1.0, None])
+def test_running_statistics_are_those_of_stock(device: str, cut: str, momentum: float | None) -> None:
+    stock = nn.BatchNorm2d(5, momentum=momentum).to(device)
+    ours = distnorm.convert(copy.deepcopy(stock), "local_bn")
+    for x in batches((3, 5, 4, 3)):
+        stock(x.to(device))
+        versions = [each._version for each in ours.buffers()]
+        ours(x.to(device))
+        assert all(each._version > before for each, before in zip(ours.buffers(), versions, strict=True))
+    for name, buffer in stock.named_buffers():
+        torch.testing.assert_close(dict(ours.named_buffers())[name], buffer)
+    assert ours.num_batches_tracked == 3
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_too_few_values_change_nothing(device: str, count: int) -> None:
+    """One value, or none, over all ranks: NaN, if there is any, must not enter."""
+    running = buffers(3, device)
+    before = [each.clone() for each in running[:3]]
+    x = torch.full((count, 3), float("nan"), device=device)
+    shared = torch.tensor([float("nan")] * 6 + [count], dtype=torch.float64, device=device)
+    apply.apply(
+        *(x, shared, torch.zeros(3, device=device), None, None, None, [], list(running[:3]), None, 0.1, EPS),
+        *(1.0, 0, 2, False),
+    )
+    assert all(torch.equal(now, then) for now, then in zip(running[:3], before, strict=True))
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("kinds", [1, 2])
+def test_what_landed_at_the_end_of_a_step(device: str, kinds: int, momentum: float | None, weight: float) -> None:
+    running = buffers(200, device)._replace(momentum=momentum)
+    mean, var, updates = (each.clone() for each in running[:3])
+    local_mean, local_var = torch.rand(2, 200, dtype=torch.float64, device=device).unbind()
+    rows = [local_mean, local_var + local_mean.square()] if kinds == 2 else [local_var]
+    total, landed = (torch.tensor(each, dtype=torch.float64, device=device) for each in (9.0, weight))
+    method = distnorm.methods.BatchNorm() if kinds == 2 else RMS()
+    gpu_pass.absorb_means(method.formula(), Landed("layer", torch.cat(rows), total, landed), running)
+    rate = weight * (0.1 if momentum is not None else 1 / 4)
+    wanted = local_var * 9 / 8 if kinds == 2 else local_var
+    torch.testing.assert_close(running.var_C, var.lerp(wanted.float(), rate))
+    torch.testing.assert_close(running.mean_C, mean.lerp(local_mean.float(), rate) if kinds == 2 else mean)
+    assert running.updates == updates + int(weight)
+
+
+@pytest.mark.parametrize("updates", [4, 5])
+def test_the_correction_of_rms_begins_on_the_device(device: str, updates: int) -> None:
+    method = RMS(clip=1.1, clip_after=5)
+    x, weight, bias = (torch.rand(size, device=device).add(0.5).requires_grad_() for size in ((4, 3, 5), 3, 3))
+    affine = Affine(weight, bias, EPS, torch.full((3,), 0.9, device=device), torch.tensor(updates, device=device))
+    formula = method.formula(affine._replace(updates=torch.tensor(9, device=device)))
+    kernels = gpu_pass.GpuPass(formula._replace(updates=affine.updates), EPS)
+    y = method.normalize(x, KeepLocal(), affine)
+    dy = torch.linspace(-1, 1, y.numel(), device=device).view_as(y)
+    expected = torch.autograd.grad(y, [x, weight, bias], dy)
+    with torch.no_grad():
+        ours = kernels.normalize(x, kernels.sums(x), weight, bias)
+        cotangents, dweight, dbias = kernels.pull(dy, x, weight)
+        dx = kernels.combine(dy, x, cotangents)
+    for value, wanted in zip([ours, dx, dweight, dbias], [y, *expected], strict=True):
+        torch.testing.assert_close(value, wanted, rtol=1e-5, atol=1e-5)
+
+
+# --- launches ------------------------------------------------------------------------------------
+
+
+def test_launches_of_a_layer(device: str, cut: str, launches: list[str]) -> None:
+    """By construction at most 3 and 3, beside the collectives; nothing of ATen's but memory and views."""
+    layer = distnorm.convert(nn.BatchNorm2d(5), "sync_bn").to(device)
+    x = torch.randn(4, 5, 6, 6, device=device, requires_grad=True)
+    layer(x).backward(torch.randn_like(x))  # binds
+    dy = torch.randn_like(x)
+    launches.clear()
+    with Seen() as forward:
+        y = layer(x)
+    split = cut == "cut"
+    assert launches == ["sums_kernel", *["merge_kernel"] * split, "apply_kernel"]
+    assert forward.names == ["gpu_moments", "gpu_apply"]
+    launches.clear()
+    with Seen() as backward:
+        torch.autograd.grad(y, [x, layer.weight, layer.bias], dy)
+    assert launches == ["cosums_kernel", *["pull_kernel"] * split, "combine_kernel"]
+    assert backward.names == ["gpu_cosums", "gpu_combine"]
+
+
+# --- whole models --------------------------------------------------------------------------------
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 3, 3), nn.BatchNorm2d(3)
+    )
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("recipe", ["local_bn", "sync_bn"])
+def test_training_is_that_of_stock(device: str, recipe: str, memory_format: torch.memory_format) -> None:
+    stock = network().to(device, memory_format=memory_format)
+    inputs = [each.to(device, memory_format=memory_format) for each in batches((3, 2, 7, 7), 2)]
+    ours = distnorm.convert(copy.deepcopy(stock), recipe)
+    given, expected = train(ours, inputs), train(stock, inputs)
+    assert given.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(given[name], value, rtol=1e-4, atol=2e-5, msg=lambda text, name=name: name + text)
+
+
+def test_moving_statistics_train_as_on_the_plain_path(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = [each.to(device) for each in batches((3, 2, 7, 7), 3)]
+    traces = []
+    for kernels in (True, False):
+        if not kernels:
+            monkeypatch.setattr(fused, "suits", lambda method, x: False)
+        traces.append(train(distnorm.convert(network().to(device), "mabn"), inputs))
+    for name, value in traces[1].items():
+        torch.testing.assert_close(
+            traces[0][name], value, rtol=1e-4, atol=2e-5, msg=lambda text, name=name: name + text
+        )
+
+
+def test_one_value_is_told_where_the_shape_tells_it(device: str) -> None:
+    layer = distnorm.convert(nn.BatchNorm1d(3), "sync_bn").to(device)
+    with pytest.raises(ValueError, match="1 value per channel"):
+        layer(torch.randn(1, 3, device=device))
+
+
+def test_which_inputs_the_kernels_take(device: str) -> None:
+    x = torch.zeros(2, 3, device=device)
+    assert fused.suits(RMS(), x)
+    assert fused.suits(RMS(), x.double()) is (device == "cpu")
+
+
+# --- compiled graphs, and native code ------------------------------------------------------------
+
+
+def four_operators(x: Tensor, dy: Tensor, weight: Tensor, bias: Tensor, running: list[Tensor]) -> tuple[Tensor, ...]:
+    wire, pivot = torch.ops.distnorm.gpu_moments(x)
+    y, saved, narrow = torch.ops.distnorm.gpu_apply(
+        x, wire, pivot, weight, bias, None, [], running, None, 0.1, EPS, 1.0, 0, 2, False
+    )
+    given = pivot, weight, saved, narrow, 2, 0
+    cotangents, dweight, dbias = torch.ops.distnorm.gpu_cosums(dy, x, None, *given)
+    dx, _ = torch.ops.distnorm.gpu_combine(dy, x, None, cotangents, wire[-1], pivot, saved, narrow, EPS, 2, 0, False)
+    return y, dx, dweight, dbias
+
+
+def test_operators_enter_compiled_graphs(device: str) -> None:
+    torch.manual_seed(0)
+    tensors = [torch.rand(size, device=device) for size in ((4, 3, 5), (4, 3, 5), (3,), (3,))]
+    traces = []
+    for run in (four_operators, torch.compile(four_operators, fullgraph=True, backend="aot_eager")):
+        running = [torch.zeros(3, device=device), torch.ones(3, device=device), torch.tensor(0, device=device)]
+        traces.append([*run(*tensors, running), *running])
+    for compiled, eager in zip(*traces, strict=True):
+        torch.testing.assert_close(compiled, eager)
+
+
+def test_operators_say_what_they_do(device: str) -> None:
+    """Schemas and fakes, by torch's own check."""
+    x, dy = torch.rand(2, 4, 3, 5, device=device).unbind()
+    running = [torch.zeros(3, device=device), torch.ones(3, device=device), torch.tensor(0, device=device)]
+    wire, pivot = moments.moments(x)
+    given = x, wire, pivot, None, None, None, [], running, None, 0.1, EPS, 1.0, 0, 2, True
+    y, saved, narrow = apply.apply(*given)
+    kept = pivot, saved, narrow
+    calls = {
+        moments.moments: (x,),
+        apply.apply: given,
+        apply.absorb: (wire[:-1] / 20, wire[-1], torch.ones_like(wire[-1]), running, None, 0.1, 2),
+        cosums.cosums: (dy, x, y, pivot, None, saved, narrow, 2, 2),
+        combine.combine: (dy, x, y, wire[:-1].clone(), wire[-1], *kept, EPS, 2, 2, True),
+    }
+    for operator, arguments in calls.items():
+        torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_every_kernel_compiles_for_a_card(tmp_path: Path) -> None:
+    """By Triton's compiler and NVIDIA's assembler, which need no card and take less than the interpreter does."""
+    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-m", "tests.support.gpu_compile"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    kernels = {line.split()[0] for line in done.stdout.splitlines()}
+    assert kernels >= {"sums_kernel", "merge_kernel", "apply_kernel", "cosums_kernel", "pull_kernel", "combine_kernel"}
+    assert "absorb_kernel" in kernels
+    assert all("vectors" in line for line in done.stdout.splitlines() if "aligned" in line), done.stdout
+    assert "spills" not in done.stdout, done.stdout
+
+
+# --- a card alone knows --------------------------------------------------------------------------
+
+
+def training_step(device: str) -> tuple[nn.Module, Tensor, torch.optim.Optimizer]:
+    model = distnorm.convert(network().to(device), "sync_bn")
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    x = batches((3, 2, 7, 7), 1)[0].to(device)
+    for _ in range(3):
+        optimizer.zero_grad(set_to_none=False)
+        model(x).square().sum().backward()
+        optimizer.step()
+    return model, x, optimizer
+
+
+@pytest.mark.gpu
+def test_a_step_never_waits_for_the_card() -> None:
+    skip_without("cuda")
+    model, x, optimizer = training_step("cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        model(x).square().sum().backward()
+        optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_a_step_is_replayed_from_a_graph() -> None:
+    skip_without("cuda")
+    model, x, optimizer = training_step("cuda")
+    other = copy.deepcopy(model)
+    graph = torch.cuda.CUDAGraph()
+    optimizer.zero_grad(set_to_none=False)
+    with torch.cuda.graph(graph):
+        model(x).square().sum().backward()
+    for parameter, buffer in zip(model.parameters(), other.parameters(), strict=True):
+        parameter.grad.zero_()
+        buffer.grad = None
+    graph.replay()
+    other(x).square().sum().backward()
+    torch.cuda.synchronize()
+    for one, two in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, two.grad)
+    same(dict(model.named_buffers()), dict(other.named_buffers()))
