@@ -5,7 +5,7 @@ benchmarks/hosts.py 2 1 python benchmarks/plan_check.py``.
 
 Each run first measures sums alone, then predicts ``sync_bn``'s collective time per step in two ways: by the latency of
 one size, and by the fit of all sizes that ``distnorm plan --measured`` uses. Then it takes training steps, and records
-every collective on all ranks. The rank that comes last waits for nobody, so a collective's time is the least one.
+every collective on all ranks. ``of_all_ranks`` says what a collective's time is.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from models import IMAGE, resnet18
 
 from distnorm import Recipe, recipes
 from distnorm.attach import conversions_of
-from distnorm.diagnostics.bench_links import measure_links
+from distnorm.diagnostics.bench_links import measure_links, of_all_ranks
 from distnorm.diagnostics.bench_rounds import take_turns
 from distnorm.diagnostics.bench_steps import Trainer
 from distnorm.diagnostics.plan import predict
@@ -68,15 +68,15 @@ def check(width: int, batch: int, seconds: float) -> dict[str, Any]:
     seen = take_turns({name: trainer.turn for name, trainer in trainers.items()}, seconds / 2, CPU, lambda part: None)
 
     layers = list(conversion.layers())
-    least = torch.tensor(stopwatch.seconds, dtype=torch.float64).view(-1, 2 * len(layers))
-    dist.all_reduce(least, dist.ReduceOp.MIN)
+    group = conversion.bound().reducer.group
+    taken = of_all_ranks(torch.tensor(stopwatch.seconds, dtype=torch.float64), group).view(-1, 2 * len(layers))
     step = statistics.median(seen["local_bn"])
     one_size, by_fit = (
         predict("sync_bn", layers, len(ranks), len(ranks), network, "gloo", step).blocking_seconds
         for network in (alone, fit(points))
     )
     exposed = statistics.median(a - b for a, b in zip(seen["sync_bn"], seen["local_bn"], strict=True))
-    measured = statistics.median(least.sum(1).tolist())
+    measured = statistics.median(taken.sum(1).tolist())
     found = {"alpha": alpha, "one_size": one_size, "fit": by_fit, "measured": measured, "exposed": exposed}
     return {"ranks": len(ranks), "width": width, "batch": batch, "collectives": 2 * len(layers)} | {
         f"{name}_ms": value * 1e3 for name, value in found.items()

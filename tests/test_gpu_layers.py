@@ -1,13 +1,11 @@
-"""Converted layers on the kernels for GPUs: running statistics, launches, models, compiled graphs, native code."""
+"""Converted layers on the kernels for GPUs: running statistics, launches, whole models, two ranks."""
 
 from __future__ import annotations
 
 import copy
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -146,8 +144,8 @@ def test_the_correction_of_rms_begins_on_the_device(device: str, updates: int) -
 
 def test_launches_of_a_layer(device: str, cut: str, launches: list[str]) -> None:
     """By construction at most 3 and 3, beside the collectives; nothing of ATen's but memory and views."""
-    layer = distnorm.convert(nn.BatchNorm2d(5), "sync_bn").to(device)
-    x = torch.randn(4, 5, 6, 6, device=device, requires_grad=True)
+    layer = distnorm.convert(nn.BatchNorm2d(2), "sync_bn").to(device)
+    x = torch.randn(4, 2, 6, 6, device=device, requires_grad=True)
     layer(x).backward(torch.randn_like(x))  # binds
     dy = torch.randn_like(x)
     launches.clear()
@@ -210,70 +208,20 @@ def test_which_inputs_the_kernels_take(device: str) -> None:
     assert fused.suits(RMS(), x.double()) is (device == "cpu")
 
 
-# --- compiled graphs, and native code ------------------------------------------------------------
-
-
-def four_operators(x: Tensor, dy: Tensor, weight: Tensor, bias: Tensor, running: list[Tensor]) -> tuple[Tensor, ...]:
-    wire, pivot = torch.ops.distnorm.gpu_moments(x)
-    y, saved, narrow = torch.ops.distnorm.gpu_apply(
-        x, wire, pivot, weight, bias, None, [], running, None, 0.1, EPS, 1.0, 0, 2, False
-    )
-    given = pivot, weight, saved, narrow, 2, 0
-    cotangents, dweight, dbias = torch.ops.distnorm.gpu_cosums(dy, x, None, *given)
-    dx, _ = torch.ops.distnorm.gpu_combine(dy, x, None, cotangents, wire[-1], pivot, saved, narrow, EPS, 2, 0, False)
-    return y, dx, dweight, dbias
-
-
-def test_operators_enter_compiled_graphs(device: str) -> None:
-    torch.manual_seed(0)
-    tensors = [torch.rand(size, device=device) for size in ((4, 3, 5), (4, 3, 5), (3,), (3,))]
-    traces = []
-    for run in (four_operators, torch.compile(four_operators, fullgraph=True, backend="aot_eager")):
-        running = [torch.zeros(3, device=device), torch.ones(3, device=device), torch.tensor(0, device=device)]
-        traces.append([*run(*tensors, running), *running])
-    for compiled, eager in zip(*traces, strict=True):
-        torch.testing.assert_close(compiled, eager)
-
-
-def test_operators_say_what_they_do(device: str) -> None:
-    """Schemas and fakes, by torch's own check."""
-    x, dy = torch.rand(2, 4, 3, 5, device=device).unbind()
-    running = [torch.zeros(3, device=device), torch.ones(3, device=device), torch.tensor(0, device=device)]
-    wire, pivot = moments.moments(x)
-    given = x, wire, pivot, None, None, None, [], running, None, 0.1, EPS, 1.0, 0, 2, True
-    y, saved, narrow = apply.apply(*given)
-    kept = pivot, saved, narrow
-    calls = {
-        moments.moments: (x,),
-        apply.apply: given,
-        apply.absorb: (wire[:-1] / 20, wire[-1], torch.ones_like(wire[-1]), running, None, 0.1, 2),
-        cosums.cosums: (dy, x, y, pivot, None, saved, narrow, 2, 2),
-        combine.combine: (dy, x, y, wire[:-1].clone(), wire[-1], *kept, EPS, 2, 2, True),
-    }
-    for operator, arguments in calls.items():
-        torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
-
-
-def test_every_kernel_compiles_for_a_card(tmp_path: Path) -> None:
-    """By Triton's compiler and NVIDIA's assembler, which need no card and take less than the interpreter does."""
-    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    command = [sys.executable, "-m", "tests.support.gpu_compile"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+def test_two_ranks_on_one_device(device: str) -> None:
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "tests.support.gpu_pair"]
+    done = subprocess.run([sys.executable, *command, device], capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
-    kernels = {line.split()[0] for line in done.stdout.splitlines()}
-    assert kernels >= {"sums_kernel", "merge_kernel", "apply_kernel", "cosums_kernel", "pull_kernel", "combine_kernel"}
-    assert "absorb_kernel" in kernels
-    assert all("vectors" in line for line in done.stdout.splitlines() if "aligned" in line), done.stdout
-    assert "spills" not in done.stdout, done.stdout
 
 
 # --- a card alone knows --------------------------------------------------------------------------
 
 
-def training_step(device: str) -> tuple[nn.Module, Tensor, torch.optim.Optimizer]:
-    model = distnorm.convert(network().to(device), "sync_bn")
+def trained() -> tuple[nn.Module, Tensor, torch.optim.Optimizer]:
+    """A model after three steps on the card, with its input and optimizer."""
+    model = distnorm.convert(network().cuda(), "sync_bn")
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    x = batches((3, 2, 7, 7), 1)[0].to(device)
+    x = batches((3, 2, 7, 7), 1)[0].cuda()
     for _ in range(3):
         optimizer.zero_grad(set_to_none=False)
         model(x).square().sum().backward()
@@ -282,9 +230,10 @@ def training_step(device: str) -> tuple[nn.Module, Tensor, torch.optim.Optimizer
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 def test_a_step_never_waits_for_the_card() -> None:
     skip_without("cuda")
-    model, x, optimizer = training_step("cuda")
+    model, x, optimizer = trained()
     torch.cuda.set_sync_debug_mode("error")
     try:
         model(x).square().sum().backward()
@@ -296,18 +245,17 @@ def test_a_step_never_waits_for_the_card() -> None:
 @pytest.mark.gpu
 def test_a_step_is_replayed_from_a_graph() -> None:
     skip_without("cuda")
-    model, x, optimizer = training_step("cuda")
+    model, x, optimizer = trained()
     other = copy.deepcopy(model)
     graph = torch.cuda.CUDAGraph()
     optimizer.zero_grad(set_to_none=False)
     with torch.cuda.graph(graph):
         model(x).square().sum().backward()
-    for parameter, buffer in zip(model.parameters(), other.parameters(), strict=True):
+    for parameter in model.parameters():
         parameter.grad.zero_()
-        buffer.grad = None
     graph.replay()
     other(x).square().sum().backward()
     torch.cuda.synchronize()
     for one, two in zip(model.parameters(), other.parameters(), strict=True):
-        torch.testing.assert_close(one.grad, two.grad)
+        torch.testing.assert_close(one.grad, two.grad, rtol=1e-4, atol=1e-5)
     same(dict(model.named_buffers()), dict(other.named_buffers()))

@@ -79,8 +79,8 @@ def measure_links(
     """Sums of ``sizes`` bytes over the groups of ``topology`` take turns for ``seconds``. Collective over its ranks.
 
     A computation comes before each sum, as in a training step: a loop of nothing but sums finds every thread awake and
-    flatters. What counts is the rank that comes last, which waits for nobody: the least time of all ranks. Of the
-    rounds it is the mean, since the times of a step's collectives add up and medians do not, without both ends.
+    flatters. ``of_all_ranks`` says what counts. Of the rounds it is the mean, since the times of a step's collectives
+    add up and medians do not, without both ends.
     """
     contenders: dict[tuple[str, Algorithm, int], Callable[[], float]] = {}
     reaches: dict[tuple[str, Algorithm], Reach] = {}
@@ -91,9 +91,11 @@ def measure_links(
             for nbytes in _taken(algorithm, sizes):
                 contenders[where, algorithm, nbytes] = _timer(wrapped, nbytes, device)
     seen = take_turns(contenders, seconds, device, tell)
-    mine = torch.tensor([seen[key] for key in contenders], dtype=torch.float64, device=device)
-    dist.all_reduce(mine, dist.ReduceOp.MIN)
-    found = dict(zip(contenders, (_middle_mean(row) for row in mine.tolist()), strict=True))
+    groups = _groups(topology, local)
+    found = {
+        key: _middle_mean(of_all_ranks(torch.tensor(seen[key], dtype=torch.float64, device=device), groups[key[0]]))
+        for key in contenders
+    }
     return [
         Link(
             where=where,
@@ -107,7 +109,22 @@ def measure_links(
     ]
 
 
-def _middle_mean(values: list[float]) -> float:
+def of_all_ranks(times: Tensor, group: TorchGroup) -> Tensor:
+    """How long sums took that took each rank ``times``: the least time of all ranks, or the mean. One collective.
+
+    Ranks do not come together, and who comes first waits for the others. Where they share memory, the last one waits
+    for nobody: the least. Where messages travel, a rank that is early by less than their delay waits as much longer as
+    the other waits shorter, and so on from sum to sum: the mean is the delay, and the least can be anything below.
+    """
+    if group.direct is None or not group.direct.travels:
+        dist.all_reduce(times, dist.ReduceOp.MIN)
+        return times
+    dist.all_reduce(times)
+    return times / dist.get_world_size()
+
+
+def _middle_mean(times: Tensor) -> float:
+    values = times.tolist()
     cut = int(_CUT * len(values))
     return statistics.fmean(sorted(values)[cut : len(values) - cut])
 
@@ -139,8 +156,11 @@ def _timer(group: TorchGroup, nbytes: int, device: torch.device) -> Callable[[],
     wire = torch.ones(nbytes // 8, dtype=torch.float64, device=device)
     work = torch.ones(_WORK, _WORK, device=device)
 
+    at_once = group.direct is not None and not group.direct.travels
+
     def once() -> float:
-        group.sum(wire, _SLOT)  # as in a step, a sum comes before; what the last contender left is over then
+        if at_once:  # so quick a sum shows what the threads of the last contender left to do
+            group.sum(wire, _SLOT)
         _ = work @ work
         synchronize(device)
         started = time.perf_counter()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -23,6 +24,9 @@ LOOK_S = 0.1
 
 class Direct(ABC):
     """Sums of float64 vectors on the CPU among the ranks of a group, which hand in the same number of values."""
+
+    travels: ClassVar[bool] = True
+    """Whether vectors cross a network, so that ranks do not come out of a sum at the same time."""
 
     def __init__(self) -> None:
         """No turn yet."""

@@ -18,6 +18,7 @@ import time
 from ctypes import CDLL, addressof, c_char
 from datetime import timedelta
 from pathlib import Path
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -33,6 +34,8 @@ LINE = 64  # bytes, as in exchange.c
 
 class SharedMemory(Direct):
     """A segment that the ranks of a group share; each knows it by its own address."""
+
+    travels: ClassVar[bool] = False
 
     def __init__(self, file: int, ranks: tuple[int, ...], place: int, timeout: timedelta, compiled: CDLL) -> None:
         """Map the open ``file`` as rank number ``place`` of ``ranks``, and hold this rank's lock."""

@@ -1,82 +1,91 @@
-"""Compiles every kernel for an H100 or H200, as launches would; prints what came out. Run without the interpreter."""
+"""Compiles the kernels for an H100 or H200 by real calls of the operators, whose launches end before the card's turn.
+
+Prints what came out. Run it without the interpreter; no card is needed.
+"""
 
 from __future__ import annotations
 
+import itertools
 import re
 import subprocess
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.runtime.driver import driver
 
 from distnorm.kernels.gpu import apply, combine, cosums, moments
+from distnorm.kernels.gpu.cosums import BY_OUTPUT, UNMASKED
 
-TARGET = GPUTarget("cuda", 90, 32)
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-
-# The types of all arguments. What stands in a list is a constant: so are sizes of 1, for Triton.
-INT = "i32"
-PLANES = {"N": INT, "L": INT, "C": INT, "PLANES": [True], "VEC": [16], "ROWS": [2], "COLS": [1024]}
-ROWS = {"N": INT, "L": [1], "C": INT, "PLANES": [False], "VEC": [1], "ROWS": [32], "COLS": [64]}
-SMALL = {"N": INT, "L": [1], "C": [1], "PLANES": [True], "VEC": [2], "ROWS": [1], "COLS": [2]}
-ONE = {"N": INT, "L": [1], "C": [1], "PLANES": [False], "VEC": [1], "ROWS": [1], "COLS": [1]}
-WIDE = ("sums", "parts", "wire", "shared", "saved", "cotangents", "means", "total", "landed")
-NARROW = ("pivot", "narrow", "weight", "bias", "weight_grad", "bias_grad", "running_mean", "running_var")
-BASE: dict[str, Any] = dict.fromkeys(("tiles", "count", "splits", "clip_after"), INT)
-BASE |= dict.fromkeys(WIDE, "*fp64") | dict.fromkeys(NARROW, "*fp32") | {"count": INT, "updates": "*i64"}
-BASE |= dict.fromkeys(("momentum", "eps", "clip"), "fp32")
-BASE |= {name: [None] for name in ("y", "residual", "dresidual", "followed", "followed_updates", "earlier")}
-BASE |= {"KINDS": [2], "MASK": [0], "RELU": [False], "WHOLE": [True]}
-RARE = {"momentum": [None], "earlier": "*i64", "followed": "*fp32", "followed_updates": "*i64", "KINDS": [1]}
-RARE |= {"weight": [None], "bias": [None], "WHOLE": [False]}
-MERGE = {"C": INT, "ROWS": [32], "COLS": [32]}
 VECTORS, SPILLS = re.compile(r"ld\.global\.v4\.b32"), re.compile(rb"STACK:[1-9]|LOCAL:[1-9]")
+EPS = 1e-5
+
+# Aligned as ResNet's are, with and without several programs per channel; odd; as small as can be.
+SHAPES = [(8, 64, 16, 16), (64, 16, 32, 32), (33, 7, 7, 7), (2, 1)]
 
 
-def big(dtype: str) -> dict[str, Any]:
-    """The types of big tensors."""
-    return dict.fromkeys(("x", "dy", "dx", "y"), dtype)
+class Absent:
+    """A driver that names a card and has none."""
+
+    def get_current_target(self) -> GPUTarget:
+        """An H200."""
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        """The first."""
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        """The default one."""
+        return 0
 
 
-def build(kernel: Any, note: str, types: dict[str, Any], folder: Path) -> None:
-    """Compile, and print the kernel's name, how it loads, and whether registers spill to memory."""
-    names = kernel.arg_names
-    signature = {name: "constexpr" if isinstance(types[name], list) else types[name] for name in names}
-    constants = {(at,): types[name][0] for at, name in enumerate(names) if signature[name] == "constexpr"}
-    aligned = [
-        at for at, name in enumerate(names) if signature[name][0] == "*" or (name in "LC" and types[name] == INT)
-    ]
-    source = ASTSource(kernel, signature, constants, {(at,): [["tt.divisibility", 16]] for at in aligned})
-    built = triton.compile(source, target=TARGET, options={"num_warps": 4})
-    path = folder / "kernel.cubin"
-    path.write_bytes(built.asm["cubin"])
-    usage = subprocess.run([CUOBJDUMP, "--dump-resource-usage", path], capture_output=True, check=True).stdout
+def compile_launch(kernel: Any, grid: tuple[int, ...], *arguments: Any) -> None:
+    """In the place of ``tiles.launch``: all of a launch but the launch."""
+    built = kernel.warmup(*arguments, grid=grid, num_warps=4)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(built.asm["cubin"])
+        file.flush()
+        usage = subprocess.run([CUOBJDUMP, "--dump-resource-usage", file.name], capture_output=True, check=True).stdout
+    x = arguments[0]
+    aligned = x.dim() > 1 and not any(size % 16 for size in (x.shape[1], x[0, 0].numel()))
     loads = "vectors" if VECTORS.search(built.asm["ptx"]) else "scalars"
-    print(kernel.__name__, note, loads, "spills" if SPILLS.search(usage) else "")
+    print(kernel.__name__, "aligned" if aligned else "odd", loads, "spills" if SPILLS.search(usage) else "")
+
+
+def call(x: Tensor, *, kinds: int, extras: bool) -> None:
+    """All operators; the values are left to chance. ``extras``: with everything that is optional, else with nothing."""
+    channels = x.shape[1]
+    weight, bias, mean, var = torch.ones(4, channels).unbind()
+    updates = torch.tensor(0)
+    wire, pivot = moments.moments(x)
+    shared = wire[(2 - kinds) * channels :]
+    given: tuple[Any, ...] = (weight, bias, None, [], [mean, var, updates], None, 0.1)
+    if extras:
+        given = (None, None, x, [var.clone(), updates.clone()], [mean, var, updates], updates.clone(), None)
+    y, saved, narrow = apply.apply(x, shared, pivot, *given, EPS, 5.0, 1000, kinds, extras)
+    mask, output = (BY_OUTPUT, y) if extras else (UNMASKED, None)
+    cotangents, *_ = cosums.cosums(x, x, output, pivot, given[0], saved, narrow, kinds, mask)
+    combine.combine(x, x, output, cotangents, shared[-1], pivot, saved, narrow, EPS, kinds, mask, extras)
+    apply.absorb(shared[:-1], shared[-1], shared[-1], *given[4:], kinds)
 
 
 def main() -> None:
-    """Every kernel: for planes and for rows, aligned and as small as can be, with and without what is optional."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        for note, image in (("aligned", PLANES), ("aligned", ROWS), ("small", SMALL), ("small", ONE)):
-            for dtype in ("*bf16", "*fp32") if note == "aligned" else ("*bf16",):
-                plain = BASE | image | big(dtype) | {"y": dtype}
-                fused = plain | RARE | dict.fromkeys(("residual", "dresidual"), dtype) | {"RELU": [True], "MASK": [2]}
-                for types in (plain, fused) if dtype == "*bf16" else (plain,):
-                    for kernel in (
-                        moments.sums_kernel,
-                        apply.apply_kernel,
-                        cosums.cosums_kernel,
-                        combine.combine_kernel,
-                    ):
-                        build(kernel, note, types, folder)
-        for types in (BASE | MERGE, BASE | RARE | MERGE):
-            for kernel in (moments.merge_kernel, cosums.pull_kernel, apply.absorb_kernel):
-                build(kernel, "merged", types, folder)
+    """Every kernel, in the variants that shapes, layouts and options make of it."""
+    driver.set_active(Absent())
+    for module in (moments, apply, cosums, combine):
+        vars(module)["launch"] = compile_launch
+    for shape, dtype in itertools.product(SHAPES, (torch.bfloat16, torch.float32)):
+        x = torch.zeros(shape, dtype=dtype)
+        extras = dtype is torch.bfloat16
+        call(x, kinds=1 + extras, extras=extras)
+        if x.dim() == 4:
+            call(x.to(memory_format=torch.channels_last), kinds=2 - extras, extras=not extras)
 
 
 if __name__ == "__main__":

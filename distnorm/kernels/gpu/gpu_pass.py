@@ -43,6 +43,7 @@ class GpuPass:
         self._count = shared[-1]
         followed = [] if formula.running_var_C is None else [formula.running_var_C, formula.updates]
         buffers, earlier, momentum = _arguments(running)
+        weight_C, bias_C = (None if each is None else each.contiguous() for each in (weight_C, bias_C))
         y_NCL: Tensor
         y_NCL, self._saved, self._narrow = apply(
             *(dense(x_NCL), shared, self._pivot_C, weight_C, bias_C, None, followed, buffers, earlier, momentum),
@@ -53,7 +54,7 @@ class GpuPass:
 
     def pull(self, dy_NCL: Tensor, x_NCL: Tensor, weight_C: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Cotangents of what was shared, and gradients of weight and bias."""
-        x_NCL = dense(x_NCL)
+        x_NCL, weight_C = dense(x_NCL), None if weight_C is None else weight_C.contiguous()
         found: tuple[Tensor, Tensor, Tensor] = cosums(
             *(like(dy_NCL, x_NCL), x_NCL, None, self._pivot_C, weight_C, self._saved, self._narrow),
             *(self._formula.kinds, UNMASKED),

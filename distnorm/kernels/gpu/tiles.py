@@ -9,6 +9,7 @@ The grid is (channels, splits): program (i, j) takes the tiles j, j + splits, ..
 
 import math
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -45,21 +46,25 @@ class Tiles(NamedTuple):
 
 def tiles_of(x_NCL: Tensor) -> Tiles:
     """The tiles of ``x_NCL``, which is ``dense``; one split without tiles if it is empty."""
-    channels = x_NCL.shape[1]
-    batch, length = x_NCL.shape[0], math.prod(x_NCL.shape[2:])
-    if x_NCL.is_contiguous() and length > 1:
+    return _cut(x_NCL.shape, x_NCL.is_contiguous(), TILE, COLUMNS, PROGRAMS)
+
+
+@lru_cache(maxsize=4096)
+def _cut(shape: torch.Size, contiguous: bool, tile: int, width: int, programs: int) -> Tiles:
+    batch, channels, length = shape[0], shape[1], math.prod(shape[2:])
+    if contiguous and length > 1:
         vector = math.gcd(length, 16)
-        columns = min(triton.next_power_of_2(length), TILE)
-        rows = max(1, min(triton.next_power_of_2(batch), TILE // columns))
-        tiles = triton.cdiv(batch, rows) * triton.cdiv(length, columns)
-        blocks, image = channels, (batch, length // vector, channels, tiles, True, vector, rows, columns)
+        columns = min(triton.next_power_of_2(length), tile)
+        rows = max(1, min(triton.next_power_of_2(batch), tile // columns))
+        count = triton.cdiv(batch, rows) * triton.cdiv(length, columns)
+        blocks, image = channels, (batch, length // vector, channels, count, True, vector, rows, columns)
     else:
-        columns = min(triton.next_power_of_2(channels), COLUMNS, TILE)
-        rows = max(1, min(triton.next_power_of_2(max(batch * length, 1)), TILE // columns))
-        tiles = triton.cdiv(batch * length, rows)
-        blocks, image = triton.cdiv(channels, columns), (batch * length, 1, channels, tiles, False, 1, rows, columns)
-    wanted = max(triton.cdiv(PROGRAMS, blocks), triton.cdiv(tiles, LONGEST))
-    return Tiles((blocks, max(1, min(tiles, wanted))), image)
+        columns = min(triton.next_power_of_2(channels), width, tile)
+        rows = max(1, min(triton.next_power_of_2(max(batch * length, 1)), tile // columns))
+        count = triton.cdiv(batch * length, rows)
+        blocks, image = triton.cdiv(channels, columns), (batch * length, 1, channels, count, False, 1, rows, columns)
+    wanted = max(triton.cdiv(programs, blocks), triton.cdiv(count, LONGEST))
+    return Tiles((blocks, max(1, min(count, wanted))), image)
 
 
 def dense(x_NCL: Tensor) -> Tensor:
