@@ -93,7 +93,6 @@ class DistNorm(_BatchNorm):
         bias_C = None if self.bias is None else self.bias.to(mean_C.dtype)
         return F.batch_norm(x_NCL, mean_C, var_C, weight_C, bias_C, False, 0.0, self.eps)
 
-    @torch.no_grad()
     def _track(self, share: LayerShare | KeepLocal) -> None:
         assert share.shared is not None
         landed = self.recipe.policy.always_lands or share.landed()

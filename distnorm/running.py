@@ -29,8 +29,9 @@ def absorb_shared(layer: _BatchNorm, method: Method, shared: Tensor, landed: Ten
             _absorb_now(layer, method, shared)
         return
     count = shared[-1]
-    moments = method.moments(shared[:-1].view(-1, layer.num_features) / count.clamp_min(1), count)
-    absorb(layer, moments, count, landed)
+    with torch.no_grad():
+        moments = method.moments(shared[:-1].view(-1, layer.num_features) / count.clamp_min(1), count)
+        absorb(layer, moments, count, landed)
 
 
 def _absorb_now(layer: _BatchNorm, method: Method, shared: Tensor) -> None:

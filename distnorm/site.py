@@ -59,15 +59,18 @@ class Site:
             return False
         if x_NCL.numel() == x_NCL.shape[1]:
             raise self._too_few(1)
-        self.begin()
+        self._begin(binding)
         return True
 
     def begin(self) -> int:
         """The training step of the forward that begins now."""
         binding = self.conversion.bound()
+        self._begin(binding)
+        return binding.step
+
+    def _begin(self, binding: Binding) -> None:
         if graph_task() == NO_BACKWARD:
             binding.forward_begins(self.name)
-        return binding.step
 
     def statistics(self, wire: Tensor, step: int, *, learning: bool, held: bool, enough: bool = False) -> Record:
         """Shared counterpart of the local sums ``wire``, whose last element is the count.

@@ -26,13 +26,14 @@ class DensePass:
         """What the method shares: local sums and their count, float64 ``[K C + 1]``."""
         channels, kinds = x_NCL.shape[1], self._formula.kinds
         self._channels = channels
-        self._narrow = torch.empty(5 * channels, dtype=torch.float32)  # pivot, scale, shift; level, slope
-        self._wide = torch.empty(7 * channels + 1, dtype=torch.float64)  # sums, count, means, factor; sums of dy
-        self._narrow_at = narrow = self._narrow.data_ptr()
-        wide = self._wide.data_ptr()
-        self._means_at = wide + (2 * channels + 1) * DOUBLE
-        self._loops.sums(None, x_NCL.data_ptr(), narrow, wide, *self._loops.image)
-        return self._wide[(2 - kinds) * channels : 2 * channels + 1]
+        # Float64: sums, count, means, factor; sums of dy. Then float32: pivot, scale, shift; level, slope.
+        wide = 7 * channels + 1
+        self._memory = x_NCL.new_empty(wide + (5 * channels + 1) // 2, dtype=torch.float64)
+        start = self._memory.data_ptr()
+        self._means_at = start + (2 * channels + 1) * DOUBLE
+        self._narrow_at = narrow = start + wide * DOUBLE
+        self._loops.sums(None, x_NCL.data_ptr(), narrow, start, *self._loops.image)
+        return self._memory[(2 - kinds) * channels : 2 * channels + 1]
 
     def normalize(self, x_NCL: Tensor, shared: Tensor, weight_C: Tensor | None, bias_C: Tensor | None) -> Tensor:
         """The output, by ``shared`` sums and their count."""
@@ -56,8 +57,8 @@ class DensePass:
         sums = factor + channels * DOUBLE
         dy_NCL = like(dy_NCL, x_NCL)
         self._loops.sums(dy_NCL.data_ptr(), x_NCL.data_ptr(), pivot, sums, *self._loops.image)
-        cotangents = self._wide.new_empty(self._formula.kinds * channels)
-        weight_grad_C, bias_grad_C = self._narrow.new_empty(channels), self._narrow.new_empty(channels)
+        cotangents = self._memory.new_empty(self._formula.kinds * channels)
+        weight_grad_C, bias_grad_C = x_NCL.new_empty(channels), x_NCL.new_empty(channels)
         self._arithmetic.pull(
             *(sums, means, factor, pivot, address(weight_C), channels),
             *(cotangents.data_ptr(), weight_grad_C.data_ptr(), bias_grad_C.data_ptr()),
