@@ -110,8 +110,15 @@ def join(ranks: tuple[int, ...], rank: int, timeout: timedelta) -> SharedMemory 
 
 
 def host_id() -> str:
-    """Names the host: the boot of its kernel, and its network, as containers and network namespaces see it."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/net")
+    """Names the host: the boot of its kernel, and its network, as containers and network namespaces see it.
+
+    Nothing where the system does not tell.
+    """
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/net")
+    except OSError as error:
+        logger.info("distnorm: this host has no name, so memory is not shared: %s", error)
+        return ""
 
 
 class _Offer:

@@ -17,6 +17,7 @@ import socket
 import struct
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from ctypes import c_char
 from datetime import timedelta
 
@@ -153,10 +154,12 @@ def join(ranks: tuple[int, ...], rank: int, timeout: timedelta) -> Sockets | Non
     if len(ranks) > MOST_RANKS:
         return None
     place = ranks.index(rank)
-    secret = secrets.token_hex(8)
-    with socket.create_server(("", 0), family=socket.AF_INET, backlog=len(ranks)) as listener:
-        mine = (own_address(), listener.getsockname()[1], secret)
+    with _listen(len(ranks)) as listener:
+        secret = secrets.token_hex(8)
+        mine = None if listener is None else (own_address(), listener.getsockname()[1], secret)
         told = [json.loads(text) for text in tell_and_collect(ranks, json.dumps(mine), timeout)]
+        if listener is None or None in told:
+            return None
         peers: dict[int, socket.socket] = {}
         try:
             _connect(peers, listener, told, place)
@@ -168,6 +171,14 @@ def join(ranks: tuple[int, ...], rank: int, timeout: timedelta) -> Sockets | Non
     for connection in peers.values():
         connection.close()
     return None
+
+
+def _listen(backlog: int) -> AbstractContextManager[socket.socket | None]:
+    try:
+        return socket.create_server(("", 0), family=socket.AF_INET, backlog=backlog)
+    except OSError as error:
+        logger.info("distnorm: no socket to listen on, so gloo carries the statistics: %s", error)
+        return nullcontext()
 
 
 def own_address() -> str:

@@ -130,6 +130,8 @@ def decline(rank: int, how: str) -> bool:
         monkeypatch.setattr(shared_memory, "library", lambda: None)
     elif rank == 1 and how == "host":
         monkeypatch.setattr(shared_memory, "host_id", lambda: "another")
+    elif rank == 1 and how == "nameless":
+        monkeypatch.setattr(shared_memory.os, "readlink", refuse)
     elif rank == 1 and how == "folder":
         monkeypatch.setattr(shared_memory.os, "open", refuse)
     elif rank == 0 and how == "room":
@@ -144,17 +146,18 @@ def refuse(*args: object, **options: object) -> None:
     raise OSError("not here")
 
 
-def call_nobody(rank: int) -> bool:
-    """Whether this rank got no sockets, because rank 1 cannot call rank 0."""
+def call_nobody(rank: int, what: str) -> bool:
+    """Whether this rank got no sockets, because rank 1 cannot call rank 0, or cannot listen."""
     with pytest.MonkeyPatch.context() as patch:
         if rank == 1:
-            patch.setattr(sockets.socket, "create_connection", refuse)
+            patch.setattr(sockets.socket, what, refuse)
         patch.setattr(sockets, "CONNECT_S", 0.2)
         return sockets.join((0, 1), rank, timedelta(seconds=30)) is None
 
 
-def test_all_ranks_do_without_sockets_if_one_cannot_connect(pool: Pool) -> None:
-    assert pool.run(2, call_nobody) == [True, True]
+@pytest.mark.parametrize("what", ["create_connection", "create_server"])
+def test_all_ranks_do_without_sockets_if_one_cannot_connect(pool: Pool, what: str) -> None:
+    assert pool.run(2, call_nobody, what) == [True, True]
 
 
 def speak_to_a_stranger(rank: int) -> None:
@@ -185,7 +188,7 @@ def test_the_interface_is_the_one_that_gloo_uses(monkeypatch: pytest.MonkeyPatch
     assert sockets.own_address() == expected
 
 
-@pytest.mark.parametrize("how", ["library", "host", "folder", "room"])
+@pytest.mark.parametrize("how", ["library", "host", "nameless", "folder", "room"])
 def test_all_ranks_do_without_if_one_must(pool: Pool, how: str) -> None:
     assert pool.run(2, decline, how) == [True, True]
     assert not list(Path("/dev/shm").glob("distnorm-*"))
