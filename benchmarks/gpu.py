@@ -172,7 +172,8 @@ def step_of(model: nn.Module, batch: int) -> tuple[Work, Callable[[], Tensor]]:
 def step_rows(batch: int) -> list[list[str]]:
     """Steps of a ResNet-50 by each contender."""
     seen = medians({name: step_of(model, batch)[0] for name, model in resnets(WIDTH).items()}, 5)
-    ratios = [seen["sync_bn"] / seen["SyncBatchNorm"], seen["mabn"] / seen["mabn, Local"]]
+    pairs = ("sync_bn", "SyncBatchNorm"), ("sync_bn, fused", "sync_bn"), ("mabn", "mabn, Local")
+    ratios = [seen[one] / seen[other] for one, other in pairs]
     return [[str(batch), *(f"{value:.2f}" for value in seen.values()), *(f"{each:.3f}" for each in ratios)]]
 
 
@@ -232,7 +233,7 @@ def report(limit: float) -> list[str]:
     lines += ["", f"Host synchronization in a step of ResNet-50: {waits()}.", "", f"Graph replay: {replays()}."]
     lines += ["", f"## Steps of ResNet-50 (images of {IMAGE} x {IMAGE}), ms", ""]
     names = list(resnets(WIDTH))
-    titles = ["batch", *names, "`sync_bn` over SyncBatchNorm", "`mabn` over `Local`"]
+    titles = ["batch", *names, "`sync_bn` over SyncBatchNorm", "fused over `sync_bn`", "`mabn` over `Local`"]
     lines += markdown(titles, [row for batch in BATCHES[:2] for row in step_rows(batch)])
     sums, shares, skipped = [], [], []
     for batch in BATCHES:

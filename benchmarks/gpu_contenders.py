@@ -79,6 +79,10 @@ MAKERS: dict[str, Callable[[nn.Module], Any]] = {
     "local_bn": lambda model: distnorm.convert(model, "local_bn"),
     "sync_bn": lambda model: distnorm.convert(model, SYNC),
 }
+FUSED: dict[str, Callable[[nn.Module], Any]] = {
+    "local_bn, fused": lambda model: distnorm.convert(model, "local_bn", fuse=True),
+    "sync_bn, fused": lambda model: distnorm.convert(model, SYNC, fuse=True),
+}
 MOVING: dict[str, Callable[[nn.Module], Any]] = {
     "mabn": lambda model: distnorm.convert(model, recipes.mabn(warmup=1)),
     "mabn, Local": lambda model: distnorm.convert(model, replace(recipes.mabn(), policy=Local(), name=None)),
@@ -92,4 +96,4 @@ def layers(channels: int) -> dict[str, nn.Module]:
 
 def resnets(width: int) -> dict[str, nn.Module]:
     """A ResNet-50 of each contender, equal weights."""
-    return {name: make(resnet50(width).cuda()) for name, make in (MAKERS | MOVING).items()}
+    return {name: make(resnet50(width).cuda()) for name, make in (MAKERS | FUSED | MOVING).items()}

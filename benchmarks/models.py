@@ -13,24 +13,23 @@ CLASSES = 10
 
 
 class Residual(nn.Module):
-    """A branch and a shortcut. ``last`` names the norm at the branch's end, ``shortcut[1]`` is the other's."""
+    """A branch and a shortcut, which is None where x itself will do; both end in a norm.
+
+    ``last`` names the branch's, ``shortcut[1]`` is the other.
+    """
 
     last: str
-    shortcut: nn.Module
+    shortcut: nn.Module | None
 
     def branch(self, x: Tensor) -> Tensor:
         """The branch up to its last norm."""
         raise NotImplementedError
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The branch beside the shortcut."""
-        return functional.relu(getattr(self, self.last)(self.branch(x)) + self.shortcut(x))
 
-
-def _shortcut(inputs: int, outputs: int, stride: int) -> nn.Module:
-    """The identity where it fits, else a convolution and a norm."""
+def _shortcut(inputs: int, outputs: int, stride: int) -> nn.Module | None:
+    """A convolution and a norm, where sizes change."""
     if stride == 1 and inputs == outputs:
-        return nn.Identity()
+        return None
     return nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
 
 
@@ -50,6 +49,15 @@ class Block(Residual):
     def branch(self, x: Tensor) -> Tensor:
         """Two convolutions."""
         return self.conv2(functional.relu(self.norm1(self.conv1(x))))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The branch beside the shortcut."""
+        identity = x
+        y = self.norm2(self.branch(x))
+        if self.shortcut is not None:
+            identity = self.shortcut(x)
+        y += identity
+        return functional.relu(y)
 
 
 class Bottleneck(Residual):
@@ -72,6 +80,15 @@ class Bottleneck(Residual):
         """Three convolutions."""
         y = functional.relu(self.norm1(self.conv1(x)))
         return self.conv3(functional.relu(self.norm2(self.conv2(y))))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The branch beside the shortcut."""
+        identity = x
+        y = self.norm3(self.branch(x))
+        if self.shortcut is not None:
+            identity = self.shortcut(x)
+        y += identity
+        return functional.relu(y)
 
 
 Maker = Callable[[int, int, int], Residual]

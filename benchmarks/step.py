@@ -21,6 +21,7 @@ from training import stepper
 import distnorm
 from distnorm.attach import conversions_of
 from distnorm.integrations import mpi
+from distnorm.types import Transport
 
 PEERS: dict[str, type[nn.Module]] = {"none": nn.Identity, "gather": GatherNorm, "naive": NaiveNorm}
 DEFAULT = ("stock", "local_bn", "sync_bn", "gather", "naive", "none")
@@ -28,14 +29,18 @@ SHOWN = {"stock": "stock", "gather": "gather", "naive": "naive", "none": "no nor
 
 
 def build(contender: str, width: int) -> nn.Module:
-    """The model of ``contender``: ``stock``, a peer, or a recipe; ``mpi:RECIPE`` and ``gloo:RECIPE`` share by that."""
+    """The model of ``contender``: ``stock``, a peer, or a recipe.
+
+    ``mpi:RECIPE`` and ``gloo:RECIPE`` share by that; in ``fused:RECIPE`` norms do what follows them.
+    """
     model = resnet18(width)
     if contender in PEERS:
         return replace_norms(model, PEERS[contender])
     if contender == "stock":
         return model
-    transport, _, recipe = contender.rpartition(":")
-    return distnorm.convert(model, distnorm.recipes.parse(recipe), transport="mpi" if transport == "mpi" else "torch")
+    how, _, recipe = contender.rpartition(":")
+    transport: Transport = "mpi" if how == "mpi" else "torch"
+    return distnorm.convert(model, distnorm.recipes.parse(recipe), transport=transport, fuse=how == "fused")
 
 
 def by_gloo(model: nn.Module, step: Callable[[], float]) -> Callable[[], float]:

@@ -74,6 +74,7 @@ def counted(runs: int, limit: float, warmup: int = 3, **options: Any) -> dict[st
 PEERS = ["stock", "local_bn", "sync_bn", "gather", "naive"]
 OVERLAP = "sync_bn(overlap=True)"
 MPI = ["stock", "local_bn", "sync_bn", "gloo:sync_bn", "mpi:sync_bn"]
+TAILS = ["stock", "local_bn", "fused:local_bn", "sync_bn", "fused:sync_bn"]
 FORMS = {"weights": ["none", "forward", "projected"]}
 PROJECTED = counted(30, 22, warmup=4, weights=["projected"], width=32, batch=16)
 LINE = [f"{layers},64" for layers in (10, 40, 160)] + [f"40,{channels}" for channels in (16, 512, 2048)]
@@ -81,6 +82,10 @@ BASE = counted(8, 5, warmup=2, points=["40,64"])
 
 PARTS: dict[str, list[Job]] = {
     "layer": [Job("layer", 1, counted(40, 6, batch=16, widths=[32, 64]))],
+    "tails": [
+        Job("tails", 1, counted(20, 3, batch=16, widths=[32, 64])),
+        Job("step", 2, counted(30, 25, width=32, batch=16, contenders=TAILS)),
+    ],
     "exchange": [Job("exchange", ranks, counted(20, 1)) for ranks in (2, 4, 8)],
     "step-32": [Job("step", 2, counted(30, 52, width=32, batch=16, contenders=[*PEERS, "none", OVERLAP]))],
     "step-64": [Job("step", 2, counted(25, 56, width=64, batch=16, contenders=PEERS))],

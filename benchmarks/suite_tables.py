@@ -17,6 +17,7 @@ import layer
 import moving
 import plan_check
 import step
+import tails
 from generate import filled
 
 from distnorm.diagnostics.draw import to_file
@@ -31,6 +32,10 @@ def _step(results: Results) -> list[str]:
     return step.table(results[0]["ms"])
 
 
+def _tails(results: Results) -> list[str]:
+    return [*tails.table(results[0]["cases"]), "", *step.table(results[1]["ms"])]
+
+
 def _moving(results: Results) -> list[str]:
     return [*moving.table(results), "", *moving.weights_table(results)]
 
@@ -41,6 +46,7 @@ def _growth(results: Results) -> list[str]:
 
 TABLES: dict[str, Callable[[Results], list[str]]] = {
     "layer": lambda results: layer.table(results[0]["cases"]),
+    "tails": _tails,
     "exchange": exchange.table,
     "step-32": _step,
     "step-64": _step,

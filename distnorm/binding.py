@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from distnorm import running
-from distnorm.boundary import at_end_of_backward, graph_task
+from distnorm.boundary import NO_BACKWARD, at_end_of_backward, graph_task
 from distnorm.grid import Recipe
 from distnorm.layout import layout_of
 from distnorm.policies import Reducer
@@ -51,6 +51,7 @@ class Binding:
         self._used: set[str] = set()
         self._warned = False
         self.loss_scale: Tensor | float = 0.0  # of the last backward pass
+        self._scaled_pass = self._judged_pass = NO_BACKWARD
 
     @property
     def agrees(self) -> bool:
@@ -70,10 +71,27 @@ class Binding:
             if not self.conversion.recipe.method.centred:
                 running.fold_means(layer for _, layer in self.conversion.layers())
 
+    def loss_scale_of_pass(self) -> Tensor | float:
+        """The factor of the loss; asked for once per backward pass, as a GradScaler makes the host wait for a GPU."""
+        ask = self.conversion.loss_scale
+        if ask is None:
+            return 1.0
+        if graph_task() == NO_BACKWARD or graph_task() != self._scaled_pass:
+            scale = ask()
+            self.loss_scale = scale.clone() if isinstance(scale, Tensor) else scale  # scalers change theirs in place
+            self._scaled_pass = graph_task()
+        return self.loss_scale
+
     def _end_skipped_step(self) -> None:
-        """A loss scale that fell says that the optimizer skipped a step: end it, or its NaN would enter the next."""
-        scale = self.conversion.loss_scale
-        if scale is not None and not self.conversion.ends_with_backward and scale() < self.loss_scale:
+        """A loss scale that fell says that the optimizer skipped a step: end it, or its NaN would enter the next.
+
+        Asked once after every backward pass, as in ``loss_scale_of_pass``.
+        """
+        scale, judged = self.conversion.loss_scale, self._judged_pass
+        self._judged_pass = self._scaled_pass
+        if scale is None or self.conversion.ends_with_backward or judged == self._scaled_pass:
+            return
+        if scale() < self.loss_scale:
             self.end_step()
 
     def note_use(self, layer: str) -> None:

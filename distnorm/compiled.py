@@ -30,9 +30,9 @@ COMPILE_SECONDS = 60
 _POINTER, _INDEX, _TURN, _DOUBLE = ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int64, ctypes.c_double
 _IMAGE = [_INDEX, _INDEX, _INDEX, ctypes.c_int]  # N, C, L, threads
 _LOOPS: dict[str, list[Any]] = {
-    "sums": [_POINTER] * 4 + _IMAGE,
-    "apply": [_POINTER] * 5 + _IMAGE,
-    "combine": [_POINTER] * 7 + _IMAGE,
+    "sums": [_POINTER] * 8 + _IMAGE,
+    "apply": [_POINTER] * 6 + [ctypes.c_int, *_IMAGE],
+    "combine": [_POINTER] * 8 + _IMAGE,
 }
 _ARITHMETIC: dict[str, list[Any]] = {
     "forward": [_POINTER] * 5 + [_DOUBLE, _DOUBLE, _INDEX] + [_POINTER] * 4,

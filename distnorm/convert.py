@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from distnorm import ddp, overlap, recipes, weights
+from distnorm import ddp, overlap, recipes, tails, weights
 from distnorm.binding import Conversion
 from distnorm.class_swap import swap, underlying
 from distnorm.grid import Recipe
@@ -67,6 +67,7 @@ def convert(
     where: Where | None = None,
     mesh: DeviceMesh | None = None,
     transport: Transport = "torch",
+    fuse: bool = False,
     **options: object,
 ) -> ModelT:
     """Replace the model's batch norm layers by ``recipe``, in place, and return the model.
@@ -83,6 +84,8 @@ def convert(
             that has other axes too: ``mesh["dp"]``.
         transport: who carries statistics: ``"torch"``, a process group of the job's backend, or ``"mpi"``, mpi4py, for
             layers on the CPU in a job that mpirun started.
+        fuse: whether norms do what follows them, too, where the model's code says that a ReLU or an addition follows,
+            or both: fewer passes over memory, for equal values and gradients. ``print(model)`` shows where.
         options: options of a named recipe, such as ``size=4``.
 
     Raises:
@@ -91,7 +94,8 @@ def convert(
             has converted; ``where`` selects nothing. The model is as it was.
 
     Warns:
-        UserWarning: once, naming subclasses of batch norm that were left alone; or if the model has no batch norm.
+        UserWarning: once, naming subclasses of batch norm that were left alone; or if the model has no batch norm, or
+            nothing to ``fuse``.
     """
     wanted = _recipe(recipe, options)
     if transport not in get_args(Transport):
@@ -100,6 +104,12 @@ def convert(
         load_mpi("transport='mpi'")
     layers = _select(model, wanted, where)
     apply_to(model, layers, Conversion(wanted, mesh, transport), _targets)
+    if fuse and layers and not tails.fuse(model):
+        warnings.warn(
+            f"distnorm.convert(fuse=True): {type(model).__name__} has no norm that is followed by nothing but a ReLU "
+            "or an addition, in code that can be read.",
+            stacklevel=2,
+        )
     return model
 
 
@@ -140,6 +150,7 @@ def undo(model: ModelT) -> ModelT:
     """``revert``, but leave the weights as they are: for a conversion that nothing has used yet."""
     weights.release(model)
     overlap.release(model)
+    tails.release(model)
     layers = [layer for layer in model.modules() if isinstance(layer, DistNorm)]
     ddp.heed_buffers(model, layers)
     for layer in layers:

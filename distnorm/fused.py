@@ -5,7 +5,9 @@ cotangents, C-sized arithmetic, one loop that combines. ``passes`` does all that
 ``create_graph=True`` the plain path runs instead, as a repetition of the forward: it is differentiable to any order and
 issues no second collective forward.
 
-Shapes: x_NCL, dy_NCL, dx_NCL; weight_C, bias_C.
+A layer may have a tail: ``relu(y + residual)`` of the same Function, for the bytes that it saves.
+
+Shapes: x_NCL, y_NCL, their gradients dx_NCL, dy_NCL, and dz_NCL before the tail; weight_C, bias_C.
 """
 
 from __future__ import annotations
@@ -20,9 +22,10 @@ from distnorm.kernels import gpu
 from distnorm.kernels.dense import DensePass
 from distnorm.methods import ChannelAffine
 from distnorm.passes import FormulaPass, new_pass
-from distnorm.types import Affine, Exchange, Running
+from distnorm.types import Affine, Exchange, Running, Tail
 
-NOT_TENSORS = (None,) * 6
+NO_TAIL = Tail()
+NOT_TENSORS = (None,) * 7
 """Gradients of ``_Normalize`` for x once more, and for what is no tensor."""
 
 
@@ -46,8 +49,9 @@ def normalize(
     affine: Affine,
     between: Callable[[], None] | None = None,
     running: Callable[[], Running] | None = None,
+    tail: Tail = NO_TAIL,
 ) -> Tensor:
-    """As ``method.normalize``: same values to rounding, same collectives.
+    """As ``method.normalize``, and then the ``tail``: same values to rounding, same collectives.
 
     If given, ``running`` names the running statistics that shall absorb what landed. Kernels that do so by the way say
     it: ``share.absorbed``.
@@ -61,7 +65,8 @@ def normalize(
         waiting_NCL = _Wait.apply(x_NCL, finish)
         between()
     y_NCL: Tensor = _Normalize.apply(
-        waiting_NCL, affine.weight_C, affine.bias_C, x_NCL, method, share, affine, finish, running
+        *(waiting_NCL, affine.weight_C, affine.bias_C, tail.residual_NCL),
+        *(x_NCL, method, share, affine, finish, running, tail.relu),
     )
     return y_NCL
 
@@ -88,7 +93,7 @@ class _Wait(torch.autograd.Function):
 
 
 class _Normalize(torch.autograd.Function):
-    """A function of its first three arguments.
+    """A function of its first four arguments.
 
     ``x_NCL`` is ``waiting_NCL`` before ``_Wait``: what second derivatives have to say of x must not pass there, where
     the gradient that was left takes the place of what comes.
@@ -100,44 +105,51 @@ class _Normalize(torch.autograd.Function):
         waiting_NCL: Tensor,
         weight_C: Tensor | None,
         bias_C: Tensor | None,
+        residual_NCL: Tensor | None,
         x_NCL: Tensor,
         method: ChannelAffine,
         share: Exchange,
         affine: Affine,
         finish: Finish | None,
         running: Callable[[], Running] | None,
+        relu: bool,
     ) -> Tensor:
         """Sums, and one pass that applies."""
         ctx.affine = _as_of_now(affine) if method.follows else affine
         kernels = ctx.kernels = new_pass(method, x_NCL, ctx.affine)
         enough = x_NCL.numel() > x_NCL.shape[1]
         shared = share.gather(kernels.sums(x_NCL), held=ctx.needs_input_grad[0], enough=enough)
-        ctx.save_for_backward(x_NCL, weight_C, bias_C)
-        ctx.method, ctx.share, ctx.finish = method, share, finish
+        tail = Tail(residual_NCL, relu)
         if isinstance(kernels, DensePass | FormulaPass):
-            return kernels.normalize(x_NCL, shared, weight_C, bias_C)
-        share.absorbed = True
-        landed = running() if running is not None and share.lands() else None
-        return kernels.normalize(x_NCL, shared, weight_C, bias_C, landed)
+            y_NCL = kernels.normalize(x_NCL, shared, weight_C, bias_C, tail)
+        else:
+            share.absorbed = True
+            landed = running() if running is not None and share.lands() else None
+            y_NCL = kernels.normalize(x_NCL, shared, weight_C, bias_C, tail, landed)
+        ctx.save_for_backward(x_NCL, weight_C, bias_C, y_NCL if relu else None)
+        ctx.method, ctx.share, ctx.finish, ctx.adds = method, share, finish, residual_NCL is not None
+        return y_NCL
 
     @staticmethod
     def backward(ctx: Any, dy_NCL: Tensor) -> tuple[Tensor | None, ...]:
         """One pass for the sums, and one that combines."""
-        x_NCL, weight_C, bias_C = ctx.saved_tensors
+        x_NCL, weight_C, bias_C, y_NCL = ctx.saved_tensors
         if torch.is_grad_enabled():
             affine = ctx.affine._replace(weight_C=weight_C, bias_C=bias_C)  # as saved: checkpoints give others
-            return *_differentiable(ctx, x_NCL, affine, dy_NCL), *NOT_TENSORS
+            dz_NCL = dy_NCL if y_NCL is None else torch.where(y_NCL.detach() <= 0, 0, dy_NCL)
+            return *_differentiable(ctx, x_NCL, affine, dz_NCL), dz_NCL if ctx.adds else None, *NOT_TENSORS
         kernels = ctx.kernels
-        cotangents, weight_grad_C, bias_grad_C = kernels.pull(dy_NCL, x_NCL, weight_C)
+        cotangents, weight_grad_C, bias_grad_C, dz_NCL = kernels.pull(dy_NCL, x_NCL, y_NCL, weight_C)
         dx_NCL = None
         if ctx.needs_input_grad[0]:
             shared = ctx.share.scatter(cotangents)
             if ctx.finish is None:
-                dx_NCL = kernels.combine(dy_NCL, x_NCL, shared())
+                dx_NCL = kernels.combine(dz_NCL, x_NCL, shared())
             else:
-                ctx.finish.gradient = lambda: kernels.combine(dy_NCL, x_NCL, shared())
+                ctx.finish.gradient = lambda: kernels.combine(dz_NCL, x_NCL, shared())
                 dx_NCL = dy_NCL
-        return dx_NCL, _like(weight_C, weight_grad_C), _like(bias_C, bias_grad_C), *NOT_TENSORS
+        gradients = dx_NCL, _like(weight_C, weight_grad_C), _like(bias_C, bias_grad_C)
+        return *gradients, dz_NCL if ctx.adds else None, *NOT_TENSORS
 
 
 def _as_of_now(affine: Affine) -> Affine:
@@ -146,11 +158,11 @@ def _as_of_now(affine: Affine) -> Affine:
     return affine._replace(running_var_C=running_var_C, updates=updates)
 
 
-def _differentiable(ctx: Any, x_NCL: Tensor, affine: Affine, dy_NCL: Tensor) -> list[Tensor | None]:
+def _differentiable(ctx: Any, x_NCL: Tensor, affine: Affine, dz_NCL: Tensor) -> list[Tensor | None]:
     leaves = [x_NCL, affine.weight_C, affine.bias_C]
     wanted = [leaf for leaf, needed in zip(leaves, ctx.needs_input_grad, strict=False) if needed and leaf is not None]
     y_NCL = ctx.method.normalize(x_NCL, ctx.share.again(), affine)
-    found = iter(torch.autograd.grad(y_NCL, wanted, dy_NCL, create_graph=True))
+    found = iter(torch.autograd.grad(y_NCL, wanted, dz_NCL, create_graph=True))
     return [next(found) if needed else None for needed in ctx.needs_input_grad[:3]]
 
 

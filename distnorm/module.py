@@ -22,7 +22,7 @@ from distnorm.methods import ChannelAffine
 from distnorm.methods.base import compute_dtype
 from distnorm.share import NOW, KeepLocal, LayerShare
 from distnorm.site import Site
-from distnorm.types import Affine
+from distnorm.types import Affine, Tail
 
 
 class DistNorm(_BatchNorm):
@@ -39,17 +39,34 @@ class DistNorm(_BatchNorm):
 
     _site: Site
 
+    tail: str = ""
+    """What ``convert(..., fuse=True)`` found that this layer does as well: "relu", "residual" or "residual, relu"."""
+
     @property
     def recipe(self) -> Recipe:
         """What normalizes here."""
         return self._site.conversion.recipe
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Normalize ``input``."""
+    def forward(
+        self, input: Tensor, residual: Tensor | None = None, *, relu: bool = False, widen: bool = True
+    ) -> Tensor:
+        """``relu(norm(input) + residual)``, with what is asked for of the tail.
+
+        In training the kernels form it in the same passes over memory, and its gradients too, if ``residual`` has the
+        shape, dtype and device of ``input``. Otherwise it is added as ``+`` does, which may give a wider dtype, or
+        without ``widen`` as ``+=`` does.
+        """
         self._check(input)
         affine = Affine(self.weight, self.bias, self.eps, self.running_var, self.num_batches_tracked)
         if not self.training:
-            return self._evaluate(input, affine)
+            return _finish(self._evaluate(input, affine), residual, relu, widen)
+        method = self.recipe.method
+        if isinstance(method, ChannelAffine) and fused.suits(method, input) and _fits(residual, input):
+            return self._train(input, affine, Tail(residual, relu))
+        return _finish(self._train(input, affine, fused.NO_TAIL), residual, relu, widen)
+
+    def _train(self, input: Tensor, affine: Affine, tail: Tail) -> Tensor:
+        """Normalize, and add a ``tail`` that fits."""
         self._check_loss_scale(input)
         compiling = torch.compiler.is_compiling()
         share: LayerShare | KeepLocal
@@ -63,7 +80,7 @@ class DistNorm(_BatchNorm):
         if isinstance(method, ChannelAffine) and fused.suits(method, input):
             tracked = partial(running.running_of, self) if tracks else None
             between = overlap.arrangement(self, input) if self.recipe.overlap else None
-            y = fused.normalize(method, input, share, affine, between, tracked)
+            y = fused.normalize(method, input, share, affine, between, tracked, tail)
         else:
             y = method.normalize(input, share, affine)
         if tracks and not share.absorbed:
@@ -72,7 +89,8 @@ class DistNorm(_BatchNorm):
 
     def extra_repr(self) -> str:
         """As torch's, and the recipe."""
-        return f"{super().extra_repr()}, {self.recipe.name or self.recipe}"
+        tail = f", fused with {self.tail}" if self.tail else ""
+        return f"{super().extra_repr()}, {self.recipe.name or self.recipe}{tail}"
 
     def train(self, mode: bool = True) -> DistNorm:
         """Switch between training and evaluation; reports what a GPU could not report in time."""
@@ -139,6 +157,20 @@ class DistNorm(_BatchNorm):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         self._site.raise_if_starved()
         super()._save_to_state_dict(destination, prefix, keep_vars)
+
+
+def _fits(residual: Tensor | None, x_NCL: Tensor) -> bool:
+    if residual is None:
+        return True
+    alike = isinstance(residual, Tensor) and residual.shape == x_NCL.shape and residual.dtype == x_NCL.dtype
+    return alike and residual.device == x_NCL.device
+
+
+def _finish(y_NCL: Tensor, residual: Tensor | None, relu: bool, widen: bool) -> Tensor:
+    """A tail by itself."""
+    if residual is not None:
+        y_NCL = y_NCL + residual if widen else y_NCL.add_(residual)
+    return y_NCL.relu() if relu else y_NCL
 
 
 def holds_stock_statistics(layer: _BatchNorm) -> bool:

@@ -14,7 +14,7 @@ from distnorm.kernels import cpu
 from distnorm.kernels.dense import DensePass, dense_pass
 from distnorm.methods import ChannelAffine
 from distnorm.methods.base import RAW_MOMENTS
-from distnorm.types import Affine
+from distnorm.types import Affine, Tail
 
 if TYPE_CHECKING:
     from distnorm.kernels.gpu.gpu_pass import GpuPass
@@ -33,7 +33,9 @@ class FormulaPass:
         wire, self._pivot_C, self._spare_NCL = cpu.moments(x_NCL)
         return wire[self._method.raw.start * x_NCL.shape[1] :]
 
-    def normalize(self, x_NCL: Tensor, shared: Tensor, weight_C: Tensor | None, bias_C: Tensor | None) -> Tensor:
+    def normalize(
+        self, x_NCL: Tensor, shared: Tensor, weight_C: Tensor | None, bias_C: Tensor | None, tail: Tail
+    ) -> Tensor:
         """The output, by ``shared`` sums and their count."""
         self._total = torch.where(shared[-1] > 0, shared[-1], 1)
         self._means_KC = shared[:-1].view(-1, x_NCL.shape[1]) / self._total
@@ -43,19 +45,23 @@ class FormulaPass:
         shift_C = torch.addcmul(shift_C, self._pivot_C.to(scale_C.dtype), scale_C).to(self._pivot_C.dtype)
         self._scale_C = scale_C.to(self._pivot_C.dtype)
         into_NCL, self._spare_NCL = self._spare_NCL, None
-        return cpu.apply(x_NCL, self._pivot_C, self._scale_C, shift_C, into=into_NCL)
+        y_NCL = cpu.apply(x_NCL, self._pivot_C, self._scale_C, shift_C, into=into_NCL)
+        if tail.residual_NCL is not None:
+            y_NCL.add_(tail.residual_NCL)
+        return y_NCL.relu_() if tail.relu else y_NCL
 
     def pull(
-        self, dy_NCL: Tensor, x_NCL: Tensor, weight_C: Tensor | None
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Cotangents of what was shared, and gradients of weight and bias."""
-        shift_grad_C, scale_grad_C = cpu.cosums(dy_NCL, x_NCL, self._pivot_C).unbind()
+        self, dy_NCL: Tensor, x_NCL: Tensor, y_NCL: Tensor | None, weight_C: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+        """Cotangents of what was shared, gradients of weight and bias, and the gradient before the tail."""
+        dz_NCL = dy_NCL if y_NCL is None else torch.ops.aten.threshold_backward(dy_NCL, y_NCL, 0)
+        shift_grad_C, scale_grad_C = cpu.cosums(dz_NCL, x_NCL, self._pivot_C).unbind()
         scale_grad_C = torch.addcmul(scale_grad_C, self._pivot_C.double(), shift_grad_C)
         affine = self._affine._replace(weight_C=weight_C)
         cotangents_KC, *grads = self._method.pull(self._theta_KC, affine, scale_grad_C, shift_grad_C)
-        return cotangents_KC.flatten(), grads[0], grads[1]
+        return cotangents_KC.flatten(), grads[0], grads[1], dz_NCL
 
-    def combine(self, dy_NCL: Tensor, x_NCL: Tensor, cotangents: Tensor) -> Tensor:
+    def combine(self, dz_NCL: Tensor, x_NCL: Tensor, cotangents: Tensor) -> Tensor:
         """The input's gradient, by shared cotangents."""
         theta_grad_KC = cotangents.view_as(self._theta_KC)
         grad_KC = self._method.pull_link(self._means_KC, self._theta_KC, theta_grad_KC, self._affine.eps) / self._total
@@ -64,7 +70,7 @@ class FormulaPass:
         if len(grad_KC) == RAW_MOMENTS:
             level_C += grad_KC[0]
         dtype = self._pivot_C.dtype
-        return cpu.combine(dy_NCL, x_NCL, self._pivot_C, self._scale_C, level_C.to(dtype), slope_C.to(dtype))
+        return cpu.combine(dz_NCL, x_NCL, self._pivot_C, self._scale_C, level_C.to(dtype), slope_C.to(dtype))
 
 
 def new_pass(method: ChannelAffine, x_NCL: Tensor, affine: Affine) -> DensePass | FormulaPass | GpuPass:

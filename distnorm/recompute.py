@@ -26,6 +26,8 @@ class Record:
         self.shared = shared.detach()
         self.step = step
         self.held = held
+        self.stands_for: list[Record] = []
+        """Records that live as long as this one: it is one of them, and only the device knows which."""
 
 
 class Records:
@@ -51,9 +53,18 @@ class Records:
             self._loose.append(record)
 
     def recall(self, local: Tensor) -> Record | None:
-        """The record whose local sums are nearest to ``local``, or None if there is none."""
+        """The record whose local sums are nearest to ``local``, or None if there is none.
+
+        Among several, a copy with the right sums: chosen on the device, so that nobody waits for a GPU. But where some
+        are held and some are not, the host must know which one it is.
+        """
         records = [*self._held, *self._loose]
         if len(records) <= 1:
             return records[0] if records else None
-        distances = torch.stack([(record.local - local).abs().sum() for record in records])
-        return records[int(distances.argmin())]
+        nearest = (torch.stack([record.local for record in records]) - local).abs().sum(1).argmin(0, keepdim=True)
+        if self._held and self._loose:
+            return records[int(nearest)]
+        shared = torch.stack([record.shared for record in records]).index_select(0, nearest).squeeze(0)
+        found = Record(local, shared, records[0].step, held=records[0].held)
+        found.stands_for = records
+        return found

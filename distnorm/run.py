@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if target is None:
         parser.error("name the script to run, or -m and a module.")
     try:
-        flags = {key: getattr(options, key) for key in ("recipe", "options", "where", "ledger", "transport")}
+        flags = {key: getattr(options, key) for key in ("recipe", "options", "where", "fuse", "ledger", "transport")}
         settings = from_environment(os.environ, flags)
     except ValueError as error:
         _refuse(str(error))
@@ -99,6 +99,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--recipe", help="a recipe's name, or with options: 'group_bn(size=4)'; sync_bn by default")
     parser.add_argument("--options", type=_mapping, metavar="JSON", help="the recipe's options: '{\"size\": 4}'")
     parser.add_argument("--where", metavar="PATTERNS", help="layers to convert: 'backbone.*,neck.*'; all by default")
+    parser.add_argument(
+        "--fuse", action=argparse.BooleanOptionalAction, default=None, help="norms take over what follows them"
+    )
     parser.add_argument(
         "--ledger", action=argparse.BooleanOptionalAction, default=None, help="print the collectives at the end"
     )

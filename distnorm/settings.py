@@ -1,4 +1,4 @@
-"""What a user sets where a job is configured: recipe, options, layers, ledger. Checked before a job starts.
+"""What a user sets where a job is configured: recipe, options, layers and so on. Checked before a job starts.
 
 The same section stands in an accelerate config (``distnorm_config:``) and in DeepSpeed's JSON (``"distnorm":``); flags
 of ``distnorm.run`` and environment variables ``DISTNORM_*`` say the same and come first.
@@ -24,6 +24,7 @@ from distnorm.types import Transport
 SECTION_VARIABLE = "DISTNORM_CONFIG"
 """Carries a config file's section from the launcher to its workers, as JSON: ``{"source": ..., "section": {...}}``."""
 
+_SWITCHES = ("fuse", "ledger")
 _WORDS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 
 
@@ -35,6 +36,7 @@ class Settings:
         recipe: a name, or a name with options as in ``group_bn(size=4)``.
         options: options of the named recipe.
         where: patterns of layer names (``fnmatch``); none means all layers.
+        fuse: whether norms take over the additions and ReLUs that follow them in the model's code.
         ledger: whether rank 0 prints the ledger of collectives when the job ends.
         transport: who carries statistics: ``"torch"`` process groups, or ``"mpi"``, by mpi4py.
         source: where the settings come from, for error messages.
@@ -46,6 +48,7 @@ class Settings:
     recipe: str = "sync_bn"
     options: Mapping[str, object] = field(default_factory=dict)
     where: tuple[str, ...] = ()
+    fuse: bool = False
     ledger: bool = False
     transport: Transport = "torch"
     source: str = field(default="distnorm", compare=False)
@@ -58,8 +61,9 @@ class Settings:
             raise self._wrong("options", self.options, "a mapping of option names to values")
         if not isinstance(self.where, tuple) or not all(isinstance(each, str) for each in self.where):
             raise self._wrong("where", self.where, "a list of patterns of layer names")
-        if not isinstance(self.ledger, bool):
-            raise self._wrong("ledger", self.ledger, "true or false")
+        for key in _SWITCHES:
+            if not isinstance(getattr(self, key), bool):
+                raise self._wrong(key, getattr(self, key), "true or false")
         if self.transport not in get_args(Transport):
             raise self._wrong("transport", self.transport, " or ".join(get_args(Transport)))
         try:
@@ -96,8 +100,7 @@ class Settings:
             section["options"] = dict(self.options)
         if self.where:
             section["where"] = list(self.where)
-        if self.ledger:
-            section["ledger"] = True
+        section |= {key: True for key in _SWITCHES if getattr(self, key)}
         if self.transport != "torch":
             section["transport"] = self.transport
         return section
@@ -116,7 +119,7 @@ class Settings:
             return False
         if not any(isinstance(each, nn.modules.batchnorm._BatchNorm) for each in modules):
             return False
-        convert(model, self.build(), where=self.where or None, mesh=mesh, transport=self.transport)
+        convert(model, self.build(), where=self.where or None, mesh=mesh, transport=self.transport, fuse=self.fuse)
         return True
 
     def _wrong(self, key: str, given: object, allowed: str) -> ValueError:
@@ -126,9 +129,9 @@ class Settings:
 def from_environment(environment: Mapping[str, str], flags: Mapping[str, object] | None = None) -> Settings | None:
     """Settings of this process: ``flags``, then ``DISTNORM_*``, then the section that a launcher handed on.
 
-    ``DISTNORM_RECIPE``, ``DISTNORM_OPTIONS`` (JSON), ``DISTNORM_WHERE`` (separated by commas), ``DISTNORM_LEDGER``,
-    ``DISTNORM_TRANSPORT``. A recipe from a source drops the options of the sources after it. None if no source says
-    anything.
+    ``DISTNORM_RECIPE``, ``DISTNORM_OPTIONS`` (JSON), ``DISTNORM_WHERE`` (separated by commas), ``DISTNORM_FUSE``,
+    ``DISTNORM_LEDGER``, ``DISTNORM_TRANSPORT``. A recipe from a source drops the options of the sources after it. None
+    if no source says anything.
 
     Raises:
         ValueError: as ``Settings.of``.
@@ -153,9 +156,10 @@ def _read_variables(environment: Mapping[str, str]) -> dict[str, object]:
     for key in ("recipe", "transport", "where"):
         if f"DISTNORM_{key.upper()}" in environment:
             section[key] = environment[f"DISTNORM_{key.upper()}"]
-    if "DISTNORM_LEDGER" in environment:
-        word = environment["DISTNORM_LEDGER"]
-        section["ledger"] = _WORDS.get(word.lower(), word)
+    for key in _SWITCHES:
+        if f"DISTNORM_{key.upper()}" in environment:
+            word = environment[f"DISTNORM_{key.upper()}"]
+            section[key] = _WORDS.get(word.lower(), word)
     if "DISTNORM_OPTIONS" in environment:
         try:
             section["options"] = json.loads(environment["DISTNORM_OPTIONS"])

@@ -123,9 +123,8 @@ class Site:
         if learning and graph_task() != NO_BACKWARD:
             binding.expect_boundary()
         slot = self._slot(binding, "backward", step, learning=learning)
-        if self.conversion.loss_scale is not None:
-            binding.loss_scale = self.conversion.loss_scale()
-            slot = slot._replace(loss_scale=binding.loss_scale)
+        if self.conversion.recipe.policy.keeps_cotangents:
+            slot = slot._replace(loss_scale=binding.loss_scale_of_pass())
         try:
             answer = binding.reducer.start(wire, slot._replace(forward_count=count))
         except RuntimeError as error:

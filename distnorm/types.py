@@ -111,6 +111,16 @@ class Affine(NamedTuple):
     updates: Tensor | None = None
 
 
+class Tail(NamedTuple):
+    """What follows a norm and can be had in the same pass: ``relu(norm(x) + residual)``, or one of the two.
+
+    ``residual_NCL`` has the shape, dtype and device of x.
+    """
+
+    residual_NCL: Tensor | None = None
+    relu: bool = False
+
+
 class Running(NamedTuple):
     """The running statistics of a layer, changed in place; a ``momentum`` of None is the plain average over all steps.
 

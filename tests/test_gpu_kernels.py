@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
-from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
 pytest.importorskip("triton", reason="Triton is made for Linux only")
 
 from distnorm import fused
-from distnorm.kernels.gpu import moments, tiles
-from distnorm.kernels.gpu.apply import apply
-from distnorm.kernels.gpu.combine import combine
-from distnorm.kernels.gpu.cosums import BY_INPUT, BY_OUTPUT, cosums
+from distnorm.kernels.gpu import cosums, moments, tiles
+from distnorm.kernels.gpu.gpu_pass import GpuPass
 from distnorm.methods import RMS, BatchNorm, ChannelAffine
 from distnorm.share import KeepLocal
-from distnorm.types import Affine
+from distnorm.types import Affine, Tail
 from tests.support.gpu import CUTS, DEVICES, cut_small, run_on, skip_without
 from tests.test_fused import (
     EPS,
+    REFERENCES,
     Case,
+    Result,
     assert_within,
     cases,
+    error,
     evaluate,
     exact,
     fused_path,
@@ -44,6 +46,8 @@ pytestmark = [
 
 METHODS = (BatchNorm(), RMS())
 HALF = (torch.bfloat16, torch.float16)
+LAYOUTS = ("contiguous", "channels_last", "sliced", "transposed", "expanded")
+SIZES = {name: getattr(tiles, name) for name in ("TILE", "COLUMNS", "PROGRAMS")}
 
 
 @pytest.fixture(scope="module", params=DEVICES)
@@ -54,6 +58,13 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.fixture(scope="module", params=CUTS)
 def cut(request: pytest.FixtureRequest) -> Iterator[str]:
     yield from cut_small(request.param)
+
+
+@pytest.fixture
+def whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles as they are, whatever ``cut`` left for other tests of this module."""
+    for name, size in SIZES.items():
+        monkeypatch.setattr(tiles, name, size)
 
 
 def on(device: str, *tensors: Tensor) -> list[Tensor]:
@@ -75,6 +86,7 @@ def test_forward_and_backward_agree_with_float64(device: str, cut: str, case: Ca
     judge(case, device)
 
 
+@pytest.mark.usefixtures("whole")
 @pytest.mark.parametrize(
     "case",
     [
@@ -92,10 +104,13 @@ def test_odd_sizes(device: str, case: Case) -> None:
     judge(case, device)
 
 
+@pytest.mark.usefixtures("whole")
 @pytest.mark.parametrize("method", METHODS, ids=str)
 def test_many_channels(device: str, method: ChannelAffine, monkeypatch: pytest.MonkeyPatch) -> None:
     if device == "cpu":
         monkeypatch.setattr(tiles, "COLUMNS", 2048)  # the interpreter takes its time for every program
+        for module in (moments, cosums):
+            monkeypatch.setattr(module, "MERGE_COLUMNS", 2048)
     judge(Case((2, 4096), method=method), device)
 
 
@@ -155,44 +170,110 @@ def test_second_derivatives_are_those_of_the_plain_path(device: str, method: Cha
         torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("mask", [BY_INPUT, BY_OUTPUT])
+# --- tails: relu(norm(x) + residual) -------------------------------------------------------------
+
+TAILS = st.sampled_from([(None, True), *itertools.product(LAYOUTS, (True, False))])
+"""The residual's layout, if there is one, and whether there is a ReLU."""
+
+
+def with_tail(case: Case, tail: Tail, *tensors: Tensor) -> tuple[Result, Tensor]:
+    """All results of ``GpuPass``, and the gradient before the activation."""
+    x, dy, weight, bias = tensors
+    formula = case.method.formula(Affine(weight, bias, EPS))
+    kernels = GpuPass(formula, EPS)
+    y = kernels.normalize(x, kernels.sums(x), weight, bias, tail)
+    cotangents, dweight, dbias, dz = kernels.pull(dy, x, y if tail.relu else None, weight)
+    return Result(y, kernels.combine(dz, x, cotangents), dweight, dbias), dz
+
+
+@settings(max_examples=30)
+@given(cases(torch.float32, *HALF, methods=METHODS), TAILS)
+@example(Case((4, 2, 7, 7), dtype=torch.bfloat16), ("channels_last", True))
+@example(Case((2, 67, 1, 1), layout="channels_last"), (None, True))
+def test_tails_agree_with_float64(device: str, cut: str, case: Case, kind: tuple[str | None, bool]) -> None:
+    assume(torch.Size(case.shape).numel() <= 500)
+    layout, relu = kind
+    tensors = x, dy, weight, bias = on(device, *numbers(case))
+    other = case._replace(layout=layout, mean=0.0, values="normal", seed=case.seed + 1)
+    added = None if layout is None else numbers(other)[0].to(device)
+    ours, dz = with_tail(case, Tail(added, relu), *tensors)
+
+    leaves = x, weight, bias = [each.double().requires_grad_() for each in (x, weight, bias)]
+    residual = (torch.zeros_like(x) if added is None else added.double()).requires_grad_()
+    before = REFERENCES[type(case.method)]([x], weight, bias, eps=EPS).outputs[0] + residual
+    # Within rounding of 0 the mask of the rounded output is as right as that of the exact one.
+    passes = (ours.y > 0) | (not relu)
+    expected = torch.autograd.grad(torch.where(passes, before, 0), [*leaves, residual], dy.double())
+    rounding, allowed = torch.finfo(case.dtype).eps, limits(case, *tensors[:3])
+    truth = Result(torch.relu(before).detach() if relu else before.detach(), *expected[:3])
+    assert_within(ours, truth, allowed, rounding=rounding)
+    wrong = torch.where(passes != ((before > 0) | (not relu)), before, 0)
+    assert (error(wrong, torch.zeros_like(wrong)) <= allowed.y + rounding * before.abs().max()).all()
+    if not relu or added is not None:  # it is the residual's gradient
+        assert torch.equal(dz.double(), expected[3])
+    assert {each.dtype for each in (ours.y, ours.dx, dz)} == {case.dtype}
+
+
+@pytest.mark.parametrize(("adds", "relu"), [(False, True), (True, False), (True, True)])
+def test_tails_reach_autograd(device: str, adds: bool, relu: bool) -> None:
+    x, dy, weight, bias = on(device, *numbers(Case((4, 3, 5, 5))))
+    leaves = [x, weight, bias, *[dy.flip(0)] * adds]
+    traces = []
+    for wide in (False, True):
+        inputs = [(each.double() if wide else each).detach().requires_grad_() for each in leaves]
+        added = inputs[3] if adds else None
+        if wide:
+            y = F.batch_norm(inputs[0], None, None, *inputs[1:3], True, 0.0, EPS)
+            y = y if added is None else y + added
+            y = y.relu() if relu else y
+        else:
+            affine = Affine(inputs[1], inputs[2], EPS)
+            y = fused.normalize(BatchNorm(), inputs[0], KeepLocal(), affine, tail=Tail(added, relu))
+        traces.append((y, *torch.autograd.grad(y, inputs, dy.to(y.dtype))))
+    for ours, truth in zip(*traces, strict=True):
+        torch.testing.assert_close(ours.double(), truth, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("adds", [False, True])
+def test_what_was_rounded_to_0_has_no_gradient(device: str, adds: bool) -> None:
+    """Outputs about the smallest number of float16, by a weight as small."""
+    case = Case((4, 3, 5, 5), dtype=torch.float16)
+    x, dy, _, bias = on(device, *numbers(case))
+    weight = torch.full_like(bias, 3e-8)
+    tail = Tail(torch.zeros_like(x) if adds else None, relu=True)
+    ours, dz = with_tail(case, tail, x, dy, weight, torch.zeros_like(bias))
+    before = (x.double() - x.double().mean((0, 2, 3), keepdim=True)) > 0
+    assert before[ours.y > 0].all() and (before & (ours.y == 0)).any() and (ours.y > 0).any()
+    passed = torch.where(ours.y > 0, dy, 0)
+    torch.testing.assert_close(ours.dbias.double(), passed.double().sum((0, 2, 3)), rtol=1e-6, atol=1e-6)
+    assert torch.equal(dz, passed if adds else dy)
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_fused_activation_and_residual(device: str, cut: str, dtype: torch.dtype, layout: str, mask: int) -> None:
-    x, dy, weight, bias = on(device, *numbers(Case((4, 3, 5, 5), layout, layout, dtype=dtype)))
-    adds = mask == BY_OUTPUT
-    residual = laid_out(torch.randn(x.shape).to(dtype), layout).to(device) if adds else None
-    wire, pivot = moments.moments(x)
-    y, saved, narrow = apply(x, wire, pivot, weight, bias, residual, [], [], None, 0.0, EPS, 1.0, 0, 2, True)
-    given = (pivot, weight, saved, narrow, 2, mask)
-    cotangents, dweight, dbias = cosums(dy, x, y if adds else None, *given)
-    dx, dresidual = combine(
-        *(dy, x, y if adds else None, cotangents, wire[-1], pivot, saved, narrow, EPS, 2, mask, adds)
-    )
-    leaves = [each.double().requires_grad_() for each in (x, weight, bias)]
-    wide_residual = torch.zeros_like(leaves[0]) if residual is None else residual.double()
-    wide_residual.requires_grad_()
-    before = F.batch_norm(leaves[0], None, None, *leaves[1:], True, 0.0, EPS) + wide_residual
-    # The mask of the rounded output: within rounding of 0 either is right.
-    truth = before * (y > 0)
-    expected = torch.autograd.grad(truth, [*leaves, wide_residual], dy.double())
-    assert ((before.abs() < 1e-2) | ((before > 0) == (y > 0))).all()
-    tolerance = {"rtol": 2e-2, "atol": 2e-2} if dtype in HALF else {"rtol": 1e-4, "atol": 1e-5}
-    ours = [dx, dweight, dbias] + ([dresidual] if adds else [])
-    for value, wanted in zip([y, *ours], [truth.clamp_min(0), *expected], strict=False):
-        torch.testing.assert_close(value.double(), wanted, **tolerance)
+@pytest.mark.parametrize("place", ["x", "residual", "x, without a residual"])
+def test_gradients_pass_where_the_output_is_nan(device: str, place: str, layout: str) -> None:
+    """As in torch's own ReLU."""
+    case = Case((3, 2, 4, 4), layout, layout)
+    x, dy, weight, bias = on(device, *numbers(case))
+    residual = laid_out(torch.linspace(-1, 2, x.numel()).view(x.shape), layout).to(device)
+    (residual if place == "residual" else x)[1, 0, 2, 3] = float("nan")
+    tail = Tail(None if "without" in place else residual, relu=True)
+    ours, dz = with_tail(case, tail, x, dy, weight, bias)
+    leaves = [each.double().requires_grad_() for each in (x, weight, bias, residual)]
+    before = F.batch_norm(leaves[0], None, None, *leaves[1:3], True, 0.0, EPS)
+    truth = torch.relu(before if tail.residual_NCL is None else before + leaves[3])
+    expected = torch.autograd.grad(truth, leaves, dy.double(), allow_unused=True)
+    for value, wanted in zip((*ours, dz), (truth, *expected), strict=True):
+        if wanted is not None:
+            torch.testing.assert_close(value.double(), wanted, rtol=1e-4, atol=1e-5, equal_nan=True)
+    assert ours.dbias.isfinite().all() and truth.isnan().any()
 
 
-@pytest.mark.parametrize("shape", [(64, 64, 112, 112), (2, 2048, 7, 7), (8, 3, 5), (1, 1), (7, 4096), (3, 1, 9999999)])
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_tiles_cover_every_value_once(shape: tuple[int, ...], memory_format: torch.memory_format) -> None:
-    x = torch.empty(shape, device="meta")
-    x = x.to(memory_format=memory_format) if x.dim() == 4 else x
-    (blocks, splits), (outer, units, channels, count, planes, vector, rows, columns) = tiles.tiles_of(x)
-    assert outer * units * vector * channels == x.numel()
-    assert count == -(-outer // rows) * (-(-units * vector // columns) if planes else 1)
-    assert blocks == (channels if planes else -(-channels // columns))
-    assert rows * columns <= tiles.TILE and splits <= count <= splits * max(tiles.LONGEST, 1) + splits
-    assert all(each & (each - 1) == 0 for each in (rows, columns))
-    for one, other in pairwise((1, splits, 65536)):
-        assert one <= other
+@pytest.mark.parametrize("method", METHODS, ids=str)
+@pytest.mark.parametrize(("adds", "relu"), [(False, True), (True, False), (True, True)])
+@pytest.mark.parametrize("shape", [(0, 3), (0, 3, 5, 4), (2, 3, 0)])
+def test_tails_of_no_values(device: str, shape: tuple[int, ...], adds: bool, relu: bool, method: ChannelAffine) -> None:
+    x, weight, bias = (torch.ones(size, device=device) for size in (shape, 3, 3))
+    ours, dz = with_tail(Case(shape, method=method), Tail(x if adds else None, relu), x, x, weight, bias)
+    assert ours.y.shape == ours.dx.shape == dz.shape == x.shape
+    assert not ours.dweight.any() and not ours.dbias.any()

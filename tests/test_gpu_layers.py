@@ -19,7 +19,7 @@ from distnorm import fused
 from distnorm.kernels.gpu import apply, combine, cosums, gpu_pass, moments
 from distnorm.methods import RMS
 from distnorm.share import KeepLocal
-from distnorm.types import Affine, Landed, Running
+from distnorm.types import Affine, Landed, Running, Tail
 from tests.support.gpu import CUTS, DEVICES, cut_small, run_on, skip_without
 from tests.training import batches, same, train
 
@@ -132,8 +132,8 @@ def test_the_correction_of_rms_begins_on_the_device(device: str, updates: int) -
     dy = torch.linspace(-1, 1, y.numel(), device=device).view_as(y)
     expected = torch.autograd.grad(y, [x, weight, bias], dy)
     with torch.no_grad():
-        ours = kernels.normalize(x, kernels.sums(x), weight, bias)
-        cotangents, dweight, dbias = kernels.pull(dy, x, weight)
+        ours = kernels.normalize(x, kernels.sums(x), weight, bias, Tail())
+        cotangents, dweight, dbias, _ = kernels.pull(dy, x, None, weight)
         dx = kernels.combine(dy, x, cotangents)
     for value, wanted in zip([ours, dx, dweight, dbias], [y, *expected], strict=True):
         torch.testing.assert_close(value, wanted, rtol=1e-5, atol=1e-5)
@@ -142,21 +142,23 @@ def test_the_correction_of_rms_begins_on_the_device(device: str, updates: int) -
 # --- launches ------------------------------------------------------------------------------------
 
 
-def test_launches_of_a_layer(device: str, cut: str, launches: list[str]) -> None:
+@pytest.mark.parametrize("tail", ["", "relu", "residual, relu"])
+def test_launches_of_a_layer(device: str, cut: str, launches: list[str], tail: str) -> None:
     """By construction at most 3 and 3, beside the collectives; nothing of ATen's but memory and views."""
     layer = distnorm.convert(nn.BatchNorm2d(2), "sync_bn").to(device)
-    x = torch.randn(4, 2, 6, 6, device=device, requires_grad=True)
+    x, residual = (torch.randn(4, 2, 6, 6, device=device, requires_grad=True) for _ in range(2))
+    added = residual if "residual" in tail else None
     layer(x).backward(torch.randn_like(x))  # binds
     dy = torch.randn_like(x)
     launches.clear()
     with Seen() as forward:
-        y = layer(x)
+        y = layer(x, added, relu="relu" in tail)
     split = cut == "cut"
     assert launches == ["sums_kernel", *["merge_kernel"] * split, "apply_kernel"]
     assert forward.names == ["gpu_moments", "gpu_apply"]
     launches.clear()
     with Seen() as backward:
-        torch.autograd.grad(y, [x, layer.weight, layer.bias], dy)
+        torch.autograd.grad(y, [x, layer.weight, layer.bias, *[residual] * (added is not None)], dy)
     assert launches == ["cosums_kernel", *["pull_kernel"] * split, "combine_kernel"]
     assert backward.names == ["gpu_cosums", "gpu_combine"]
 
@@ -171,12 +173,13 @@ def network() -> nn.Module:
     )
 
 
+@pytest.mark.parametrize("fuse", [False, True], ids=["", "fused"])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("recipe", ["local_bn", "sync_bn"])
-def test_training_is_that_of_stock(device: str, recipe: str, memory_format: torch.memory_format) -> None:
+def test_training_is_that_of_stock(device: str, recipe: str, memory_format: torch.memory_format, fuse: bool) -> None:
     stock = network().to(device, memory_format=memory_format)
     inputs = [each.to(device, memory_format=memory_format) for each in batches((3, 2, 7, 7), 2)]
-    ours = distnorm.convert(copy.deepcopy(stock), recipe)
+    ours = distnorm.convert(copy.deepcopy(stock), recipe, fuse=fuse)
     given, expected = train(ours, inputs), train(stock, inputs)
     assert given.keys() == expected.keys()
     for name, value in expected.items():

@@ -27,7 +27,7 @@ def carried(**section: object) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("section", "words"),
     [
-        ({"recipes": "mabn"}, ["unknown key 'recipes'", "did you mean 'recipe'?", "recipe, options, where, ledger"]),
+        ({"recipes": "mabn"}, ["unknown key 'recipes'", "mean 'recipe'?", "recipe, options, where, fuse, ledger"]),
         ({"source": "me"}, ["unknown key 'source'"]),
         ({3: 4}, ["unknown key 3"]),
         ("mabn", ["expected a mapping", "got 'mabn'"]),
@@ -70,6 +70,7 @@ def test_patterns_are_a_list_or_have_commas_between(given: object) -> None:
         {"recipe": "group_bn(size=4)"},
         {"recipe": "mabn", "options": {"window": 8, "weights": "none"}, "where": ["backbone.*"], "ledger": True},
         {"recipe": "sync_bn", "transport": "mpi"},
+        {"recipe": "sync_bn", "fuse": True, "ledger": True},
     ],
 )
 def test_a_section_is_what_settings_make_of_it(section: dict[str, Any]) -> None:
@@ -94,9 +95,9 @@ def test_nobody_says_anything() -> None:
 
 def test_flags_then_variables_then_the_section() -> None:
     environment = carried(recipe="mabn", where=["file"], ledger=True, transport="mpi")
-    environment |= {"DISTNORM_WHERE": "variable", "DISTNORM_LEDGER": "off"}
-    settings = from_environment(environment, {"where": "flag", "recipe": None})
-    assert settings == Settings(recipe="mabn", where=("flag",), ledger=False, transport="mpi")
+    environment |= {"DISTNORM_WHERE": "variable", "DISTNORM_LEDGER": "off", "DISTNORM_FUSE": "no"}
+    settings = from_environment(environment, {"where": "flag", "recipe": None, "fuse": True})
+    assert settings == Settings(recipe="mabn", where=("flag",), fuse=True, ledger=False, transport="mpi")
     assert settings.source == f"{FILE}, environment DISTNORM_*, flags of distnorm.run"
 
 
@@ -122,6 +123,7 @@ def test_a_recipe_drops_the_options_of_sources_behind_it(
 @pytest.mark.parametrize("word", ["1", "true", "Yes", "ON"])
 def test_words_for_yes(word: str) -> None:
     assert from_environment({"DISTNORM_LEDGER": word}) == Settings(ledger=True)
+    assert from_environment({"DISTNORM_FUSE": word}) == Settings(fuse=True)
 
 
 @pytest.mark.parametrize(

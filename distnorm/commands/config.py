@@ -13,7 +13,7 @@ from distnorm.commands.questions import ask
 from distnorm.settings import Settings
 from distnorm.types import Transport
 
-_KEYS = ("recipe", "options", "where", "ledger", "transport")
+_KEYS = ("recipe", "options", "where", "fuse", "ledger", "transport")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--recipe", help="see `distnorm recipes`")
     add("--option", action="append", metavar="KEY=VALUE", dest="options", help="an option of the recipe; repeatable")
     add("--where", nargs="+", metavar="PATTERN", help="layers to convert, such as 'backbone.*'; default: all")
+    add("--fuse", action=argparse.BooleanOptionalAction, help="whether norms take over what follows them")
     add("--ledger", action=argparse.BooleanOptionalAction, help="whether rank 0 prints the collectives of the job")
     add("--transport", help=f"who carries statistics: {' or '.join(get_args(Transport))}")
     add("--remove", action="store_true", help="take the section out")

@@ -2,7 +2,9 @@
 
    planes: images [N, C, L], contiguous.    rows: [R, C] with R = N * L, channels last.
    Sums are float64. Within a block that fits the first-level cache they are float32, about the block's own mean.
-   cosums are float32 within a block of the same size. */
+   cosums are float32 within a block of the same size.
+   A norm may have a tail, relu(norm(x) + residual): then apply has it, too, and sums and combine see the gradient before
+   it, which is dy where the output was positive, or NaN. */
 
 #include <stddef.h>
 
@@ -49,13 +51,14 @@ static float mean_of(const float *x, block_t block)
     return total(sum, rest) / (block.samples * block.length);
 }
 
-/* sum(dy) and sum(dy * (x - centre)), where dy = x - centre if there is none */
-static void add_products(const float *dy, const float *x, block_t block, float centre, double *one, double *two)
+/* sum(dy) and sum(dy * (x - centre)), where dy = x - centre if there is none; samples of dy are step apart */
+static void add_products(const float *dy, index_t step, const float *x, block_t block, float centre, double *one,
+                         double *two)
 {
     vector ones = {0}, twos = {0};
     float rest = 0, rests = 0;
     for (index_t n = 0; n < block.samples; n++) {
-        const float *v = x + n * block.stride, *g = dy ? dy + n * block.stride : NULL;
+        const float *v = x + n * block.stride, *g = dy ? dy + n * step : NULL;
         index_t i = 0;
         for (; i + LANES <= block.length; i += LANES) {
             vector centred = AT(v + i) - centre, factor = g ? AT(g + i) : centred;
@@ -79,23 +82,69 @@ static void uncentre(double *sum, double *square, double count, double centre, d
     *square += two + centre * (2 * one + count * centre);
 }
 
-static void plane_block(const float *dy, const float *x, block_t block, const float *pivot, double *one, double *two)
+/* The output before the tail; everywhere the same expression, so that it is rounded alike. */
+static inline float normed(float x, float centre, float factor, float term) { return (x - centre) * factor + term; }
+
+static inline float tailed(float value, const float *residual, index_t i, int relu)
 {
-    if (dy) {
-        add_products(dy, x, block, *pivot, one, two);
-        return;
+    if (residual) value += residual[i];
+    return relu && value < 0 ? 0 : value; /* NaN stays NaN */
+}
+
+/* A layer's backward pass: the gradient, its tail, and what the norm did to a channel.
+   Tails: none, if scale and y are NULL; relu, if scale and shift are given; relu with a residual, if the output y is, and
+   dz for the gradient before it. */
+typedef struct {
+    const float *dy, *y;
+    float *dz;
+    const float *pivot, *scale, *shift;
+} gradient_t;
+
+static gradient_t moved(gradient_t g, index_t values, index_t channels)
+{
+    g.dy += values, g.pivot += channels;
+    if (g.y) g.y += values, g.dz += values;
+    if (g.scale) g.scale += channels, g.shift += channels;
+    return g;
+}
+
+/* The gradient of a block before a relu: in dz, or in a block of its own. Returns where. */
+static const float *masked_plane(gradient_t g, const float *x, block_t block, float *own, index_t *step)
+{
+    *step = g.y ? block.stride : block.length;
+    for (index_t n = 0; n < block.samples; n++) {
+        index_t at = n * block.stride;
+        if (g.y)
+            for (index_t i = at; i < at + block.length; i++) g.dz[i] = g.y[i] <= 0 ? 0 : g.dy[i];
+        else
+            for (index_t i = 0; i < block.length; i++)
+                own[n * block.length + i] = normed(x[at + i], *g.pivot, *g.scale, *g.shift) <= 0 ? 0 : g.dy[at + i];
     }
+    return g.y ? g.dz : own;
+}
+
+static void plane_moments(const float *x, block_t block, double *one, double *two)
+{
     double first = 0, second = 0, centre = mean_of(x, block);
-    add_products(NULL, x, block, centre, &first, &second);
+    add_products(NULL, 0, x, block, centre, &first, &second);
     uncentre(one, two, (double)block.samples * block.length, centre, first, second);
 }
 
+static void plane_cosums(gradient_t g, const float *x, block_t block, double *one, double *two)
+{
+    float own[BLOCK];
+    index_t step = block.stride;
+    const float *dz = g.y || g.scale ? masked_plane(g, x, block, own, &step) : g.dy;
+    add_products(dz, step, x, block, *g.pivot, one, two);
+}
+
 /* Without dy: sums[c] = sum(x), sums[C + c] = sum(x^2), sums[2 C] = their count, and the pivot becomes the mean.
-   With dy: sum(dy), sum(dy * (x - pivot)). */
-void plane_sums(const float *dy, const float *x, float *pivot, double *sums, index_t N, index_t C, index_t L,
-                int threads)
+   With dy: sum(dz), sum(dz * (x - pivot)), and dz where it is wanted. */
+void plane_sums(const float *dy, const float *x, const float *y, float *dz, float *pivot, const float *scale,
+                const float *shift, double *sums, index_t N, index_t C, index_t L, int threads)
 {
     index_t length = MIN(L, BLOCK), samples = BLOCK / length;
+    gradient_t gradient = {dy, y, dz, pivot, scale, shift};
     if (!dy) sums[2 * C] = N * L;
     PARALLEL
     for (index_t c = 0; c < C; c++) {
@@ -104,39 +153,65 @@ void plane_sums(const float *dy, const float *x, float *pivot, double *sums, ind
             for (index_t l = 0; l < L; l += length) {
                 index_t at = (n * C + c) * L + l;
                 block_t block = {MIN(samples, N - n), MIN(length, L - l), C * L};
-                plane_block(dy ? dy + at : NULL, x + at, block, pivot + c, sums + c, sums + C + c);
+                if (dy)
+                    plane_cosums(moved(gradient, at, c), x + at, block, sums + c, sums + C + c);
+                else
+                    plane_moments(x + at, block, sums + c, sums + C + c);
             }
         if (!dy) pivot[c] = sums[c] / (N * L);
     }
 }
 
-/* y = (x - pivot) * scale + shift */
-void plane_apply(const float *x, float *y, const float *pivot, const float *scale, const float *shift, index_t N,
-                 index_t C, index_t L, int threads)
+/* y = relu((x - pivot) * scale + shift + residual), with what there is of the tail */
+void plane_apply(const float *x, const float *residual, float *y, const float *pivot, const float *scale,
+                 const float *shift, int relu, index_t N, index_t C, index_t L, int threads)
 {
     PARALLEL
     for (index_t row = 0; row < N * C; row++) {
         float centre = pivot[row % C], factor = scale[row % C], term = shift[row % C];
-        for (index_t i = row * L; i < (row + 1) * L; i++) y[i] = (x[i] - centre) * factor + term;
+        for (index_t i = row * L; i < (row + 1) * L; i++)
+            y[i] = tailed(normed(x[i], centre, factor, term), residual, i, relu);
     }
 }
 
-/* dx = dy * scale + level + (x - pivot) * slope */
+/* dx = dz * scale + level + (x - pivot) * slope; with a shift, dz is dy before a relu, else dy */
 void plane_combine(const float *dy, const float *x, float *dx, const float *pivot, const float *scale,
-                   const float *level, const float *slope, index_t N, index_t C, index_t L, int threads)
+                   const float *shift, const float *level, const float *slope, index_t N, index_t C, index_t L,
+                   int threads)
 {
     PARALLEL
     for (index_t row = 0; row < N * C; row++) {
         float centre = pivot[row % C], factor = scale[row % C], term = level[row % C], tilt = slope[row % C];
-        for (index_t i = row * L; i < (row + 1) * L; i++) dx[i] = dy[i] * factor + ((x[i] - centre) * tilt + term);
+        float bound = shift ? shift[row % C] : 0;
+        for (index_t i = row * L; i < (row + 1) * L; i++) {
+            float dz = shift && normed(x[i], centre, factor, bound) <= 0 ? 0 : dy[i];
+            dx[i] = dz * factor + ((x[i] - centre) * tilt + term);
+        }
     }
 }
 
-static inline __attribute__((always_inline)) void row_block(const float *dy, const float *x, const float *pivot,
-                                                            index_t rows, index_t width, index_t C, double *sums)
+/* As masked_plane. */
+static const float *masked_rows(gradient_t g, const float *x, index_t rows, index_t width, index_t C, float *own,
+                                index_t *step)
+{
+    *step = g.y ? C : TILE;
+    for (index_t r = 0; r < rows; r++) {
+        index_t at = r * C;
+        if (g.y)
+            for (index_t j = 0; j < width; j++) g.dz[at + j] = g.y[at + j] <= 0 ? 0 : g.dy[at + j];
+        else
+            for (index_t j = 0; j < width; j++)
+                own[r * TILE + j] = normed(x[at + j], g.pivot[j], g.scale[j], g.shift[j]) <= 0 ? 0 : g.dy[at + j];
+    }
+    return g.y ? g.dz : own;
+}
+
+static inline __attribute__((always_inline)) void row_block(const float *dz, index_t step, const float *x,
+                                                            const float *pivot, index_t rows, index_t width, index_t C,
+                                                            double *sums)
 {
     float centre[TILE] = {0}, one[TILE] = {0}, two[TILE] = {0};
-    if (dy)
+    if (dz)
         for (index_t j = 0; j < width; j++) centre[j] = pivot[j];
     else {
         for (index_t r = 0; r < rows; r++)
@@ -145,20 +220,33 @@ static inline __attribute__((always_inline)) void row_block(const float *dy, con
     }
     for (index_t r = 0; r < rows; r++)
         for (index_t j = 0; j < width; j++) {
-            float centred = x[r * C + j] - centre[j], factor = dy ? dy[r * C + j] : centred;
+            float centred = x[r * C + j] - centre[j], factor = dz ? dz[r * step + j] : centred;
             one[j] += factor;
             two[j] += factor * centred;
         }
     for (index_t j = 0; j < width; j++)
-        if (dy)
+        if (dz)
             sums[j] += one[j], sums[C + j] += two[j];
         else
             uncentre(sums + j, sums + C + j, rows, centre[j], one[j], two[j]);
 }
 
-/* As plane_sums. The four calls are one function, compiled for what is known of its arguments. */
-void row_sums(const float *dy, const float *x, float *pivot, double *sums, index_t N, index_t C, index_t L, int threads)
+static void row_cosums(gradient_t g, const float *x, index_t rows, index_t width, index_t C, double *sums)
 {
+    float own[ROWS * TILE];
+    index_t step = C;
+    const float *dz = g.y || g.scale ? masked_rows(g, x, rows, width, C, own, &step) : g.dy;
+    if (width == TILE)
+        row_block(dz, step, x, g.pivot, rows, TILE, C, sums);
+    else
+        row_block(dz, step, x, g.pivot, rows, width, C, sums);
+}
+
+/* As plane_sums. The calls of row_block are one function, compiled for what is known of its arguments. */
+void row_sums(const float *dy, const float *x, const float *y, float *dz, float *pivot, const float *scale,
+              const float *shift, double *sums, index_t N, index_t C, index_t L, int threads)
+{
+    gradient_t gradient = {dy, y, dz, pivot, scale, shift};
     if (!dy) sums[2 * C] = N * L;
     PARALLEL
     for (index_t c = 0; c < C; c += TILE) {
@@ -166,34 +254,36 @@ void row_sums(const float *dy, const float *x, float *pivot, double *sums, index
         for (index_t j = c; j < c + width; j++) sums[j] = sums[C + j] = 0;
         for (index_t r = 0; r < R; r += ROWS) {
             index_t rows = MIN(ROWS, R - r), at = r * C + c;
-            if (dy && width == TILE)
-                row_block(dy + at, x + at, pivot + c, rows, TILE, C, sums + c);
-            else if (dy)
-                row_block(dy + at, x + at, pivot + c, rows, width, C, sums + c);
+            if (dy)
+                row_cosums(moved(gradient, at, c), x + at, rows, width, C, sums + c);
             else if (width == TILE)
-                row_block(NULL, x + at, NULL, rows, TILE, C, sums + c);
+                row_block(NULL, 0, x + at, NULL, rows, TILE, C, sums + c);
             else
-                row_block(NULL, x + at, NULL, rows, width, C, sums + c);
+                row_block(NULL, 0, x + at, NULL, rows, width, C, sums + c);
         }
         for (index_t j = c; !dy && j < c + width; j++) pivot[j] = sums[j] / R;
     }
 }
 
 /* As plane_apply. */
-void row_apply(const float *x, float *y, const float *pivot, const float *scale, const float *shift, index_t N,
-               index_t C, index_t L, int threads)
-{
-    PARALLEL
-    for (index_t r = 0; r < N * L; r++)
-        for (index_t c = 0; c < C; c++) y[r * C + c] = (x[r * C + c] - pivot[c]) * scale[c] + shift[c];
-}
-
-/* As plane_combine. */
-void row_combine(const float *dy, const float *x, float *dx, const float *pivot, const float *scale,
-                 const float *level, const float *slope, index_t N, index_t C, index_t L, int threads)
+void row_apply(const float *x, const float *residual, float *y, const float *pivot, const float *scale,
+               const float *shift, int relu, index_t N, index_t C, index_t L, int threads)
 {
     PARALLEL
     for (index_t r = 0; r < N * L; r++)
         for (index_t c = 0, i = r * C; c < C; c++, i++)
-            dx[i] = dy[i] * scale[c] + ((x[i] - pivot[c]) * slope[c] + level[c]);
+            y[i] = tailed(normed(x[i], pivot[c], scale[c], shift[c]), residual, i, relu);
+}
+
+/* As plane_combine. */
+void row_combine(const float *dy, const float *x, float *dx, const float *pivot, const float *scale,
+                 const float *shift, const float *level, const float *slope, index_t N, index_t C, index_t L,
+                 int threads)
+{
+    PARALLEL
+    for (index_t r = 0; r < N * L; r++)
+        for (index_t c = 0, i = r * C; c < C; c++, i++) {
+            float dz = shift && normed(x[i], pivot[c], scale[c], shift[c]) <= 0 ? 0 : dy[i];
+            dx[i] = dz * scale[c] + ((x[i] - pivot[c]) * slope[c] + level[c]);
+        }
 }

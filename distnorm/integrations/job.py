@@ -22,6 +22,7 @@ from distnorm.diagnostics import Ledger
 from distnorm.integrations.loss_scales import LossScales
 from distnorm.integrations.optimizers import Optimizers, in_use
 from distnorm.integrations.patching import after_init
+from distnorm.module import DistNorm
 from distnorm.settings import Settings
 
 logger = logging.getLogger("distnorm")
@@ -86,9 +87,11 @@ class Job:
         """Take note of ``model``, which has just been converted; ``follow`` its optimizers."""
         self._rank = dist.get_rank() if dist.is_initialized() else self._rank
         (conversion,) = conversions_of(model)
-        layers = sum(1 for _ in conversion.layers())
+        tails = [isinstance(layer, DistNorm) and layer.tail != "" for _, layer in conversion.layers()]
+        fused = f", {sum(tails)} of them fused with what follows" if self.settings.fuse else ""
         recipe = conversion.recipe.name or str(conversion.recipe)
-        self._unannounced.append((f"{type(model).__name__}: {layers} layers converted to {recipe}", conversion))
+        text = f"{type(model).__name__}: {len(tails)} layers converted to {recipe}{fused}"
+        self._unannounced.append((text, conversion))
         self.scales.tell(conversion)
         if follow:
             self.optimizers.follow(model, conversion)

@@ -35,7 +35,8 @@ def moments(x_NCL: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     channels = x_NCL.shape[1]
     wire = torch.empty(2 * channels + 1, dtype=torch.float64)
     pivot_C = x_NCL.new_empty(channels)
-    compiled.sums(None, x_NCL.data_ptr(), pivot_C.data_ptr(), wire.data_ptr(), *compiled.image)
+    x, pivot, sums = (each.data_ptr() for each in (x_NCL, pivot_C, wire))
+    compiled.sums(None, x, None, None, pivot, None, None, sums, *compiled.image)
     return wire, pivot_C, None
 
 
@@ -45,8 +46,8 @@ def apply(x_NCL: Tensor, pivot_C: Tensor, scale_C: Tensor, shift_C: Tensor, *, i
     if compiled is None:
         return aten.apply(x_NCL, pivot_C, scale_C, shift_C, into=into)
     y_NCL = torch.empty_like(x_NCL) if into is None else into
-    tensors = x_NCL, y_NCL, pivot_C, scale_C, shift_C
-    compiled.apply(*(each.data_ptr() for each in tensors), *compiled.image)
+    x, y, *vectors = (each.data_ptr() for each in (x_NCL, y_NCL, pivot_C, scale_C, shift_C))
+    compiled.apply(x, None, y, *vectors, False, *compiled.image)
     return y_NCL
 
 
@@ -57,7 +58,8 @@ def cosums(dy_NCL: Tensor, x_NCL: Tensor, pivot_C: Tensor) -> Tensor:
         return aten.cosums(dy_NCL, x_NCL, pivot_C)
     dy_NCL = like(dy_NCL, x_NCL)
     sums_KC = torch.empty(2, x_NCL.shape[1], dtype=torch.float64)
-    compiled.sums(*(each.data_ptr() for each in (dy_NCL, x_NCL, pivot_C, sums_KC)), *compiled.image)
+    dy, x, pivot, sums = (each.data_ptr() for each in (dy_NCL, x_NCL, pivot_C, sums_KC))
+    compiled.sums(dy, x, None, None, pivot, None, None, sums, *compiled.image)
     return sums_KC
 
 
@@ -69,8 +71,10 @@ def combine(
     if compiled is None:
         return aten.combine(dy_NCL, x_NCL, pivot_C, scale_C, level_C, slope_C)
     dx_NCL = torch.empty_like(x_NCL)
-    tensors = like(dy_NCL, x_NCL), x_NCL, dx_NCL, pivot_C, scale_C, level_C, slope_C
-    compiled.combine(*(each.data_ptr() for each in tensors), *compiled.image)
+    dy_NCL = like(dy_NCL, x_NCL)
+    images = (each.data_ptr() for each in (dy_NCL, x_NCL, dx_NCL))
+    pivot, scale, level, slope = (each.data_ptr() for each in (pivot_C, scale_C, level_C, slope_C))
+    compiled.combine(*images, pivot, scale, None, level, slope, *compiled.image)
     return dx_NCL
 
 

@@ -7,11 +7,13 @@ binding, so every rank sends the same size whatever its layers did; a slot that 
 from __future__ import annotations
 
 import logging
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from distnorm.kernels import gpu
 from distnorm.transport import Group
 from distnorm.transport.group import Pending
 from distnorm.types import EVERY_LAYER, Direction, Landed, Layout, Slot
@@ -19,6 +21,18 @@ from distnorm.types import EVERY_LAYER, Direction, Landed, Layout, Slot
 logger = logging.getLogger("distnorm")
 
 DOUBLE = 8  # bytes
+
+
+def loss_scale_of(slot: Slot) -> Tensor | float:
+    """What the values of ``slot`` are multiplied by: statistics by nothing."""
+    return slot.loss_scale if slot.direction == "backward" else 1.0
+
+
+def at_or_number(scale: Tensor | float, values: Tensor) -> tuple[Tensor | None, float]:
+    """``scale`` as kernels/gpu/entries.py takes it: where it lies on the device of ``values``, or else the number."""
+    if isinstance(scale, Tensor) and scale.device == values.device:
+        return scale, 1.0
+    return None, float(scale)
 
 
 class Bucket:
@@ -29,13 +43,14 @@ class Bucket:
         self.group = group
         self.index = {slot: number for number, slot in enumerate(layout.sizes)}
         sizes = [size + extra * (slot[1] == "forward") for slot, size in layout.sizes.items()]
-        self.starts = torch.tensor([0, *sizes]).cumsum(0)
-        starts = self.starts.tolist()
+        starts = list(accumulate(sizes, initial=0))
+        self.starts = torch.tensor(starts).to(layout.device)
+        """Where slots begin, and where the last one ends."""
         self.span = {slot: slice(*starts[number : number + 2]) for slot, number in self.index.items()}
         self.values = starts[-1]
         self.slots = len(sizes)
         self._sizes = sizes
-        self.slot_of = torch.repeat_interleave(torch.tensor(sizes)).to(layout.device)
+        self.slot_of = torch.repeat_interleave(torch.tensor(sizes), output_size=self.values).to(layout.device)
         """Which slot each value belongs to."""
         self.outbox = self._empty(layout.device)
         self.dropped = torch.zeros(self.slots, dtype=torch.int64, device=layout.device)
@@ -61,6 +76,10 @@ class Bucket:
         start = self.outbox.data_ptr()
         return start + DOUBLE * self.span[slot].start, start + DOUBLE * (self.values + self.index[slot])
 
+    def in_triton(self, values: Tensor) -> bool:
+        """Whether kernels/gpu/entries.py enters ``values``, as C does on a CPU; what they compute is said in torch."""
+        return values.is_cuda and values.device == self.outbox.device and gpu.available()
+
     def parts(self, vector: Tensor) -> tuple[Tensor, Tensor]:
         """The values and the weights of ``vector``."""
         return vector[: self.values], vector[self.values : -1]
@@ -83,7 +102,8 @@ class Bucket:
             self._check_phase(landed, self._passes)
         sent = self.take()
         travelling = sent.clone()
-        travelling[-1] = self._passes = slot.passes
+        self._passes = slot.passes
+        travelling[-1].fill_(slot.passes)  # to assign a number copies it to a GPU, which waits
         try:
             self._pending = self.group.sum_async(travelling, slot._replace(layer=EVERY_LAYER))
         except RuntimeError as error:

@@ -9,7 +9,6 @@ is our construction.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from ctypes import CDLL
 from dataclasses import dataclass
 from typing import Any, Literal, final
@@ -19,9 +18,9 @@ from torch import Tensor
 
 from distnorm.compiled import library
 from distnorm.policies.base import Policy, Reducer
-from distnorm.policies.bucket import DOUBLE, Bucket
+from distnorm.policies.bucket import DOUBLE, Bucket, at_or_number, loss_scale_of
 from distnorm.transport import Group, Topology
-from distnorm.types import Landed, Layout, Slot, Watch
+from distnorm.types import Direction, Landed, Layout, Slot, Watch
 
 LossReduction = Literal["mean", "sum"]
 
@@ -42,55 +41,67 @@ class _Window(Reducer):
     def reduce(self, wire: Tensor, slot: Slot) -> Tensor:
         if not slot.learning:
             return self.blocking.sum(wire, slot)
-        return self._statistics(wire, slot) if slot.direction == "forward" else self._cotangents(wire, slot)
-
-    def _statistics(self, wire: Tensor, slot: Slot) -> Tensor:
+        if slot.direction == "backward":
+            return self._enter(*self._cotangents(wire, slot), slot)
         newest = wire if self.policy.staleness else self.blocking.sum(wire, slot)
-        if entries := _compiled(newest):
-            out, count = torch.empty_like(newest), newest[-1].item()
-            out[-1] = count
-            self._enter(entries, newest, slot, count, count, out)
-            return out
-        self.bucket.write(slot.layer, "forward", newest[:-1], newest[-1])
-        means = self._windowed(slot, newest[:-1], newest[-1])
-        return torch.cat((means * newest[-1], newest[-1:]))
+        return self._enter(newest, newest[-1], slot)
 
-    def _cotangents(self, wire: Tensor, slot: Slot) -> Tensor:
-        per_value = self.policy.loss_reduction == "sum"
-        # A count and cotangents of this rank alone, or of all that a blocking sum joins.
-        ranks = 1 if self.policy.staleness else self.size
-        count = _count(slot)
-        if self.policy.staleness and (entries := _compiled(wire)):
-            out, own = torch.empty_like(wire), count.item() if per_value else 1.0
-            self._enter(entries, wire, slot, own, own * float(slot.loss_scale), out)
-            return out
-        weight = count / ranks if per_value else torch.ones_like(count)
-        newest = torch.cat((wire / slot.loss_scale, weight.view(1)))
-        if not self.policy.staleness:
-            newest = self.blocking.sum(newest, slot)
-        self.bucket.write(slot.layer, "backward", newest[:-1], newest[-1])
-        share = self._windowed(slot, newest[:-1], newest[-1]) * slot.loss_scale
-        return share * (count if per_value else ranks)
+    def _cotangents(self, wire: Tensor, slot: Slot) -> tuple[Tensor, Tensor | None]:
+        """The newest cotangents and their weight, None for 1: this rank's, or those that a blocking sum joins."""
+        count = _count(slot) if self.policy.loss_reduction == "sum" else None
+        if self.policy.staleness:
+            return wire, count
+        weight = wire.new_ones(1) if count is None else (count / self.size).view(1)
+        newest = self.blocking.sum(torch.cat((wire, weight)), slot)
+        return newest[:-1], newest[-1]
 
-    def _enter(
-        self, entries: Callable[..., None], newest: Tensor, slot: Slot, weight: float, factor: float, out: Tensor
-    ) -> None:
-        """``bucket.write`` and ``factor * _windowed`` of contiguous values on the CPU, in one call."""
+    def _enter(self, newest: Tensor, weight: Tensor | None, slot: Slot) -> Tensor:
+        """Add ``newest`` to this step's vector; ``weight`` times the mean over the window.
+
+        Statistics come with their count, and leave with it.
+        """
+        if self.bucket.in_triton(newest):
+            return self._enter_in_triton(newest, weight, slot)
+        compiled = library() if newest.is_cpu and newest.is_contiguous() else None
+        if compiled is not None:
+            return self._enter_in_c(compiled, newest, weight, slot)
+        key, scale = (slot.layer, slot.direction), loss_scale_of(slot)
+        weight = newest.new_ones(()) if weight is None else weight
+        values = (newest[:-1] if slot.direction == "forward" else newest) / scale
+        self.bucket.write(*key, values, weight)
+        share = self._windowed(key, values, weight) * weight * scale
+        return torch.cat((share, weight.view(1))) if slot.direction == "forward" else share
+
+    def _windowed(self, key: tuple[str, Direction], values: Tensor, weight: Tensor) -> Tensor:
+        """Mean over the landed entries and the newest, if it has any weight."""
+        entries = self.filled[self.bucket.index[key]] + (weight > 0)
+        own = torch.where(weight > 0, values / weight, 0)
+        return (self.sums[self.bucket.span[key]] + own) / entries.clamp_min(1)
+
+    def _enter_in_triton(self, newest: Tensor, weight: Tensor | None, slot: Slot) -> Tensor:
+        from distnorm.kernels.gpu.entries import window  # imports Triton
+
         key = slot.layer, slot.direction
         span, number = self.bucket.span[key], self.bucket.index[key]
-        loss_scale = float(slot.loss_scale) if slot.direction == "backward" else 1.0
-        entries(
-            *(newest.data_ptr(), span.stop - span.start, loss_scale, weight, factor),
+        out: Tensor = window(
+            *(newest.contiguous(), weight, *at_or_number(loss_scale_of(slot), newest), self.sums, self.filled),
+            *(self.bucket.outbox, span.start, span.stop - span.start, number, slot.direction == "forward"),
+        )
+        return out
+
+    def _enter_in_c(self, compiled: CDLL, newest: Tensor, weight: Tensor | None, slot: Slot) -> Tensor:
+        key = slot.layer, slot.direction
+        span, number = self.bucket.span[key], self.bucket.index[key]
+        own, scale = 1.0 if weight is None else weight.item(), float(loss_scale_of(slot))
+        out = torch.empty_like(newest)
+        if slot.direction == "forward":
+            out[-1] = own
+        compiled.entries_window(
+            *(newest.data_ptr(), span.stop - span.start, scale, own, own * scale),
             *(self.sums.data_ptr() + DOUBLE * span.start, self.filled.data_ptr() + DOUBLE * number),
             *(*self.bucket.addresses(key), out.data_ptr()),
         )
-
-    def _windowed(self, slot: Slot, newest: Tensor, weight: Tensor) -> Tensor:
-        """Mean over the landed entries and the newest, if it has any weight."""
-        key = slot.layer, slot.direction
-        entries = self.filled[self.bucket.index[key]] + (weight > 0)
-        own = torch.where(weight > 0, newest / weight, 0)
-        return (self.sums[self.bucket.span[key]] + own) / entries.clamp_min(1)
+        return out
 
     def lands(self, slot: Slot) -> bool:
         return not slot.learning or self.policy.staleness == 0
@@ -134,8 +145,10 @@ class _Window(Reducer):
 
     def _push(self, vector: Tensor) -> Tensor:
         """Put the entry that ``vector`` holds into the ring; return which slots it had."""
+        if self.depth and self.bucket.in_triton(vector):
+            return self._push_in_triton(vector)
         if self.depth and vector.is_cpu and (compiled := library()) is not None:
-            return self._push_compiled(compiled, vector.contiguous())
+            return self._push_in_c(compiled, vector.contiguous())
         usable = self.bucket.usable(vector)
         if not self.depth:
             return usable
@@ -150,7 +163,15 @@ class _Window(Reducer):
         self.sums = self.ring.sum(0)
         return usable
 
-    def _push_compiled(self, compiled: CDLL, vector: Tensor) -> Tensor:
+    def _push_in_triton(self, vector: Tensor) -> Tensor:
+        from distnorm.kernels.gpu.entries import push  # imports Triton
+
+        ring = self.ring, self.filled, self.position, self.sums
+        usable: Tensor
+        usable, self.position = push(vector.contiguous(), self.bucket.starts, *ring, self.bucket.dropped)
+        return usable
+
+    def _push_in_c(self, compiled: CDLL, vector: Tensor) -> Tensor:
         bucket, usable = self.bucket, torch.empty(self.bucket.slots, dtype=torch.bool)
         ring = self.ring, self.filled, self.position, self.sums
         compiled.entries_push(
@@ -169,12 +190,6 @@ class _Window(Reducer):
             getattr(self, name).copy_(value)
         self.sums = self.ring.sum(0)
         self.bucket.load_state_dict(state["bucket"], own=own)
-
-
-def _compiled(values: Tensor) -> Callable[..., None] | None:
-    """The C that enters ``values`` into a window, where it can."""
-    found = library() if values.is_cpu and values.is_contiguous() else None
-    return None if found is None else found.entries_window
 
 
 def _count(slot: Slot) -> Tensor:

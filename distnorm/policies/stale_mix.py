@@ -17,7 +17,7 @@ from torch import Tensor
 
 from distnorm.compiled import library
 from distnorm.policies.base import Policy, Reducer
-from distnorm.policies.bucket import DOUBLE, Bucket
+from distnorm.policies.bucket import DOUBLE, Bucket, at_or_number, loss_scale_of
 from distnorm.transport import Group, Topology
 from distnorm.types import Landed, Layout, Slot, Watch
 
@@ -35,15 +35,25 @@ class _Mix(Reducer):
     def reduce(self, wire: Tensor, slot: Slot) -> Tensor:
         if not slot.learning:
             return self.blocking.sum(wire, slot)
-        scale = slot.loss_scale if slot.direction == "backward" else 1.0
+        if self.bucket.in_triton(wire):
+            return self._mix_in_triton(wire, slot)
         compiled = library() if wire.is_cpu and wire.is_contiguous() else None
         if compiled is not None:
-            return self._enter(compiled, wire, slot, float(scale))
+            return self._mix_in_c(compiled, wire, slot)
+        scale = loss_scale_of(slot)
         self.bucket.write(slot.layer, slot.direction, wire / scale, 1.0)
         return wire + (self.size - 1) * scale * self.others[self.bucket.span[slot.layer, slot.direction]]
 
-    def _enter(self, compiled: CDLL, wire: Tensor, slot: Slot, scale: float) -> Tensor:
+    def _mix_in_triton(self, wire: Tensor, slot: Slot) -> Tensor:
+        from distnorm.kernels.gpu.entries import mix  # imports Triton
+
         key = slot.layer, slot.direction
+        place = self.others, self.bucket.outbox, self.bucket.span[key].start, self.bucket.index[key]
+        out: Tensor = mix(wire.contiguous(), *at_or_number(loss_scale_of(slot), wire), *place, self.size - 1)
+        return out
+
+    def _mix_in_c(self, compiled: CDLL, wire: Tensor, slot: Slot) -> Tensor:
+        key, scale = (slot.layer, slot.direction), float(loss_scale_of(slot))
         others = self.others.data_ptr() + DOUBLE * self.bucket.span[key].start
         out = torch.empty_like(wire)
         compiled.entries_mix(
@@ -59,8 +69,7 @@ class _Mix(Reducer):
         return not slot.learning
 
     def observe(self, shared: Tensor, slot: Slot, contributions: float) -> None:
-        scale = slot.loss_scale if slot.direction == "backward" else 1.0
-        self.bucket.write(slot.layer, slot.direction, shared / scale, float(contributions))
+        self.bucket.write(slot.layer, slot.direction, shared / loss_scale_of(slot), float(contributions))
 
     def end_step(self, slot: Slot, *, observed: bool = False) -> list[Landed]:
         if observed:
@@ -74,14 +83,14 @@ class _Mix(Reducer):
             return []
         usable = self.bucket.usable(landed)
         self._represent(landed, torch.zeros_like(landed) if own is None else own, usable)
-        values, _ = self.bucket.parts(landed)
-        found = []
-        for (layer, direction), number in self.bucket.index.items():
-            if direction == "forward":
-                wire = values[self.bucket.span[layer, direction]]
-                weight = (usable[number] & (wire[-1] > 0)).double()
-                found.append(Landed(layer, _mean(wire), wire[-1], weight))
-        return found
+        return self._landed(self.bucket.parts(landed)[0], usable)
+
+    def _landed(self, values: Tensor, usable: Tensor) -> list[Landed]:
+        """Of all slots at once, of which the forward ones end with their counts."""
+        counts = values[self.bucket.starts[1:] - 1]
+        means = values / counts.clamp_min(1)[self.bucket.slot_of]
+        landed = self.bucket.landed(means, counts, usable & (counts > 0))
+        return [each._replace(means=each.means[:-1]) for each in landed]
 
     def watch(self, slot: Slot, *, exact: bool) -> dict[str, Watch]:
         last, _ = self.bucket.parts(self.bucket.last)

@@ -215,7 +215,9 @@ def test_a_misspelt_key_fails_on_every_rank(fast: Ranks) -> None:
     for each in fast:
         error, path = each["misspelt"]["error"], each["misspelt"]["path"]
         assert error.startswith(f"{path}, section \"distnorm\": unknown key 'recipes'")
-        assert "did you mean 'recipe'" in error and "allowed are recipe, options, where, ledger, transport" in error
+        assert (
+            "did you mean 'recipe'" in error and "allowed are recipe, options, where, fuse, ledger, transport" in error
+        )
 
 
 def test_what_we_use_of_deepspeed_is_there(fast: Ranks) -> None:

@@ -65,6 +65,15 @@ def test_one_process_is_told_so_once(world: None, capsys: pytest.CaptureFixture[
     assert capsys.readouterr().err == "distnorm.run: Sequential: 1 layers converted to sync_bn\n" * len(models)
 
 
+def test_what_was_fused_is_said(world: None, capsys: pytest.CaptureFixture[str]) -> None:
+    job = install(Settings(recipe="local_bn", fuse=True))
+    layers = nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 4), nn.BatchNorm1d(4)
+    DistributedDataParallel(nn.Sequential(*layers))
+    job._report()
+    said = capsys.readouterr().err
+    assert said == "distnorm.run: Sequential: 2 layers converted to local_bn, 1 of them fused with what follows\n"
+
+
 def test_a_model_without_batch_norm_is_named_once(world: None, capsys: pytest.CaptureFixture[str]) -> None:
     job = install(Settings())
     with pytest.warns(UserWarning, match=r"^distnorm.run: Linear has no batch norm layer to convert.$") as caught:

@@ -134,6 +134,27 @@ def test_law_8_running_statistics_agree_bit_for_bit(policy, seed):
         torch.testing.assert_close(united, results[0][1], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("policy", (POLICIES | MOVING).values(), ids=(POLICIES | MOVING).keys())
+@pytest.mark.parametrize("under_test", METHODS.values(), ids=METHODS.keys())
+def test_tails_change_no_values(policy, under_test):
+    """A norm that adds a shortcut and applies a ReLU itself, beside one that does not, for three steps."""
+    recipe = Recipe(method=under_test.method, policy=policy)
+
+    def run(rank: int, fused: bool) -> list[Tensor]:
+        layer = make_layer(recipe, random_case((0, 0, 0, 0), (), mean=0.0, seed=0), 4)
+        generator = torch.Generator().manual_seed(rank)
+        found = []
+        for _ in range(3):
+            x, shortcut, dy = torch.randn(3, 2 + rank, 3, 5, generator=generator, dtype=torch.float64).unbind()
+            x, shortcut = x.requires_grad_(), shortcut.requires_grad_()
+            y = layer(x, shortcut, relu=True) if fused else torch.relu(layer(x) + shortcut)
+            y.backward(dy)
+            found += [y.detach(), x.grad, shortcut.grad]
+        return [*found, layer.weight.grad, layer.bias.grad, *layer.buffers()]
+
+    torch.testing.assert_close(run_threads(4, run, True), run_threads(4, run, False), rtol=1e-10, atol=1e-10)
+
+
 REDUCTIONS = [
     pytest.param(Periodic(every=1), AllReduce(), id="every step"),
     pytest.param(AllReduce(group_size=4), AllReduce(), id="one block"),

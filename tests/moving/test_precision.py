@@ -85,6 +85,19 @@ def test_float16_with_an_exact_recipe_needs_no_scale():
     layer(torch.randn(8, 4).half().requires_grad_()).float().sum().backward()
 
 
+@pytest.mark.parametrize(("recipe", "per_pass"), [("mabn", 1), ("lazy_bn", 1), ("sync_bn", 0)])
+def test_the_scale_is_asked_for_once_per_backward_pass(recipe: str, per_pass: int):
+    """A GradScaler reads it from the GPU, and waits for that."""
+    asked = []
+    model = distnorm.convert(nn.Sequential(nn.BatchNorm1d(4), nn.BatchNorm1d(4)), recipe)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    distnorm.attach(model, optimizer=optimizer, loss_scale=lambda: asked.append(1) or 8.0)
+    for step in range(3):
+        (model(batch(step, 0)) ** 2).mean().mul(8).backward()
+        optimizer.step()
+    assert len(asked) == 3 * per_pass
+
+
 @EVERY
 def test_loss_scales_come_out_of_the_windows(policy):
     """A scale that varies by powers of two: the same windows and, once it is taken out, the same gradients."""

@@ -19,14 +19,14 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 from distnorm.kernels.gpu import apply, combine, cosums, moments
-from distnorm.kernels.gpu.cosums import BY_OUTPUT, UNMASKED
+from distnorm.kernels.gpu.cosums import BY_INPUT, BY_OUTPUT, UNMASKED
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 VECTORS, SPILLS = re.compile(r"ld\.global\.v4\.b32"), re.compile(rb"STACK:[1-9]|LOCAL:[1-9]")
 EPS = 1e-5
 
-# Aligned as ResNet's are, with and without several programs per channel; odd; as small as can be.
-SHAPES = [(8, 64, 16, 16), (64, 16, 32, 32), (33, 7, 7, 7), (2, 1)]
+# Aligned as ResNet's are, with one program per channel and several; with sizes that become the constant 1; odd; small.
+SHAPES = [(8, 64, 16, 16), (64, 16, 32, 32), (8, 1, 4, 4), (33, 7, 7, 7), (2, 1)]
 
 
 class Absent:
@@ -58,20 +58,21 @@ def compile_launch(kernel: Any, grid: tuple[int, ...], *arguments: Any) -> None:
     print(kernel.__name__, "aligned" if aligned else "odd", loads, "spills" if SPILLS.search(usage) else "")
 
 
-def call(x: Tensor, *, kinds: int, extras: bool) -> None:
-    """All operators; the values are left to chance. ``extras``: with everything that is optional, else with nothing."""
+def call(x: Tensor, *, kinds: int, mask: int) -> None:
+    """All operators; the values are left to chance. BY_OUTPUT: with everything that is optional, else with little."""
     channels = x.shape[1]
     weight, bias, mean, var = torch.ones(4, channels).unbind()
-    updates = torch.tensor(0)
+    updates, extras = torch.tensor(0), mask == BY_OUTPUT
     wire, pivot = moments.moments(x)
     shared = wire[(2 - kinds) * channels :]
     given: tuple[Any, ...] = (weight, bias, None, [], [mean, var, updates], None, 0.1)
     if extras:
         given = (None, None, x, [var.clone(), updates.clone()], [mean, var, updates], updates.clone(), None)
-    y, saved, narrow = apply.apply(x, shared, pivot, *given, EPS, 5.0, 1000, kinds, extras)
-    mask, output = (BY_OUTPUT, y) if extras else (UNMASKED, None)
-    cotangents, *_ = cosums.cosums(x, x, output, pivot, given[0], saved, narrow, kinds, mask)
-    combine.combine(x, x, output, cotangents, shared[-1], pivot, saved, narrow, EPS, kinds, mask, extras)
+    y, saved, narrow = apply.apply(x, shared, pivot, *given, EPS, 5.0, 1000, kinds, mask != UNMASKED)
+    kept = pivot, given[0], saved, narrow
+    cotangents, *_ = cosums.cosums(x, x, y if extras else None, *kept, kinds, mask)
+    through = UNMASKED if extras else mask
+    combine.combine(x, x, cotangents, shared[-1], pivot, saved, narrow, EPS, kinds, through)
     apply.absorb(shared[:-1], shared[-1], shared[-1], *given[4:], kinds)
 
 
@@ -80,12 +81,13 @@ def main() -> None:
     driver.set_active(Absent())
     for module in (moments, apply, cosums, combine):
         vars(module)["launch"] = compile_launch
+    masks = itertools.cycle((UNMASKED, BY_OUTPUT, BY_INPUT))
     for shape, dtype in itertools.product(SHAPES, (torch.bfloat16, torch.float32)):
         x = torch.zeros(shape, dtype=dtype)
-        extras = dtype is torch.bfloat16
-        call(x, kinds=1 + extras, extras=extras)
+        kinds = 1 + (dtype is torch.bfloat16)
+        call(x, kinds=kinds, mask=next(masks))
         if x.dim() == 4:
-            call(x.to(memory_format=torch.channels_last), kinds=2 - extras, extras=not extras)
+            call(x.to(memory_format=torch.channels_last), kinds=3 - kinds, mask=next(masks))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ docs/gpu.md counts the launches and the bytes.
 """
 
 import os
+import warnings
 from functools import cache
 from importlib.util import find_spec
 
@@ -13,13 +14,33 @@ from torch import Tensor
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
+MOST_CHANNELS, MOST_VALUES = 2**20, 2**31 - 2**16
+"""Channels, and values in each, whose positions within a tile and within a channel are 32-bit numbers."""
+
 
 @cache
 def available() -> bool:
-    """Whether Triton is there and wanted; ``DISTNORM_KERNELS=aten`` does without it."""
-    return find_spec("triton") is not None and os.environ.get("DISTNORM_KERNELS") != "aten"
+    """Whether Triton is there, wanted, and can launch; ``DISTNORM_KERNELS=aten`` does without it. Asks a CUDA device.
+
+    At first it compiles a module of its own, for which a C compiler and Python's headers must be there.
+    """
+    if os.environ.get("DISTNORM_KERNELS") == "aten" or find_spec("triton") is None:
+        return False
+    from triton.runtime import driver
+
+    try:
+        driver.active.get_current_target()
+    except Exception as error:  # whatever a compiler, a linker or a driver has to say
+        warnings.warn(f"Batch norm takes PyTorch's own kernels: Triton cannot launch any here: {error}", stacklevel=2)
+        return False
+    return True
 
 
 def takes(x_NCL: Tensor) -> bool:
-    """Whether these kernels take ``x_NCL``: on a CUDA device, of at most 32 bits per value."""
-    return x_NCL.is_cuda and x_NCL.dtype in DTYPES and available()
+    """Whether these kernels take ``x_NCL``: on a CUDA device, of at most 32 bits per value, and not gigantic."""
+    return x_NCL.is_cuda and x_NCL.dtype in DTYPES and _small(x_NCL) and available()
+
+
+def _small(x_NCL: Tensor) -> bool:
+    channels = x_NCL.shape[1]
+    return channels < MOST_CHANNELS and x_NCL.numel() < channels * MOST_VALUES

@@ -1,9 +1,9 @@
-"""Backward combine: ``dx = dy * scale + level + (x - pivot) * slope``.
+"""Backward combine: ``dx = dz * scale + level + (x - pivot) * slope``.
 
-Every program works out level and slope of its own channels from the shared cotangents.
+Every program works out level and slope of its own channels from the shared cotangents. Gradients that an activation
+stopped are masked as in ``cosums``, unless that wrote dz.
 
-Launches: 1. Bytes: dy and x once, dx once; y, if the mask is taken from it, and the residual's gradient, if it is asked
-for.
+Launches: 1. Bytes: dz and x once, dx once.
 """
 
 import torch
@@ -18,9 +18,8 @@ from distnorm.kernels.gpu.tiles import channels, launch, operator, place, spread
 
 @operator("gpu_combine")
 def combine(
-    dy_NCL: Tensor,
+    dz_NCL: Tensor,
     x_NCL: Tensor,
-    y_NCL: Tensor | None,
     cotangents: Tensor,
     count: Tensor,
     pivot_C: Tensor,
@@ -29,27 +28,26 @@ def combine(
     eps: float,
     kinds: int,
     mask: int,
-    adds: bool,
-) -> tuple[Tensor, Tensor]:
-    """The gradient of x; and that of the residual, if ``adds`` says that there was one, else an empty tensor.
+) -> Tensor:
+    """The gradient of x.
 
-    ``cotangents`` and their forward's ``count`` are shared ones; the other arguments are as for ``cosums``.
+    ``cotangents`` and their forward's ``count`` are shared ones; ``mask`` is UNMASKED or BY_INPUT, for ``dz_NCL`` as it
+    comes; the other arguments are as for ``cosums``.
     """
-    dx_NCL, dresidual_NCL = _gradients(x_NCL, adds)
+    dx_NCL = torch.empty_like(x_NCL)
     if x_NCL.numel():
         tiles = tiles_of(x_NCL)
         launch(
-            *(combine_kernel, tiles.grid, dy_NCL, x_NCL, y_NCL, dx_NCL, dresidual_NCL if adds else None),
-            *(cotangents, count, pivot_C, saved, narrow, eps, *tiles.image, kinds, mask),
+            *(combine_kernel, tiles.grid, dz_NCL, x_NCL, dx_NCL, cotangents, count, pivot_C, saved, narrow, eps),
+            *(*tiles.image, kinds, mask),
         )
-    return dx_NCL, dresidual_NCL
+    return dx_NCL
 
 
 @torch.library.register_fake("distnorm::gpu_combine")
 def _(
-    dy_NCL: Tensor,
+    dz_NCL: Tensor,
     x_NCL: Tensor,
-    y_NCL: Tensor | None,
     cotangents: Tensor,
     count: Tensor,
     pivot_C: Tensor,
@@ -58,22 +56,15 @@ def _(
     eps: float,
     kinds: int,
     mask: int,
-    adds: bool,
-) -> tuple[Tensor, Tensor]:
-    return _gradients(x_NCL, adds)
-
-
-def _gradients(x_NCL: Tensor, adds: bool) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x_NCL), torch.empty_like(x_NCL) if adds else x_NCL.new_empty(0)
+) -> Tensor:
+    return torch.empty_like(x_NCL)
 
 
 @triton.jit(do_not_specialize=["N", "tiles"])
 def combine_kernel(
-    dy,
+    dz,
     x,
-    y,
     dx,
-    dresidual,
     cotangents,
     total,
     pivot,
@@ -91,7 +82,7 @@ def combine_kernel(
     KINDS: tl.constexpr,
     MASK: tl.constexpr,
 ):
-    """One pass over x and dy."""
+    """One pass over x and dz."""
     c = channels(PLANES, COLS)
     here = c < C
     level, slope = formulas.link(cotangents, saved, total, pivot, eps, C, c, here, KINDS)
@@ -102,8 +93,8 @@ def combine_kernel(
     for t in range(tl.program_id(1), tiles, tl.num_programs(1)):
         base, offsets, mask, _ = place(t, N, L, C, PLANES, VEC, ROWS, COLS)
         values = tl.load(x + base + offsets, mask=mask, other=0.0).to(tl.float32)
-        grad = masked(dy, y, values, middle, scale, shift, base + offsets, mask, MASK)
+        grad = tl.load(dz + base + offsets, mask=mask, other=0.0).to(tl.float32)
+        if MASK == 1:
+            grad = masked(grad, x, values, middle, scale, shift)
         found = grad * scale + ((values - middle) * slope + level)
         tl.store(dx + base + offsets, found.to(dx.dtype.element_ty), mask=mask)
-        if dresidual is not None:
-            tl.store(dresidual + base + offsets, grad.to(dresidual.dtype.element_ty), mask=mask)

@@ -1,9 +1,10 @@
-"""Backward sums: sum(dy) and sum(dy * (x - pivot)), then the cotangents that are shared and the parameters' gradients.
+"""Backward sums: sum(dz) and sum(dz * (x - pivot)), then the cotangents that are shared and the parameters' gradients.
 
-Float32 within a program, lane by lane; float64 between programs. Where the activation was fused, dy is masked on the
-way in: by the output (MASK 2), or by the output formed anew from x (MASK 1), which spares its bytes.
+dz is the output's gradient dy, before the activation where one was fused. Behind a residual the output alone knows
+which values passed (MASK 2); dz is written then, for the residual and for ``combine``. Else x knows it (MASK 1), which
+spares the bytes of both. Float32 within a program, lane by lane; float64 between programs.
 
-Launches: 1, or 2 where several programs share a channel. Bytes: dy and x once; y, if the mask is taken from it.
+Launches: 1, or 2 where several programs share a channel. Bytes: dy and x once; y and dz, if there is a residual.
 """
 
 import torch
@@ -12,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from distnorm.kernels.gpu import formulas
+from distnorm.kernels.gpu.apply import normalized
 from distnorm.kernels.gpu.moments import MERGE_COLUMNS, MERGE_ROWS
 from distnorm.kernels.gpu.tiles import channels, launch, merged, operator, per_channel, place, spread, tiles_of
 
@@ -30,8 +32,10 @@ def cosums(
     narrow: Tensor,
     kinds: int,
     mask: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Cotangents ``[kinds * C]``, float64, and the gradients of weight and bias, in the dtype of the weight.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Cotangents ``[kinds * C]``, float64; the gradients of weight and bias, in the dtype of the weight; and dz.
+
+    dz is empty unless ``mask`` is BY_OUTPUT. Gradients of outputs that are NaN pass.
 
     Args:
         dy_NCL: the output's gradient, with the strides of ``x_NCL``; so has ``y_NCL``.
@@ -45,19 +49,19 @@ def cosums(
         mask: UNMASKED, BY_INPUT or BY_OUTPUT.
     """
     channels_ = x_NCL.shape[1]
-    found = cotangents, weight_grad_C, bias_grad_C = _gradients(x_NCL, weight_C, kinds)
+    found = cotangents, weight_grad_C, bias_grad_C, dz_NCL = _gradients(dy_NCL, x_NCL, weight_C, kinds, mask)
     if not x_NCL.numel():
-        return cotangents.zero_(), weight_grad_C.zero_(), bias_grad_C.zero_()
+        return cotangents.zero_(), weight_grad_C.zero_(), bias_grad_C.zero_(), dz_NCL
     tiles = tiles_of(x_NCL)
     whole = tiles.splits == 1
     parts = cotangents if whole else saved.new_empty(tiles.splits * 2 * channels_)
     launch(
-        *(cosums_kernel, tiles.grid, dy_NCL, x_NCL, y_NCL, pivot_C, weight_C, saved, narrow, parts),
+        *(cosums_kernel, tiles.grid, dy_NCL, x_NCL, y_NCL, dz_NCL, pivot_C, weight_C, saved, narrow, parts),
         *(weight_grad_C, bias_grad_C, *tiles.image, kinds, mask, whole),
     )
     if not whole:
         launch(
-            *(pull_kernel, (triton.cdiv(channels_, MERGE_COLUMNS),), parts, saved, pivot_C, weight_C, *found),
+            *(pull_kernel, (triton.cdiv(channels_, MERGE_COLUMNS),), parts, saved, pivot_C, weight_C, *found[:3]),
             *(tiles.splits, channels_, kinds, MERGE_ROWS, MERGE_COLUMNS),
         )
     return found
@@ -74,29 +78,32 @@ def _(
     narrow: Tensor,
     kinds: int,
     mask: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _gradients(x_NCL, weight_C, kinds)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _gradients(dy_NCL, x_NCL, weight_C, kinds, mask)
 
 
-def _gradients(x_NCL: Tensor, weight_C: Tensor | None, kinds: int) -> tuple[Tensor, Tensor, Tensor]:
+def _gradients(
+    dy_NCL: Tensor, x_NCL: Tensor, weight_C: Tensor | None, kinds: int, mask: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     channels_ = x_NCL.shape[1]
     dtype = torch.float32 if weight_C is None else weight_C.dtype
     weight_grad_C, bias_grad_C = (x_NCL.new_empty(channels_, dtype=dtype) for _ in range(2))
-    return x_NCL.new_empty(kinds * channels_, dtype=torch.float64), weight_grad_C, bias_grad_C
+    dz_NCL = torch.empty_like(x_NCL, dtype=dy_NCL.dtype) if mask == BY_OUTPUT else dy_NCL.new_empty(0)
+    return x_NCL.new_empty(kinds * channels_, dtype=torch.float64), weight_grad_C, bias_grad_C, dz_NCL
 
 
 @triton.jit
-def masked(dy, y, values, middle, scale, shift, at, mask, MASK: tl.constexpr):
-    """The gradient of a tile of outputs, before the activation; ``values`` are those of x."""
-    grad = tl.load(dy + at, mask=mask, other=0.0).to(tl.float32)
-    if MASK == 1:
-        # Rounded as the output was: what became 0 there has no gradient.
-        output = ((values - middle) * scale + shift).to(dy.dtype.element_ty).to(tl.float32)
-        grad = tl.where(output <= 0, 0.0, grad)
-    if MASK == 2:
-        output = tl.load(y + at, mask=mask, other=0.0).to(tl.float32)
-        grad = tl.where(output <= 0, 0.0, grad)
-    return grad
+def masked(grad, x, values, middle, scale, shift):
+    """``grad`` before an activation without a residual, by the output formed anew; ``values`` are those of x."""
+    output = normalized(values, middle, scale, shift)
+    # Rounded as the output was: what became 0 there has no gradient.
+    return passing(grad, output.to(x.dtype.element_ty).to(tl.float32))
+
+
+@triton.jit
+def passing(grad, output):
+    """``grad`` where ``output`` is above 0, or NaN."""
+    return tl.where(output <= 0, 0.0, grad)
 
 
 @triton.jit(do_not_specialize=["N", "tiles"])
@@ -104,6 +111,7 @@ def cosums_kernel(
     dy,
     x,
     y,
+    dz,
     pivot,
     weight,
     saved,
@@ -135,7 +143,12 @@ def cosums_kernel(
     for t in range(split, tiles, splits):
         base, offsets, mask, _ = place(t, N, L, C, PLANES, VEC, ROWS, COLS)
         values = tl.load(x + base + offsets, mask=mask, other=0.0).to(tl.float32)
-        grad = masked(dy, y, values, middle, scale, shift, base + offsets, mask, MASK)
+        grad = tl.load(dy + base + offsets, mask=mask, other=0.0).to(tl.float32)
+        if MASK == 1:
+            grad = masked(grad, x, values, middle, scale, shift)
+        if MASK == 2:
+            grad = passing(grad, tl.load(y + base + offsets, mask=mask, other=0.0).to(tl.float32))
+            tl.store(dz + base + offsets, grad.to(dz.dtype.element_ty), mask=mask)
         ones += grad
         twos += grad * tl.where(mask, values - middle, 0.0)
     one, two = per_channel(ones, PLANES).to(tl.float64), per_channel(twos, PLANES).to(tl.float64)

@@ -10,10 +10,10 @@ from torch.autograd.graph import increment_version
 from distnorm.kernels.arithmetic import Formula
 from distnorm.kernels.gpu.apply import absorb, apply
 from distnorm.kernels.gpu.combine import combine
-from distnorm.kernels.gpu.cosums import UNMASKED, cosums
+from distnorm.kernels.gpu.cosums import BY_INPUT, BY_OUTPUT, UNMASKED, cosums
 from distnorm.kernels.gpu.moments import moments
 from distnorm.kernels.gpu.tiles import dense, like
-from distnorm.types import Landed, Running
+from distnorm.types import Landed, Running, Tail
 
 
 class GpuPass:
@@ -35,40 +35,53 @@ class GpuPass:
         shared: Tensor,
         weight_C: Tensor | None,
         bias_C: Tensor | None,
+        tail: Tail,
         running: Running | None = None,
     ) -> Tensor:
         """The output, by ``shared`` sums and their count; ``running`` statistics absorb these, if given."""
-        formula = self._formula
+        formula, x_NCL = self._formula, dense(x_NCL)
         shared = shared.contiguous()
-        self._count = shared[-1]
+        self._count, self._mask = shared[-1], _mask(tail)
+        residual_NCL = None if tail.residual_NCL is None else like(tail.residual_NCL, x_NCL)
         followed = [] if formula.running_var_C is None else [formula.running_var_C, formula.updates]
         buffers, earlier, momentum = _arguments(running)
         weight_C, bias_C = (None if each is None else each.contiguous() for each in (weight_C, bias_C))
         y_NCL: Tensor
         y_NCL, self._saved, self._narrow = apply(
-            *(dense(x_NCL), shared, self._pivot_C, weight_C, bias_C, None, followed, buffers, earlier, momentum),
-            *(self._eps, formula.clip, formula.clip_after, formula.kinds, False),
+            *(x_NCL, shared, self._pivot_C, weight_C, bias_C, residual_NCL, followed, buffers, earlier, momentum),
+            *(self._eps, formula.clip, formula.clip_after, formula.kinds, tail.relu),
         )
         increment_version(buffers)
         return y_NCL
 
-    def pull(self, dy_NCL: Tensor, x_NCL: Tensor, weight_C: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Cotangents of what was shared, and gradients of weight and bias."""
+    def pull(
+        self, dy_NCL: Tensor, x_NCL: Tensor, y_NCL: Tensor | None, weight_C: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Cotangents of what was shared, gradients of weight and bias, and what ``combine`` takes for the gradient."""
         x_NCL, weight_C = dense(x_NCL), None if weight_C is None else weight_C.contiguous()
-        found: tuple[Tensor, Tensor, Tensor] = cosums(
-            *(like(dy_NCL, x_NCL), x_NCL, None, self._pivot_C, weight_C, self._saved, self._narrow),
-            *(self._formula.kinds, UNMASKED),
+        dy_NCL = like(dy_NCL, x_NCL)
+        y_NCL = None if y_NCL is None or self._mask != BY_OUTPUT else like(y_NCL, x_NCL)
+        cotangents, weight_grad_C, bias_grad_C, dz_NCL = cosums(
+            *(dy_NCL, x_NCL, y_NCL, self._pivot_C, weight_C, self._saved, self._narrow),
+            *(self._formula.kinds, self._mask),
         )
-        return found
+        return cotangents, weight_grad_C, bias_grad_C, dy_NCL if y_NCL is None else dz_NCL
 
-    def combine(self, dy_NCL: Tensor, x_NCL: Tensor, cotangents: Tensor) -> Tensor:
-        """The input's gradient, by shared cotangents."""
+    def combine(self, dz_NCL: Tensor, x_NCL: Tensor, cotangents: Tensor) -> Tensor:
+        """The input's gradient, by shared cotangents and what ``pull`` returned for the gradient."""
         x_NCL = dense(x_NCL)
         dx_NCL: Tensor = combine(
-            *(like(dy_NCL, x_NCL), x_NCL, None, cotangents.contiguous(), self._count, self._pivot_C, self._saved),
-            *(self._narrow, self._eps, self._formula.kinds, UNMASKED, False),
-        )[0]
+            *(like(dz_NCL, x_NCL), x_NCL, cotangents.contiguous(), self._count, self._pivot_C, self._saved),
+            *(self._narrow, self._eps, self._formula.kinds, UNMASKED if self._mask == BY_OUTPUT else self._mask),
+        )
         return dx_NCL
+
+
+def _mask(tail: Tail) -> int:
+    """Who knows, in the backward pass, which gradients an activation let pass."""
+    if not tail.relu:
+        return UNMASKED
+    return BY_INPUT if tail.residual_NCL is None else BY_OUTPUT
 
 
 def absorb_means(formula: Formula, landed: Landed, running: Running) -> None:

@@ -27,7 +27,10 @@ PROGRAMS = 1024
 """Programs that keep a large card busy: 8 on each of its multiprocessors."""
 
 LONGEST = 64
-"""Tiles that one program takes at most: its float32 sums are as long in each lane."""
+"""Tiles that one program takes, unless the grid ends: its float32 sums are as long in each lane."""
+
+SPLITS = 65535
+"""Programs that a grid has along its second dimension at most, by CUDA; a program takes more tiles then."""
 
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
@@ -64,7 +67,7 @@ def _cut(shape: torch.Size, contiguous: bool, tile: int, width: int, programs: i
         count = triton.cdiv(batch * length, rows)
         blocks, image = triton.cdiv(channels, columns), (batch * length, 1, channels, count, False, 1, rows, columns)
     wanted = max(triton.cdiv(programs, blocks), triton.cdiv(count, LONGEST))
-    return Tiles((blocks, max(1, min(count, wanted))), image)
+    return Tiles((blocks, max(1, min(count, wanted, SPLITS))), image)
 
 
 def dense(x_NCL: Tensor) -> Tensor:
@@ -77,7 +80,7 @@ def dense(x_NCL: Tensor) -> Tensor:
 
 def like(dy_NCL: Tensor, x_NCL: Tensor) -> Tensor:
     """``dy_NCL`` laid out as ``x_NCL``, which is ``dense``."""
-    if dy_NCL.stride() == x_NCL.stride():
+    if dy_NCL.stride() == x_NCL.stride() or (dy_NCL.is_contiguous() and x_NCL.is_contiguous()):
         return dy_NCL
     return torch.empty_like(x_NCL, dtype=dy_NCL.dtype).copy_(dy_NCL)
 

@@ -1,0 +1,234 @@
+"""Join calls of norms with what follows them, in the syntax tree of a method: an addition, a relu, or both.
+
+Only statements in direct sequence are joined, and only where the value between them dies, so nothing else can have seen
+it; nothing changes places.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import takewhile
+from types import CodeType, FunctionType, ModuleType
+from typing import NamedTuple
+
+import torch
+from torch.nn import functional
+
+_RELUS: tuple[object, ...] = (functional.relu, functional.relu_, torch.relu, torch.relu_)
+
+
+class Attributes(NamedTuple):
+    """Attributes of ``self``: converted norms, plain ReLU modules, and those that are None."""
+
+    norms: frozenset[str]
+    relus: frozenset[str]
+    absent: frozenset[str]
+
+
+@dataclass
+class Found:
+    """What was joined, and the attributes that this rests on."""
+
+    tails: dict[str, str] = field(default_factory=dict)
+    """By norm, what it took over."""
+    relus: set[str] = field(default_factory=set)
+    absent: set[str] = field(default_factory=set)
+
+
+class _Tail(NamedTuple):
+    """What a norm takes over: a name that is added, by ``+=`` unless ``widen``; then a relu."""
+
+    residual: ast.Name | None = None
+    widen: bool = True
+    relu: bool = False
+
+    def then(self, other: _Tail) -> _Tail | None:
+        """Both, if ``other`` can come after this one."""
+        if self.relu or (self.residual is not None and other.residual is not None):
+            return None
+        return other if self.residual is None else self._replace(relu=other.relu)
+
+    def __str__(self) -> str:
+        """In words."""
+        return ", ".join(word for word, there in (("residual", self.residual), ("relu", self.relu)) if there)
+
+
+class Joiner(ast.NodeTransformer):
+    """Joins expressions from the inside out, then the statements around them."""
+
+    def __init__(self, function: FunctionType, attributes: Attributes) -> None:
+        self.me = function.__code__.co_varnames[0]
+        self.found = Found()
+        self._attributes = attributes
+        self._globals = function.__globals__
+        self._bound = set(_bound(function.__code__))
+        self._tails: dict[ast.Call, _Tail] = {}
+        """Calls of norms that something was joined to."""
+
+    # --- what an expression means ---
+
+    def _own(self, node: ast.AST) -> str | None:
+        """The name in ``self.name``."""
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == self.me:
+            return node.attr
+        return None
+
+    def _is_norm(self, node: ast.AST | None) -> bool:
+        """Whether ``node`` calls a norm, with one argument or with what was joined to it."""
+        if not isinstance(node, ast.Call) or self._own(node.func) not in self._attributes.norms:
+            return False
+        plain = len(node.args) == 1 and not node.keywords and not isinstance(node.args[0], ast.Starred)
+        return plain or node in self._tails
+
+    def _rectified(self, node: ast.AST) -> ast.expr | None:
+        """The x in ``relu(x)``, however that is written."""
+        if not isinstance(node, ast.Call):
+            return None
+        options = [*node.args[1:], *(each.value for each in node.keywords)]
+        if node.args and any(self._value(node.func) is each for each in _RELUS):
+            return node.args[0] if all(isinstance(each, ast.Constant) for each in options) else None
+        if options:
+            return None
+        own = self._own(node.func)
+        if own in self._attributes.relus and own is not None and node.args:
+            self.found.relus.add(own)
+            return node.args[0]
+        is_method = isinstance(node.func, ast.Attribute) and node.func.attr in ("relu", "relu_") and own is None
+        return node.func.value if is_method and isinstance(node.func, ast.Attribute) and not node.args else None
+
+    def _value(self, node: ast.AST) -> object:
+        """What a global name, or an attribute of a module, stands for."""
+        if isinstance(node, ast.Name) and node.id not in self._bound:
+            return self._globals.get(node.id)
+        if isinstance(node, ast.Attribute):
+            owner = self._value(node.value)
+            return getattr(owner, node.attr, None) if isinstance(owner, ModuleType) else None
+        return None
+
+    def _is_dead(self, node: ast.stmt) -> bool:
+        """``if self.name is not None`` or ``if self.name``, of what is None."""
+        if not isinstance(node, ast.If) or node.orelse:
+            return False
+        test = node.test
+        if isinstance(test, ast.Compare) and isinstance(test.ops[0], ast.IsNot) and len(test.ops) == 1:
+            (right,) = test.comparators
+            test = test.left if isinstance(right, ast.Constant) and right.value is None else test
+        own = self._own(test)
+        if own is None or own not in self._attributes.absent:
+            return False
+        self.found.absent.add(own)
+        return True
+
+    # --- expressions ---
+
+    def visit_Call(self, node: ast.Call) -> ast.expr:
+        """``relu(norm(x))``."""
+        super().generic_visit(node)
+        return self._join(self._rectified(node), _Tail(relu=True)) or node
+
+    def visit_BinOp(self, node: ast.BinOp) -> ast.expr:
+        """``norm(x) + y`` or ``y + norm(x)``, where y is a name."""
+        super().generic_visit(node)
+        for norm, other in _sides(node):
+            joined = self._join(norm, _Tail(other))
+            if joined is not None:
+                return joined
+        return node
+
+    def _join(self, norm: ast.AST | None, tail: _Tail) -> ast.Call | None:
+        """The call of a norm, changed so that it has ``tail`` too; None, and nothing changed, where it cannot."""
+        if not isinstance(norm, ast.Call) or not self._is_norm(norm) or tail == _Tail():
+            return None
+        both = self._tails.get(norm, _Tail()).then(tail)
+        if both is None:
+            return None
+        self._tails[norm] = both
+        norm.args = [norm.args[0], *([both.residual] if both.residual is not None else [])]
+        options = {"relu": True} if both.relu else {}
+        options |= {} if both.widen else {"widen": False}
+        norm.keywords = [ast.keyword(name, ast.Constant(value)) for name, value in options.items()]
+        self.found.tails[str(self._own(norm.func))] = str(both)
+        return norm
+
+    # --- statements ---
+
+    def generic_visit(self, node: ast.AST) -> ast.AST:
+        """Join the statements of every block, too."""
+        super().generic_visit(node)
+        for name in ("body", "orelse", "finalbody"):
+            block = getattr(node, name, None)
+            if isinstance(block, list):
+                setattr(node, name, list(self._joined(block)))
+        return node
+
+    def _joined(self, block: list[ast.stmt]) -> Iterator[ast.stmt]:
+        waiting = deque(block)
+        while waiting:
+            statement = waiting.popleft()
+            name = _assigned(statement)
+            while name is not None and isinstance(statement, ast.Assign) and self._is_norm(statement.value):
+                dead = list(takewhile(self._is_dead, waiting))
+                if len(dead) == len(waiting):
+                    break
+                follower = waiting[len(dead)]
+                tail = self._follows(follower, name)
+                if tail is None or self._join(statement.value, tail) is None:
+                    break
+                for _ in range(len(dead) + 1):
+                    waiting.popleft()
+                yield from dead
+                if isinstance(follower, ast.Return):
+                    statement = ast.copy_location(ast.Return(statement.value), statement)
+            yield statement
+
+    def _follows(self, statement: ast.stmt, name: str) -> _Tail | None:
+        """What ``statement`` does with the value of ``name``, if that is all that it does, and the value's end."""
+        if isinstance(statement, ast.AugAssign) and isinstance(statement.op, ast.Add):
+            target, residual = statement.target, statement.value
+            named = isinstance(target, ast.Name) and target.id == name
+            if named and isinstance(residual, ast.Name) and residual.id != name:
+                return _Tail(residual, widen=False)
+        if isinstance(statement, ast.Return) or (isinstance(statement, ast.Assign) and _assigned(statement) == name):
+            return self._tail_of(statement.value, name)
+        return None
+
+    def _tail_of(self, node: ast.AST | None, name: str) -> _Tail | None:
+        if isinstance(node, ast.Name):
+            return _Tail() if node.id == name else None
+        if isinstance(node, ast.BinOp):
+            tails = (
+                tail.then(_Tail(other))
+                for norm, other in _sides(node)
+                if (tail := self._tail_of(norm, name)) is not None and other.id != name
+            )
+            return next(tails, None)
+        inner = None if node is None else self._rectified(node)
+        tail = None if inner is None else self._tail_of(inner, name)
+        return None if tail is None else tail.then(_Tail(relu=True))
+
+
+def _bound(code: CodeType) -> Iterator[str]:
+    """The names that ``code``, or code inside of it, binds as its own."""
+    yield from (*code.co_varnames, *code.co_cellvars)
+    for each in code.co_consts:
+        if isinstance(each, CodeType):
+            yield from _bound(each)
+
+
+def _sides(node: ast.BinOp) -> Iterator[tuple[ast.expr, ast.Name]]:
+    """The two sides of a sum, that which is a name second."""
+    if isinstance(node.op, ast.Add):
+        for one, two in ((node.left, node.right), (node.right, node.left)):
+            if isinstance(two, ast.Name):
+                yield one, two
+
+
+def _assigned(statement: ast.stmt) -> str | None:
+    """The only name that ``statement`` assigns."""
+    if isinstance(statement, ast.Assign) and len(statement.targets) == 1:
+        target = statement.targets[0]
+        return target.id if isinstance(target, ast.Name) else None
+    return None

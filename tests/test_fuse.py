@@ -1,0 +1,395 @@
+"""``convert(..., fuse=True)``: what is found in a model's code, what is left alone, and that values stay."""
+
+from __future__ import annotations
+
+import copy
+import io
+import logging
+import traceback
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn import functional as F
+
+import distnorm
+from distnorm.module import DistNorm, DistNorm2d
+from distnorm.tails import Version
+from tests.support.pool import Pool
+
+
+class Block(nn.Module):
+    """Two norms and what the methods below need."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3, padding=1, bias=False)
+        self.a, self.b = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+        self.relu, self.silu = nn.ReLU(inplace=True), nn.SiLU()
+        self.downsample: nn.Module | None = None
+        self.seen: list[Tensor] = []
+
+
+# --- code in which something is found ------------------------------------------------------------
+
+
+class Torchvision(Block):
+    """As ResNet's basic block is written there."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Of more lines than one:
+
+        the source and the code must have equal texts.
+        """
+        identity = x
+
+        out = self.conv(x)
+        out = self.a(out)
+        out = self.relu(out)
+
+        out = self.conv(out)
+        out = self.b(out)
+
+        if self.downsample is not None:
+            identity = self.downsample(x)
+
+        out += identity
+        out = self.relu(out)
+
+        return out
+
+
+class Nested(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x + self.b(self.conv(torch.relu(self.a(self.conv(x))))), inplace=True)
+
+
+class Returned(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.b(self.conv(self.a(x).relu()))
+        return functional.relu_(out + x)
+
+
+class Added(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.b(self.conv(F.relu(self.a(x))))
+        y = x + y
+        return self.silu(y)
+
+
+class Helper(Block):
+    def forward(self, x: Tensor, *, times: int = 2) -> Tensor:
+        for _ in range(times):
+            x = self.step(x)
+        return x
+
+    def step(self, x: Tensor, scale: float = 0.5) -> Tensor:
+        def inner(y: Tensor) -> Tensor:
+            y = self.b(y)
+            y = torch.relu(y)
+            return y * scale
+
+        return inner(self.relu(self.a(x)))
+
+
+class Sequence(nn.Sequential):
+    def __init__(self) -> None:
+        relu = nn.ReLU()
+        super().__init__(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), relu, relu, nn.BatchNorm2d(4), nn.SiLU())
+
+
+FOUND: dict[type[nn.Module], dict[str, str]] = {
+    Torchvision: {"a": "relu", "b": "residual, relu"},
+    Nested: {"a": "relu", "b": "residual, relu"},
+    Returned: {"a": "relu", "b": "residual, relu"},
+    Added: {"a": "relu", "b": "residual"},
+    Helper: {"a": "relu", "b": "relu"},
+    Sequence: {"1": "relu"},
+}
+
+
+# --- code in which nothing may be ----------------------------------------------------------------
+
+
+class UsedTwice(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        z = self.relu(y)
+        return z + y
+
+
+class Between(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        self.seen.append(y)
+        y = F.relu(y)
+        return y
+
+
+class OtherActivation(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.silu(self.a(x)) + F.relu(self.b(x) * 2)
+
+
+class AlsoItself(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        y = y + y
+        return y
+
+
+class Alive(Block):
+    """The shortcut's norm runs between the norm and the sum: nothing may change places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.downsample = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        identity = x
+        out = self.b(x)
+        if self.downsample is not None:
+            identity = self.downsample(x)
+        out += identity
+        return self.relu(out)
+
+
+class Super(Torchvision):
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return F.relu(self.a(y))
+
+
+class Halves:
+    @staticmethod
+    def relu(x: Tensor) -> Tensor:
+        return x / 2
+
+
+class Shadowed(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        F = Halves
+        return F.relu(self.a(x))
+
+
+class Rebound(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        other, self = self, Torchvision()
+        return self.relu(other.a(x))
+
+
+class Options(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.a(input=x)) + self.relu(self.b(*[x]))
+
+
+unread: dict[str, type[nn.Module]] = {"Block": Block}  # type: ignore[dict-item]
+exec("class Unread(Block):\n    def forward(self, x):\n        return self.relu(self.a(x))\n", unread)
+
+LEFT: list[type[nn.Module]] = [UsedTwice, Between, OtherActivation, AlsoItself, Alive]
+LEFT += [Super, Shadowed, Rebound, Options, unread["Unread"]]
+
+
+# --- the laws ------------------------------------------------------------------------------------
+
+
+def made(kind: type[nn.Module], *, fuse: bool, dtype: torch.dtype = torch.float64) -> nn.Module:
+    torch.manual_seed(0)
+    return distnorm.convert(kind().to(dtype), "sync_bn", fuse=fuse)
+
+
+def tails(model: nn.Module) -> dict[str, str]:
+    return {name: each.tail for name, each in model.named_modules() if isinstance(each, DistNorm) and each.tail}
+
+
+def trained(model: nn.Module, *, steps: int = 2, seed: int = 0) -> list[Tensor]:
+    """Outputs and gradients of some steps, and the buffers after them."""
+    generator = torch.Generator().manual_seed(seed)
+    dtype = next(model.parameters()).dtype
+    found = []
+    for _ in range(steps):
+        x = torch.randn(3, 4, 6, 5, generator=generator, dtype=dtype).requires_grad_()
+        y = model(x)
+        (y * torch.randn(y.shape, generator=generator, dtype=dtype)).sum().backward()
+        found += [y.detach(), x.grad]
+    return [*found, *(each.grad for each in model.parameters() if each.grad is not None), *model.buffers()]
+
+
+def same(one: list[Tensor], two: list[Tensor], tolerance: float = 1e-11) -> None:
+    assert len(one) == len(two)
+    for a, b in zip(one, two, strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("kind", FOUND, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-11), (torch.float32, 2e-5)], ids=str)
+def test_what_is_found_gives_equal_values(kind: type[nn.Module], dtype: torch.dtype, tolerance: float) -> None:
+    fused, plain = (made(kind, fuse=fuse, dtype=dtype) for fuse in (True, False))
+    assert tails(fused) == FOUND[kind]
+    same(trained(fused), trained(plain), tolerance)
+    assert not tails(plain)
+
+
+def test_norms_are_asked_for_their_tails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Equal values alone would not tell whether anything is fused."""
+    asked = []
+    forward = DistNorm.forward
+
+    def ask(self: DistNorm, *args: Tensor, **options: bool) -> Tensor:
+        asked.append((len(args) == 2, options))
+        return forward(self, *args, **options)
+
+    monkeypatch.setattr(DistNorm, "forward", ask)
+    model = made(Torchvision, fuse=True)
+    model(torch.randn(2, 4, 3, 3, dtype=torch.float64))
+    model.eval()(torch.randn(2, 4, 3, 3, dtype=torch.float64))
+    training = [(False, {"relu": True}), (True, {"relu": True, "widen": False})]
+    assert asked == [*training, (False, {}), (False, {})]
+
+
+@pytest.mark.parametrize("kind", LEFT, ids=lambda kind: kind.__name__)
+def test_what_could_be_seen_is_left_alone(kind: type[nn.Module]) -> None:
+    with pytest.warns(UserWarning, match=rf"{kind.__name__} has no norm that is followed by nothing but a ReLU"):
+        fused = made(kind, fuse=True)
+    assert not tails(fused)
+    assert not any(isinstance(value, Version) for each in fused.modules() for value in vars(each).values())
+    same(trained(fused), trained(made(kind, fuse=False)))
+
+
+def hook(model: nn.Module, seen: list[Tensor]) -> None:
+    model.b.register_forward_hook(lambda _, __, output: seen.append(output.detach().clone()))
+
+
+def change_relu(model: nn.Module, seen: list[Tensor]) -> None:
+    model.relu = nn.Sigmoid()
+
+
+def add_shortcut(model: nn.Module, seen: list[Tensor]) -> None:
+    model.downsample = nn.Tanh()
+
+
+def hook_relu(model: nn.Module, seen: list[Tensor]) -> None:
+    model.relu.register_forward_pre_hook(lambda _, given: seen.append(given[0].detach().clone()))
+
+
+def wrap_norm(model: nn.Module, seen: list[Tensor]) -> None:
+    forward = model.a.forward
+    model.a.forward = lambda x: 2 * forward(x)
+
+
+@pytest.mark.parametrize("change", [hook, change_relu, add_shortcut, hook_relu, wrap_norm])
+def test_what_changes_afterwards_is_respected(change: Callable[[nn.Module, list[Tensor]], None]) -> None:
+    runs = []
+    for fuse in (True, False):
+        model, seen = made(Torchvision, fuse=fuse), []
+        first = trained(model, steps=1)
+        change(model, seen)
+        runs.append([*first, *trained(model, seed=1), *seen])
+    same(*runs)
+
+
+def test_a_sum_of_two_dtypes_is_what_it_was() -> None:
+    """``+=`` keeps the norm's dtype, ``+`` takes the wider one."""
+    x = torch.randn(3, 4, 6, 5)
+    for kind, dtype in ((Torchvision, torch.bfloat16), (Returned, torch.float32)):
+        outputs = []
+        for fuse in (True, False):
+            model = made(kind, fuse=fuse, dtype=torch.float32)
+            model.conv.register_forward_hook(lambda _, __, output: output.bfloat16())
+            model.conv.register_forward_pre_hook(lambda _, given: (given[0].float(),))
+            outputs.append(model(x))
+            assert outputs[-1].dtype is dtype
+        torch.testing.assert_close(*outputs, rtol=0, atol=0)
+
+
+def test_a_shortcut_of_another_shape_is_spread() -> None:
+    layer = distnorm.convert(nn.Sequential(nn.BatchNorm2d(4)), "local_bn")[0]
+    x, residual = torch.randn(3, 4, 5, 5), torch.randn(4, 1, 1)
+    expected = torch.relu(layer(x) + residual)
+    torch.testing.assert_close(layer(x, residual, relu=True), expected)
+    torch.testing.assert_close(layer(x, 0.5), layer(x) + 0.5)
+
+
+def test_evaluation_has_tails_too() -> None:
+    layer = distnorm.convert(nn.Sequential(nn.BatchNorm2d(4)), "local_bn").eval()[0]
+    x, residual = torch.randn(2, 3, 4, 5, 5).unbind()
+    torch.testing.assert_close(layer(x, residual, relu=True), torch.relu(layer(x) + residual))
+
+
+def test_copies_and_pickles_are_fused_and_revert_leaves_nothing() -> None:
+    model = made(Torchvision, fuse=True)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    copies = [copy.deepcopy(model), torch.load(file, weights_only=False)]
+    expected = trained(made(Torchvision, fuse=False))
+    for each in copies:
+        assert vars(each)["forward"]._module is each
+        assert tails(each) == FOUND[Torchvision]
+        same(trained(each), expected)
+    distnorm.revert(model)
+    assert "forward" not in vars(model) and type(model.a) is nn.BatchNorm2d
+    assert "tail" not in vars(model.a)
+    assert repr(model) == repr(Torchvision())
+
+
+def test_a_norm_with_a_forward_of_its_own_is_left_alone() -> None:
+    class Special(nn.BatchNorm2d):
+        pass
+
+    class Twice(DistNorm2d):
+        def forward(self, input: Tensor) -> Tensor:  # type: ignore[override]
+            return 2 * super().forward(input)
+
+    distnorm.register_converter(Special, Twice)
+    model = Torchvision()
+    model.a = Special(4)
+    distnorm.convert(model, "local_bn", fuse=True)
+    assert tails(model) == {"b": "residual, relu"}
+    assert model(torch.randn(2, 4, 3, 3)).shape == (2, 4, 3, 3)
+
+
+def test_compiled_models_take_the_plain_version() -> None:
+    model = made(Torchvision, fuse=True)
+    compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="aot_eager")
+    x = torch.randn(3, 4, 6, 5, dtype=torch.float64)
+    torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_tracebacks_name_the_lines_of_the_source() -> None:
+    model = made(Torchvision, fuse=True)
+    model.conv = nn.Identity()
+    with pytest.raises(ValueError, match="the layer normalizes 4") as caught:
+        model(torch.randn(2, 5, 3, 3, dtype=torch.float64))
+    lines = [each.line for each in traceback.extract_tb(caught.tb) if each.filename == __file__]
+    assert lines[-1] == "out = self.a(out)"
+
+
+def test_it_is_reported(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "distnorm"):
+        model = made(Alive, fuse=False)
+        model = made(Torchvision, fuse=True)
+    assert "2 of 2 norms are fused with what follows: a (relu), b (residual, relu)" in caplog.text
+    assert "sync_bn, fused with residual, relu)" in repr(model)
+
+
+def gradients(rank: int, fuse: bool, hooked: int, options: dict[str, object]) -> list[Tensor]:
+    """Of a rank whose number of values is its own; hooks make one rank take the plain version."""
+    torch.manual_seed(0)
+    blocks = nn.Sequential(Torchvision(), Alive(), Torchvision()).double()
+    model = distnorm.convert(blocks, "sync_bn", fuse=fuse, **options)
+    if rank == hooked:
+        hook(model[0], [])
+    x = torch.randn(2 + rank, 4, 5, 5, generator=torch.Generator().manual_seed(rank), dtype=torch.float64)
+    model(x).square().sum().backward()
+    return [*(each.grad for each in model.parameters() if each.grad is not None), *model.buffers()]
+
+
+@pytest.mark.parametrize("options", [{}, {"overlap": True}], ids=["", "overlap"])
+@pytest.mark.parametrize("hooked", [-1, 0])
+def test_ranks_agree_whichever_version_they_run(pool: Pool, hooked: int, options: dict[str, object]) -> None:
+    fused, plain = (pool.run(2, gradients, fuse, hooked, options) for fuse in (True, False))
+    for ours, expected in zip(fused, plain, strict=True):
+        same(ours, expected)
