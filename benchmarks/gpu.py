@@ -2,7 +2,8 @@
 
 Run ``make bench-gpu``, on a machine with torch and Triton and nothing else; it takes less than 8 minutes and writes one
 dated file. A group of one rank needs no collective, so it is told to be one of two: ``sync_bn`` and torch's
-SyncBatchNorm both pass NCCL in every layer. Without a card nothing is measured, and nothing written.
+SyncBatchNorm both pass NCCL in every layer. Without a card nothing is measured, and a file says so unless there is one of
+an earlier run on a card.
 """
 
 from __future__ import annotations
@@ -24,6 +25,12 @@ from torch.nn import functional
 from torch.profiler import ProfilerActivity, profile
 
 FOLDER = Path(__file__).parents[1] / "docs" / "benchmarks"
+NOT_RUN = "gpu-not-run.md"
+NO_FIGURES = """# Norms on a GPU
+
+Not run: no CUDA device was at hand. `make bench-gpu` on a machine with an NVIDIA card, torch and Triton replaces this
+file by a dated one.
+"""
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Channels, side of the image, layers of this size: ResNet-50 on images of 224 x 224.
@@ -254,6 +261,14 @@ def report(limit: float) -> list[str]:
     return [*lines, "", f"Took {time.perf_counter() - began:.0f} s."]
 
 
+def not_run(folder: Path) -> None:
+    """Say that there are no figures, and leave a file that says it where there is none with figures."""
+    print("not run: no CUDA device")
+    if not [path for path in folder.glob("gpu-*.md") if path.name != NOT_RUN]:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / NOT_RUN).write_text(NO_FIGURES)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, and write the file."""
     parser = argparse.ArgumentParser(description="Time norms on an NVIDIA card.")
@@ -261,7 +276,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--limit", type=float, default=400, help="seconds after which no further layers are measured")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
-        print("not run: no CUDA device")
+        not_run(options.out.parent if options.out else FOLDER)
         return
     torch.cuda.set_device(0)
     dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1)
@@ -269,6 +284,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     path = options.out or FOLDER / f"gpu-{datetime.date.today().isoformat()}.md"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines) + "\n")
+    path.with_name(NOT_RUN).unlink(missing_ok=True)
     print("\n".join(lines))
     dist.destroy_process_group()
 

@@ -11,188 +11,13 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
-from torch.nn import functional as F
 
 import distnorm
 from distnorm.module import DistNorm, DistNorm2d
 from distnorm.tails import Version
+from tests.support import blocks
+from tests.support.blocks import FOUND, LEFT, Alive, Returned, Torchvision
 from tests.support.pool import Pool
-
-
-class Block(nn.Module):
-    """Two norms and what the methods below need."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(4, 4, 3, padding=1, bias=False)
-        self.a, self.b = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
-        self.relu, self.silu = nn.ReLU(inplace=True), nn.SiLU()
-        self.downsample: nn.Module | None = None
-        self.seen: list[Tensor] = []
-
-
-# --- code in which something is found ------------------------------------------------------------
-
-
-class Torchvision(Block):
-    """As ResNet's basic block is written there."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Of more lines than one:
-
-        the source and the code must have equal texts.
-        """
-        identity = x
-
-        out = self.conv(x)
-        out = self.a(out)
-        out = self.relu(out)
-
-        out = self.conv(out)
-        out = self.b(out)
-
-        if self.downsample is not None:
-            identity = self.downsample(x)
-
-        out += identity
-        out = self.relu(out)
-
-        return out
-
-
-class Nested(Block):
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(x + self.b(self.conv(torch.relu(self.a(self.conv(x))))), inplace=True)
-
-
-class Returned(Block):
-    def forward(self, x: Tensor) -> Tensor:
-        out = self.b(self.conv(self.a(x).relu()))
-        return functional.relu_(out + x)
-
-
-class Added(Block):
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.b(self.conv(F.relu(self.a(x))))
-        y = x + y
-        return self.silu(y)
-
-
-class Helper(Block):
-    def forward(self, x: Tensor, *, times: int = 2) -> Tensor:
-        for _ in range(times):
-            x = self.step(x)
-        return x
-
-    def step(self, x: Tensor, scale: float = 0.5) -> Tensor:
-        def inner(y: Tensor) -> Tensor:
-            y = self.b(y)
-            y = torch.relu(y)
-            return y * scale
-
-        return inner(self.relu(self.a(x)))
-
-
-class Sequence(nn.Sequential):
-    def __init__(self) -> None:
-        relu = nn.ReLU()
-        super().__init__(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), relu, relu, nn.BatchNorm2d(4), nn.SiLU())
-
-
-FOUND: dict[type[nn.Module], dict[str, str]] = {
-    Torchvision: {"a": "relu", "b": "residual, relu"},
-    Nested: {"a": "relu", "b": "residual, relu"},
-    Returned: {"a": "relu", "b": "residual, relu"},
-    Added: {"a": "relu", "b": "residual"},
-    Helper: {"a": "relu", "b": "relu"},
-    Sequence: {"1": "relu"},
-}
-
-
-# --- code in which nothing may be ----------------------------------------------------------------
-
-
-class UsedTwice(Block):
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.a(x)
-        z = self.relu(y)
-        return z + y
-
-
-class Between(Block):
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.a(x)
-        self.seen.append(y)
-        y = F.relu(y)
-        return y
-
-
-class OtherActivation(Block):
-    def forward(self, x: Tensor) -> Tensor:
-        return self.silu(self.a(x)) + F.relu(self.b(x) * 2)
-
-
-class AlsoItself(Block):
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.a(x)
-        y = y + y
-        return y
-
-
-class Alive(Block):
-    """The shortcut's norm runs between the norm and the sum: nothing may change places."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.downsample = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        identity = x
-        out = self.b(x)
-        if self.downsample is not None:
-            identity = self.downsample(x)
-        out += identity
-        return self.relu(out)
-
-
-class Super(Torchvision):
-    def forward(self, x: Tensor) -> Tensor:
-        y = super().forward(x)
-        return F.relu(self.a(y))
-
-
-class Halves:
-    @staticmethod
-    def relu(x: Tensor) -> Tensor:
-        return x / 2
-
-
-class Shadowed(Block):
-    def forward(self, x: Tensor) -> Tensor:
-        F = Halves
-        return F.relu(self.a(x))
-
-
-class Rebound(Block):
-    def forward(self, x: Tensor) -> Tensor:
-        other, self = self, Torchvision()
-        return self.relu(other.a(x))
-
-
-class Options(Block):
-    def forward(self, x: Tensor) -> Tensor:
-        return self.relu(self.a(input=x)) + self.relu(self.b(*[x]))
-
-
-unread: dict[str, type[nn.Module]] = {"Block": Block}  # type: ignore[dict-item]
-exec("class Unread(Block):\n    def forward(self, x):\n        return self.relu(self.a(x))\n", unread)
-
-LEFT: list[type[nn.Module]] = [UsedTwice, Between, OtherActivation, AlsoItself, Alive]
-LEFT += [Super, Shadowed, Rebound, Options, unread["Unread"]]
-
-
-# --- the laws ------------------------------------------------------------------------------------
 
 
 def made(kind: type[nn.Module], *, fuse: bool, dtype: torch.dtype = torch.float64) -> nn.Module:
@@ -363,7 +188,7 @@ def test_tracebacks_name_the_lines_of_the_source() -> None:
     model.conv = nn.Identity()
     with pytest.raises(ValueError, match="the layer normalizes 4") as caught:
         model(torch.randn(2, 5, 3, 3, dtype=torch.float64))
-    lines = [each.line for each in traceback.extract_tb(caught.tb) if each.filename == __file__]
+    lines = [each.line for each in traceback.extract_tb(caught.tb) if each.filename == blocks.__file__]
     assert lines[-1] == "out = self.a(out)"
 
 

@@ -40,11 +40,23 @@ def run(*command: str) -> str:
     return done.stdout
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_without_a_card_nothing_is_measured(tmp_path: Path) -> None:
-    path = tmp_path / "table.md"
-    assert run("benchmarks/gpu.py", "--out", str(path)) == "not run: no CUDA device\n"
-    assert not path.exists()
+NO_CARD = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+
+
+@NO_CARD
+def test_without_a_card_a_file_says_so(tmp_path: Path) -> None:
+    assert run("benchmarks/gpu.py", "--out", str(tmp_path / "table.md")) == "not run: no CUDA device\n"
+    (left,) = tmp_path.iterdir()
+    assert "Not run: no CUDA device" in left.read_text()
+
+
+@NO_CARD
+def test_figures_of_a_card_stay(tmp_path: Path) -> None:
+    measured = tmp_path / "gpu-2000-01-01.md"
+    measured.write_text("figures")
+    run("benchmarks/gpu.py", "--out", str(tmp_path / "table.md"))
+    assert list(tmp_path.iterdir()) == [measured]
+    assert measured.read_text() == "figures"
 
 
 def test_one_rank_is_made_to_use_its_collectives() -> None:
