@@ -2,8 +2,8 @@
 
 Run ``make bench-gpu``, on a machine with torch and Triton and nothing else; it takes less than 8 minutes and writes one
 dated file. A group of one rank needs no collective, so it is told to be one of two: ``sync_bn`` and torch's
-SyncBatchNorm both pass NCCL in every layer. Without a card nothing is measured, and a file says so unless there is one of
-an earlier run on a card.
+SyncBatchNorm both pass NCCL in every layer. Without a card nothing is measured, and a file says so, unless an earlier
+run on a card has left one.
 """
 
 from __future__ import annotations
