@@ -41,7 +41,7 @@ class Binding:
     ) -> None:
         """``world`` is the job that the groups belong to, None in a process that is alone."""
         self.conversion = conversion
-        self.world = world
+        self._world = None if world is None else ref(world)  # weakly, as ``TorchGroup`` holds its group
         self.topology = topology
         self.reducer = reducer
         self.step = 0
@@ -52,6 +52,10 @@ class Binding:
         self._warned = False
         self.loss_scale: Tensor | float = 0.0  # of the last backward pass
         self._scaled_pass = self._judged_pass = NO_BACKWARD
+
+    def belongs_to(self, world: dist.ProcessGroup | None) -> bool:
+        """Whether ``world`` is the job that the groups belong to."""
+        return world is None if self._world is None else self._world() is world is not None
 
     @property
     def agrees(self) -> bool:
@@ -189,10 +193,10 @@ class Conversion:
             ValueError: the policy does not fit the ranks.
         """
         world = current_world()
-        if self._binding is None or (world is not None and self._binding.world is not world):
+        if self._binding is None or (world is not None and not self._binding.belongs_to(world)):
             self.bind(None)
         assert self._binding is not None
-        if self._binding.world is not world:
+        if not self._binding.belongs_to(world):
             raise RuntimeError(
                 "distnorm: the process group that these layers were bound to has been destroyed. Evaluation works; to "
                 "go on training, initialize torch.distributed again, or call distnorm.revert(model)."
@@ -211,7 +215,8 @@ class Conversion:
         if world is None and self.transport == "mpi":
             mpi.check_alone()
         ranks = (0,) if world is None else self._ranks(process_group)
-        if self._binding is not None and self._binding.world is world and self._binding.topology.ranks == ranks:
+        standing = self._binding
+        if standing is not None and standing.belongs_to(world) and standing.topology.ranks == ranks:
             return
         topology = Topology(ranks) if world is None else self._agree(world, ranks)
         reducer = self.recipe.policy.bind(topology, layout_of(self.layers(), self.recipe.method))

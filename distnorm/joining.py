@@ -64,7 +64,10 @@ class Joiner(ast.NodeTransformer):
         self.found = Found()
         self._attributes = attributes
         self._globals = function.__globals__
-        self._bound = set(_bound(function.__code__))
+        codes = list(_codes(function.__code__))
+        self._bound = {name for code in codes for name in (*code.co_varnames, *code.co_cellvars)}
+        self._outlive = {name for code in codes for name in (*code.co_names, *code.co_cellvars, *code.co_freevars)}
+        """Names that may be read when the function has returned: those of closures, and global ones."""
         self._tails: dict[ast.Call, _Tail] = {}
         """Calls of norms that something was joined to."""
 
@@ -191,7 +194,9 @@ class Joiner(ast.NodeTransformer):
             named = isinstance(target, ast.Name) and target.id == name
             if named and isinstance(residual, ast.Name) and residual.id != name:
                 return _Tail(residual, widen=False)
-        if isinstance(statement, ast.Return) or (isinstance(statement, ast.Assign) and _assigned(statement) == name):
+        if isinstance(statement, ast.Return) and name not in self._outlive:
+            return self._tail_of(statement.value, name)
+        if isinstance(statement, ast.Assign) and _assigned(statement) == name:
             return self._tail_of(statement.value, name)
         return None
 
@@ -210,12 +215,12 @@ class Joiner(ast.NodeTransformer):
         return None if tail is None else tail.then(_Tail(relu=True))
 
 
-def _bound(code: CodeType) -> Iterator[str]:
-    """The names that ``code``, or code inside of it, binds as its own."""
-    yield from (*code.co_varnames, *code.co_cellvars)
+def _codes(code: CodeType) -> Iterator[CodeType]:
+    """``code``, and all inside of it."""
+    yield code
     for each in code.co_consts:
         if isinstance(each, CodeType):
-            yield from _bound(each)
+            yield from _codes(each)
 
 
 def _sides(node: ast.BinOp) -> Iterator[tuple[ast.expr, ast.Name]]:

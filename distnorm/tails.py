@@ -117,9 +117,10 @@ def _plan(module: nn.Module, name: str) -> _Plan:
     if plain is nn.Sequential.forward:
         pairs = pairwise(module._modules.items())
         return _Plan(plain, _run_in_sequence, Found({norm: "relu" for (norm, a), (_, b) in pairs if _is_pair(a, b)}))
+    children = {name: child for name, child in module._modules.items() if getattr(module, name) is child}
     attributes = Attributes(
-        norms=frozenset(name for name, child in module._modules.items() if _is_norm(child)),
-        relus=frozenset(name for name, child in module._modules.items() if _is_relu(child)),
+        norms=frozenset(name for name, child in children.items() if _is_norm(child)),
+        relus=frozenset(name for name, child in children.items() if _is_relu(child)),
         absent=frozenset(name for name, value in (*vars(module).items(), *module._modules.items()) if value is None),
     )
     fused, found = rewrite(plain, attributes) or (plain, Found())

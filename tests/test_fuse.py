@@ -15,8 +15,8 @@ from torch import Tensor, nn
 import distnorm
 from distnorm.module import DistNorm, DistNorm2d
 from distnorm.tails import Version
-from tests.support import blocks
-from tests.support.blocks import FOUND, LEFT, Alive, Returned, Torchvision
+from tests import blocks
+from tests.blocks import FOUND, LEFT, Alive, Returned, Torchvision
 from tests.support.pool import Pool
 
 

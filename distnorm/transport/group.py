@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
+from weakref import ref
 
 import torch
 import torch.distributed as dist
@@ -157,10 +158,24 @@ class TorchGroup(Group):
         ``direct`` carries small vectors that a rank waits for, where there is a way without gloo.
         """
         super().__init__(ranks)
-        self.process_group = process_group
+        # Weakly: torch ends the threads of a destroyed group when nobody holds it, and threads that outlive the
+        # interpreter may abort the process.
+        self._process_group = None if process_group is None else ref(process_group)
         self.gloo = process_group is not None and dist.get_backend(process_group) == "gloo"
         self.exchange_limit_bytes = exchange_limit_bytes if self.gloo else -1
         self.direct = direct
+
+    @property
+    def process_group(self) -> dist.ProcessGroup | None:
+        """What it wraps.
+
+        Raises:
+            RuntimeError: that has been destroyed.
+        """
+        found = None if self._process_group is None else self._process_group()
+        if found is None and self._process_group is not None:
+            raise RuntimeError(f"the process group of ranks {list(self.ranks)} has been destroyed.")
+        return found
 
     def _start(self, wire: Tensor) -> tuple[Work, Callable[[], Tensor]]:
         if self.direct is not None and self.direct.takes(wire):

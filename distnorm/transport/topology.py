@@ -17,6 +17,11 @@ from distnorm.transport.make_group import make_group
 from distnorm.transport.mpi import make_mpi_group
 from distnorm.transport.rendezvous import group_timeout
 
+if dist.is_available():
+    # Its functions take the job's group for a default when they are imported, which torch 2.13 does at its first meta
+    # tensor: a group so held is not freed when it is destroyed. Before there is a job they take none.
+    import torch.distributed.nn.functional  # noqa: F401
+
 NODE_AXES = ("local", "node")
 
 # Groups are resources of the process, as torch's own are: layers and models that join the same ranks use one group.

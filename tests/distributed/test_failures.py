@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 import distnorm
 from distnorm.nn import SyncBatchNorm
+from distnorm.transport.group import TorchGroup
 from tests.support.pool import Pool, WorkerDiedError
 
 C = 3
@@ -96,6 +98,24 @@ def train_destroy_train(rank: int) -> None:
     dist.destroy_process_group()
     model.eval()(batch(rank))
     train(model.train(), rank)
+
+
+@pytest.mark.parametrize("recipe", ["sync_bn", "mabn"])
+def test_layers_keep_no_destroyed_group_alive(pool: Pool, recipe: str) -> None:
+    """A group that is held has threads, which may abort a process that ends."""
+    for before, after, group_is_alive in pool.run(2, threads_of_groups, recipe):
+        assert after < before
+        assert not group_is_alive
+
+
+def threads_of_groups(rank: int, recipe: str) -> tuple[int, int, bool]:
+    model = distnorm.convert(nn.Sequential(nn.BatchNorm1d(C)), recipe)
+    train(model, rank)
+    ours = [each for each in gc.get_objects() if isinstance(each, TorchGroup) and each.size == 2]
+    assert ours
+    before = len(os.listdir("/proc/self/task"))
+    dist.destroy_process_group()
+    return before, len(os.listdir("/proc/self/task")), any(group._process_group() is not None for group in ours)
 
 
 def test_a_new_process_group_is_bound_anew(pool: Pool, tmp_path: Any) -> None:

@@ -144,6 +144,31 @@ class Alive(Block):
         return self.relu(out)
 
 
+class Kept(Block):
+    """A closure reads the value after the function has returned."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.later = lambda: y
+        y = self.a(x)
+        return torch.relu(y)
+
+
+class Global(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        global y
+        y = self.a(x)
+        return torch.relu(y)
+
+
+class Attribute(Block):
+    """The class's own ``relu`` comes before the module of that name."""
+
+    relu = staticmethod(torch.sigmoid)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.a(x))
+
+
 class Super(Torchvision):
     def forward(self, x: Tensor) -> Tensor:
         y = super().forward(x)
@@ -177,4 +202,4 @@ unread: dict[str, type[nn.Module]] = {"Block": Block}  # type: ignore[dict-item]
 exec("class Unread(Block):\n    def forward(self, x):\n        return self.relu(self.a(x))\n", unread)
 
 LEFT: list[type[nn.Module]] = [UsedTwice, Between, OtherActivation, AlsoItself, Alive]
-LEFT += [Super, Shadowed, Rebound, Options, unread["Unread"]]
+LEFT += [Kept, Global, Attribute, Super, Shadowed, Rebound, Options, unread["Unread"]]
