@@ -21,24 +21,27 @@ from typing import Any
 logger = logging.getLogger("distnorm")
 
 SOURCES = tuple(
-    Path(__file__).with_name("csrc") / f"{name}.c" for name in ("loops", "arithmetic", "exchange", "entries")
+    Path(__file__).with_name("csrc") / f"{name}.c" for name in ("loops", "arithmetic", "dense", "exchange", "entries")
 )
+HEADER = SOURCES[0].with_name("kernels.h")
 # Only rounding may differ from the C as written: sums are reassociated by hand, infinities and NaN keep their meaning.
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC")
 COMPILE_SECONDS = 60
 
 _POINTER, _INDEX, _TURN, _DOUBLE = ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int64, ctypes.c_double
-_IMAGE = [_INDEX, _INDEX, _INDEX, ctypes.c_int]  # N, C, L, threads
+_INT = ctypes.c_int
+_THREE = [_POINTER] * 3
+_IMAGE = [_INDEX, _INDEX, _INDEX, _INT]  # N, C, L, threads
 _LOOPS: dict[str, list[Any]] = {
     "sums": [_POINTER] * 8 + _IMAGE,
-    "apply": [_POINTER] * 6 + [ctypes.c_int, *_IMAGE],
+    "apply": [_POINTER] * 6 + [_INT, *_IMAGE],
     "combine": [_POINTER] * 8 + _IMAGE,
 }
-_ARITHMETIC: dict[str, list[Any]] = {
-    "forward": [_POINTER] * 5 + [_DOUBLE, _DOUBLE, _INDEX] + [_POINTER] * 4,
-    "pull": [_POINTER] * 5 + [_INDEX] + [_POINTER] * 3,
-    "link": [_POINTER] * 4 + [_DOUBLE, _INDEX] + [_POINTER] * 2,
-    "absorb": [_POINTER, _INDEX, _DOUBLE] + [_POINTER] * 3,
+_DENSE: dict[str, list[Any]] = {
+    "sums": [_INT, _POINTER, _POINTER, *_IMAGE],
+    "normalize": [_INT, _INT, *_THREE, _INT, *_THREE, _POINTER, _DOUBLE, _DOUBLE, *_THREE, _POINTER, _DOUBLE, *_IMAGE],
+    "pull": [_INT, _INT, _INT, *_THREE, *_THREE, *_THREE, *_IMAGE],
+    "combine": [_INT, _INT, _INT, *_THREE, _POINTER, _POINTER, _DOUBLE, _POINTER, *_IMAGE],
 }
 _EXCHANGE: dict[str, list[Any]] = {
     "post": [_POINTER, _INDEX, _INDEX, _INDEX, _TURN, _POINTER, _INDEX],
@@ -51,7 +54,7 @@ _ENTRIES: dict[str, list[Any]] = {
     "push": [_POINTER, _POINTER, _INDEX, _INDEX] + [_POINTER] * 6,
 }
 _FAMILIES: dict[str, dict[str, list[Any]]] = {"plane": _LOOPS, "row": _LOOPS, "exchange": _EXCHANGE}
-_FAMILIES |= {"batch_norm": _ARITHMETIC, "rms": _ARITHMETIC, "entries": _ENTRIES}
+_FAMILIES |= {"dense": _DENSE, "entries": _ENTRIES}
 _RANK_RETURNED = ("exchange_await", "exchange_add")
 
 
@@ -96,7 +99,7 @@ def _compile(compiler: str, target: Path) -> Path:
 
 def _digest(compiler: str) -> str:
     digest = hashlib.sha256(repr((compiler, FLAGS, _processor())).encode())
-    for source in SOURCES:
+    for source in (HEADER, *SOURCES):
         digest.update(source.read_bytes())
     return digest.hexdigest()[:16]
 

@@ -19,9 +19,8 @@ import torch
 from torch import Tensor
 
 from distnorm.kernels import gpu
-from distnorm.kernels.dense import DensePass
 from distnorm.methods import ChannelAffine
-from distnorm.passes import FormulaPass, new_pass
+from distnorm.passes import new_pass
 from distnorm.types import Affine, Exchange, Running, Tail
 
 NO_TAIL = Tail()
@@ -119,13 +118,10 @@ class _Normalize(torch.autograd.Function):
         kernels = ctx.kernels = new_pass(method, x_NCL, ctx.affine)
         enough = x_NCL.numel() > x_NCL.shape[1]
         shared = share.gather(kernels.sums(x_NCL), held=ctx.needs_input_grad[0], enough=enough)
-        tail = Tail(residual_NCL, relu)
-        if isinstance(kernels, DensePass | FormulaPass):
-            y_NCL = kernels.normalize(x_NCL, shared, weight_C, bias_C, tail)
-        else:
-            share.absorbed = True
-            landed = running() if running is not None and share.lands() else None
-            y_NCL = kernels.normalize(x_NCL, shared, weight_C, bias_C, tail, landed)
+        tail = Tail(residual_NCL, relu) if relu or residual_NCL is not None else NO_TAIL
+        landed = running() if running is not None and share.lands() else None
+        y_NCL = kernels.normalize(x_NCL, shared, weight_C, bias_C, tail, landed)
+        share.absorbed = landed is None or kernels.absorbed
         ctx.save_for_backward(x_NCL, weight_C, bias_C, y_NCL if relu else None)
         ctx.method, ctx.share, ctx.finish, ctx.adds = method, share, finish, residual_NCL is not None
         return y_NCL

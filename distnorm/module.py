@@ -60,14 +60,16 @@ class DistNorm(_BatchNorm):
         affine = Affine(self.weight, self.bias, self.eps, self.running_var, self.num_batches_tracked)
         if not self.training:
             return _finish(self._evaluate(input, affine), residual, relu, widen)
+        self._check_loss_scale(input)
         method = self.recipe.method
-        if isinstance(method, ChannelAffine) and fused.suits(method, input) and _fits(residual, input):
+        if not isinstance(method, ChannelAffine) or not fused.suits(method, input):
+            return _finish(self._train(input, affine, None), residual, relu, widen)
+        if _fits(residual, input):
             return self._train(input, affine, Tail(residual, relu))
         return _finish(self._train(input, affine, fused.NO_TAIL), residual, relu, widen)
 
-    def _train(self, input: Tensor, affine: Affine, tail: Tail) -> Tensor:
-        """Normalize, and add a ``tail`` that fits."""
-        self._check_loss_scale(input)
+    def _train(self, input: Tensor, affine: Affine, tail: Tail | None) -> Tensor:
+        """Normalize: by the kernels, which add the ``tail``, or if that is None on the plain path."""
         compiling = torch.compiler.is_compiling()
         share: LayerShare | KeepLocal
         if not compiling and self._site.alone(input):
@@ -77,7 +79,7 @@ class DistNorm(_BatchNorm):
         method = self.recipe.method
         # A forward inside a backward pass is a checkpoint's recomputation: it changes no state.
         tracks = self.track_running_stats and (compiling or graph_task() == NO_BACKWARD)
-        if isinstance(method, ChannelAffine) and fused.suits(method, input):
+        if isinstance(method, ChannelAffine) and tail is not None:
             tracked = partial(running.running_of, self) if tracks else None
             between = overlap.arrangement(self, input) if self.recipe.overlap else None
             y = fused.normalize(method, input, share, affine, between, tracked, tail)

@@ -14,14 +14,16 @@ from distnorm.kernels import cpu
 from distnorm.kernels.dense import DensePass, dense_pass
 from distnorm.methods import ChannelAffine
 from distnorm.methods.base import RAW_MOMENTS
-from distnorm.types import Affine, Tail
+from distnorm.types import Affine, Running, Tail
 
 if TYPE_CHECKING:
     from distnorm.kernels.gpu.gpu_pass import GpuPass
 
 
 class FormulaPass:
-    """As ``DensePass``, for any CPU tensor and method."""
+    """As ``DensePass``, for any CPU tensor and method; running statistics are left alone."""
+
+    absorbed = False
 
     def __init__(self, method: ChannelAffine, affine: Affine) -> None:
         """Nothing is computed yet."""
@@ -34,7 +36,13 @@ class FormulaPass:
         return wire[self._method.raw.start * x_NCL.shape[1] :]
 
     def normalize(
-        self, x_NCL: Tensor, shared: Tensor, weight_C: Tensor | None, bias_C: Tensor | None, tail: Tail
+        self,
+        x_NCL: Tensor,
+        shared: Tensor,
+        weight_C: Tensor | None,
+        bias_C: Tensor | None,
+        tail: Tail,
+        running: Running | None,
     ) -> Tensor:
         """The output, by ``shared`` sums and their count."""
         self._total = torch.where(shared[-1] > 0, shared[-1], 1)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from distnorm.kernels import arithmetic, gpu
+from distnorm.kernels import gpu
 from distnorm.methods import ChannelAffine, Method
 from distnorm.transport import Group
 from distnorm.types import Landed, Moments, Running, Slot
@@ -35,9 +35,6 @@ def absorb_shared(layer: _BatchNorm, method: Method, shared: Tensor, landed: Ten
 
 
 def _absorb_now(layer: _BatchNorm, method: Method, shared: Tensor) -> None:
-    formula = method.formula() if isinstance(method, ChannelAffine) else None
-    if formula is not None and arithmetic.absorb(formula, shared, layer):
-        return
     count = shared[-1]
     if count > 1:
         _move(layer, method.moments(shared[:-1].view(-1, layer.num_features) / count, count), _next_rate(layer))
@@ -103,7 +100,8 @@ def absorb_landed(layers: Mapping[str, _BatchNorm], landed: Iterable[Landed], me
 
 def running_of(layer: _BatchNorm) -> Running:
     """The running statistics of a layer that tracks them."""
-    mean_C, var_C, updates = arithmetic.layer_statistics(layer)
+    mean_C, var_C, updates = layer.running_mean, layer.running_var, layer.num_batches_tracked
+    assert mean_C is not None and var_C is not None and updates is not None
     return Running(mean_C, var_C, updates, layer.momentum)
 
 

@@ -181,7 +181,7 @@ def with_tail(case: Case, tail: Tail, *tensors: Tensor) -> tuple[Result, Tensor]
     x, dy, weight, bias = tensors
     formula = case.method.formula(Affine(weight, bias, EPS))
     kernels = GpuPass(formula, EPS)
-    y = kernels.normalize(x, kernels.sums(x), weight, bias, tail)
+    y = kernels.normalize(x, kernels.sums(x), weight, bias, tail, None)
     cotangents, dweight, dbias, dz = kernels.pull(dy, x, y if tail.relu else None, weight)
     return Result(y, kernels.combine(dz, x, cotangents), dweight, dbias), dz
 

@@ -132,7 +132,7 @@ def test_the_correction_of_rms_begins_on_the_device(device: str, updates: int) -
     dy = torch.linspace(-1, 1, y.numel(), device=device).view_as(y)
     expected = torch.autograd.grad(y, [x, weight, bias], dy)
     with torch.no_grad():
-        ours = kernels.normalize(x, kernels.sums(x), weight, bias, Tail())
+        ours = kernels.normalize(x, kernels.sums(x), weight, bias, Tail(), None)
         cotangents, dweight, dbias, _ = kernels.pull(dy, x, None, weight)
         dx = kernels.combine(dy, x, cotangents)
     for value, wanted in zip([ours, dx, dweight, dbias], [y, *expected], strict=True):

@@ -7,10 +7,8 @@
    Absorb: running += (moments - running) * rate, if there are two values at least. */
 
 #include <math.h>
-#include <stddef.h>
-#include <stdint.h>
 
-typedef ptrdiff_t index_t;
+#include "kernels.h"
 
 static double divisor(double count) { return count > 0 ? count : 1; }
 

@@ -6,9 +6,7 @@
    A norm may have a tail, relu(norm(x) + residual): then apply has it, too, and sums and combine see the gradient before
    it, which is dy where the output was positive, or NaN. */
 
-#include <stddef.h>
-
-typedef ptrdiff_t index_t;
+#include "kernels.h"
 
 #if defined(__AVX512F__)
 #define LANES 16

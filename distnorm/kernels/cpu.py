@@ -19,8 +19,9 @@ _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 class Loops(NamedTuple):
-    """The compiled loops for one layout, and the arguments that end each call."""
+    """The compiled loops for one layout, rows or planes, and the arguments that end each call."""
 
+    rows: bool
     sums: Callable[..., None]
     apply: Callable[..., None]
     combine: Callable[..., None]
@@ -87,10 +88,10 @@ def loops(x_NCL: Tensor) -> Loops | None:
     length = x_NCL.numel() // (batch * channels)
     image = batch, channels, length, torch.get_num_threads()
     if x_NCL.is_contiguous() and length > 1:
-        return Loops(found.plane_sums, found.plane_apply, found.plane_combine, image)
+        return Loops(False, found.plane_sums, found.plane_apply, found.plane_combine, image)
     memory_format = _CHANNELS_LAST.get(x_NCL.dim(), torch.contiguous_format)
     if x_NCL.is_contiguous(memory_format=memory_format) and (length == 1 or x_NCL.dim() in _CHANNELS_LAST):
-        return Loops(found.row_sums, found.row_apply, found.row_combine, image)
+        return Loops(True, found.row_sums, found.row_apply, found.row_combine, image)
     return None
 
 

@@ -17,7 +17,9 @@ from distnorm.types import Landed, Running, Tail
 
 
 class GpuPass:
-    """As ``DensePass``, for dense or other CUDA tensors; moves the running statistics, too."""
+    """As ``DensePass``, for dense or other CUDA tensors."""
+
+    absorbed = True
 
     def __init__(self, formula: Formula, eps: float) -> None:
         """Nothing is computed yet."""
@@ -36,7 +38,7 @@ class GpuPass:
         weight_C: Tensor | None,
         bias_C: Tensor | None,
         tail: Tail,
-        running: Running | None = None,
+        running: Running | None,
     ) -> Tensor:
         """The output, by ``shared`` sums and their count; ``running`` statistics absorb these, if given."""
         formula, x_NCL = self._formula, dense(x_NCL)

@@ -1,0 +1,31 @@
+/* What dense.c joins: loops.c says what the loops compute, arithmetic.c what the formulas do. */
+
+#include <stddef.h>
+#include <stdint.h>
+
+typedef ptrdiff_t index_t;
+
+typedef void sums_t(const float *dy, const float *x, const float *y, float *dz, float *pivot, const float *scale,
+                    const float *shift, double *sums, index_t N, index_t C, index_t L, int threads);
+typedef void apply_t(const float *x, const float *residual, float *y, const float *pivot, const float *scale,
+                     const float *shift, int relu, index_t N, index_t C, index_t L, int threads);
+typedef void combine_t(const float *dy, const float *x, float *dx, const float *pivot, const float *scale,
+                       const float *shift, const float *level, const float *slope, index_t N, index_t C, index_t L,
+                       int threads);
+sums_t plane_sums, row_sums;
+apply_t plane_apply, row_apply;
+combine_t plane_combine, row_combine;
+
+typedef void forward_t(const double *wire, const float *pivot, const float *weight, const float *bias,
+                       const float *running_var, double clip, double eps, index_t C, double *means, double *factor,
+                       float *scale, float *shift);
+typedef void pull_t(const double *sums, const double *means, const double *factor, const float *pivot,
+                    const float *weight, index_t C, double *cotangents, float *weight_grad, float *bias_grad);
+typedef void link_t(const double *cotangents, const double *means, const double *count, const float *pivot, double eps,
+                    index_t C, float *level, float *slope);
+typedef void absorb_t(const double *wire, index_t C, double momentum, int64_t *tracked, float *running_mean,
+                      float *running_var);
+forward_t rms_forward, batch_norm_forward;
+pull_t rms_pull, batch_norm_pull;
+link_t rms_link, batch_norm_link;
+absorb_t rms_absorb, batch_norm_absorb;
