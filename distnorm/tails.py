@@ -8,6 +8,7 @@ than it was. Norms keep their places, so collectives have one order whichever ve
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable, Iterator
 from itertools import pairwise
@@ -60,6 +61,11 @@ class Version:
         """The method ``name`` of ``module``."""
         self._module, self._name = module, name
         self._plan: _Plan | None = None
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """The method's own: frameworks read from it what a model takes."""
+        return inspect.signature(getattr(type(self._module), self._name).__get__(self._module))
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Functions that were made here cannot be pickled; they are made again."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import logging
 import traceback
@@ -16,7 +17,7 @@ import distnorm
 from distnorm.module import DistNorm, DistNorm2d
 from distnorm.tails import Version
 from tests import blocks
-from tests.blocks import FOUND, LEFT, Alive, Returned, Torchvision
+from tests.blocks import FOUND, LEFT, Alive, Helper, Returned, Torchvision
 from tests.support.pool import Pool
 
 
@@ -158,6 +159,14 @@ def test_copies_and_pickles_are_fused_and_revert_leaves_nothing() -> None:
     assert "forward" not in vars(model) and type(model.a) is nn.BatchNorm2d
     assert "tail" not in vars(model.a)
     assert repr(model) == repr(Torchvision())
+
+
+@pytest.mark.parametrize("kind", [Torchvision, Helper])
+def test_signatures_stay(kind: type[nn.Module]) -> None:
+    fused, plain = (made(kind, fuse=fuse) for fuse in (True, False))
+    assert inspect.signature(fused.forward) == inspect.signature(plain.forward)
+    if kind is Helper:
+        assert inspect.signature(fused.step) == inspect.signature(plain.step)
 
 
 def test_a_norm_with_a_forward_of_its_own_is_left_alone() -> None:

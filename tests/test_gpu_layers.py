@@ -249,16 +249,22 @@ def test_a_step_never_waits_for_the_card() -> None:
 def test_a_step_is_replayed_from_a_graph() -> None:
     skip_without("cuda")
     model, x, optimizer = trained()
-    other = copy.deepcopy(model)
-    graph = torch.cuda.CUDAGraph()
-    optimizer.zero_grad(set_to_none=False)
-    with torch.cuda.graph(graph):
-        model(x).square().sum().backward()
-    for parameter in model.parameters():
-        parameter.grad.zero_()
-    graph.replay()
-    other(x).square().sum().backward()
+    other, graph = copy.deepcopy(model), torch.cuda.CUDAGraph()
+
+    def step(of: nn.Module, by: torch.optim.Optimizer) -> None:
+        by.zero_grad(set_to_none=False)
+        of(x).square().sum().backward()
+        by.step()
+
+    with torch.cuda.graph(graph):  # nothing runs
+        step(model, optimizer)
+    for _ in range(2):
+        graph.replay()
+    same_rate = torch.optim.SGD(other.parameters(), 0.1)
+    for _ in range(2):
+        step(other, same_rate)
     torch.cuda.synchronize()
     for one, two in zip(model.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(one.grad, two.grad, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
     same(dict(model.named_buffers()), dict(other.named_buffers()))
