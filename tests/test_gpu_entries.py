@@ -100,7 +100,7 @@ def test_one_launch_per_layer_and_direction(
     assert [name for name in seen.names if name not in ("ones", "_local_scalar_dense")] == [f"entries_{operator}"] * 4
 
 
-@pytest.mark.parametrize(("policy", "limit"), [(Moving(window=3), 8), (StaleMix(), 40)], ids=["Moving", "StaleMix"])
+@pytest.mark.parametrize(("policy", "limit"), [(Moving(window=3), 9), (StaleMix(), 41)], ids=["Moving", "StaleMix"])
 def test_the_end_of_a_step_is_for_all_layers_at_once(
     device: str, launches: list[str], policy: Policy, limit: int
 ) -> None:

@@ -15,9 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 pytest.importorskip("triton", reason="Triton is made for Linux only")
 
 import distnorm
-from distnorm import fused
+from distnorm import Recipe, fused
 from distnorm.kernels.gpu import apply, combine, cosums, gpu_pass, moments
 from distnorm.methods import RMS
+from distnorm.policies import Moving, Policy, StaleMix
 from distnorm.share import KeepLocal
 from distnorm.types import Affine, Landed, Running, Tail
 from tests.support.gpu import CUTS, DEVICES, cut_small, run_on, skip_without
@@ -256,7 +257,7 @@ def test_a_step_is_replayed_from_a_graph() -> None:
         of(x).square().sum().backward()
         by.step()
 
-    with torch.cuda.graph(graph):  # nothing runs
+    with torch.cuda.graph(graph):  # records, and runs nothing
         step(model, optimizer)
     for _ in range(2):
         graph.replay()
@@ -268,3 +269,34 @@ def test_a_step_is_replayed_from_a_graph() -> None:
         torch.testing.assert_close(one.grad, two.grad, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
     same(dict(model.named_buffers()), dict(other.named_buffers()))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("policy", [Moving(window=3), StaleMix()], ids=str)
+def test_a_moving_step_is_replayed_and_ended_outside(policy: Policy) -> None:
+    skip_without("cuda")
+    models = [distnorm.convert(network().cuda(), Recipe(method=RMS(), policy=policy)) for _ in range(2)]
+    x = torch.randn(3, 2, 7, 7, device="cuda")
+
+    def step(model: nn.Module) -> None:
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.zero_()
+        model(x).square().sum().backward()
+
+    for model in models:
+        distnorm.attach(model, manual=True)
+        for _ in range(3):
+            step(model)
+            distnorm.end_step(model)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step(models[0])
+    for _ in range(4):
+        graph.replay()
+        step(models[1])
+        for model in models:
+            distnorm.end_step(model)
+    torch.cuda.synchronize()
+    for one, two in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(one.grad, two.grad, rtol=1e-4, atol=1e-5)
+    same(dict(models[0].named_buffers()), dict(models[1].named_buffers()))

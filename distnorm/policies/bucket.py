@@ -126,8 +126,12 @@ class Bucket:
         )
 
     def take(self) -> Tensor:
-        """End a step whose sums need no collective: this step's vector."""
-        self.last, self.outbox = self.outbox, torch.zeros_like(self.outbox)
+        """End a step whose sums need no collective: this step's vector.
+
+        A copy: replayed CUDA graphs go on writing where they wrote when they were captured.
+        """
+        self.last = self.outbox.clone()
+        self.outbox.zero_()
         return self.last
 
     def means(self, vector: Tensor) -> Tensor:

@@ -159,8 +159,9 @@ class _Window(Reducer):
         entry = torch.where(usable[slot_of], values / weights[slot_of], self.ring[row, column])
         self.ring[row, column] = entry
         self.position = torch.where(usable, (self.position + 1) % self.depth, self.position)
-        self.filled = (self.filled + usable).clamp_max(self.depth)
-        self.sums = self.ring.sum(0)
+        # In place, as ``Bucket.take`` says.
+        self.filled.add_(usable).clamp_max_(self.depth)
+        torch.sum(self.ring, 0, out=self.sums)
         return usable
 
     def _push_in_triton(self, vector: Tensor) -> Tensor:
@@ -188,7 +189,7 @@ class _Window(Reducer):
     def load_state_dict(self, state: dict[str, Any], *, own: bool) -> None:
         for name, value in state["window"].items():
             getattr(self, name).copy_(value)
-        self.sums = self.ring.sum(0)
+        torch.sum(self.ring, 0, out=self.sums)
         self.bucket.load_state_dict(state["bucket"], own=own)
 
 

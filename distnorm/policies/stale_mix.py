@@ -110,7 +110,8 @@ class _Mix(Reducer):
         values, weights = (all_ - mine for all_, mine in zip(*map(self.bucket.parts, (total, own)), strict=True))
         slot_of = self.bucket.slot_of
         present = (usable & (weights > 0))[slot_of]
-        self.others = torch.where(present, values / weights[slot_of], torch.where(usable[slot_of], 0.0, self.others))
+        kept = torch.where(usable[slot_of], 0.0, self.others)
+        torch.where(present, values / weights[slot_of], kept, out=self.others)  # in place, as ``Bucket.take`` says
 
     def state_dict(self) -> dict[str, Any]:
         self.bucket.warn_of_drops()

@@ -13,7 +13,7 @@ from torch import nn
 import distnorm
 from distnorm import Recipe
 from distnorm.methods import RMS, BatchNorm
-from distnorm.policies import AllReduce, Chain, Moving, StaleMix, Warmup
+from distnorm.policies import AllReduce, Chain, Moving, Policy, StaleMix, Warmup
 from tests.moving.models import Trace, batch, build, loss_of, same, train
 from tests.support.threads import run_threads
 
@@ -229,3 +229,16 @@ def test_an_optimizer_ends_a_step_once_however_often_it_is_attached():
     assert distnorm.state_dict(model)[0]["step"] == 1
     other.step()
     assert distnorm.state_dict(model)[0]["step"] == 2
+
+
+@pytest.mark.parametrize("policy", [Moving(window=3), Moving(window=1), StaleMix()], ids=str)
+def test_layers_read_and_write_in_one_place_for_ever(policy: Policy, entries: None) -> None:
+    """A CUDA graph that was captured in one step is replayed in all later ones, while steps end outside of it."""
+    model = build(Recipe(method=RMS(), policy=policy))
+    places = []
+    for step in range(6):
+        loss_of(model(batch(step, 0))).backward()
+        reducer = model[0][1]._site.conversion.bound().reducer
+        used = [reducer.bucket.outbox, *(getattr(reducer, name, None) for name in ("sums", "filled", "others"))]
+        places.append([each.data_ptr() for each in used if each is not None])
+    assert all(each == places[0] for each in places)
