@@ -47,11 +47,13 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 def train_exact(rank: int, when: str, parts: str, recompute: bool) -> dict[str, Tensor]:
     model = net(recompute=recompute)
+    fuse = parts == "blocks"  # FSDP2 hooks what it shards by itself
     if when == "before":
-        distnorm.convert(model, "sync_bn")
+        distnorm.convert(model, "sync_bn", fuse=fuse)
     shard(model, parts)
     if when == "after":
-        distnorm.convert(model, "sync_bn")
+        distnorm.convert(model, "sync_bn", fuse=fuse)
+    assert model.stem[1].tail == ("relu" if fuse else "")
     assert isinstance(model.stem[1], DistNorm2d) and isinstance(model.stem[1].weight, DTensor)
     train(model, range(4), 2, rank)
     return whole(model)
