@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 import distnorm
 from distnorm import compiled
@@ -71,6 +72,28 @@ def test_loops_agree_with_float64(shape: tuple[int, ...], layout: str, threads: 
     torch.testing.assert_close(cpu.apply(x, pivot, scale, level).double(), y, rtol=1e-6, atol=1e-6)
     dx = dy.double() * wide(scale, x) + wide(level, x) + centred * wide(slope, x)
     torch.testing.assert_close(cpu.combine(dy, x, pivot, scale, level, slope).double(), dx, rtol=1e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("adds", [False, True], ids=["relu", "addition and relu"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_tails_agree_with_float64(shape: tuple[int, ...], layout: str, threads: int, adds: bool) -> None:
+    x, dy, weight, bias, *_ = tensors(shape, layout)
+    residual = (tensors(shape, layout)[1] - 3) * adds
+    layer = distnorm.convert(nn.SyncBatchNorm(shape[1]), "local_bn")
+    layer.weight.data.copy_(weight)
+    layer.bias.data.copy_(bias)
+    leaves = [each.requires_grad_() for each in (x, residual)]
+    y = layer(x, residual if adds else None, relu=True)
+    found = torch.autograd.grad(y, [x, *leaves[1:] * adds, layer.weight, layer.bias], dy)
+    wide_leaves = [each.detach().double().requires_grad_() for each in (x, residual, weight, bias)]
+    norm = functional.batch_norm(wide_leaves[0], None, None, *wide_leaves[2:], training=True)
+    total = norm + wide_leaves[1]
+    torch.testing.assert_close(y.double(), total.relu(), rtol=1e-5, atol=2e-5)
+    truth = torch.autograd.grad(total, wide_leaves, dy.double() * (y > 0))  # which sign, may hinge on rounding
+    for one, other in zip(found, [truth[0], *truth[1:2] * adds, *truth[2:]], strict=True):
+        summed = x.numel() // shape[1] if one.dim() == 1 else 1
+        torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=2e-5 + 1e-6 * summed)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
