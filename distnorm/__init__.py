@@ -8,9 +8,20 @@ from distnorm.attach import attach, end_step, load_state_dict, state_dict, sync_
 from distnorm.convert import convert, register_converter, revert
 from distnorm.diagnostics import Ledger, stats
 from distnorm.grid import Recipe
-from distnorm.module import DistNorm, DistNorm1d, DistNorm2d, DistNorm3d
+from distnorm.module import (
+    DistBatchNorm1d,
+    DistBatchNorm2d,
+    DistBatchNorm3d,
+    DistNorm,
+    DistNorm1d,
+    DistNorm2d,
+    DistNorm3d,
+)
 
 __all__ = [
+    "DistBatchNorm1d",
+    "DistBatchNorm2d",
+    "DistBatchNorm3d",
     "DistNorm",
     "DistNorm1d",
     "DistNorm2d",

@@ -21,11 +21,11 @@ from distnorm.binding import Conversion
 from distnorm.class_swap import swap, underlying
 from distnorm.grid import Recipe
 from distnorm.module import (
+    DistBatchNorm1d,
+    DistBatchNorm2d,
+    DistBatchNorm3d,
     DistNorm,
-    DistNorm1d,
-    DistNorm2d,
-    DistNorm3d,
-    DistNormNd,
+    DistSyncBatchNorm,
     holds_stock_statistics,
 )
 from distnorm.site import Site
@@ -37,10 +37,10 @@ Where = Callable[[str, nn.Module], bool] | Sequence[str]
 
 # Exact types only: a subclass may do more than normalize, and a swap would drop it.
 _targets: dict[type[_BatchNorm], type[DistNorm]] = {
-    nn.BatchNorm1d: DistNorm1d,
-    nn.BatchNorm2d: DistNorm2d,
-    nn.BatchNorm3d: DistNorm3d,
-    nn.SyncBatchNorm: DistNormNd,
+    nn.BatchNorm1d: DistBatchNorm1d,
+    nn.BatchNorm2d: DistBatchNorm2d,
+    nn.BatchNorm3d: DistBatchNorm3d,
+    nn.SyncBatchNorm: DistSyncBatchNorm,
 }
 
 
@@ -56,7 +56,9 @@ def register_converter(source: type[_BatchNorm], target: type[DistNorm]) -> None
     if not (isinstance(source, type) and issubclass(source, _BatchNorm)):
         raise TypeError(f"register_converter(source={source!r}): need a subclass of torch's batch norm.")
     if not (isinstance(target, type) and issubclass(target, DistNorm)):
-        raise TypeError(f"register_converter(target={target!r}): need a subclass of distnorm.DistNorm2d or its kin.")
+        raise TypeError(
+            f"register_converter(target={target!r}): need a subclass of distnorm.DistBatchNorm2d or a sibling."
+        )
     _targets[source] = target
 
 

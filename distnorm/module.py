@@ -182,21 +182,28 @@ def holds_stock_statistics(layer: _BatchNorm) -> bool:
     return layer._site.conversion.means_to_fold and bool(layer.running_mean.any())
 
 
-class DistNorm1d(DistNorm, nn.BatchNorm1d):
+# Initialization and filters of public code ask for "BatchNorm", or "BatchNorm2d", in the name of a layer's class.
+
+
+class DistBatchNorm1d(DistNorm, nn.BatchNorm1d):
     """``[N, C]`` or ``[N, C, L]``."""
 
 
-class DistNorm2d(DistNorm, nn.BatchNorm2d):
+class DistBatchNorm2d(DistNorm, nn.BatchNorm2d):
     """``[N, C, H, W]``."""
 
 
-class DistNorm3d(DistNorm, nn.BatchNorm3d):
+class DistBatchNorm3d(DistNorm, nn.BatchNorm3d):
     """``[N, C, D, H, W]``."""
 
 
-class DistNormNd(DistNorm):
+class DistSyncBatchNorm(DistNorm):
     """Any layout from ``[N, C]`` on, as torch's SyncBatchNorm takes it."""
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() < 2:
             raise ValueError(f"expected at least 2D input (got {input.dim()}D input)")
+
+
+# Their names until 0.1, which pickles and register_converter's callers may hold.
+DistNorm1d, DistNorm2d, DistNorm3d = DistBatchNorm1d, DistBatchNorm2d, DistBatchNorm3d

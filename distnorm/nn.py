@@ -12,7 +12,7 @@ from distnorm.binding import Conversion
 from distnorm.convert import apply_to
 from distnorm.grid import Recipe
 from distnorm.methods import BatchNorm
-from distnorm.module import DistNorm, DistNormNd
+from distnorm.module import DistNorm, DistSyncBatchNorm
 from distnorm.policies import AllReduce
 from distnorm.site import Site
 from distnorm.transport import LostGroup
@@ -20,7 +20,7 @@ from distnorm.transport import LostGroup
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
-class SyncBatchNorm(DistNormNd):
+class SyncBatchNorm(DistSyncBatchNorm):
     """Batch norm over the joined batch of a process group: torch.nn.SyncBatchNorm's constructor, on any device.
 
     ``[N, C, ...]`` in and out. One collective per direction in training, none in evaluation. Errors as ``DistNorm``.

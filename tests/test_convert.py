@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import distnorm
 from distnorm.grid import Recipe
 from distnorm.methods import RMS, BatchNorm
-from distnorm.module import DistNorm, DistNorm1d, DistNorm2d, DistNorm3d, DistNormNd
+from distnorm.module import DistBatchNorm1d, DistBatchNorm2d, DistBatchNorm3d, DistNorm, DistSyncBatchNorm
 from distnorm.policies import AllReduce
 from tests.training import batches, converted, same, train, worn
 
@@ -55,7 +55,7 @@ class Gated(nn.BatchNorm2d):
         return super().forward(input).sigmoid()
 
 
-class DistGated(DistNorm2d):
+class DistGated(DistBatchNorm2d):
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input).sigmoid()
 
@@ -98,10 +98,10 @@ def test_a_model_trains_as_stock(net: Net) -> None:
 @pytest.mark.parametrize(
     ("source", "target"),
     [
-        (nn.BatchNorm1d, DistNorm1d),
-        (nn.BatchNorm2d, DistNorm2d),
-        (nn.BatchNorm3d, DistNorm3d),
-        (nn.SyncBatchNorm, DistNormNd),
+        (nn.BatchNorm1d, DistBatchNorm1d),
+        (nn.BatchNorm2d, DistBatchNorm2d),
+        (nn.BatchNorm3d, DistBatchNorm3d),
+        (nn.SyncBatchNorm, DistSyncBatchNorm),
     ],
 )
 def test_the_class_is_swapped_in_place(source: type[nn.Module], target: type[nn.Module]) -> None:
@@ -148,7 +148,7 @@ def test_an_initialized_lazy_layer_converts() -> None:
     inputs = batches((4, 3, 2, 2))
     model(inputs[0])
     mine = converted(model)
-    assert type(mine[1]) is DistNorm2d
+    assert type(mine[1]) is DistBatchNorm2d
     same(train(mine, inputs), train(model, inputs))
 
 
@@ -223,7 +223,9 @@ def test_a_registered_subclass_keeps_its_activation() -> None:
     assert type(distnorm.revert(mine)[0]) is Gated
 
 
-@pytest.mark.parametrize(("source", "target"), [(nn.Linear, DistNorm2d), (Gated, Gated), (Gated(3), DistNorm2d)])
+@pytest.mark.parametrize(
+    ("source", "target"), [(nn.Linear, DistBatchNorm2d), (Gated, Gated), (Gated(3), DistBatchNorm2d)]
+)
 def test_register_converter_refuses(source: type, target: type) -> None:
     with pytest.raises(TypeError, match=r"register_converter\((source|target)="):
         distnorm.register_converter(source, target)

@@ -85,7 +85,7 @@ def test_a_copied_part_stands_alone(way: Way) -> None:
     assert [(name, layer) for name, layer in conversion.layers()] == [("2.0", part[0])]
     same(train(part, X), train(way(mine[2]), X), exactly=True)
     assert type(distnorm.revert(part)[0]) is nn.BatchNorm2d
-    assert type(mine[2][0]) is distnorm.DistNorm2d
+    assert type(mine[2][0]) is distnorm.DistBatchNorm2d
 
 
 @WAYS

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import distnorm
-from distnorm.module import DistNorm, DistNorm2d
+from distnorm.module import DistBatchNorm2d, DistNorm
 from distnorm.tails import Version
 from tests import blocks
 from tests.blocks import FOUND, LEFT, Alive, Helper, Returned, Torchvision
@@ -173,7 +173,7 @@ def test_a_norm_with_a_forward_of_its_own_is_left_alone() -> None:
     class Special(nn.BatchNorm2d):
         pass
 
-    class Twice(DistNorm2d):
+    class Twice(DistBatchNorm2d):
         def forward(self, input: Tensor) -> Tensor:  # type: ignore[override]
             return 2 * super().forward(input)
 

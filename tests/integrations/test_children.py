@@ -39,7 +39,7 @@ def test_processes_of_torch_multiprocessing(tmp_path: Path, method: str) -> None
     expected = torch.tensor(_running_var_of_one_process())
     for rank in (0, 1):
         found = json.loads((tmp_path / f"{rank}.json").read_text())
-        assert (found["processes"], found["layer"]) == (2, "DistNorm1d")
+        assert (found["processes"], found["layer"]) == (2, "DistBatchNorm1d")
         torch.testing.assert_close(torch.tensor(found["running"]), expected, rtol=1e-5, atol=1e-5)
 
 

@@ -274,5 +274,5 @@ def test_accelerate_launch_honours_the_section(tmp_path: Path) -> None:
     )  # fmt: skip
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert first == second
-    assert (first["processes"], first["kind"], first["layer"]) == (2, "DEEPSPEED", "DistNorm2d")
+    assert (first["processes"], first["kind"], first["layer"]) == (2, "DEEPSPEED", "DistBatchNorm2d")
     assert not any(first["running_mean"])  # mabn does not centre; sync_bn would have left means here

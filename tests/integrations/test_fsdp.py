@@ -34,7 +34,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import distnorm
 from distnorm.integrations.fsdp import wrap_fully_shard
-from distnorm.module import DistNorm2d
+from distnorm.module import DistBatchNorm2d
 from distnorm.settings import Settings
 from tests.integrations.fsdp_models import LR, MABN, Net, batch, joined, net, shard, train, whole
 from tests.support.pool import Pool
@@ -54,7 +54,7 @@ def train_exact(rank: int, when: str, parts: str, recompute: bool) -> dict[str, 
     if when == "after":
         distnorm.convert(model, "sync_bn", fuse=fuse)
     assert model.stem[1].tail == ("relu" if fuse else "")
-    assert isinstance(model.stem[1], DistNorm2d) and isinstance(model.stem[1].weight, DTensor)
+    assert isinstance(model.stem[1], DistBatchNorm2d) and isinstance(model.stem[1].weight, DTensor)
     train(model, range(4), 2, rank)
     return whole(model)
 

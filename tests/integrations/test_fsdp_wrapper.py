@@ -19,7 +19,7 @@ import distnorm
 from distnorm.attach import conversions_of
 from distnorm.class_swap import swap, underlying
 from distnorm.integrations.fsdp import wrap_fully_shard
-from distnorm.module import DistNorm, DistNorm2d
+from distnorm.module import DistBatchNorm2d, DistNorm
 from distnorm.settings import Settings
 from tests.integrations.fsdp_models import Net, net, shard, train, whole
 from tests.support.pool import Pool
@@ -39,7 +39,7 @@ def one_conversion() -> None:
     model = net()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     old_path(model.stem[1])
-    assert isinstance(model.stem[1], DistNorm2d)
+    assert isinstance(model.stem[1], DistBatchNorm2d)
     fsdp.fully_shard([model.stem[0], model.block[0]])
     shard(model)
     assert len(conversions_of(model)) == 1

@@ -75,7 +75,7 @@ def test_two_processes_train_converted_layers(trained: tuple[subprocess.Complete
     each = reports(folder)
     assert [report["rank"] for report in each] == [0, 1]
     assert {report["processes"] for report in each} == {2}
-    assert {report["layer"] for report in each} == {"DistNorm2d"}
+    assert {report["layer"] for report in each} == {"DistBatchNorm2d"}
     assert {report["device"] for report in each} == {"cpu"}
     assert {report["num_processes"] for report in each} == {7}
     assert DROPPED in ended.stderr
@@ -127,6 +127,6 @@ def test_deepspeed_on_cpu(tmp_path: Path, joined_batch: nn.BatchNorm2d) -> None:
     first, second = reports(tmp_path)
     assert first == second
     assert (first["processes"], first["kind"], first["zero_stage"]) == (2, "DEEPSPEED", 2)
-    assert first["layer"] == "DistNorm2d"
+    assert first["layer"] == "DistBatchNorm2d"
     for name in ("running_mean", "running_var"):
         assert_equal(first[name], getattr(joined_batch, name))

@@ -206,7 +206,7 @@ def joined() -> dict[str, list[float]]:
 
 def _assert_equals_one_process(folder: Path, joined: dict[str, list[float]], first: str | None = None) -> None:
     for rank, report in enumerate(_reports(folder)):
-        assert report["layer"] == "DistNorm2d"
+        assert report["layer"] == "DistBatchNorm2d"
         assert report["arguments"] == [*([] if first is None else [first.format(rank)]), "--recipe", "z"]
         for name, values in joined.items():
             torch.testing.assert_close(torch.tensor(report[name]), torch.tensor(values), rtol=1e-5, atol=1e-5)

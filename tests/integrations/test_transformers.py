@@ -38,8 +38,8 @@ def test_the_example_trains_as_one_process_on_the_joined_batch() -> None:
 def test_callbacks_are_given_the_unwrapped_model_and_the_prepared_optimizer(trained: list[dict[str, Any]]) -> None:
     for rank in trained:
         assert rank["processes"] == 2
-        assert rank["init"] == ["Model", "DistNorm2d"]
-        assert rank["begin"] == ["Model", "DistNorm2d"]
+        assert rank["init"] == ["Model", "DistBatchNorm2d"]
+        assert rank["begin"] == ["Model", "DistBatchNorm2d"]
         assert rank["optimizer"] == ["AcceleratedOptimizer", "SGD"]
         assert rank["global_step"] == 0
 

@@ -36,7 +36,7 @@ def test_ddp_converts_before_it_looks_at_the_model(kind: type[DistributedDataPar
     install(Settings(recipe="local_bn"))
     assert inspect.signature(DistributedDataParallel.__init__) == signature
     wrapped = kind(module=net())
-    assert type(wrapped.module[1]) is distnorm.DistNorm1d
+    assert type(wrapped.module[1]) is distnorm.DistBatchNorm1d
     assert list(wrapped.named_module_buffers) == []  # the list of what DDP must not broadcast came in time
 
 
