@@ -25,6 +25,7 @@ from distnorm.boundary import NO_BACKWARD, at_end_of_backward, graph_task
 from distnorm.grid import Recipe
 from distnorm.layout import layout_of
 from distnorm.policies import Reducer
+from distnorm.surroundings import unseen
 from distnorm.transport import LostGroup, Topology, mpi
 from distnorm.transport.rendezvous import group_timeout, tell_and_collect
 from distnorm.transport.topology import current_world, mesh_ranks, node_id
@@ -185,6 +186,10 @@ class Conversion:
             if layer is not None:
                 yield name, layer
 
+    def layer(self, index: int) -> _BatchNorm | None:
+        """The layer that was converted as number ``index``, if it is still alive."""
+        return self._layers[index][1]() if index in self._layers else None
+
     def bound(self) -> Binding:
         """The binding to this process's job; made now if there is none.
 
@@ -194,7 +199,8 @@ class Conversion:
         """
         world = current_world()
         if self._binding is None or (world is not None and not self._binding.belongs_to(world)):
-            self.bind(None)
+            with unseen():
+                self.bind(None)
         assert self._binding is not None
         if not self._binding.belongs_to(world):
             raise RuntimeError(

@@ -43,6 +43,7 @@ _DENSE: dict[str, list[Any]] = {
     "pull": [_INT, _INT, _INT, *_THREE, *_THREE, *_THREE, *_IMAGE],
     "combine": [_INT, _INT, _INT, *_THREE, _POINTER, _POINTER, _DOUBLE, _POINTER, *_IMAGE],
 }
+_ABSORB: dict[str, list[Any]] = {"absorb": [_POINTER, _INDEX, _DOUBLE, *_THREE]}
 _EXCHANGE: dict[str, list[Any]] = {
     "post": [_POINTER, _INDEX, _INDEX, _INDEX, _TURN, _POINTER, _INDEX],
     "await": [_POINTER, _INDEX, _TURN, _DOUBLE, _DOUBLE],
@@ -54,7 +55,7 @@ _ENTRIES: dict[str, list[Any]] = {
     "push": [_POINTER, _POINTER, _INDEX, _INDEX] + [_POINTER] * 6,
 }
 _FAMILIES: dict[str, dict[str, list[Any]]] = {"plane": _LOOPS, "row": _LOOPS, "exchange": _EXCHANGE}
-_FAMILIES |= {"dense": _DENSE, "entries": _ENTRIES}
+_FAMILIES |= {"dense": _DENSE, "entries": _ENTRIES, "rms": _ABSORB, "batch_norm": _ABSORB}
 _RANK_RETURNED = ("exchange_await", "exchange_add")
 
 

@@ -18,9 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distnorm.boundary import Left
 from distnorm.kernels import gpu
 from distnorm.methods import ChannelAffine
 from distnorm.passes import new_pass
+from distnorm.surroundings import are_plain, is_batch
 from distnorm.types import Affine, Exchange, Running, Tail
 
 NO_TAIL = Tail()
@@ -28,15 +30,15 @@ NOT_TENSORS = (None,) * 7
 """Gradients of ``_Normalize`` for x once more, and for what is no tensor."""
 
 
-def suits(method: ChannelAffine, x_NCL: Tensor) -> bool:
-    """Whether the kernels can take this input; the plain path takes all others.
+def suits(method: ChannelAffine, x_NCL: Tensor, *others: Tensor | None) -> bool:
+    """Whether the kernels can take this input, with ``others`` of the layer; the plain path takes all others.
 
-    On a CPU any method's; on a GPU those of the methods that are written out for it.
+    On a CPU any method's; on a GPU those of the methods that are written out for it. Plain tensors only.
 
     Empty ones, too: parameters must receive their gradients in the same order on a rank without values as on others.
     DeepSpeed's ZeRO 2 fills the buckets that ranks add up in that order (0.19.8).
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not are_plain(x_NCL, *others):
         return False
     return x_NCL.device.type == "cpu" or (gpu.takes(x_NCL) and method.formula() is not None)
 
@@ -58,9 +60,10 @@ def normalize(
     If given, ``between`` makes nodes of the graph that shall run while cotangents are under way: the engine takes ready
     nodes newest first, so they come after the node that sends them, and before the one that waits.
     """
-    finish, waiting_NCL = None, x_NCL
+    finish: Left[Tensor] | None = None
+    waiting_NCL = x_NCL
     if between is not None:
-        finish = Finish()
+        finish = Left()
         waiting_NCL = _Wait.apply(x_NCL, finish)
         between()
     y_NCL: Tensor = _Normalize.apply(
@@ -70,24 +73,16 @@ def normalize(
     return y_NCL
 
 
-class Finish:
-    """What ``_Normalize.backward`` leaves for ``_Wait.backward`` within one backward pass."""
-
-    def __init__(self) -> None:
-        """Nothing yet."""
-        self.gradient: Callable[[], Tensor] | None = None
-
-
 class _Wait(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_NCL: Tensor, finish: Finish) -> Tensor:
+    def forward(ctx: Any, x_NCL: Tensor, finish: Left[Tensor]) -> Tensor:
         ctx.finish = finish
         return x_NCL.view_as(x_NCL)
 
     @staticmethod
     def backward(ctx: Any, dx_NCL: Tensor) -> tuple[Tensor, None]:
-        """The gradient that was left; what comes here stands in for it, unless a graph is being built."""
-        gradient, ctx.finish.gradient = ctx.finish.gradient, None
+        """The gradient that was left, for which ``dx`` stands in; ``dx`` itself where nothing was."""
+        gradient = ctx.finish.take()
         return dx_NCL if gradient is None else gradient(), None
 
 
@@ -109,7 +104,7 @@ class _Normalize(torch.autograd.Function):
         method: ChannelAffine,
         share: Exchange,
         affine: Affine,
-        finish: Finish | None,
+        finish: Left[Tensor] | None,
         running: Callable[[], Running] | None,
         relu: bool,
     ) -> Tensor:
@@ -128,12 +123,19 @@ class _Normalize(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy_NCL: Tensor) -> tuple[Tensor | None, ...]:
-        """One pass for the sums, and one that combines."""
+        """One pass for the sums, and one that combines.
+
+        The plain path where a graph is being built, and for what kernels do not take: hooks of saved tensors may give
+        other tensors than were saved, of any layout, and passes of whole Jacobians batches of gradients.
+        """
         x_NCL, weight_C, bias_C, y_NCL = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        plain = are_plain(dy_NCL, x_NCL, weight_C, y_NCL) and not is_batch(dy_NCL)
+        if torch.is_grad_enabled() or not plain:
             affine = ctx.affine._replace(weight_C=weight_C, bias_C=bias_C)  # as saved: checkpoints give others
-            dz_NCL = dy_NCL if y_NCL is None else torch.where(y_NCL.detach() <= 0, 0, dy_NCL)
-            return *_differentiable(ctx, x_NCL, affine, dz_NCL), dz_NCL if ctx.adds else None, *NOT_TENSORS
+            # Of y's gradient nothing arrives; that it is zero reaches parameters which nothing else does.
+            dz_NCL = dy_NCL if y_NCL is None else torch.ops.aten.threshold_backward(dy_NCL, y_NCL, 0)
+            gradients = _plain_gradients(ctx, x_NCL, affine, dz_NCL, opaque=not plain)
+            return *gradients, dz_NCL if ctx.adds else None, *NOT_TENSORS
         kernels = ctx.kernels
         cotangents, weight_grad_C, bias_grad_C, dz_NCL = kernels.pull(dy_NCL, x_NCL, y_NCL, weight_C)
         dx_NCL = None
@@ -142,9 +144,9 @@ class _Normalize(torch.autograd.Function):
             if ctx.finish is None:
                 dx_NCL = kernels.combine(dz_NCL, x_NCL, shared())
             else:
-                ctx.finish.gradient = lambda: kernels.combine(dz_NCL, x_NCL, shared())
+                ctx.finish.leave(lambda: kernels.combine(dz_NCL, x_NCL, shared()))
                 dx_NCL = dy_NCL
-        gradients = dx_NCL, _like(weight_C, weight_grad_C), _like(bias_C, bias_grad_C)
+        gradients = [dx_NCL, _like(weight_C, weight_grad_C), _like(bias_C, bias_grad_C)]
         return *gradients, dz_NCL if ctx.adds else None, *NOT_TENSORS
 
 
@@ -154,11 +156,16 @@ def _as_of_now(affine: Affine) -> Affine:
     return affine._replace(running_var_C=running_var_C, updates=updates)
 
 
-def _differentiable(ctx: Any, x_NCL: Tensor, affine: Affine, dz_NCL: Tensor) -> list[Tensor | None]:
+def _plain_gradients(ctx: Any, x_NCL: Tensor, affine: Affine, dz_NCL: Tensor, *, opaque: bool) -> list[Tensor | None]:
+    create_graph = torch.is_grad_enabled()
     leaves = [x_NCL, affine.weight_C, affine.bias_C]
+    if not create_graph:  # tensors as they come from hooks may belong to no graph
+        leaves = [each if each is None else each.detach().requires_grad_() for each in leaves]
     wanted = [leaf for leaf, needed in zip(leaves, ctx.needs_input_grad, strict=False) if needed and leaf is not None]
-    y_NCL = ctx.method.normalize(x_NCL, ctx.share.again(), affine)
-    found = iter(torch.autograd.grad(y_NCL, wanted, dz_NCL, create_graph=True))
+    with torch.enable_grad():
+        share = ctx.share.again(opaque=opaque)
+        y_NCL = ctx.method.normalize(leaves[0], share, affine._replace(weight_C=leaves[1], bias_C=leaves[2]))
+    found = iter(torch.autograd.grad(y_NCL, wanted, dz_NCL, create_graph=create_graph))
     return [next(found) if needed else None for needed in ctx.needs_input_grad[:3]]
 
 

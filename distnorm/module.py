@@ -16,12 +16,12 @@ from torch.nn import functional as F  # noqa: N812
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from distnorm import fused, overlap, running
-from distnorm.boundary import NO_BACKWARD, graph_task
 from distnorm.grid import Recipe
-from distnorm.methods import ChannelAffine
+from distnorm.methods import BatchNorm, ChannelAffine
 from distnorm.methods.base import compute_dtype
-from distnorm.share import NOW, KeepLocal, LayerShare
+from distnorm.share import NOW, KeepLocal, LayerShare, absorb_unseen
 from distnorm.site import Site
+from distnorm.surroundings import are_plain, is_fake, transforming
 from distnorm.types import Affine, Tail
 
 
@@ -60,34 +60,43 @@ class DistNorm(_BatchNorm):
         affine = Affine(self.weight, self.bias, self.eps, self.running_var, self.num_batches_tracked)
         if not self.training:
             return _finish(self._evaluate(input, affine), residual, relu, widen)
-        self._check_loss_scale(input)
+        self._check_training(input)
         method = self.recipe.method
-        if not isinstance(method, ChannelAffine) or not fused.suits(method, input):
+        if not isinstance(method, ChannelAffine) or not fused.suits(method, input, *self._own_tensors(residual)):
             return _finish(self._train(input, affine, None), residual, relu, widen)
         if _fits(residual, input):
             return self._train(input, affine, Tail(residual, relu))
         return _finish(self._train(input, affine, fused.NO_TAIL), residual, relu, widen)
 
+    def _own_tensors(self, residual: Tensor | None) -> tuple[Tensor | None, ...]:
+        return residual, self.weight, self.bias, self.running_mean, self.running_var, self.num_batches_tracked
+
     def _train(self, input: Tensor, affine: Affine, tail: Tail | None) -> Tensor:
         """Normalize: by the kernels, which add the ``tail``, or if that is None on the plain path."""
-        compiling = torch.compiler.is_compiling()
-        share: LayerShare | KeepLocal
-        if not compiling and self._site.alone(input):
-            share = KeepLocal()
-        else:
-            share = LayerShare(self._site.key, NOW if compiling else self._site.begin())
-        method = self.recipe.method
-        # A forward inside a backward pass is a checkpoint's recomputation: it changes no state.
-        tracks = self.track_running_stats and (compiling or graph_task() == NO_BACKWARD)
+        share = self._share(input)
+        method, tracks = self.recipe.method, self.track_running_stats
         if isinstance(method, ChannelAffine) and tail is not None:
             tracked = partial(running.running_of, self) if tracks else None
             between = overlap.arrangement(self, input) if self.recipe.overlap else None
             y = fused.normalize(method, input, share, affine, between, tracked, tail)
+        elif isinstance(share, KeepLocal) and isinstance(method, BatchNorm) and transforming():
+            return _BatchNorm.forward(self, input)  # torch's own: nobody else knows its rules under transforms
         else:
             y = method.normalize(input, share, affine)
         if tracks and not share.absorbed:
             self._track(share)
         return y
+
+    def _share(self, input: Tensor) -> LayerShare | KeepLocal:
+        if torch.compiler.is_compiling():
+            return LayerShare(self._site, NOW, opaque=True)
+        if is_fake(input):  # there may be no ranks to ask, and there are no values to share
+            return LayerShare(self._site, NOW, opaque=True)
+        if self._site.alone(input):
+            return KeepLocal()
+        if are_plain(input, *self._own_tensors(None)):
+            return LayerShare(self._site, self._site.begin(), opaque=False)
+        return LayerShare(self._site, NOW, opaque=True)
 
     def extra_repr(self) -> str:
         """As torch's, and the recipe."""
@@ -115,7 +124,13 @@ class DistNorm(_BatchNorm):
 
     def _track(self, share: LayerShare | KeepLocal) -> None:
         assert share.shared is not None
-        landed = self.recipe.policy.always_lands or share.landed()
+        if torch.compiler.is_compiling():
+            landed = self.recipe.policy.always_lands or share.landed()
+        elif are_plain(share.shared):
+            landed = share.landed()
+        else:  # unseen by dispatch modes, for a repetition has no such operations
+            absorb_unseen(self._site, share.shared)
+            return
         running.absorb_shared(self, self.recipe.method, share.shared, landed)
 
     def _check(self, x_NCL: Tensor) -> None:
@@ -133,7 +148,9 @@ class DistNorm(_BatchNorm):
                 f"normalizes {self.num_features}, in dimension 1."
             )
 
-    def _check_loss_scale(self, x_NCL: Tensor) -> None:
+    def _check_training(self, x_NCL: Tensor) -> None:
+        if self.eps <= 0:
+            raise ValueError(f"{self._site.name}: eps is {self.eps}; training needs one above 0, such as 1e-5.")
         scaled = x_NCL.dtype == torch.float16 and torch.is_grad_enabled() and self.recipe.policy.keeps_cotangents
         if scaled and self._site.conversion.loss_scale is None:
             raise RuntimeError(
@@ -149,7 +166,9 @@ class DistNorm(_BatchNorm):
         for name, buffer in wide.items():
             cast = getattr(self, name)
             if buffer is not None and cast.dtype != compute_dtype(cast.dtype):
-                setattr(self, name, buffer.to(device=cast.device, dtype=compute_dtype(cast.dtype)))
+                # From the buffer as it was, for its digits; the meta device has none to give.
+                kept = cast if buffer.is_meta else buffer
+                setattr(self, name, kept.to(device=cast.device, dtype=compute_dtype(cast.dtype)))
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

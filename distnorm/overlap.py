@@ -19,7 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from distnorm.boundary import Left
 from distnorm.class_swap import swap, underlying
+from distnorm.surroundings import are_plain, is_batch
 
 _ARRANGED = "_arranged"
 _FOLLOWER = "_follower"
@@ -27,18 +29,16 @@ _FOLLOWER = "_follower"
 Gradients = tuple[Tensor | None, Tensor | None]
 
 
-class Deferred:
-    """The gradients of weight and bias, as a computation that a convolution's backward leaves."""
-
-    def __init__(self) -> None:
-        """Nothing yet."""
-        self.gradients: Callable[[], Gradients] | None = None
-
-
 class _Arrangement(NamedTuple):
     late: tuple[Tensor, Tensor | None]
     parameters: tuple[Tensor, Tensor | None]
-    deferred: Deferred
+    versions: list[int]
+    deferred: Left[Gradients]
+
+    def holds(self, conv: nn.Module) -> bool:
+        """Whether ``conv`` still has these parameters, as they were: it may be called in a later step, or never."""
+        same = all(one is two for one, two in zip(self.parameters, (conv.weight, conv.bias), strict=True))
+        return same and self.versions == _versions(self.parameters)
 
 
 class LateConv:
@@ -47,12 +47,16 @@ class LateConv:
     def forward(self, input: Tensor) -> Tensor:
         """As torch's convolution."""
         arranged: _Arrangement | None = self.__dict__.pop(_ARRANGED, None) if _ARRANGED in self.__dict__ else None
-        if arranged is None or not input.requires_grad or not torch.is_grad_enabled():
+        if arranged is None or not self._suits(input) or not arranged.holds(self):  # type: ignore[arg-type]
             output: Tensor = super().forward(input)  # type: ignore[misc]
             return output
         geometry = self.stride, self.padding, self.dilation, self.groups  # type: ignore[attr-defined]
         output = _Convolve.apply(input, *arranged.late, *arranged.parameters, arranged.deferred, geometry)
         return output
+
+    def _suits(self, input: Tensor) -> bool:
+        batched = input.dim() == self.weight.dim()  # type: ignore[attr-defined]
+        return batched and input.requires_grad and torch.is_grad_enabled() and are_plain(input)
 
 
 class LateConv1d(LateConv, nn.Conv1d):
@@ -108,11 +112,16 @@ def arrangement(layer: nn.Module, x_NCL: Tensor) -> Callable[[], None] | None:
         return None
 
     def arrange() -> None:
-        deferred = Deferred()
+        deferred: Left[Gradients] = Left()
         parameters = conv.weight, conv.bias
-        conv.__dict__[_ARRANGED] = _Arrangement(_Late.apply(*parameters, deferred), parameters, deferred)
+        late = _Late.apply(*parameters, deferred)
+        conv.__dict__[_ARRANGED] = _Arrangement(late, parameters, _versions(parameters), deferred)
 
     return arrange
+
+
+def _versions(parameters: tuple[Tensor, Tensor | None]) -> list[int]:
+    return [each._version for each in parameters if each is not None]
 
 
 def _pads_zeros(conv: nn.Module) -> bool:
@@ -128,14 +137,16 @@ class _Late(torch.autograd.Function):
     """The parameters; its backward computes their gradients."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, bias: Tensor | None, deferred: Deferred) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        ctx: Any, weight: Tensor, bias: Tensor | None, deferred: Left[Gradients]
+    ) -> tuple[Tensor, Tensor | None]:
         ctx.deferred = deferred
         return weight.view_as(weight), None if bias is None else bias.view_as(bias)
 
     @staticmethod
     def backward(ctx: Any, dweight: Tensor | None, dbias: Tensor | None) -> tuple[Tensor | None, Tensor | None, None]:
-        """What was left; what comes here stands in for it, unless a graph is being built."""
-        gradients, ctx.deferred.gradients = ctx.deferred.gradients, None
+        """What was left, for which what comes here stands in; what comes here where nothing was."""
+        gradients = ctx.deferred.take()
         return *((dweight, dbias) if gradients is None else gradients()), None
 
 
@@ -154,7 +165,7 @@ class _Convolve(torch.autograd.Function):
         late_bias: Tensor | None,
         weight: Tensor,
         bias: Tensor | None,
-        deferred: Deferred,
+        deferred: Left[Gradients],
         geometry: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int],
     ) -> Tensor:
         ctx.deferred, ctx.geometry = deferred, geometry
@@ -177,8 +188,8 @@ class _Convolve(torch.autograd.Function):
             )
             return found
 
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or not are_plain(dy, x, weight, bias) or is_batch(dy):
             return *gradients(wants_x, wants_weight, wants_bias), None, None, None, None
-        ctx.deferred.gradients = lambda: gradients(False, wants_weight, wants_bias)[1:]
+        ctx.deferred.leave(lambda: gradients(False, wants_weight, wants_bias)[1:])
         dx = gradients(True, False, False)[0] if wants_x else None
         return dx, weight if wants_weight else None, bias if wants_bias else None, None, None, None, None

@@ -20,13 +20,23 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from distnorm.boundary import backward_may_follow
+from distnorm.boundary import backward_may_follow, repeating
 from distnorm.recompute import Record
+from distnorm.surroundings import are_plain, is_batch, transforming, unseen
 from distnorm.types import Link
 
 
 class Channel(Protocol):
     """One layer's line to its policy."""
+
+    name: str
+    """The layer's."""
+
+    key: int
+    """By which operators find it."""
+
+    number: Tensor
+    """The key as an int64 scalar, for compiled graphs: those of equal layers are equal then."""
 
     def statistics(self, wire: Tensor, step: int, *, learning: bool, held: bool, enough: bool = False) -> Record:
         """Share local sums and their count, as of training step ``step``.
@@ -51,125 +61,161 @@ class Channel(Protocol):
         """Whether the statistics of ``step`` are fit for the running statistics."""
         ...
 
+    def absorb(self, shared: Tensor, *, learning: bool) -> None:
+        """Let the layer's running statistics absorb ``shared`` sums and count of the current step, if fit for them."""
+        ...
+
 
 NOW = -1
 """The step in which a compiled graph runs, unknown while it is traced."""
 
-# Compiled graphs carry numbers, not objects: this is where an operator finds the channel that a number stands for.
+# Graphs carry numbers, not objects: this is where an operator finds the channel that a number stands for.
 _channels: WeakValueDictionary[int, Channel] = WeakValueDictionary()
 _numbers = itertools.count()
 
 
-def open_channel(channel: Channel) -> int:
-    """Register ``channel`` for as long as it lives and return its number."""
+def open_channel(channel: Channel) -> tuple[int, Tensor]:
+    """Register ``channel`` for as long as it lives; return its key, and that as a tensor."""
     key = next(_numbers)
     _channels[key] = channel
-    return key
+    with unseen():
+        return key, _scalar(key)
 
 
-# The policy as opaque operators: the form in which compiled graphs hold its collectives.
+def _channel(number: Tensor) -> Channel:
+    found = _channels.get(int(number))
+    if found is None:
+        raise RuntimeError(
+            f"distnorm: this graph was traced in training mode and shares statistics for layer number {int(number)} of "
+            "the process that traced it, but the model is gone, or this is another process. Keep the model while its "
+            "graph trains; to save a graph, export the model in eval(), or convert and compile it where it trains."
+        )
+    return found
+
+
+# The policy as opaque operators: the form in which compiled graphs hold its collectives, and in which dispatch modes
+# and tensors without memory meet it.
 
 
 @torch.library.custom_op("distnorm::statistics", mutates_args=())
-def statistics_op(wire: Tensor, key: int, learning: bool) -> Tensor:
+def statistics_op(wire: Tensor, number: Tensor, learning: bool) -> Tensor:
     """``Channel.statistics``, in the current step."""
-    return _channels[key].statistics(wire, NOW, learning=learning, held=False).shared.clone()
+    return _channel(number).statistics(wire, NOW, learning=learning, held=False).shared.clone()
 
 
 @torch.library.custom_op("distnorm::cotangents", mutates_args=())
-def cotangents_op(wire: Tensor, count: Tensor, key: int) -> Tensor:
+def cotangents_op(wire: Tensor, count: Tensor, number: Tensor) -> Tensor:
     """``Channel.cotangents``, in the current step."""
-    return _channels[key].cotangents(wire, count, NOW, learning=True).clone()
+    return _channel(number).cotangents(wire, count, NOW, learning=True).clone()
 
 
 @torch.library.custom_op("distnorm::lands", mutates_args=())
-def lands_op(count: Tensor, key: int, learning: bool) -> Tensor:
+def lands_op(count: Tensor, number: Tensor, learning: bool) -> Tensor:
     """1 where the statistics that came with ``count`` are fit for the running statistics, else 0, in its dtype."""
-    return torch.full_like(count, _channels[key].lands(NOW, learning=learning))
+    return torch.full_like(count, _channel(number).lands(NOW, learning=learning))
+
+
+@torch.library.custom_op("distnorm::absorb", mutates_args=())
+def absorb_op(shared: Tensor, number: Tensor, learning: bool) -> None:
+    """``Channel.absorb``, but in repetitions. For dispatch modes: a compiled graph must see what changes."""
+    if not repeating():
+        _channel(number).absorb(shared, learning=learning)
 
 
 @statistics_op.register_fake
-def _(wire: Tensor, key: int, learning: bool) -> Tensor:
+def _(wire: Tensor, number: Tensor, learning: bool) -> Tensor:
     return torch.empty_like(wire)
 
 
 @cotangents_op.register_fake
-def _(wire: Tensor, count: Tensor, key: int) -> Tensor:
+def _(wire: Tensor, count: Tensor, number: Tensor) -> Tensor:
     return torch.empty_like(wire)
 
 
 @lands_op.register_fake
-def _(count: Tensor, key: int, learning: bool) -> Tensor:
+def _(count: Tensor, number: Tensor, learning: bool) -> Tensor:
     return torch.empty_like(count)
+
+
+@absorb_op.register_fake
+def _(shared: Tensor, number: Tensor, learning: bool) -> None:
+    return None
 
 
 class ReduceForward(torch.autograd.Function):
     """``y = policy(wire)``; its derivative is ``ReduceBackward``.
 
     The wire is statistics with their count if ``count`` is None, else cotangents of a forward that was given ``count``.
+    The policy is reached through the forward's ``line``, or through operators if there is a ``number``.
     """
 
     @staticmethod
-    def forward(ctx: Any, wire: Tensor, count: Tensor | None, key: int, step: int, learning: bool) -> Tensor:
+    def forward(
+        ctx: Any, wire: Tensor, count: Tensor | None, number: Tensor | None, line: LayerShare | None, learning: bool
+    ) -> Tensor:
         """Reduce. One use of the policy."""
-        ctx.address = key, step
-        shared = _share(ctx, wire, learning) if count is None else _share_cotangents(wire, count, key, step, learning)
-        ctx.save_for_backward(shared[-1].clone() if count is None else count)
+        ctx.line = line
+        if count is not None:
+            ctx.save_for_backward(count, number)
+            return _share_cotangents(wire, count, number, line, learning)
+        if number is not None:
+            shared: Tensor = torch.ops.distnorm.statistics(wire, number, learning)
+        else:
+            assert line is not None, "one or the other leads to the policy"
+            shared = line.gather(wire, held=ctx.needs_input_grad[0]).view_as(wire)
+        ctx.save_for_backward(shared[-1].clone(), number)
         return shared
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         """The cotangent has been shared already, where it passed ``ReduceBackward``."""
-        (count,) = ctx.saved_tensors
-        return ReduceBackward.apply(grad, count, *ctx.address), None, None, None, None
+        count, number = ctx.saved_tensors
+        return ReduceBackward.apply(grad, count, number, ctx.line), None, None, None, None
 
 
 class ReduceBackward(torch.autograd.Function):
     """``y = theta``; its derivative is ``ReduceForward`` of the cotangent."""
 
     @staticmethod
-    def forward(ctx: Any, theta: Tensor, count: Tensor, key: int, step: int) -> Tensor:
+    def forward(ctx: Any, theta: Tensor, count: Tensor, number: Tensor | None, line: LayerShare | None) -> Tensor:
         """The identity. No collective."""
-        ctx.address = key, step
-        ctx.save_for_backward(count)
-        if not torch.compiler.is_compiling():
-            ctx.channel = _channels[key]  # a graph may outlive its layer
+        ctx.line = line
+        ctx.save_for_backward(count, number)
         return theta.view_as(theta)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         """Share the cotangent."""
-        (count,) = ctx.saved_tensors
-        shared = ReduceForward.apply(grad.flatten(), count, *ctx.address, not torch.is_grad_enabled())
+        if not torch.compiler.is_compiling() and is_batch(grad):
+            raise ctx.line.refusal()
+        count, number = ctx.saved_tensors
+        shared = ReduceForward.apply(grad.flatten(), count, number, ctx.line, not torch.is_grad_enabled())
         return shared.view_as(grad), None, None, None
 
 
-def _share(ctx: Any, wire: Tensor, learning: bool) -> Tensor:
-    key, step = ctx.address
-    if torch.compiler.is_compiling():
-        shared: Tensor = torch.ops.distnorm.statistics(wire, key, learning)
+def _share_cotangents(
+    wire: Tensor, count: Tensor, number: Tensor | None, line: LayerShare | None, learning: bool
+) -> Tensor:
+    if number is not None:
+        shared: Tensor = torch.ops.distnorm.cotangents(wire, count, number)
         return shared
-    ctx.channel = _channels[key]  # a graph may outlive its layer
-    # The node keeps the record alive, for as long as a checkpoint may recompute this forward.
-    record = ctx.record = ctx.channel.statistics(wire, step, learning=learning, held=ctx.needs_input_grad[0])
-    answer: Tensor = record.shared.view_as(wire)
-    return answer
+    assert line is not None, "one or the other leads to the policy"
+    return line.cotangents(wire, count, learning=learning)
 
 
-def _share_cotangents(wire: Tensor, count: Tensor, key: int, step: int, learning: bool) -> Tensor:
-    if torch.compiler.is_compiling():
-        shared: Tensor = torch.ops.distnorm.cotangents(wire, count, key)
-        return shared
-    return _channels[key].cotangents(wire, count, step, learning=learning)
+def _scalar(key: int) -> Tensor:
+    """The key of a channel as a tensor, of the mode that looks on if there is one."""
+    return torch.full((), key, dtype=torch.int64, device="cpu")
 
 
 class LayerShare:
     """``share`` for one forward pass of one layer; remembers what it shared, for the running statistics."""
 
-    def __init__(self, key: int, step: int) -> None:
-        """Share through the channel with number ``key``, in training step ``step``."""
-        self.key = key
+    def __init__(self, channel: Channel, step: int, *, opaque: bool) -> None:
+        """Share through ``channel`` in training step ``step``; ``opaque``: by operators, in the current step."""
+        self._channel = channel
         self.step = step
+        self.opaque = opaque
         self.learning = backward_may_follow()
         self._builds_graph = torch.is_grad_enabled()  # inside of a Function's forward it never is
         self.shared: Tensor | None = None
@@ -180,44 +226,65 @@ class LayerShare:
 
         One use of the policy forward, and one backward if ``sums_KC`` needs a gradient.
         """
+        compiling = torch.compiler.is_compiling()
+        if not compiling and transforming():
+            raise self.refusal()
         local = torch.cat((sums_KC.flatten(), sums_KC.new_full((1,), count)))
-        shared = ReduceForward.apply(local, None, self.key, self.step, self.learning)
+        way = (self._number() if self.opaque else None, None if compiling else self)
+        shared = ReduceForward.apply(local, None, *way, self.learning)
         total = shared[-1].detach()
         means_KC = shared[:-1].view_as(sums_KC) / _divisor(total)
         self.shared = shared.detach()
-        theta_KC = ReduceBackward.apply(link(means_KC), total, self.key, self.step)
+        theta_KC = ReduceBackward.apply(link(means_KC), total, *way)
         return theta_KC, total
+
+    def _number(self) -> Tensor:
+        return self._channel.number if torch.compiler.is_compiling() else _scalar(self._channel.key)
+
+    def refusal(self) -> RuntimeError:
+        """What says that transforms do not reach other ranks."""
+        return RuntimeError(
+            f"{self._channel.name}: statistics that ranks or steps share cannot pass a transform (torch.func.grad, "
+            "vmap, jvp, forward-mode derivatives, is_grads_batched=True, vectorize=True). Use autograd's backward "
+            "pass, one gradient at a time, or a recipe that shares nothing, such as local_bn; or call eval() first."
+        )
 
     def gather(self, wire: Tensor, *, held: bool, enough: bool = False) -> Tensor:
         """The shared counterpart of local sums and count. One use of the policy; nothing is differentiated."""
-        self._channel = _channels[self.key]  # a graph may outlive its layer
-        # The graph keeps the record alive, for as long as a checkpoint may recompute this forward.
+        # The graph keeps this share and its record alive, for as long as a checkpoint may recompute this forward.
         self._record = self._channel.statistics(
             wire, self.step, learning=self.learning, held=held and self._builds_graph, enough=enough
         )
         self.shared = self._record.shared
         return self.shared
 
+    def cotangents(self, wire: Tensor, count: Tensor, *, learning: bool) -> Tensor:
+        """The cotangents' shared counterpart. One use of the policy; nothing is differentiated."""
+        if are_plain(wire):
+            return self._channel.cotangents(wire, count, self.step, learning=learning)
+        found: Tensor = torch.ops.distnorm.cotangents(wire, count, _scalar(self._channel.key))
+        return found
+
     def scatter(self, cotangents: Tensor) -> Callable[[], Tensor]:
         """What gives the cotangents' shared counterpart. One use of the policy; nothing is differentiated."""
         assert self.shared is not None, "nothing was shared yet"
         return self._channel.start_cotangents(cotangents, self.shared[-1], self.step, learning=True)
 
-    def again(self) -> LayerShare:
+    def again(self, *, opaque: bool = False) -> LayerShare:
         """For a repetition inside a backward pass, where the channel answers from its records."""
-        return LayerShare(self.key, self.step)
+        return LayerShare(self._channel, self.step, opaque=opaque)
 
     def landed(self) -> Tensor | bool:
         """Whether what was shared is fit for the running statistics; in a compiled graph a scalar, 1 or 0."""
         if torch.compiler.is_compiling():
             assert self.shared is not None, "nothing was shared yet"
-            landed: Tensor = torch.ops.distnorm.lands(self.shared[-1], self.key, self.learning)
+            landed: Tensor = torch.ops.distnorm.lands(self.shared[-1], self._channel.number, self.learning)
             return landed
         return self.lands()
 
     def lands(self) -> bool:
-        """Whether what was shared is fit for the running statistics. Not in compiled graphs."""
-        return _channels[self.key].lands(self.step, learning=self.learning)
+        """Whether what was shared is fit for the running statistics, and not there already. Not in compiled graphs."""
+        return not self._record.repeated and self._channel.lands(self.step, learning=self.learning)
 
 
 class KeepLocal:
@@ -243,17 +310,22 @@ class KeepLocal:
         """The cotangents."""
         return lambda: cotangents
 
-    def again(self) -> KeepLocal:
+    def again(self, *, opaque: bool = False) -> KeepLocal:
         """Another one."""
         return KeepLocal()
 
     def landed(self) -> bool:
         """Local statistics are there."""
-        return True
+        return self.lands()
 
     def lands(self) -> bool:
-        """Local statistics are there."""
-        return True
+        """Local statistics are there, unless a forward is repeated, whose first run has absorbed them."""
+        return not repeating()
+
+
+def absorb_unseen(channel: Channel, shared: Tensor) -> None:
+    """``channel.absorb``, as one operation for a dispatch mode, unless a forward is repeated."""
+    torch.ops.distnorm.absorb(shared, _scalar(channel.key), backward_may_follow())
 
 
 def _divisor(total: Tensor) -> Tensor:

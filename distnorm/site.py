@@ -8,8 +8,9 @@ from typing import Any
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from distnorm import running
 from distnorm.binding import Binding, Conversion
-from distnorm.boundary import NO_BACKWARD, graph_task
+from distnorm.boundary import NO_BACKWARD, graph_task, repeating
 from distnorm.recompute import Record, Records
 from distnorm.share import NOW, open_channel
 from distnorm.types import Direction, Slot
@@ -35,7 +36,7 @@ class Site:
         self._open()
 
     def _open(self) -> None:
-        self.key = open_channel(self)
+        self.key, self.number = open_channel(self)
         self.records = Records()
         self._starved: Tensor | None = None
 
@@ -82,15 +83,14 @@ class Site:
             ValueError: 1 value per channel over all sharing ranks.
         """
         binding = self.conversion.bound()
-        if graph_task() != NO_BACKWARD:
-            record = self.records.recall(wire)
-            if record is not None:
-                # A reentrant checkpoint: cotangents will come in a nested pass, whose end is not the step's.
-                if not record.held:
-                    binding.expect_boundary()
-                return record
-        else:
-            binding.forward_begins(self.name)
+        record = self.records.recall(wire, self.conversion.recipe.method.kinds) if repeating() else None
+        if record is not None:
+            record.repeated = True
+            # A reentrant checkpoint: cotangents will come in a nested pass, whose end is not the step's.
+            if not record.held:
+                binding.expect_boundary()
+            return record
+        self._begin(binding)
         slot = self._slot(binding, "forward", step, learning=learning)
         if learning:
             binding.note_use(self.name)
@@ -137,6 +137,12 @@ class Site:
                 raise self._failed(binding, slot, error) from error
 
         return wait
+
+    def absorb(self, shared: Tensor, *, learning: bool) -> None:
+        """Let the layer's running statistics absorb ``shared`` sums and count of the current step, if fit for them."""
+        layer = self.conversion.layer(self.index)
+        if layer is not None and self.lands(NOW, learning=learning):
+            running.absorb_shared(layer, self.conversion.recipe.method, shared, True)
 
     def lands(self, step: int, *, learning: bool) -> bool:
         """Whether the statistics of ``step`` are fit for the running statistics."""

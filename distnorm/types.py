@@ -162,6 +162,9 @@ class Exchange(Share, Protocol):
         """Send the cotangents of ``link(shared means)``; return what waits for their shared counterpart."""
         ...
 
-    def again(self) -> Exchange:
-        """A share for a repetition of the forward that gathered, without a second collective."""
+    def again(self, *, opaque: bool = False) -> Exchange:
+        """A share for a repetition of the forward that gathered, without a second collective.
+
+        ``opaque``: for tensors that kernels do not take.
+        """
         ...

@@ -23,7 +23,7 @@ METHODS = [BatchNorm(), RMS()]
 
 @pytest.fixture(params=["fused", "plain"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr("distnorm.fused.suits", lambda method, x: request.param == "fused")
+    monkeypatch.setattr("distnorm.fused.suits", lambda method, x, *_: request.param == "fused")
     return request.param
 
 

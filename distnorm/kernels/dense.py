@@ -27,9 +27,22 @@ class DensePass:
         found = library()
         assert found is not None, "there are loops"
         self._c, self._formula, self._eps = found, formula, eps
-        self._way = compiled.rows, FORMULAS.index(formula.name)
-        self._image = compiled.image
+        self._lay_out(compiled)
         self.absorbed = False
+
+    def _lay_out(self, compiled: Loops) -> None:
+        self._way = compiled.rows, FORMULAS.index(self._formula.name)
+        self._image = compiled.image
+
+    def _dense(self, x_NCL: Tensor) -> Tensor:
+        """``x`` as the loops take it. Hooks of saved tensors may give the backward another layout than they got."""
+        compiled = loops(x_NCL)
+        if compiled is None:
+            x_NCL = x_NCL.float().contiguous()
+            compiled = loops(x_NCL)
+        assert compiled is not None, "dense float32 values, of which there are some"
+        self._lay_out(compiled)
+        return x_NCL
 
     def sums(self, x_NCL: Tensor) -> Tensor:
         """What the method shares: local sums and their count, float64 ``[K C + 1]``."""
@@ -61,14 +74,12 @@ class DensePass:
         )
         return y_NCL
 
-    def _statistics(self, running: Running | None) -> tuple[int | None, int | None, int | None, float]:
-        """Where C finds what absorbs, and the momentum: negative for the plain average over all steps."""
-        if running is None or not (plain(running.mean_C) and plain(running.var_C) and running.updates.is_cpu):
+    def _statistics(self, running: Running | None) -> _Addresses:
+        """Where C finds what absorbs, and the momentum."""
+        if running is None or not _absorbs(running):
             return None, None, None, 0.0
-        mean_C, var_C, updates, momentum = running
         self.absorbed = True
-        increment_version((mean_C, var_C, updates))  # as torch's own operations do, for autograd's checks
-        return mean_C.data_ptr(), var_C.data_ptr(), updates.data_ptr(), -1.0 if momentum is None else momentum
+        return _addresses(running)
 
     def pull(
         self, dy_NCL: Tensor, x_NCL: Tensor, y_NCL: Tensor | None, weight_C: Tensor | None
@@ -77,10 +88,11 @@ class DensePass:
 
         With a relu the output is given, too. With a residual, the last result is its gradient.
         """
+        x_NCL, weight_C = self._dense(x_NCL), None if weight_C is None else weight_C.float().contiguous()
         dz_NCL = dy_NCL = like(dy_NCL, x_NCL)
         output = masked = None
         if y_NCL is not None and not self._relu:
-            dz_NCL = torch.empty_like(x_NCL)
+            y_NCL, dz_NCL = like(y_NCL, x_NCL), torch.empty_like(x_NCL)
             output, masked = y_NCL.data_ptr(), dz_NCL.data_ptr()
         channels = x_NCL.shape[1]
         cotangents = self._memory.new_empty(self._formula.kinds * channels)
@@ -94,6 +106,8 @@ class DensePass:
 
     def combine(self, dz_NCL: Tensor, x_NCL: Tensor, cotangents: Tensor) -> Tensor:
         """The input's gradient, by shared cotangents and the last result of ``pull``."""
+        x_NCL = self._dense(x_NCL)
+        dz_NCL = like(dz_NCL, x_NCL)
         count = self._shared.data_ptr() + self._formula.kinds * x_NCL.shape[1] * DOUBLE
         cotangents, dx_NCL = cotangents.contiguous(), torch.empty_like(x_NCL)
         self._c.dense_combine(
@@ -101,6 +115,35 @@ class DensePass:
             *(cotangents.data_ptr(), count, self._eps, self._at, *self._image),
         )
         return dx_NCL
+
+
+def absorb(formula: Formula | None, shared: Tensor, running: Running | None) -> bool:
+    """Let ``running`` statistics absorb ``shared`` sums and their count, if C can: to the bit as ``normalize`` does.
+
+    So ranks agree on them whose local batches take different paths: of other layouts, or empty.
+    """
+    found = library() if formula is not None and formula.name in FORMULAS else None
+    if found is None or formula is None or running is None or not _absorbs(running):
+        return False
+    mean_C, var_C, updates, momentum = _addresses(running)
+    wire = shared.contiguous()
+    function = getattr(found, f"{formula.name}_absorb")
+    function(wire.data_ptr(), running.var_C.numel(), momentum, updates, mean_C, var_C)
+    return True
+
+
+_Addresses = tuple[int | None, int | None, int | None, float]
+"""Of running_mean, running_var and the number of updates; and the momentum, negative for the plain average."""
+
+
+def _absorbs(running: Running) -> bool:
+    return plain(running.mean_C) and plain(running.var_C) and running.updates.is_cpu
+
+
+def _addresses(running: Running) -> _Addresses:
+    mean_C, var_C, updates, momentum = running
+    increment_version((mean_C, var_C, updates))  # as torch's own operations do, for autograd's checks
+    return mean_C.data_ptr(), var_C.data_ptr(), updates.data_ptr(), -1.0 if momentum is None else momentum
 
 
 def dense_pass(

@@ -36,6 +36,11 @@ class Method(ABC):
     """Whether evaluation subtracts ``running_mean``; if not, ``running_var`` tracks the second moment."""
 
     @property
+    def kinds(self) -> int:
+        """Rows of the sums that it shares, of which the last one's have one sign."""
+        return 1
+
+    @property
     def follows(self) -> bool:
         """Whether the transform depends on the running statistics."""
         return False
@@ -61,6 +66,11 @@ class ChannelAffine(Method):
 
     raw: ClassVar[slice]
     """Which raw moments the method shares: rows of (mean of x, mean of x squared)."""
+
+    @property
+    def kinds(self) -> int:
+        """Kinds of raw moments."""
+        return len(range(RAW_MOMENTS)[self.raw])
 
     def formula(self, affine: Affine | None = None) -> Formula | None:
         """The same arithmetic in C, where ``kernels`` has it; with ``affine`` if the transform is wanted."""

@@ -1,0 +1,58 @@
+"""Who looks on while a layer runs: what decides whether kernels may read and write its tensors by address.
+
+The only user of torch's private counts of dispatch modes and of functorch levels, of the level of forward-mode
+differentiation, and of the switches that hide work from modes and transforms (torch 2.13; see
+tests/test_private_apis.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
+from torch.nn import Parameter
+from torch.utils._python_dispatch import _disable_current_modes
+
+
+def transforming() -> bool:
+    """Whether a transform is at work that replaces tensors by its own: functorch's, or forward-mode derivatives."""
+    return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
+
+
+def watched() -> bool:
+    """Whether a dispatch mode sees every operation: fake tensors, selective checkpoints, tracing, counting."""
+    return torch._C._len_torch_dispatch_stack() > 0
+
+
+@contextmanager
+def unseen() -> Iterator[None]:
+    """Hide what is done meanwhile from modes and transforms: it is no part of the model, and its tensors last."""
+    with _disable_current_modes(), temporarily_clear_interpreter_stack(), torch.inference_mode(False):
+        yield
+
+
+def is_batch(gradient: Tensor) -> bool:
+    """Whether ``gradient`` stands for many at once (``is_grads_batched``, ``vectorize``), in a backward pass."""
+    return torch._C._functorch.is_legacy_batchedtensor(gradient)
+
+
+def are_plain(*tensors: Tensor | None) -> bool:
+    """Whether ``tensors`` have memory of their own that holds their values, and nobody looks on."""
+    return not watched() and not transforming() and all(each is None or _is_plain(each) for each in tensors)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    # Subclasses may have no memory, or another meaning; a negative view holds its values negated.
+    return (type(tensor) is Tensor or type(tensor) is Parameter) and (
+        tensor.layout is torch.strided and not tensor.is_neg()
+    )
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """Whether ``tensor`` has a shape but no values, and is to be computed with all the same."""
+    return isinstance(tensor, FakeTensor)
