@@ -25,7 +25,7 @@ from distnorm.boundary import NO_BACKWARD, at_end_of_backward, graph_task
 from distnorm.grid import Recipe
 from distnorm.layout import layout_of
 from distnorm.policies import Reducer
-from distnorm.surroundings import unseen
+from distnorm.surroundings import transforming, unseen
 from distnorm.transport import LostGroup, Topology, mpi
 from distnorm.transport.rendezvous import group_timeout, tell_and_collect
 from distnorm.transport.topology import current_world, mesh_ranks, node_id
@@ -199,6 +199,11 @@ class Conversion:
         """
         world = current_world()
         if self._binding is None or (world is not None and not self._binding.belongs_to(world)):
+            if world is not None and transforming():
+                raise RuntimeError(
+                    "distnorm: ranks cannot meet inside of a transform (torch.func, forward-mode derivatives). Call "
+                    "distnorm.attach(model), or run a training forward, before it."
+                )
             with unseen():
                 self.bind(None)
         assert self._binding is not None
@@ -226,7 +231,8 @@ class Conversion:
             return
         topology = Topology(ranks) if world is None else self._agree(world, ranks)
         reducer = self.recipe.policy.bind(topology, layout_of(self.layers(), self.recipe.method))
-        running.take_over((layer for _, layer in self.layers()), topology.everyone())
+        if len(ranks) > 1:
+            running.take_over((layer for _, layer in self.layers()), topology.everyone())
         self._binding = Binding(self, world, topology, reducer)
         if self._resumed is not None:
             self._resume(self._binding, self._resumed)

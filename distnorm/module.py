@@ -126,7 +126,7 @@ class DistNorm(_BatchNorm):
         assert share.shared is not None
         if torch.compiler.is_compiling():
             landed = self.recipe.policy.always_lands or share.landed()
-        elif are_plain(share.shared):
+        elif not share.opaque and are_plain(share.shared):
             landed = share.landed()
         else:  # unseen by dispatch modes, for a repetition has no such operations
             absorb_unseen(self._site, share.shared)
@@ -151,6 +151,11 @@ class DistNorm(_BatchNorm):
     def _check_training(self, x_NCL: Tensor) -> None:
         if self.eps <= 0:
             raise ValueError(f"{self._site.name}: eps is {self.eps}; training needs one above 0, such as 1e-5.")
+        if type(x_NCL) is not Tensor and hasattr(x_NCL, "to_local"):
+            raise TypeError(
+                f"{self._site.name}: given a {type(x_NCL).__name__}; ranks share statistics by the recipe, so give the "
+                "layer its local part, x.to_local()."
+            )
         scaled = x_NCL.dtype == torch.float16 and torch.is_grad_enabled() and self.recipe.policy.keeps_cotangents
         if scaled and self._site.conversion.loss_scale is None:
             raise RuntimeError(
@@ -198,7 +203,8 @@ def holds_stock_statistics(layer: _BatchNorm) -> bool:
     """Whether ``layer`` has running statistics of a stock model that training has not yet turned into its method's."""
     if not isinstance(layer, DistNorm) or layer.recipe.method.centred or layer.running_mean is None:
         return False
-    return layer._site.conversion.means_to_fold and bool(layer.running_mean.any())
+    stock = layer._site.conversion.means_to_fold
+    return stock and (is_fake(layer.running_mean) or bool(layer.running_mean.any()))
 
 
 # Initialization and filters of public code ask for "BatchNorm", or "BatchNorm2d", in the name of a layer's class.

@@ -290,6 +290,8 @@ class LayerShare:
 class KeepLocal:
     """A ``share`` that shares nothing, and remembers what it was given."""
 
+    opaque = False
+
     def __init__(self) -> None:
         """Nothing yet."""
         self.shared: Tensor | None = None
