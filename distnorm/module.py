@@ -19,6 +19,7 @@ from distnorm import fused, overlap, running
 from distnorm.grid import Recipe
 from distnorm.methods import BatchNorm, ChannelAffine
 from distnorm.methods.base import compute_dtype
+from distnorm.policies import Local
 from distnorm.share import NOW, KeepLocal, LayerShare, absorb_unseen
 from distnorm.site import Site
 from distnorm.surroundings import are_plain, is_fake, transforming
@@ -89,6 +90,9 @@ class DistNorm(_BatchNorm):
 
     def _share(self, input: Tensor) -> LayerShare | KeepLocal:
         if torch.compiler.is_compiling():
+            if isinstance(self.recipe.policy, Local):  # whatever the ranks, so that graphs need no layer to run
+                self._site.refuse_one_value(input)
+                return KeepLocal()
             return LayerShare(self._site, NOW, opaque=True)
         if is_fake(input):  # there may be no ranks to ask, and there are no values to share
             return LayerShare(self._site, NOW, opaque=True)

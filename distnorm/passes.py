@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from distnorm.kernels import cpu
-from distnorm.kernels.dense import DensePass, absorb, dense_pass
+from distnorm.kernels.dense import DensePass, dense_pass
 from distnorm.methods import ChannelAffine
 from distnorm.methods.base import RAW_MOMENTS
 from distnorm.types import Affine, Running, Tail
@@ -21,13 +21,14 @@ if TYPE_CHECKING:
 
 
 class FormulaPass:
-    """As ``DensePass``, for any CPU tensor and method."""
+    """As ``DensePass``, for any CPU tensor and method; running statistics are left alone."""
+
+    absorbed = False
 
     def __init__(self, method: ChannelAffine, affine: Affine) -> None:
         """Nothing is computed yet."""
         self._method = method
         self._affine = affine
-        self.absorbed = False
 
     def sums(self, x_NCL: Tensor) -> Tensor:
         """What the method shares: local sums and their count, float64 ``[K C + 1]``."""
@@ -43,8 +44,7 @@ class FormulaPass:
         tail: Tail,
         running: Running | None,
     ) -> Tensor:
-        """The output, by ``shared`` sums and their count, which ``running`` statistics absorb if C knows how."""
-        self.absorbed = absorb(self._method.formula(), shared, running)
+        """The output, by ``shared`` sums and their count."""
         self._total = torch.where(shared[-1] > 0, shared[-1], 1)
         self._means_KC = shared[:-1].view(-1, x_NCL.shape[1]) / self._total
         self._theta_KC = self._method.link(self._means_KC, self._affine.eps)

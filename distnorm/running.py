@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from distnorm.kernels import gpu
+from distnorm.kernels import dense, gpu
 from distnorm.methods import ChannelAffine, Method
 from distnorm.transport import Group
 from distnorm.types import Landed, Moments, Running, Slot
@@ -28,13 +28,16 @@ def absorb_shared(layer: _BatchNorm, method: Method, shared: Tensor, landed: Ten
         if landed:
             _absorb_now(layer, method, shared)
         return
-    count = shared[-1]
-    with torch.no_grad():
-        moments = method.moments(shared[:-1].view(-1, layer.num_features) / count.clamp_min(1), count)
-        absorb(layer, moments, count, landed)
+    count = shared[-1]  # without gradient, like all that was shared
+    moments = method.moments(shared[:-1].view(-1, layer.num_features) / count.clamp_min(1), count)
+    absorb(layer, moments, count, landed)
 
 
 def _absorb_now(layer: _BatchNorm, method: Method, shared: Tensor) -> None:
+    # In C where that can be, as layers' passes do: ranks whose batches take other paths must agree to the bit.
+    formula = method.formula() if isinstance(method, ChannelAffine) else None
+    if formula is not None and dense.absorb(formula, shared, running_of(layer)):
+        return
     count = shared[-1]
     if count > 1:
         _move(layer, method.moments(shared[:-1].view(-1, layer.num_features) / count, count), _next_rate(layer))

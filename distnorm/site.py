@@ -58,10 +58,18 @@ class Site:
         binding = self.conversion.bound()
         if not binding.reducer.alone or x_NCL.device.type not in ("cpu", "cuda"):
             return False
-        if x_NCL.numel() == x_NCL.shape[1]:
-            raise self._too_few(1)
+        self.refuse_one_value(x_NCL)
         self._begin(binding)
         return True
+
+    def refuse_one_value(self, x_NCL: Tensor) -> None:
+        """Raise where nothing is shared and ``x_NCL`` has 1 value per channel.
+
+        Raises:
+            ValueError: so it is.
+        """
+        if x_NCL.numel() == x_NCL.shape[1]:
+            raise self._too_few(1)
 
     def begin(self) -> int:
         """The training step of the forward that begins now."""

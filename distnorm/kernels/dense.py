@@ -117,13 +117,13 @@ class DensePass:
         return dx_NCL
 
 
-def absorb(formula: Formula | None, shared: Tensor, running: Running | None) -> bool:
+def absorb(formula: Formula, shared: Tensor, running: Running) -> bool:
     """Let ``running`` statistics absorb ``shared`` sums and their count, if C can: to the bit as ``normalize`` does.
 
-    So ranks agree on them whose local batches take different paths: of other layouts, or empty.
+    Nothing happens where fewer than two values were seen.
     """
-    found = library() if formula is not None and formula.name in FORMULAS else None
-    if found is None or formula is None or running is None or not _absorbs(running):
+    found = library() if formula.name in FORMULAS else None
+    if found is None or not _absorbs(running):
         return False
     mean_C, var_C, updates, momentum = _addresses(running)
     wire = shared.contiguous()
