@@ -5,21 +5,26 @@ A failure here says what torch has changed, and which module has to follow.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from datetime import timedelta
-from typing import Any
+from types import CodeType
+from typing import Any, ClassVar
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd import Variable
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import Variable, forward_ad
 from torch.distributed import distributed_c10d
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+from distnorm import boundary, surroundings
 from distnorm.transport.make_group import make_group
 from tests.support.pool import Pool
 
@@ -115,6 +120,106 @@ def test_a_callback_queued_by_a_recomputation_runs_after_the_outer_pass() -> Non
 def test_a_callback_cannot_be_queued_outside() -> None:
     with pytest.raises(RuntimeError, match="during backward pass"):
         Variable._execution_engine.queue_callback(lambda: None)
+
+
+def _callers() -> list[CodeType]:
+    frame, found = sys._getframe(1), []
+    while frame is not None:
+        found.append(frame.f_code)
+        frame = frame.f_back
+    return found
+
+
+class _Noting(torch.autograd.Function):
+    """Notes the calls that lead to its backward."""
+
+    seen: ClassVar[list[CodeType]] = []
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, dx: Tensor) -> Tensor:
+        _Noting.seen[:] = _callers()
+        return dx
+
+
+def test_backward_passes_call_functions_by_known_names() -> None:
+    x = torch.ones(2, requires_grad=True)
+    seen: list[CodeType] = []
+    y = _Noting.apply(x)
+    y.register_hook(lambda dy: seen.extend(_callers()))
+    y.sum().backward()
+    assert boundary._ENGINE in _Noting.seen and boundary._FUNCTION in _Noting.seen
+    assert _Noting.seen.index(boundary._FUNCTION) < _Noting.seen.index(boundary._ENGINE)
+    assert boundary._ENGINE in seen and boundary._FUNCTION not in seen
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_checkpoint_repeats_and_a_hook_does_not(reentrant: bool) -> None:
+    seen: list[bool] = []
+
+    def run(x: Tensor) -> Tensor:
+        seen.append(boundary.repeating())
+        return x.exp()
+
+    y = checkpoint(run, torch.ones(2, requires_grad=True), use_reentrant=reentrant)
+    y.register_hook(lambda dy: seen.append(boundary.repeating()))
+    y.sum().backward()
+    assert seen == [False, False, True]
+
+
+# --- surroundings: modes and transforms ----------------------------------------------------------
+
+
+class _Mode(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **kwargs or {})
+
+
+def test_dispatch_modes_are_counted_and_can_be_hidden() -> None:
+    assert not surroundings.watched()
+    for mode in (_Mode(), FakeTensorMode()):
+        with mode:
+            assert surroundings.watched()
+            with surroundings.unseen():
+                assert not surroundings.watched()
+                assert type(torch.ones(1)) is Tensor
+            assert surroundings.watched()
+
+
+def test_transforms_are_known_and_can_be_hidden() -> None:
+    seen: list[bool] = []
+
+    def look(x: Tensor) -> Tensor:
+        seen.append(surroundings.transforming())
+        with surroundings.unseen():
+            seen.append(surroundings.transforming())
+        return x.sum()
+
+    torch.func.vmap(look)(torch.ones(2, 3))
+    torch.func.grad(look)(torch.ones(2))
+    assert seen == [True, False] * 2
+    assert not surroundings.transforming()
+    with forward_ad.dual_level():
+        assert surroundings.transforming()
+    assert not surroundings.transforming()
+
+
+def test_batches_of_gradients_are_known() -> None:
+    seen: list[bool] = []
+    x = torch.ones(2, requires_grad=True)
+    y = 2 * x
+    y.register_hook(lambda dy: seen.append(surroundings.is_batch(dy)))
+    torch.autograd.grad(y, x, torch.eye(2), is_grads_batched=True, retain_graph=True)
+    torch.autograd.grad(y, x, torch.ones(2))
+    assert seen == [True, False]
+
+
+def test_what_is_made_unseen_is_no_inference_tensor() -> None:
+    with torch.inference_mode(), surroundings.unseen():
+        assert not torch.ones(1).is_inference()
 
 
 # --- rendezvous: the store, and a group's timeout ------------------------------------------------
