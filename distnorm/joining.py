@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import takewhile
 from types import CodeType, FunctionType, ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional
@@ -23,9 +23,9 @@ _RELUS: tuple[object, ...] = (functional.relu, functional.relu_, torch.relu, tor
 class Attributes(NamedTuple):
     """Attributes of ``self``: converted norms, plain ReLU modules, and those that are None."""
 
-    norms: frozenset[str]
-    relus: frozenset[str]
-    absent: frozenset[str]
+    norms: frozenset[str] = frozenset()
+    relus: frozenset[str] = frozenset()
+    absent: frozenset[str] = frozenset()
 
 
 @dataclass
@@ -36,6 +36,16 @@ class Found:
     """By norm, what it took over."""
     relus: set[str] = field(default_factory=set)
     absent: set[str] = field(default_factory=set)
+    functions: set[tuple[str, ...]] = field(default_factory=set)
+    """Where the code finds functional relus, such as ``("F", "relu")``."""
+
+
+def is_relu(path: tuple[str, ...], names: dict[str, Any]) -> bool:
+    """Whether a global name among ``names``, or an attribute of a module, stands for a functional relu."""
+    value = names.get(path[0]) if path else None
+    for name in path[1:]:
+        value = getattr(value, name, None) if isinstance(value, ModuleType) else None
+    return any(value is each for each in _RELUS)
 
 
 class _Tail(NamedTuple):
@@ -91,7 +101,9 @@ class Joiner(ast.NodeTransformer):
         if not isinstance(node, ast.Call):
             return None
         options = [*node.args[1:], *(each.value for each in node.keywords)]
-        if node.args and any(self._value(node.func) is each for each in _RELUS):
+        path = self._path(node.func)
+        if node.args and is_relu(path, self._globals):
+            self.found.functions.add(path)
             return node.args[0] if all(isinstance(each, ast.Constant) for each in options) else None
         if options:
             return None
@@ -102,14 +114,12 @@ class Joiner(ast.NodeTransformer):
         is_method = isinstance(node.func, ast.Attribute) and node.func.attr in ("relu", "relu_") and own is None
         return node.func.value if is_method and isinstance(node.func, ast.Attribute) and not node.args else None
 
-    def _value(self, node: ast.AST) -> object:
-        """What a global name, or an attribute of a module, stands for."""
+    def _path(self, node: ast.AST) -> tuple[str, ...]:
+        """A global name, and attributes of what it stands for."""
         if isinstance(node, ast.Name) and node.id not in self._bound:
-            return self._globals.get(node.id)
-        if isinstance(node, ast.Attribute):
-            owner = self._value(node.value)
-            return getattr(owner, node.attr, None) if isinstance(owner, ModuleType) else None
-        return None
+            return (node.id,)
+        owner = self._path(node.value) if isinstance(node, ast.Attribute) else ()
+        return (*owner, node.attr) if isinstance(node, ast.Attribute) and owner else ()
 
     def _is_dead(self, node: ast.stmt) -> bool:
         """``if self.name is not None`` or ``if self.name``, of what is None."""
