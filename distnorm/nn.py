@@ -26,6 +26,8 @@ class SyncBatchNorm(DistSyncBatchNorm):
     ``[N, C, ...]`` in and out. One collective per direction in training, none in evaluation. Errors as ``DistNorm``.
     """
 
+    __jit_unused_properties__ = [*DistSyncBatchNorm.__jit_unused_properties__, "process_group"]  # noqa: RUF012
+
     def __init__(
         self,
         num_features: int,

@@ -17,13 +17,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.fx import Proxy
 
 from distnorm import joining
 from distnorm.class_swap import swap, underlying
 from distnorm.joining import Attributes, Found
 from distnorm.module import DistNorm
 from distnorm.rewriting import rewrite
+from distnorm.tracing import is_traced
 
 Wanted = tuple[tuple[str, Attributes], ...]
 """Names of methods, and the attributes that their versions with tails rest on."""
@@ -100,7 +100,7 @@ def _version(cls: type[nn.Module], name: str, plan: Plan) -> FunctionType:
         # What once was bound to a module may be called when that has its own class again.
         below = super(cls, module) if isinstance(module, cls) else None
         plain = MethodType(getattr(cls.__bases__[-1], name), module) if below is None else getattr(below, name)
-        if torch.compiler.is_compiling() or not module.training or _is_traced(args, kwargs):
+        if torch.compiler.is_compiling() or not module.training or any(map(is_traced, (*args, *kwargs.values()))):
             return plain(*args, **kwargs)
         if getattr(plain, "__func__", None) is not plan.plain or not plan.holds(module):
             return plain(*args, **kwargs)
@@ -141,11 +141,6 @@ def _run_in_sequence(module: nn.Sequential, input: Any) -> Any:
             input = child(input, relu=True) if joint else child(input)
             done = follower if joint else None
     return input
-
-
-def _is_traced(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether torch.fx records what a method does: its nodes shall be those of the code."""
-    return any(isinstance(each, Proxy) for each in (*args, *kwargs.values()))
 
 
 def is_norm(child: object) -> bool:
