@@ -69,15 +69,18 @@ class _Tail(NamedTuple):
 class Joiner(ast.NodeTransformer):
     """Joins expressions from the inside out, then the statements around them."""
 
-    def __init__(self, function: FunctionType, attributes: Attributes) -> None:
+    def __init__(self, function: FunctionType, definition: ast.FunctionDef, attributes: Attributes) -> None:
         self.me = function.__code__.co_varnames[0]
         self.found = Found()
-        self._attributes = attributes
+        changed = {self._own(each) for each in ast.walk(definition) if not isinstance(_context(each), ast.Load)}
+        self._attributes = Attributes(*(names - changed for names in attributes))
         self._globals = function.__globals__
         codes = list(_codes(function.__code__))
         self._bound = {name for code in codes for name in (*code.co_varnames, *code.co_cellvars)}
         self._outlive = {name for code in codes for name in (*code.co_names, *code.co_cellvars, *code.co_freevars)}
-        """Names that may be read when the function has returned: those of closures, and global ones."""
+        """Names that other code reads and binds, also when the function has returned: of closures, and global ones."""
+        self._rescued = {name for each in ast.walk(definition) for name in _read_after_errors(each)}
+        """Names whose value may be asked for where a statement has failed."""
         self._tails: dict[ast.Call, _Tail] = {}
         """Calls of norms that something was joined to."""
 
@@ -146,10 +149,16 @@ class Joiner(ast.NodeTransformer):
         """``norm(x) + y`` or ``y + norm(x)``, where y is a name."""
         super().generic_visit(node)
         for norm, other in _sides(node):
-            joined = self._join(norm, _Tail(other))
+            joined = None if other is node.left and self._may_rebind(norm, other.id) else self._join(norm, _Tail(other))
             if joined is not None:
                 return joined
         return node
+
+    def _may_rebind(self, norm: ast.AST, name: str) -> bool:
+        """Whether what ``norm`` is called with may give ``name``, which stands before it, another value."""
+        bound = any(isinstance(each, ast.NamedExpr) and each.target.id == name for each in ast.walk(norm))
+        runs_code = isinstance(norm, ast.Call) and not all(isinstance(each, ast.Name) for each in norm.args)
+        return bound or (runs_code and name in self._outlive)
 
     def _join(self, norm: ast.AST | None, tail: _Tail) -> ast.Call | None:
         """The call of a norm, changed so that it has ``tail`` too; None, and nothing changed, where it cannot."""
@@ -181,7 +190,7 @@ class Joiner(ast.NodeTransformer):
         waiting = deque(block)
         while waiting:
             statement = waiting.popleft()
-            name = _assigned(statement)
+            name = None if _assigned(statement) in self._rescued else _assigned(statement)
             while name is not None and isinstance(statement, ast.Assign) and self._is_norm(statement.value):
                 dead = list(takewhile(self._is_dead, waiting))
                 if len(dead) == len(waiting):
@@ -231,6 +240,17 @@ def _codes(code: CodeType) -> Iterator[CodeType]:
     for each in code.co_consts:
         if isinstance(each, CodeType):
             yield from _codes(each)
+
+
+def _context(node: ast.AST) -> ast.expr_context:
+    return node.ctx if isinstance(node, ast.Attribute) else ast.Load()
+
+
+def _read_after_errors(node: ast.AST) -> Iterator[str]:
+    """Names that are read where ``node`` handles errors of its body, or cleans up after it."""
+    if isinstance(node, ast.Try | ast.TryStar):
+        for part in (*node.handlers, *node.finalbody):
+            yield from (each.id for each in ast.walk(part) if isinstance(each, ast.Name))
 
 
 def _sides(node: ast.BinOp) -> Iterator[tuple[ast.expr, ast.Name]]:
