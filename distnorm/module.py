@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from distnorm import fused, overlap, running
 from distnorm.boundary import NO_BACKWARD, graph_task
 from distnorm.grid import Recipe
-from distnorm.methods import ChannelAffine
+from distnorm.methods import BatchNorm, ChannelAffine
 from distnorm.methods.base import compute_dtype
 from distnorm.share import NOW, KeepLocal, LayerShare
 from distnorm.site import Site
@@ -144,6 +144,11 @@ class DistNorm(_BatchNorm):
             raise RuntimeError(
                 f"{self._place}: torch.jit.script cannot share statistics in training. Script the model in evaluation, "
                 "model.eval(), or a stock one, distnorm.revert(model)."
+            )
+        if self.running_mean is None and not isinstance(self.recipe.method, BatchNorm):
+            raise RuntimeError(
+                f"{self._place}: torch.jit.script knows running statistics and those of batch norm; {self.recipe.method} "
+                "would take its own from the batch."
             )
         return self
 

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import nn
 
 from distnorm.binding import Conversion
+from distnorm.class_swap import underlying
 from distnorm.convert import apply_to
 from distnorm.grid import Recipe
 from distnorm.methods import BatchNorm
@@ -61,7 +62,9 @@ class SyncBatchNorm(DistSyncBatchNorm):
         stock: tuple[type[nn.modules.batchnorm._BatchNorm], ...]
         stock = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
         layers = [
-            (name or type(layer).__name__, layer) for name, layer in module.named_modules() if type(layer) in stock
+            (name or type(layer).__name__, layer)
+            for name, layer in module.named_modules()
+            if underlying(layer) in stock
         ]
         targets: dict[type[nn.modules.batchnorm._BatchNorm], type[DistNorm]] = dict.fromkeys(stock, cls)
         apply_to(module, layers, Conversion(_recipe(process_group), mesh=None), targets)

@@ -18,8 +18,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 
 from distnorm.class_swap import swap, underlying
+from distnorm.tracing import is_traced, leaf
 
 _ARRANGED = "_arranged"
 _FOLLOWER = "_follower"
@@ -41,16 +43,26 @@ class _Arrangement(NamedTuple):
     deferred: Deferred
 
 
-class LateConv:
+class LateConv(_ConvNd):
     """A convolution whose weight gradient may come late. Mixed in before torch's class."""
 
     def forward(self, input: Tensor) -> Tensor:
         """As torch's convolution."""
+        if torch.jit.is_scripting():
+            output: Tensor = self._conv_forward(input, self.weight, self.bias)
+            return output
+        else:
+            return self._forward(input)
+
+    def _forward(self, input: Tensor) -> Tensor:
+        if is_traced(input):
+            node: Tensor = leaf(self, input)
+            return node
         arranged: _Arrangement | None = self.__dict__.pop(_ARRANGED, None) if _ARRANGED in self.__dict__ else None
         if arranged is None or not input.requires_grad or not torch.is_grad_enabled():
-            output: Tensor = super().forward(input)  # type: ignore[misc]
+            output: Tensor = super().forward(input)
             return output
-        geometry = self.stride, self.padding, self.dilation, self.groups  # type: ignore[attr-defined]
+        geometry = self.stride, self.padding, self.dilation, self.groups
         output = _Convolve.apply(input, *arranged.late, *arranged.parameters, arranged.deferred, geometry)
         return output
 
@@ -120,8 +132,12 @@ def _pads_zeros(conv: nn.Module) -> bool:
 
 
 def _is_plain(conv: nn.Module) -> bool:
-    parameters = (conv.weight, conv.bias)
-    return all(each is None or (type(each) is nn.Parameter and each.requires_grad) for each in parameters)
+    # Not by the attributes: reading one that a tool computes may change its state, as torch's spectral_norm does.
+    parameters = conv._parameters
+    computed = any(name not in parameters for name in ("weight", "bias"))
+    return not computed and all(
+        each is None or (type(each) is nn.Parameter and each.requires_grad) for each in parameters.values()
+    )
 
 
 class _Late(torch.autograd.Function):
