@@ -147,8 +147,8 @@ class DistNorm(_BatchNorm):
             )
         if self.running_mean is None and not isinstance(self.recipe.method, BatchNorm):
             raise RuntimeError(
-                f"{self._place}: torch.jit.script knows running statistics and those of batch norm; {self.recipe.method} "
-                "would take its own from the batch."
+                f"{self._place}: without running statistics torch.jit.script knows those of batch norm; this is "
+                f"{self.recipe.method}."
             )
         return self
 
@@ -166,7 +166,7 @@ class DistNorm(_BatchNorm):
             raise TypeError(
                 f"{self._site.name}: given {x_NCL.dtype} values; normalization needs a floating-point input."
             )
-        if x_NCL.shape[1] != self.num_features:
+        if not torch.jit.is_tracing() and x_NCL.shape[1] != self.num_features:
             raise ValueError(
                 f"{self._site.name}: given {x_NCL.shape[1]} channels (shape {tuple(x_NCL.shape)}); the layer "
                 f"normalizes {self.num_features}, in dimension 1."

@@ -50,6 +50,7 @@ def release(model: nn.Module) -> None:
 def _install(module: nn.Module) -> None:
     base = underlying(module)
     found = _in_sequence(module) if base.forward is nn.Sequential.forward else _in_methods(module, base)
+    found = [each for each in found if each[0] not in vars(module)]  # what a tool or a user put there comes first
     if not found:
         return
     swap(module, fused_class(base, tuple((name, attributes) for name, attributes, _ in found)))

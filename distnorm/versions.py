@@ -8,9 +8,9 @@ long as class, norms and ReLUs are what it was made for. A ``forward`` in the mo
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable
+from functools import partial, update_wrapper
 from itertools import pairwise
 from types import FunctionType, MethodType
 from typing import Any, NamedTuple
@@ -58,7 +58,7 @@ def fused_class(base: type[nn.Module], wanted: Wanted) -> type[nn.Module]:
     names = {name: getattr(base, name) for name in ("__module__", "__qualname__", "__doc__")}
     cls = type(base.__name__, (Fused, base), {**names, _WANTED: wanted})
     for name, attributes in wanted:
-        setattr(cls, name, _version(cls, name, find(base, name, attributes)))
+        setattr(cls, name, _Method(cls, name, find(base, name, attributes)))
     return cls
 
 
@@ -93,20 +93,27 @@ def find(cls: type[nn.Module], name: str, attributes: Attributes) -> Plan:
     return Plan(plain, *(rewrite(plain, attributes) or (plain, Found())))
 
 
-def _version(cls: type[nn.Module], name: str, plan: Plan) -> FunctionType:
+class _Method:
+    """The method ``name`` of a class that was made here: its version, as long as the author's is the one it is of."""
+
+    def __init__(self, cls: type[nn.Module], name: str, plan: Plan) -> None:
+        self._cls, self._name, self._plain = cls, name, plan.plain
+        self._version = _in_place_of(plan.plain, partial(_run, plan))
+
+    def __get__(self, module: nn.Module | None, owner: type[nn.Module]) -> Any:
+        below = getattr(self._cls.__bases__[-1], self._name)
+        if module is None:
+            return self._version if below is self._plain else below
+        if below is self._plain and not torch.compiler.is_compiling():
+            return MethodType(self._version, module)
+        return getattr(super(self._cls, module), self._name)
+
+
+def _run(plan: Plan, module: Any, *args: Any, **kwargs: Any) -> Any:
     """The method, as the moment asks."""
-
-    def run(module: Any, *args: Any, **kwargs: Any) -> Any:
-        # What once was bound to a module may be called when that has its own class again.
-        below = super(cls, module) if isinstance(module, cls) else None
-        plain = MethodType(getattr(cls.__bases__[-1], name), module) if below is None else getattr(below, name)
-        if torch.compiler.is_compiling() or not module.training or any(map(is_traced, (*args, *kwargs.values()))):
-            return plain(*args, **kwargs)
-        if getattr(plain, "__func__", None) is not plan.plain or not plan.holds(module):
-            return plain(*args, **kwargs)
-        return plan.fused(module, *args, **kwargs)
-
-    return _in_place_of(plan.plain, run)
+    traced = any(map(is_traced, (*args, *kwargs.values())))
+    fuses = module.training and not torch.compiler.is_compiling() and not traced and plan.holds(module)
+    return (plan.fused if fuses else plan.plain)(module, *args, **kwargs)
 
 
 def _in_place_of(plain: FunctionType, run: Callable[..., Any]) -> FunctionType:
@@ -124,7 +131,7 @@ def _in_place_of(plain: FunctionType, run: Callable[..., Any]) -> FunctionType:
     made: dict[str, Any] = {}
     exec(text, plain.__globals__, made)
     version: FunctionType = made["_"](run)
-    functools.update_wrapper(version, plain)
+    update_wrapper(version, plain)
     del version.__dict__["__wrapped__"]  # who unwraps a method shall find this one
     version.__defaults__, version.__kwdefaults__ = plain.__defaults__, plain.__kwdefaults__
     place = {each: getattr(plain.__code__, each) for each in ("co_filename", "co_firstlineno", "co_qualname")}
