@@ -39,5 +39,10 @@ def _made_again(cls: type[nn.Module], target: type[nn.Module]) -> type[nn.Module
 
 
 def _is_made(cls: type[nn.Module]) -> bool:
-    """Whether ``cls`` says that it is torch's, and torch has no class of that name: it was made at run time."""
-    return cls.__module__.startswith("torch.") and not hasattr(sys.modules[cls.__module__], cls.__name__)
+    """Whether ``cls`` was made at run time, on top of one that does the work.
+
+    It says that it is torch's, which has no class of that name, and its ``forward`` is not its own, as that of
+    torch.fx's graphs is.
+    """
+    named = hasattr(sys.modules.get(cls.__module__), cls.__name__)
+    return cls.__module__.startswith("torch.") and not named and "forward" not in vars(cls)

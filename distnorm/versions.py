@@ -100,7 +100,7 @@ class _Method:
         self._cls, self._name, self._plain = cls, name, plan.plain
         self._version = _in_place_of(plan.plain, partial(_run, plan))
 
-    def __get__(self, module: nn.Module | None, owner: type[nn.Module]) -> Any:
+    def __get__(self, module: nn.Module | None, owner: type[nn.Module] | None = None) -> Any:
         below = getattr(self._cls.__bases__[-1], self._name)
         if module is None:
             return self._version if below is self._plain else below

@@ -85,3 +85,9 @@ def test_casts_copies_and_checkpoints(names: tuple[str, ...]) -> None:
         assert each.state_dict().keys() == other.state_dict().keys()
         each.load_state_dict(other.state_dict())
         assert all(getattr(each[0], name) is None for name in names)
+
+
+@pytest.mark.parametrize("names", MISSING, ids=", ".join)
+def test_revert_leaves_nothing_of_what_was_listed_for_ddp(names: tuple[str, ...]) -> None:
+    mine = distnorm.revert(without(converted(stock()), names))
+    assert vars(mine).keys() == vars(stock()).keys()

@@ -216,9 +216,7 @@ def test_modules_apply_load_and_save_by_these_methods() -> None:
 
 
 def test_parametrized_modules_have_a_class_of_their_own() -> None:
-    layer = nn.BatchNorm2d(3)
-    parametrize.register_parametrization(layer, "weight", nn.Identity())
-    made = type(layer)
+    made = type(parametrize.register_parametrization(nn.BatchNorm2d(3), "weight", nn.Identity()))
     assert made.__bases__ == (nn.BatchNorm2d,) and made.__module__ == parametrize.__name__
     assert made.__name__ == "ParametrizedBatchNorm2d" and not hasattr(parametrize, made.__name__)
     assert isinstance(vars(made)["weight"], property)
