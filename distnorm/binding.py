@@ -178,10 +178,6 @@ class Conversion:
         if index not in self._layers or self._layers[index][1]() is None:
             self._layers[index] = name, ref(layer)
 
-    def layer(self, index: int) -> _BatchNorm | None:
-        """The layer that is registered as number ``index``, if it is still alive."""
-        return self._layers[index][1]() if index in self._layers else None
-
     def layers(self) -> Iterator[tuple[str, _BatchNorm]]:
         """Names and layers, those still alive, in the order of conversion."""
         for _, (name, reference) in sorted(self._layers.items()):

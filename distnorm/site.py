@@ -53,7 +53,7 @@ class Site:
         """Register the layer's copy with the copied conversion, whichever ``__deepcopy__`` the layer's class has."""
         copied = memo[id(self)] = type(self).__new__(type(self))
         copied.__setstate__(deepcopy(self.__getstate__(), memo))
-        layer = self.conversion.layer(self.index)
+        layer = dict(self.conversion.layers()).get(self.name)
         if layer is not None and id(layer) in memo:
             copied.conversion.add(self.index, self.name, memo[id(layer)])
         return copied
