@@ -1,30 +1,48 @@
-"""Swap the class of a module in place, also under a wrapper that has swapped it before.
+"""Swap the class of a module in place, also under classes that tools have put on top of it.
 
-FSDP2 makes ``FSDPConv2d(FSDPModule, Conv2d)`` at run time and gives that class to the module that it shards (torch
-2.13; tests/integrations/test_fsdp.py fails when that changes). Such a class stands for the one it was made from.
+FSDP2 makes ``FSDPConv2d(FSDPModule, Conv2d)`` at run time and gives that class to the module that it shards, and
+``torch.nn.utils.parametrize`` makes ``ParametrizedConv2d(Conv2d)``, whose properties compute the tensors (torch 2.13;
+tests/test_private_apis.py and tests/integrations/test_fsdp_wrapper.py fail when that changes). Such a class stands for
+the one it was made from, and is made again on top of another.
 """
 
 from __future__ import annotations
 
+import sys
+
 from torch import nn
+
+_OF_THE_CLASS_ITSELF = ("__dict__", "__weakref__")
 
 
 def underlying(module: nn.Module) -> type[nn.Module]:
-    """The class of ``module`` as it was before FSDP2 wrapped it, or as it is."""
+    """The class of ``module`` as it was before tools of torch's put theirs on top, or as it is."""
     cls = type(module)
-    return cls.__bases__[1] if _is_wrapped(cls) else cls
+    while _is_made(cls):
+        cls = cls.__bases__[-1]
+    return cls
 
 
 def swap(module: nn.Module, target: type[nn.Module]) -> None:
-    """Give ``module`` the class ``target``, and FSDP2's part on top of it if there was one."""
-    cls = type(module)
-    if _is_wrapped(cls):
-        prefix = cls.__name__.removesuffix(cls.__bases__[1].__name__)
-        own = {"__deepcopy__": vars(cls)["__deepcopy__"]}
-        target = type(f"{prefix}{target.__name__}", (cls.__bases__[0], target), own)
-    module.__class__ = target
+    """Give ``module`` the class ``target``, and on top of it what tools had put on top of its own."""
+    module.__class__ = _made_again(type(module), target)
 
 
-def _is_wrapped(cls: type[nn.Module]) -> bool:
-    # By the module that the first base comes from: importing FSDP2 takes a second.
-    return len(cls.__bases__) == 2 and cls.__bases__[0].__module__.startswith("torch.distributed.")
+def _made_again(cls: type[nn.Module], target: type[nn.Module]) -> type[nn.Module]:
+    if not _is_made(cls):
+        return target
+    *mixins, base = cls.__bases__
+    target = _made_again(base, target)
+    own = {name: value for name, value in vars(cls).items() if name not in _OF_THE_CLASS_ITSELF}
+    prefix = cls.__name__.removesuffix(base.__name__)
+    return type(f"{prefix}{target.__name__}", (*mixins, target), own)
+
+
+def _is_made(cls: type[nn.Module]) -> bool:
+    """Whether ``cls`` was made at run time, on top of one that does the work.
+
+    It says that it is torch's, which has no class of that name, and its ``forward`` is not its own, as that of
+    torch.fx's graphs is.
+    """
+    named = hasattr(sys.modules.get(cls.__module__), cls.__name__)
+    return cls.__module__.startswith("torch.") and not named and "forward" not in vars(cls)

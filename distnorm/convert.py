@@ -159,10 +159,12 @@ def undo(model: ModelT) -> ModelT:
         site = layer.__dict__.pop("_site")
         swap(layer, site.original)
         layer.momentum = site.momentum
-        for name in ("running_mean", "running_var"):  # stock layers want the dtype of their parameters
+        # Stock layers want the dtype of their parameters; what a tool computes from these is not asked.
+        dtype = next((parameter.dtype for parameter in layer.parameters()), None)
+        for name in ("running_mean", "running_var"):
             buffer = getattr(layer, name)
-            if buffer is not None and layer.weight is not None:
-                setattr(layer, name, buffer.to(layer.weight.dtype))
+            if buffer is not None and dtype is not None:
+                setattr(layer, name, buffer.to(dtype))
         if site.original is nn.SyncBatchNorm:
             layer.__dict__.setdefault("process_group", site.conversion.recipe.policy.scope)
     return model

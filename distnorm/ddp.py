@@ -18,7 +18,8 @@ _ATTRIBUTE = "_ddp_params_and_buffers_to_ignore"
 def ignore_buffers(model: nn.Module, layers: Sequence[nn.Module]) -> None:
     """List the running statistics of ``layers`` for DDP to leave alone once it wraps ``model``."""
     listed = list(getattr(model, _ATTRIBUTE, ()))
-    setattr(model, _ATTRIBUTE, listed + [name for name in _names(model, layers) if name not in listed])
+    there = {name for name, _ in model.named_buffers(remove_duplicate=False)}
+    setattr(model, _ATTRIBUTE, listed + [name for name in _names(model, layers) if name in there - set(listed)])
 
 
 def heed_buffers(model: nn.Module, layers: Sequence[nn.Module]) -> None:
@@ -39,5 +40,4 @@ def _names(model: nn.Module, layers: Sequence[nn.Module]) -> list[str]:
         for prefix, layer in model.named_modules()
         if id(layer) in ours
         for name in BUFFERS
-        if getattr(layer, name) is not None
     ]

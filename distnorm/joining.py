@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import takewhile
 from types import CodeType, FunctionType, ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional
@@ -23,9 +23,9 @@ _RELUS: tuple[object, ...] = (functional.relu, functional.relu_, torch.relu, tor
 class Attributes(NamedTuple):
     """Attributes of ``self``: converted norms, plain ReLU modules, and those that are None."""
 
-    norms: frozenset[str]
-    relus: frozenset[str]
-    absent: frozenset[str]
+    norms: frozenset[str] = frozenset()
+    relus: frozenset[str] = frozenset()
+    absent: frozenset[str] = frozenset()
 
 
 @dataclass
@@ -36,6 +36,16 @@ class Found:
     """By norm, what it took over."""
     relus: set[str] = field(default_factory=set)
     absent: set[str] = field(default_factory=set)
+    functions: set[tuple[str, ...]] = field(default_factory=set)
+    """Where the code finds functional relus, such as ``("F", "relu")``."""
+
+
+def is_relu(path: tuple[str, ...], names: dict[str, Any]) -> bool:
+    """Whether a global name among ``names``, or an attribute of a module, stands for a functional relu."""
+    value = names.get(path[0]) if path else None
+    for name in path[1:]:
+        value = getattr(value, name, None) if isinstance(value, ModuleType) else None
+    return any(value is each for each in _RELUS)
 
 
 class _Tail(NamedTuple):
@@ -59,15 +69,18 @@ class _Tail(NamedTuple):
 class Joiner(ast.NodeTransformer):
     """Joins expressions from the inside out, then the statements around them."""
 
-    def __init__(self, function: FunctionType, attributes: Attributes) -> None:
+    def __init__(self, function: FunctionType, definition: ast.FunctionDef, attributes: Attributes) -> None:
         self.me = function.__code__.co_varnames[0]
         self.found = Found()
-        self._attributes = attributes
+        changed = {self._own(each) for each in ast.walk(definition) if not isinstance(_context(each), ast.Load)}
+        self._attributes = Attributes(*(names - changed for names in attributes))
         self._globals = function.__globals__
         codes = list(_codes(function.__code__))
         self._bound = {name for code in codes for name in (*code.co_varnames, *code.co_cellvars)}
         self._outlive = {name for code in codes for name in (*code.co_names, *code.co_cellvars, *code.co_freevars)}
-        """Names that may be read when the function has returned: those of closures, and global ones."""
+        """Names that other code reads and binds, also when the function has returned: of closures, and global ones."""
+        self._rescued = {name for each in ast.walk(definition) for name in _read_after_errors(each)}
+        """Names whose value may be asked for where a statement has failed."""
         self._tails: dict[ast.Call, _Tail] = {}
         """Calls of norms that something was joined to."""
 
@@ -91,7 +104,9 @@ class Joiner(ast.NodeTransformer):
         if not isinstance(node, ast.Call):
             return None
         options = [*node.args[1:], *(each.value for each in node.keywords)]
-        if node.args and any(self._value(node.func) is each for each in _RELUS):
+        path = self._path(node.func)
+        if node.args and is_relu(path, self._globals):
+            self.found.functions.add(path)
             return node.args[0] if all(isinstance(each, ast.Constant) for each in options) else None
         if options:
             return None
@@ -102,14 +117,12 @@ class Joiner(ast.NodeTransformer):
         is_method = isinstance(node.func, ast.Attribute) and node.func.attr in ("relu", "relu_") and own is None
         return node.func.value if is_method and isinstance(node.func, ast.Attribute) and not node.args else None
 
-    def _value(self, node: ast.AST) -> object:
-        """What a global name, or an attribute of a module, stands for."""
+    def _path(self, node: ast.AST) -> tuple[str, ...]:
+        """A global name, and attributes of what it stands for."""
         if isinstance(node, ast.Name) and node.id not in self._bound:
-            return self._globals.get(node.id)
-        if isinstance(node, ast.Attribute):
-            owner = self._value(node.value)
-            return getattr(owner, node.attr, None) if isinstance(owner, ModuleType) else None
-        return None
+            return (node.id,)
+        owner = self._path(node.value) if isinstance(node, ast.Attribute) else ()
+        return (*owner, node.attr) if isinstance(node, ast.Attribute) and owner else ()
 
     def _is_dead(self, node: ast.stmt) -> bool:
         """``if self.name is not None`` or ``if self.name``, of what is None."""
@@ -136,10 +149,16 @@ class Joiner(ast.NodeTransformer):
         """``norm(x) + y`` or ``y + norm(x)``, where y is a name."""
         super().generic_visit(node)
         for norm, other in _sides(node):
-            joined = self._join(norm, _Tail(other))
+            joined = None if other is node.left and self._may_rebind(norm, other.id) else self._join(norm, _Tail(other))
             if joined is not None:
                 return joined
         return node
+
+    def _may_rebind(self, norm: ast.AST, name: str) -> bool:
+        """Whether what ``norm`` is called with may give ``name``, which stands before it, another value."""
+        bound = any(isinstance(each, ast.NamedExpr) and each.target.id == name for each in ast.walk(norm))
+        runs_code = isinstance(norm, ast.Call) and not all(isinstance(each, ast.Name) for each in norm.args)
+        return bound or (runs_code and name in self._outlive)
 
     def _join(self, norm: ast.AST | None, tail: _Tail) -> ast.Call | None:
         """The call of a norm, changed so that it has ``tail`` too; None, and nothing changed, where it cannot."""
@@ -171,7 +190,7 @@ class Joiner(ast.NodeTransformer):
         waiting = deque(block)
         while waiting:
             statement = waiting.popleft()
-            name = _assigned(statement)
+            name = None if _assigned(statement) in self._rescued else _assigned(statement)
             while name is not None and isinstance(statement, ast.Assign) and self._is_norm(statement.value):
                 dead = list(takewhile(self._is_dead, waiting))
                 if len(dead) == len(waiting):
@@ -221,6 +240,17 @@ def _codes(code: CodeType) -> Iterator[CodeType]:
     for each in code.co_consts:
         if isinstance(each, CodeType):
             yield from _codes(each)
+
+
+def _context(node: ast.AST) -> ast.expr_context:
+    return node.ctx if isinstance(node, ast.Attribute) else ast.Load()
+
+
+def _read_after_errors(node: ast.AST) -> Iterator[str]:
+    """Names that are read where ``node`` handles errors of its body, or cleans up after it."""
+    if isinstance(node, ast.Try | ast.TryStar):
+        for part in (*node.handlers, *node.finalbody):
+            yield from (each.id for each in ast.walk(part) if isinstance(each, ast.Name))
 
 
 def _sides(node: ast.BinOp) -> Iterator[tuple[ast.expr, ast.Name]]:

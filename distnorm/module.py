@@ -23,6 +23,7 @@ from distnorm.policies import Local
 from distnorm.share import NOW, KeepLocal, LayerShare, absorb_unseen
 from distnorm.site import Site
 from distnorm.surroundings import are_plain, is_fake, transforming
+from distnorm.tracing import is_traced, leaf
 from distnorm.types import Affine, Tail
 
 
@@ -48,15 +49,31 @@ class DistNorm(_BatchNorm):
         """What normalizes here."""
         return self._site.conversion.recipe
 
-    def forward(
-        self, input: Tensor, residual: Tensor | None = None, *, relu: bool = False, widen: bool = True
-    ) -> Tensor:
+    # What torch.jit.script shall not read; it compiles ``forward`` as far as ``is_scripting`` tells it to.
+    __jit_ignored_attributes__ = ("_site", "tail")
+    __jit_unused_properties__ = ["recipe", "_place"]  # noqa: RUF012
+    __constants__ = [*_BatchNorm.__constants__, "_place"]  # noqa: RUF012
+
+    @property
+    def _place(self) -> str:
+        """The layer's name in the model that was converted."""
+        return self._site.name
+
+    def forward(self, input: Tensor, residual: Tensor | None = None, relu: bool = False, widen: bool = True) -> Tensor:
         """``relu(norm(input) + residual)``, with what is asked for of the tail.
 
         In training the kernels form it in the same passes over memory, and its gradients too, if ``residual`` has the
         shape, dtype and device of ``input``. Otherwise it is added as ``+`` does, which may give a wider dtype, or
         without ``widen`` as ``+=`` does.
         """
+        if torch.jit.is_scripting():
+            return _finish(self._evaluate_scripted(input), residual, relu, widen)
+        else:
+            return self._forward(input, residual, relu, widen)
+
+    def _forward(self, input: Tensor, residual: Tensor | None, relu: bool, widen: bool) -> Tensor:
+        if is_traced(input):
+            return _finish(leaf(self, input), residual, relu, widen)
         self._check(input)
         affine = Affine(self.weight, self.bias, self.eps, self.running_var, self.num_batches_tracked)
         if not self.training:
@@ -75,16 +92,16 @@ class DistNorm(_BatchNorm):
     def _train(self, input: Tensor, affine: Affine, tail: Tail | None) -> Tensor:
         """Normalize: by the kernels, which add the ``tail``, or if that is None on the plain path."""
         share = self._share(input)
-        method, tracks = self.recipe.method, self.track_running_stats
+        method, tracks, whole = self.recipe.method, self.track_running_stats, running.is_whole(self)
         if isinstance(method, ChannelAffine) and tail is not None:
-            tracked = partial(running.running_of, self) if tracks else None
+            tracked = partial(running.running_of, self) if tracks and whole else None
             between = overlap.arrangement(self, input) if self.recipe.overlap else None
             y = fused.normalize(method, input, share, affine, between, tracked, tail)
         elif isinstance(share, KeepLocal) and isinstance(method, BatchNorm) and transforming():
             return _BatchNorm.forward(self, input)  # torch's own: nobody else knows its rules under transforms
         else:
             y = method.normalize(input, share, affine)
-        if tracks and not share.absorbed:
+        if tracks and not (whole and share.absorbed):
             self._track(share)
         return y
 
@@ -122,9 +139,30 @@ class DistNorm(_BatchNorm):
         mean_C, var_C = self.running_mean, self.running_var
         if mean_C is None or var_C is None:
             return self.recipe.method.normalize(x_NCL, KeepLocal(), affine)
-        weight_C = None if self.weight is None else self.weight.to(mean_C.dtype)
-        bias_C = None if self.bias is None else self.bias.to(mean_C.dtype)
+        weight_C, bias_C = (None if each is None else each.to(mean_C.dtype) for each in affine[:2])
         return F.batch_norm(x_NCL, mean_C, var_C, weight_C, bias_C, False, 0.0, self.eps)
+
+    def _evaluate_scripted(self, input: Tensor) -> Tensor:
+        if self.training:
+            raise RuntimeError(f"{self._place}: scripted from evaluation, where nothing is shared; call eval().")
+        mean_C, var_C = self.running_mean, self.running_var
+        dtype = input.dtype if mean_C is None else mean_C.dtype
+        weight_C = None if self.weight is None else self.weight.to(dtype)
+        bias_C = None if self.bias is None else self.bias.to(dtype)
+        return F.batch_norm(input, mean_C, var_C, weight_C, bias_C, mean_C is None and var_C is None, 0.0, self.eps)
+
+    def __prepare_scriptable__(self) -> DistNorm:
+        if self.training:
+            raise RuntimeError(
+                f"{self._place}: torch.jit.script cannot share statistics in training. Script the model in evaluation, "
+                "model.eval(), or a stock one, distnorm.revert(model)."
+            )
+        if self.running_mean is None and not isinstance(self.recipe.method, BatchNorm):
+            raise RuntimeError(
+                f"{self._place}: without running statistics torch.jit.script knows those of batch norm; this is "
+                f"{self.recipe.method}."
+            )
+        return self
 
     def _track(self, share: LayerShare | KeepLocal) -> None:
         assert share.shared is not None
@@ -146,10 +184,17 @@ class DistNorm(_BatchNorm):
             raise TypeError(
                 f"{self._site.name}: given {x_NCL.dtype} values; normalization needs a floating-point input."
             )
-        if x_NCL.shape[1] != self.num_features:
+        if not torch.jit.is_tracing() and x_NCL.shape[1] != self.num_features:
             raise ValueError(
                 f"{self._site.name}: given {x_NCL.shape[1]} channels (shape {tuple(x_NCL.shape)}); the layer "
                 f"normalizes {self.num_features}, in dimension 1."
+            )
+        used = self.track_running_stats or not self.training
+        if used and (self.running_mean is None) != (self.running_var is None):
+            missing, there = ("mean", "var") if self.running_mean is None else ("var", "mean")
+            raise ValueError(
+                f"{self._site.name}: running_{missing} is None and running_{there} is not. Set both to None for a "
+                "layer that always takes the statistics of its batch, or neither."
             )
 
     def _check_training(self, x_NCL: Tensor) -> None:

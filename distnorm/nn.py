@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import nn
 
 from distnorm.binding import Conversion
+from distnorm.class_swap import underlying
 from distnorm.convert import apply_to
 from distnorm.grid import Recipe
 from distnorm.methods import BatchNorm
@@ -25,6 +26,8 @@ class SyncBatchNorm(DistSyncBatchNorm):
 
     ``[N, C, ...]`` in and out. One collective per direction in training, none in evaluation. Errors as ``DistNorm``.
     """
+
+    __jit_unused_properties__ = [*DistSyncBatchNorm.__jit_unused_properties__, "process_group"]  # noqa: RUF012
 
     def __init__(
         self,
@@ -59,7 +62,9 @@ class SyncBatchNorm(DistSyncBatchNorm):
         stock: tuple[type[nn.modules.batchnorm._BatchNorm], ...]
         stock = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
         layers = [
-            (name or type(layer).__name__, layer) for name, layer in module.named_modules() if type(layer) in stock
+            (name or type(layer).__name__, layer)
+            for name, layer in module.named_modules()
+            if underlying(layer) in stock
         ]
         targets: dict[type[nn.modules.batchnorm._BatchNorm], type[DistNorm]] = dict.fromkeys(stock, cls)
         apply_to(module, layers, Conversion(_recipe(process_group), mesh=None), targets)

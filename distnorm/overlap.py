@@ -18,10 +18,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 
 from distnorm.boundary import Left
 from distnorm.class_swap import swap, underlying
 from distnorm.surroundings import are_plain, is_batch
+from distnorm.tracing import is_traced, leaf
 
 _ARRANGED = "_arranged"
 _FOLLOWER = "_follower"
@@ -41,21 +43,31 @@ class _Arrangement(NamedTuple):
         return same and self.versions == _versions(self.parameters)
 
 
-class LateConv:
+class LateConv(_ConvNd):
     """A convolution whose weight gradient may come late. Mixed in before torch's class."""
 
     def forward(self, input: Tensor) -> Tensor:
         """As torch's convolution."""
-        arranged: _Arrangement | None = self.__dict__.pop(_ARRANGED, None) if _ARRANGED in self.__dict__ else None
-        if arranged is None or not self._suits(input) or not arranged.holds(self):  # type: ignore[arg-type]
-            output: Tensor = super().forward(input)  # type: ignore[misc]
+        if torch.jit.is_scripting():
+            output: Tensor = self._conv_forward(input, self.weight, self.bias)
             return output
-        geometry = self.stride, self.padding, self.dilation, self.groups  # type: ignore[attr-defined]
+        else:
+            return self._forward(input)
+
+    def _forward(self, input: Tensor) -> Tensor:
+        if is_traced(input):
+            node: Tensor = leaf(self, input)
+            return node
+        arranged: _Arrangement | None = self.__dict__.pop(_ARRANGED, None) if _ARRANGED in self.__dict__ else None
+        if arranged is None or not self._suits(input) or not arranged.holds(self):
+            output: Tensor = super().forward(input)
+            return output
+        geometry = self.stride, self.padding, self.dilation, self.groups
         output = _Convolve.apply(input, *arranged.late, *arranged.parameters, arranged.deferred, geometry)
         return output
 
     def _suits(self, input: Tensor) -> bool:
-        batched = input.dim() == self.weight.dim()  # type: ignore[attr-defined]
+        batched = input.dim() == self.weight.dim()
         return batched and input.requires_grad and torch.is_grad_enabled() and are_plain(input)
 
 
@@ -129,8 +141,12 @@ def _pads_zeros(conv: nn.Module) -> bool:
 
 
 def _is_plain(conv: nn.Module) -> bool:
-    parameters = (conv.weight, conv.bias)
-    return all(each is None or (type(each) is nn.Parameter and each.requires_grad) for each in parameters)
+    # Not by the attributes: reading one that a tool computes may change its state, as torch's spectral_norm does.
+    parameters = conv._parameters
+    computed = any(name not in parameters for name in ("weight", "bias"))
+    return not computed and all(
+        each is None or (type(each) is nn.Parameter and each.requires_grad) for each in parameters.values()
+    )
 
 
 class _Late(torch.autograd.Function):

@@ -41,7 +41,7 @@ def rewrite(function: FunctionType, attributes: Attributes) -> tuple[FunctionTyp
     definition = next(_definitions(file, code), None)
     if definition is None or not code.co_varnames or not _is_same(_compiled(definition, file, code), code):
         return None
-    joiner = Joiner(function, attributes)
+    joiner = Joiner(function, definition, attributes)
     if _rebinds(definition, joiner.me):
         return None
     joiner.visit(definition)

@@ -36,7 +36,7 @@ def absorb_shared(layer: _BatchNorm, method: Method, shared: Tensor, landed: Ten
 def _absorb_now(layer: _BatchNorm, method: Method, shared: Tensor) -> None:
     # In C where that can be, as layers' passes do: ranks whose batches take other paths must agree to the bit.
     formula = method.formula() if isinstance(method, ChannelAffine) else None
-    if formula is not None and dense.absorb(formula, shared, running_of(layer)):
+    if formula is not None and is_whole(layer) and dense.absorb(formula, shared, running_of(layer)):
         return
     count = shared[-1]
     if count > 1:
@@ -53,29 +53,35 @@ def absorb(layer: _BatchNorm, moments: Moments, count: Tensor, landed: Tensor | 
         if landed and count > 1:
             _move(layer, moments, _next_rate(layer))
         return
-    mean_C, var_C = layer.running_mean, layer.running_var
-    assert mean_C is not None and var_C is not None and layer.num_batches_tracked is not None
     fresh = (landed * (count > 1)).to(count.dtype)
-    layer.num_batches_tracked.add_(fresh.to(layer.num_batches_tracked.dtype))
-    momentum = layer.momentum if layer.momentum is not None else 1 / layer.num_batches_tracked.clamp_min(1)
-    rate = fresh * momentum
-    if moments.mean_C is not None:
-        _lerp(mean_C, moments.mean_C, rate)
-    _lerp(var_C, moments.var_C, rate)
+    momentum: Tensor | float = layer.momentum or 0.0
+    if layer.num_batches_tracked is not None:
+        layer.num_batches_tracked.add_(fresh.to(layer.num_batches_tracked.dtype))
+        if layer.momentum is None:
+            momentum = 1 / layer.num_batches_tracked.clamp_min(1)
+    for buffer_C, fresh_C in _pairs(layer, moments):
+        _lerp(buffer_C, fresh_C, fresh * momentum)
 
 
 def _next_rate(layer: _BatchNorm) -> float:
     """Count a step that needs no caution, and return the weight of its moments: what ``absorb`` does with tensors."""
-    assert layer.num_batches_tracked is not None
-    layer.num_batches_tracked.add_(1)
-    return layer.momentum if layer.momentum is not None else 1 / float(layer.num_batches_tracked)
+    if layer.num_batches_tracked is not None:
+        layer.num_batches_tracked.add_(1)
+        if layer.momentum is None:
+            return 1 / float(layer.num_batches_tracked)
+    return layer.momentum or 0.0
 
 
 def _move(layer: _BatchNorm, moments: Moments, rate: float) -> None:
-    assert layer.running_mean is not None and layer.running_var is not None
-    if moments.mean_C is not None:
-        layer.running_mean.lerp_(moments.mean_C.to(layer.running_mean.dtype), rate)
-    layer.running_var.lerp_(moments.var_C.to(layer.running_var.dtype), rate)
+    for buffer_C, fresh_C in _pairs(layer, moments):
+        buffer_C.lerp_(fresh_C.to(buffer_C.dtype), rate)
+
+
+def _pairs(layer: _BatchNorm, moments: Moments) -> Iterator[tuple[Tensor, Tensor]]:
+    """Running statistics and what they absorb; none, if they were set to None."""
+    for buffer_C, fresh_C in ((layer.running_mean, moments.mean_C), (layer.running_var, moments.var_C)):
+        if buffer_C is not None and fresh_C is not None:
+            yield buffer_C, fresh_C
 
 
 def _lerp(buffer_C: Tensor, fresh_C: Tensor, rate: Tensor) -> None:
@@ -89,10 +95,10 @@ def absorb_landed(layers: Mapping[str, _BatchNorm], landed: Iterable[Landed], me
     """``absorb`` what became global at a step's end."""
     for each in landed:
         layer = layers.get(each.layer)
-        if layer is None or layer.running_var is None:
+        if layer is None or not layer.track_running_stats:
             continue
         formula = method.formula() if each.means.is_cuda and isinstance(method, ChannelAffine) else None
-        if formula is not None and gpu.available():
+        if formula is not None and gpu.available() and is_whole(layer):
             from distnorm.kernels.gpu.gpu_pass import absorb_means  # imports Triton
 
             absorb_means(formula, each, running_of(layer))
@@ -101,8 +107,13 @@ def absorb_landed(layers: Mapping[str, _BatchNorm], landed: Iterable[Landed], me
             absorb(layer, moments, each.total, each.weight)
 
 
+def is_whole(layer: _BatchNorm) -> bool:
+    """Whether ``layer`` has all buffers that kernels move by the way."""
+    return all(getattr(layer, name) is not None for name in BUFFERS)
+
+
 def running_of(layer: _BatchNorm) -> Running:
-    """The running statistics of a layer that tracks them."""
+    """The running statistics of a layer that has all of them."""
     mean_C, var_C, updates = layer.running_mean, layer.running_var, layer.num_batches_tracked
     assert mean_C is not None and var_C is not None and updates is not None
     return Running(mean_C, var_C, updates, layer.momentum)

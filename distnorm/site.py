@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 from torch import Tensor
@@ -48,6 +49,15 @@ class Site:
         """Open a line of its own for the copy."""
         self.__dict__.update(state)
         self._open()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Site:
+        """Register the layer's copy with the copied conversion, whichever ``__deepcopy__`` the layer's class has."""
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        copied.__setstate__(deepcopy(self.__getstate__(), memo))
+        layer = dict(self.conversion.layers()).get(self.name)
+        if layer is not None and id(layer) in memo:
+            copied.conversion.add(self.index, self.name, memo[id(layer)])
+        return copied
 
     def alone(self, x_NCL: Tensor) -> bool:
         """Whether nothing is shared, so that ``x_NCL`` can be normalized without this channel.

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from distnorm.class_swap import swap, underlying
+from distnorm.tracing import is_traced, leaf
 
 
 def centred(weight: Tensor) -> Tensor:
@@ -44,6 +45,17 @@ class Centralized:
         """What the layer computes with."""
         evaluating = not self.training and not torch.compiler.is_compiling()
         return weight if self.projected or (evaluating and self.stock()) else centred(weight)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Apply the centred weight; one node to torch.fx, so that what is centred is decided when its graph runs."""
+        y: Tensor = leaf(self, input) if is_traced(input) else super().forward(input)  # type: ignore[arg-type, misc]
+        return y
+
+    def __prepare_scriptable__(self) -> None:
+        raise RuntimeError(
+            f"{self}: torch.jit.script does not know centred weights. Script a stock model, which evaluates alike: "
+            "distnorm.revert(copy.deepcopy(model))."
+        )
 
     @torch.no_grad()
     def project(self) -> None:
@@ -100,6 +112,8 @@ class CentralizedLinear(Centralized, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply the centred weight."""
+        if is_traced(input):
+            return super().forward(input)
         return nn.functional.linear(input, self.effective_weight(self.weight), self.bias)
 
 

@@ -82,6 +82,14 @@ class Helper(Block):
         return inner(self.relu(self.a(x)))
 
 
+class Named(Block):
+    """Names that are bound on the way, and read where they were read before."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.a(y := self.conv(x)) + y)
+        return x + self.b(y := torch.relu(y))
+
+
 class Sequence(nn.Sequential):
     def __init__(self) -> None:
         relu = nn.ReLU()
@@ -94,6 +102,7 @@ FOUND: dict[type[nn.Module], dict[str, str]] = {
     Returned: {"a": "relu", "b": "residual, relu"},
     Added: {"a": "relu", "b": "residual"},
     Helper: {"a": "relu", "b": "relu"},
+    Named: {"a": "residual, relu", "b": "residual"},
     Sequence: {"1": "relu"},
 }
 
@@ -193,6 +202,94 @@ class Rebound(Block):
         return self.relu(other.a(x))
 
 
+class Walrus(Block):
+    """The first ``y`` is read before the second is bound."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x * 3
+        return y + self.a(y := self.conv(x))
+
+
+class InnerWalrus(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        y = x * 3
+        return y + self.a(self.conv(x) + torch.tanh(y := x * 2))
+
+
+class WalrusInComprehension(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        y = x * 3
+        return y + self.a(torch.stack([(y := each + x) for each in (x, 2 * x)]).sum(0))
+
+
+class Nonlocal(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        y = x * 3
+
+        def halve() -> Tensor:
+            nonlocal y
+            y = y / 2
+            return x
+
+        return y + self.a(halve())
+
+
+shift = torch.ones(1, dtype=torch.float64)
+
+
+class RebindsGlobal(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        global shift
+        shift = shift.new_ones(1)
+        return shift + self.a(self.double(x))
+
+    def double(self, x: Tensor) -> Tensor:
+        global shift
+        shift = shift * 2
+        return x
+
+
+class ReplacesItsRelu(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        self.relu = nn.ReLU()
+        return self.relu(self.a(self.drop(x)))
+
+    def drop(self, x: Tensor) -> Tensor:
+        return x
+
+
+class GrowsItsShortcut(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        identity = x
+        self.downsample = nn.Tanh()
+        out = self.a(x)
+        if self.downsample is not None:
+            identity = self.downsample(x)
+        out += identity
+        self.downsample = None
+        return out
+
+
+class Finally(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        try:
+            y = self.a(x)
+            return torch.relu(y)
+        finally:
+            self.seen.append(y)
+
+
+class Handled(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        y = x
+        try:
+            y = self.a(x)
+            y = F.relu(y)
+        except RuntimeError:
+            self.seen.append(y)
+        return y
+
+
 class Options(Block):
     def forward(self, x: Tensor) -> Tensor:
         return self.relu(self.a(input=x)) + self.relu(self.b(*[x]))
@@ -202,4 +299,6 @@ unread: dict[str, type[nn.Module]] = {"Block": Block}  # type: ignore[dict-item]
 exec("class Unread(Block):\n    def forward(self, x):\n        return self.relu(self.a(x))\n", unread)
 
 LEFT: list[type[nn.Module]] = [UsedTwice, Between, OtherActivation, AlsoItself, Alive]
+LEFT += [Walrus, InnerWalrus, WalrusInComprehension, Nonlocal, RebindsGlobal]
+LEFT += [ReplacesItsRelu, GrowsItsShortcut, Finally, Handled]
 LEFT += [Kept, Global, Attribute, Super, Shadowed, Rebound, Options, unread["Unread"]]

@@ -18,9 +18,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import Variable, forward_ad
 from torch.distributed import distributed_c10d
+from torch.jit._script import call_prepare_scriptable_func
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -313,6 +315,28 @@ def test_modules_apply_load_and_save_by_these_methods() -> None:
     model.double()
     model.load_state_dict(model.state_dict())
     assert calls == ["apply", "save", "load"]
+
+
+# --- class_swap, tracing and module: classes that torch makes, and what its tracers read ----------
+
+
+def test_parametrized_modules_have_a_class_of_their_own() -> None:
+    made = type(parametrize.register_parametrization(nn.BatchNorm2d(3), "weight", nn.Identity()))
+    assert made.__bases__ == (nn.BatchNorm2d,) and made.__module__ == parametrize.__name__
+    assert made.__name__ == "ParametrizedBatchNorm2d" and not hasattr(parametrize, made.__name__)
+    assert isinstance(vars(made)["weight"], property)
+
+
+def test_scripting_asks_a_module_first_and_puts_what_it_answers_into_the_model() -> None:
+    """Why converted layers answer with themselves: another layer would stay in the model that goes on training."""
+
+    class Asked(nn.Identity):
+        def __prepare_scriptable__(self) -> nn.Module:
+            return nn.ReLU()
+
+    model = nn.Sequential(Asked())
+    call_prepare_scriptable_func(model)
+    assert type(model[0]) is nn.ReLU
 
 
 # --- kernels: ATen's batch norm as a loop --------------------------------------------------------

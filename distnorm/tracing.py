@@ -1,0 +1,30 @@
+"""Tracers meet converted layers: torch.fx records one node for each, as for torch's own layers."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from torch import nn
+from torch.fx import Proxy
+
+
+def is_traced(value: object) -> bool:
+    """Whether ``value`` stands for one that a graph of torch.fx will hold."""
+    return isinstance(value, Proxy)
+
+
+def leaf(module: nn.Module, proxy: Any) -> Any:
+    """The node that calls ``module`` with ``proxy``.
+
+    A tracer takes for leaves what ``torch.nn`` defines, and walks into all other modules.
+
+    Raises:
+        TypeError: ``module`` is not a part of the model that is traced, but all of it.
+    """
+    path = cast(Any, proxy.tracer).path_of_module(module)
+    if not path:
+        raise TypeError(
+            f"torch.fx: {type(module).__name__} is one node of a graph; trace a model that has it, such as "
+            "torch.nn.Sequential(layer)."
+        )
+    return proxy.tracer.create_proxy("call_module", path, (proxy,), {})
