@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -22,6 +23,7 @@ from distnorm.methods import ChannelAffine
 from distnorm.methods.base import compute_dtype
 from distnorm.share import NOW, KeepLocal, LayerShare
 from distnorm.site import Site
+from distnorm.transport import LostGroup
 from distnorm.types import Affine, Tail
 
 
@@ -115,7 +117,7 @@ class DistNorm(_BatchNorm):
 
     def _track(self, share: LayerShare | KeepLocal) -> None:
         assert share.shared is not None
-        landed = self.recipe.policy.always_lands or share.landed()
+        landed = self.recipe.policy.facts.always_lands or share.landed()
         running.absorb_shared(self, self.recipe.method, share.shared, landed)
 
     def _check(self, x_NCL: Tensor) -> None:
@@ -134,7 +136,7 @@ class DistNorm(_BatchNorm):
             )
 
     def _check_loss_scale(self, x_NCL: Tensor) -> None:
-        scaled = x_NCL.dtype == torch.float16 and torch.is_grad_enabled() and self.recipe.policy.keeps_cotangents
+        scaled = x_NCL.dtype == torch.float16 and torch.is_grad_enabled() and self.recipe.policy.facts.keeps_cotangents
         if scaled and self._site.conversion.loss_scale is None:
             raise RuntimeError(
                 f"{self._site.name}: float16 training with {self.recipe.policy}, which keeps cotangents over steps, "
@@ -199,6 +201,11 @@ class DistBatchNorm3d(DistNorm, nn.BatchNorm3d):
 
 class DistSyncBatchNorm(DistNorm):
     """Any layout from ``[N, C]`` on, as torch's SyncBatchNorm takes it."""
+
+    @property
+    def process_group(self) -> dist.ProcessGroup | LostGroup | None:
+        """The group that the layer was given: nothing is shared beyond it. None means what the recipe says."""
+        return self._site.conversion.process_group
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() < 2:

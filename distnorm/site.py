@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -12,11 +14,15 @@ from distnorm.binding import Binding, Conversion
 from distnorm.boundary import NO_BACKWARD, graph_task
 from distnorm.recompute import Record, Records
 from distnorm.share import NOW, open_channel
+from distnorm.transport import LostGroup, lost
 from distnorm.types import Direction, Slot
 
 
 class Site:
     """The channel (see ``share.Channel``) of one layer, and what ``revert`` and error messages need to know of it."""
+
+    process_group: dist.ProcessGroup | LostGroup | None = None
+    """The one that the layer had of its own."""
 
     def __init__(
         self,
@@ -25,13 +31,15 @@ class Site:
         name: str,
         original: type[_BatchNorm],
         momentum: float | None,
+        process_group: dist.ProcessGroup | None = None,
     ) -> None:
-        """Layer number ``index`` of ``conversion``; ``revert`` gives ``original`` class and ``momentum`` back."""
+        """Layer number ``index`` of ``conversion``; ``revert`` gives ``original`` class, momentum and group back."""
         self.conversion = conversion
         self.index = index
         self.name = name
         self.original = original
         self.momentum = momentum
+        self.process_group = process_group
         self._open()
 
     def _open(self) -> None:
@@ -41,7 +49,15 @@ class Site:
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies keep what was configured and drop what is in use."""
-        return {name: getattr(self, name) for name in ("conversion", "index", "name", "original", "momentum")}
+        kept = {name: getattr(self, name) for name in ("conversion", "index", "name", "original", "momentum")}
+        return {**kept, "process_group": lost(self.process_group)}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Site:
+        """Within a process a group stays valid."""
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        state = {**self.__getstate__(), "process_group": self.process_group}
+        copied.__setstate__({**state, "conversion": copy.deepcopy(self.conversion, memo)})
+        return copied
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Open a line of its own for the copy."""
@@ -115,7 +131,7 @@ class Site:
             RuntimeError: second derivatives of a policy whose cotangents outlive their step.
         """
         binding = self.conversion.bound()
-        if not learning and self.conversion.recipe.policy.keeps_cotangents:
+        if not learning and self.conversion.recipe.policy.facts.keeps_cotangents:
             raise RuntimeError(
                 f"{self.name}: {self.conversion.recipe.policy} averages cotangents over steps, so there is no second "
                 "derivative (create_graph=True). Use an exact recipe such as sync_bn for this layer."
@@ -123,7 +139,7 @@ class Site:
         if learning and graph_task() != NO_BACKWARD:
             binding.expect_boundary()
         slot = self._slot(binding, "backward", step, learning=learning)
-        if self.conversion.recipe.policy.keeps_cotangents:
+        if self.conversion.recipe.policy.facts.keeps_cotangents:
             slot = slot._replace(loss_scale=binding.loss_scale_of_pass())
         try:
             answer = binding.reducer.start(wire, slot._replace(forward_count=count))

@@ -111,7 +111,7 @@ class Job:
 
     def _warn_if_alone(self) -> None:
         policy = self.settings.build().policy
-        synchronizes = policy.collectives > 0 or policy.background > 0
+        synchronizes = policy.facts.communicates
         alone = not dist.is_initialized() or dist.get_world_size() == 1
         if synchronizes and alone and not self._warned:
             self._warned = True

@@ -19,6 +19,8 @@ from torch import Tensor
 from distnorm.compiled import library
 from distnorm.policies.base import Policy, Reducer
 from distnorm.policies.bucket import DOUBLE, Bucket, at_or_number, loss_scale_of
+from distnorm.policies.facts import Facts
+from distnorm.policies.routes import Routes
 from distnorm.transport import Group, Topology
 from distnorm.types import Direction, Landed, Layout, Slot, Watch
 
@@ -29,6 +31,7 @@ class _Window(Reducer):
     def __init__(self, policy: Moving, blocking: Group, background: Group, layout: Layout) -> None:
         super().__init__(blocking.size)
         self.policy = policy
+        self.late = policy.staleness > 0
         self.blocking = blocking
         self.bucket = Bucket(layout, background)
         # The newest entry never enters the ring before it is global: the window is the ring and the newest.
@@ -37,6 +40,9 @@ class _Window(Reducer):
         self.filled = torch.zeros(self.bucket.slots, dtype=torch.int64, device=layout.device)
         self.position = torch.zeros_like(self.filled)
         self.sums = torch.zeros(self.bucket.values, dtype=torch.float64, device=layout.device)
+
+    def routes(self) -> Routes:
+        return [(self.blocking.ranks,)]
 
     def reduce(self, wire: Tensor, slot: Slot) -> Tensor:
         if not slot.learning:
@@ -232,21 +238,12 @@ class Moving(Policy):
         return _Window(self, blocking, background, layout)
 
     @property
-    def collectives(self) -> float:
-        """One if it blocks."""
-        return 1.0 - self.staleness
-
-    @property
-    def background(self) -> float:
-        """One if it does not block."""
-        return float(self.staleness)
-
-    @property
-    def always_lands(self) -> bool:
-        """Not in training steps, if asynchronous."""
-        return self.staleness == 0
-
-    @property
-    def keeps_cotangents(self) -> bool:
-        """Windows hold cotangents of many steps."""
-        return True
+    def facts(self) -> Facts:
+        """One collective, which blocks or does not; windows hold cotangents of many steps."""
+        return Facts(
+            collectives=1.0 - self.staleness,
+            background=float(self.staleness),
+            staleness=self.staleness,
+            always_lands=self.staleness == 0,
+            keeps_cotangents=True,
+        )

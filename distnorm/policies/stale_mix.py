@@ -18,11 +18,15 @@ from torch import Tensor
 from distnorm.compiled import library
 from distnorm.policies.base import Policy, Reducer
 from distnorm.policies.bucket import DOUBLE, Bucket, at_or_number, loss_scale_of
+from distnorm.policies.facts import Facts
+from distnorm.policies.routes import Routes
 from distnorm.transport import Group, Topology
 from distnorm.types import Landed, Layout, Slot, Watch
 
 
 class _Mix(Reducer):
+    late = True
+
     def __init__(self, blocking: Group, background: Group, layout: Layout) -> None:
         super().__init__(blocking.size)
         self.blocking = blocking
@@ -31,6 +35,9 @@ class _Mix(Reducer):
         self.others = torch.zeros(self.bucket.values, dtype=torch.float64, device=layout.device)
         """Per slot, what one other rank contributes on average; 0 before anything landed."""
         self._sent: Tensor | None = None
+
+    def routes(self) -> Routes:
+        return [(self.blocking.ranks,)]
 
     def reduce(self, wire: Tensor, slot: Slot) -> Tensor:
         if not slot.learning:
@@ -147,26 +154,6 @@ class StaleMix(Policy):
         return _Mix(blocking, background, layout)
 
     @property
-    def collectives(self) -> float:
-        """None."""
-        return 0.0
-
-    @property
-    def background(self) -> float:
-        """One."""
-        return 1.0
-
-    @property
-    def staleness(self) -> int:
-        """One step in flight."""
-        return 1
-
-    @property
-    def always_lands(self) -> bool:
-        """Not in training steps."""
-        return False
-
-    @property
-    def keeps_cotangents(self) -> bool:
-        """It reuses cotangents of an earlier step."""
-        return True
+    def facts(self) -> Facts:
+        """One asynchronous collective; cotangents of an earlier step come back."""
+        return Facts(background=1.0, staleness=1, always_lands=False, keeps_cotangents=True)

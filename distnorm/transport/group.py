@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 from weakref import ref
 
 import torch
@@ -34,6 +34,29 @@ class LostGroup:
             f"this layer was unpickled, and {self.what} cannot travel in a pickle. It evaluates as it is; "
             "to train it, call distnorm.revert(model), then distnorm.convert(model, ...) with a group of this process."
         )
+
+
+GroupT = TypeVar("GroupT")
+
+
+def check_group(group: object, owner: str) -> None:
+    """Whether ``group``, which ``owner`` was given, is one of this rank, or none.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if not isinstance(group, dist.ProcessGroup | LostGroup | None):
+        raise ValueError(
+            f"{owner}(process_group={group!r}): not a process group, or not one that covers this rank. Every rank must "
+            "pass a group it belongs to (torch.distributed.new_subgroups returns it first)."
+        )
+
+
+def lost(group: dist.ProcessGroup | GroupT) -> LostGroup | GroupT:
+    """What a pickle holds for ``group``, if it is one."""
+    if isinstance(group, dist.ProcessGroup):
+        return LostGroup(f"its process group over ranks {dist.get_process_group_ranks(group)}")
+    return group
 
 
 class Work(Protocol):
