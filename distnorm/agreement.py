@@ -129,15 +129,15 @@ def _joined(ranks: tuple[int, ...], told: list[Routes]) -> list[Joined] | None:
 def _check_handover(recipe: Recipe, first: list[Joined] | None, then: list[Joined] | None) -> None:
     if first is None or then is None:
         raise ValueError(
-            f"{recipe}: a policy of your own in a warm-up must say which ranks it joins: define routes() of its reducer."
+            f"{recipe}: a policy of your own in a warm-up must say which ranks it joins. Define its reducer's routes()."
         )
     for given in (*first, *then):
         for rank, sums in given.items():
             if sums != first[0][rank]:
                 expected, found = (sorted(each.elements()) for each in (first[0][rank], sums))
                 raise ValueError(
-                    f"{recipe}: moving statistics go on from what the warm-up shared, but on rank {rank} these join ranks "
-                    f"{expected} in one step and {found} in another. Let both policies share among the same ranks."
+                    f"{recipe}: moving statistics go on from what the warm-up shared, but rank {rank} is joined with "
+                    f"{expected} in one step and with {found} in another. Let both policies share among the same ranks."
                 )
 
 

@@ -106,7 +106,7 @@ class Binding:
         """Watch for a second forward of ``layer`` in one step, which a window cannot tell from a missed step."""
         if layer in self._used and not self._warned and self.conversion.ends_with_backward:
             self._warned = True
-            if self.conversion.recipe.policy.facts.keeps_cotangents:
+            if self.conversion.facts.keeps_cotangents:
                 logger.warning(
                     "distnorm: %s ran twice in one step; its calls share one window. If these were separate steps, or "
                     "one optimizer step over several backward passes, say so: distnorm.attach(model, optimizer=...).",
@@ -164,10 +164,13 @@ class Conversion:
     @property
     def is_bounded(self) -> bool:
         """Whether mesh, layers or recipe say which ranks this concerns: fewer than the job's, maybe."""
-        named = self.mesh, self.process_group, self.recipe.policy.facts.groups or None
+        named = self.mesh, self.process_group, self.facts.groups or None
         return any(each is not None for each in named)
 
     def _start(self) -> None:
+        self.facts = self.recipe.policy.facts
+        self.guards = self.recipe.method.follows or self.facts.keeps_cotangents
+        """Whether running statistics never absorb what is not finite: others do, as stock batch norm does."""
         self.observers: list[Observer] = []
         self.means_to_fold = True
         self.loss_scale: Callable[[], Tensor | float] | None = None
@@ -255,7 +258,7 @@ class Conversion:
         self._binding = Binding(self, world, topology, reducer, agrees=agrees)
         if self._resumed is not None:
             self._resume(self._binding, self._resumed)
-        elif self.recipe.policy.facts.keeps_cotangents:
+        elif self.facts.keeps_cotangents:
             logger.info("distnorm: moving statistics start cold")
 
     def state_dict(self) -> dict[str, Any]:
@@ -276,7 +279,7 @@ class Conversion:
         binding.reducer.load_state_dict(state["reducer"], own=own)
         binding.step = state["step"]
         self._resumed = None
-        if not own and self.recipe.policy.facts.keeps_cotangents:
+        if not own and self.facts.keeps_cotangents:
             logger.info(
                 "distnorm: rank %d of %d starts warm from the state of rank %d of %d: the shared window is kept, that "
                 "rank's own part of it is not",
@@ -292,5 +295,5 @@ class Conversion:
             return tuple(dist.get_process_group_ranks(process_group))
         if isinstance(self.mesh, DeviceMesh):
             return mesh_ranks(self.mesh, self.mesh.mesh_dim_names or ())
-        groups = agreement.ranks_of(self.recipe.policy.facts.groups or ())
+        groups = agreement.ranks_of(self.facts.groups or ())
         return agreement.ranks_within(groups, group_timeout(world)) if groups else tuple(range(dist.get_world_size()))

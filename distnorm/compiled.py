@@ -39,7 +39,21 @@ _LOOPS: dict[str, list[Any]] = {
 }
 _DENSE: dict[str, list[Any]] = {
     "sums": [_INT, _POINTER, _POINTER, *_IMAGE],
-    "normalize": [_INT, _INT, *_THREE, _INT, *_THREE, _POINTER, _DOUBLE, _DOUBLE, *_THREE, _POINTER, _DOUBLE, *_IMAGE],
+    "normalize": [
+        _INT,
+        _INT,
+        *_THREE,
+        _INT,
+        *_THREE,
+        _POINTER,
+        _DOUBLE,
+        _DOUBLE,
+        *_THREE,
+        _POINTER,
+        _DOUBLE,
+        _INT,
+        *_IMAGE,
+    ],
     "pull": [_INT, _INT, _INT, *_THREE, *_THREE, *_THREE, *_IMAGE],
     "combine": [_INT, _INT, _INT, *_THREE, _POINTER, _POINTER, _DOUBLE, _POINTER, *_IMAGE],
 }

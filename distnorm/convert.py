@@ -193,7 +193,7 @@ def narrower(process_group: dist.ProcessGroup | LostGroup | None, owner: str) ->
             f"{owner}: {process_group.what} was lost in a pickle. Set the layer's process_group to a group of this "
             "process, or to None for all ranks."
         )
-    if process_group is None or dist.get_process_group_ranks(process_group) == list(range(dist.get_world_size())):
+    if process_group is None or len(dist.get_process_group_ranks(process_group)) == dist.get_world_size():
         return None
     return process_group
 

@@ -82,7 +82,7 @@ class DistNorm(_BatchNorm):
         # A forward inside a backward pass is a checkpoint's recomputation: it changes no state.
         tracks = self.track_running_stats and (compiling or graph_task() == NO_BACKWARD)
         if isinstance(method, ChannelAffine) and tail is not None:
-            tracked = partial(running.running_of, self) if tracks else None
+            tracked = partial(running.running_of, self, guarded=self._site.conversion.guards) if tracks else None
             between = overlap.arrangement(self, input) if self.recipe.overlap else None
             y = fused.normalize(method, input, share, affine, between, tracked, tail)
         else:
@@ -117,8 +117,9 @@ class DistNorm(_BatchNorm):
 
     def _track(self, share: LayerShare | KeepLocal) -> None:
         assert share.shared is not None
-        landed = self.recipe.policy.facts.always_lands or share.landed()
-        running.absorb_shared(self, self.recipe.method, share.shared, landed)
+        conversion = self._site.conversion
+        landed = conversion.facts.always_lands or share.landed()
+        running.absorb_shared(self, self.recipe.method, share.shared, landed, guarded=conversion.guards)
 
     def _check(self, x_NCL: Tensor) -> None:
         try:
@@ -136,7 +137,9 @@ class DistNorm(_BatchNorm):
             )
 
     def _check_loss_scale(self, x_NCL: Tensor) -> None:
-        scaled = x_NCL.dtype == torch.float16 and torch.is_grad_enabled() and self.recipe.policy.facts.keeps_cotangents
+        scaled = (
+            x_NCL.dtype == torch.float16 and torch.is_grad_enabled() and self._site.conversion.facts.keeps_cotangents
+        )
         if scaled and self._site.conversion.loss_scale is None:
             raise RuntimeError(
                 f"{self._site.name}: float16 training with {self.recipe.policy}, which keeps cotangents over steps, "

@@ -22,43 +22,46 @@ logger = logging.getLogger("distnorm")
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 
-def absorb_shared(layer: _BatchNorm, method: Method, shared: Tensor, landed: Tensor | bool) -> None:
+def absorb_shared(
+    layer: _BatchNorm, method: Method, shared: Tensor, landed: Tensor | bool, *, guarded: bool = False
+) -> None:
     """``absorb`` what ``method`` makes of ``shared`` sums and their count, which ``landed`` or did not."""
-    if shared.is_cpu and not torch.compiler.is_compiling():
-        if landed:
-            _absorb_now(layer, method, shared)
-        return
     count = shared[-1]
     with torch.no_grad():
         moments = method.moments(shared[:-1].view(-1, layer.num_features) / count.clamp_min(1), count)
-        absorb(layer, moments, count, landed)
+        absorb(layer, moments, count, landed, guarded=guarded)
 
 
-def _absorb_now(layer: _BatchNorm, method: Method, shared: Tensor) -> None:
-    count = shared[-1]
-    if count > 1:
-        _move(layer, method.moments(shared[:-1].view(-1, layer.num_features) / count, count), _next_rate(layer))
-
-
-def absorb(layer: _BatchNorm, moments: Moments, count: Tensor, landed: Tensor | bool) -> None:
+def absorb(layer: _BatchNorm, moments: Moments, count: Tensor, landed: Tensor | bool, *, guarded: bool = False) -> None:
     """``running += (moments - running) * momentum``, or their plain average over all steps if momentum is None.
 
-    Nothing happens where ``landed`` is 0 or fewer than two values were seen. Branch-free where a branch would make the
-    host wait for a GPU.
+    Nothing happens where ``landed`` is 0 or fewer than two values were seen; nor, if ``guarded``, where that would not
+    leave all running statistics of the layer finite: where a forward reads them, or windows beside them stay clean,
+    one broken batch must not last. Branch-free where a branch would make the host wait for a GPU.
     """
     if count.is_cpu and not torch.compiler.is_compiling():
-        if landed and count > 1:
+        if landed and count > 1 and (not guarded or _fit(layer, moments)):
             _move(layer, moments, _next_rate(layer))
         return
     mean_C, var_C = layer.running_mean, layer.running_var
     assert mean_C is not None and var_C is not None and layer.num_batches_tracked is not None
     fresh = (landed * (count > 1)).to(count.dtype)
+    if guarded:
+        fresh = fresh * _fit(layer, moments)
     layer.num_batches_tracked.add_(fresh.to(layer.num_batches_tracked.dtype))
     momentum = layer.momentum if layer.momentum is not None else 1 / layer.num_batches_tracked.clamp_min(1)
     rate = fresh * momentum
     if moments.mean_C is not None:
         _lerp(mean_C, moments.mean_C, rate)
     _lerp(var_C, moments.var_C, rate)
+
+
+def _fit(layer: _BatchNorm, moments: Moments) -> Tensor:
+    """Whether running statistics stay finite when they move towards ``moments``."""
+    assert layer.running_var is not None
+    limit = torch.finfo(layer.running_var.dtype).max / 2
+    both = moments.var_C if moments.mean_C is None else torch.cat((moments.mean_C, moments.var_C))
+    return (both.abs() <= limit).all()
 
 
 def _next_rate(layer: _BatchNorm) -> float:
@@ -83,26 +86,28 @@ def _lerp(buffer_C: Tensor, fresh_C: Tensor, rate: Tensor) -> None:
 
 @torch.no_grad()
 def absorb_landed(layers: Mapping[str, _BatchNorm], landed: Iterable[Landed], method: Method) -> None:
-    """``absorb`` what became global at a step's end."""
+    """``absorb`` what became global at a step's end, on whichever device that is; guarded, as windows are."""
     for each in landed:
         layer = layers.get(each.layer)
         if layer is None or layer.running_var is None:
             continue
+        here = layer.running_var.device
+        each = Landed(each.layer, *(values.to(here) for values in each[1:]))
         formula = method.formula() if each.means.is_cuda and isinstance(method, ChannelAffine) else None
         if formula is not None and gpu.available():
             from distnorm.kernels.gpu.gpu_pass import absorb_means  # imports Triton
 
-            absorb_means(formula, each, running_of(layer))
+            absorb_means(formula, each, running_of(layer, guarded=True))
         else:
             moments = method.moments(each.means.view(-1, layer.num_features), each.total)
-            absorb(layer, moments, each.total, each.weight)
+            absorb(layer, moments, each.total, each.weight, guarded=True)
 
 
-def running_of(layer: _BatchNorm) -> Running:
+def running_of(layer: _BatchNorm, *, guarded: bool = False) -> Running:
     """The running statistics of a layer that tracks them."""
     mean_C, var_C, updates = layer.running_mean, layer.running_var, layer.num_batches_tracked
     assert mean_C is not None and var_C is not None and updates is not None
-    return Running(mean_C, var_C, updates, layer.momentum)
+    return Running(mean_C, var_C, updates, layer.momentum, guarded)
 
 
 @torch.no_grad()

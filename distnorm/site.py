@@ -131,7 +131,7 @@ class Site:
             RuntimeError: second derivatives of a policy whose cotangents outlive their step.
         """
         binding = self.conversion.bound()
-        if not learning and self.conversion.recipe.policy.facts.keeps_cotangents:
+        if not learning and self.conversion.facts.keeps_cotangents:
             raise RuntimeError(
                 f"{self.name}: {self.conversion.recipe.policy} averages cotangents over steps, so there is no second "
                 "derivative (create_graph=True). Use an exact recipe such as sync_bn for this layer."
@@ -139,7 +139,7 @@ class Site:
         if learning and graph_task() != NO_BACKWARD:
             binding.expect_boundary()
         slot = self._slot(binding, "backward", step, learning=learning)
-        if self.conversion.recipe.policy.facts.keeps_cotangents:
+        if self.conversion.facts.keeps_cotangents:
             slot = slot._replace(loss_scale=binding.loss_scale_of_pass())
         try:
             answer = binding.reducer.start(wire, slot._replace(forward_count=count))

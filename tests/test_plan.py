@@ -18,7 +18,7 @@ from distnorm.diagnostics.plan import DEFAULT_RECIPES, Prediction, make_plan, pr
 from distnorm.diagnostics.plan_cost import Algorithm, Network, Point, Reach, fit, weights
 from distnorm.diagnostics.plan_traffic import traffic
 from distnorm.methods import BatchNorm
-from distnorm.policies import AllReduce, Chain, Periodic, Policy, Reducer
+from distnorm.policies import AllReduce, Chain, Facts, Periodic, Policy, Reducer
 from distnorm.transport import Topology
 from distnorm.types import Layout, Slot
 from tests.support.pool import Pool
@@ -203,8 +203,8 @@ class Twice(Policy):
         return Summing(2)
 
     @property
-    def collectives(self) -> float:
-        return 2.0
+    def facts(self) -> Facts:
+        return Facts(collectives=2.0)
 
 
 def test_a_policy_of_the_users_is_planned_by_running_it() -> None:

@@ -61,14 +61,15 @@ class DensePass:
         )
         return y_NCL
 
-    def _statistics(self, running: Running | None) -> tuple[int | None, int | None, int | None, float]:
-        """Where C finds what absorbs, and the momentum: negative for the plain average over all steps."""
+    def _statistics(self, running: Running | None) -> tuple[int | None, int | None, int | None, float, bool]:
+        """Where C finds what absorbs, the momentum, negative for the plain average over all steps, and the guard."""
         if running is None or not (plain(running.mean_C) and plain(running.var_C) and running.updates.is_cpu):
-            return None, None, None, 0.0
-        mean_C, var_C, updates, momentum = running
+            return None, None, None, 0.0, False
+        mean_C, var_C, updates, momentum, guarded = running
         self.absorbed = True
         increment_version((mean_C, var_C, updates))  # as torch's own operations do, for autograd's checks
-        return mean_C.data_ptr(), var_C.data_ptr(), updates.data_ptr(), -1.0 if momentum is None else momentum
+        rate = -1.0 if momentum is None else momentum
+        return mean_C.data_ptr(), var_C.data_ptr(), updates.data_ptr(), rate, guarded
 
     def pull(
         self, dy_NCL: Tensor, x_NCL: Tensor, y_NCL: Tensor | None, weight_C: Tensor | None

@@ -79,7 +79,7 @@ def _collect(places: list[tuple[str, int]], timeout: timedelta) -> list[str]:
         missing = [rank for key, rank in places if not store.check([key])]
         raise RuntimeError(
             f"rank {dist.get_rank()} waited {timeout.total_seconds():.0f} s for ranks {missing} to start training "
-            "their distnorm layers. All ranks must convert the same model and reach its first training forward; look at "
-            "what those ranks do instead."
+            "their distnorm layers. All ranks must convert the same model and reach its first training forward; look "
+            "at what those ranks do instead."
         ) from error
     return [store.get(key).decode() for key, _ in places]

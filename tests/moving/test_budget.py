@@ -38,7 +38,7 @@ def _per_step(rank: int, recipe: Recipe, layers: int) -> list[int]:
 def test_one_collective_per_step(policy, world_size, layers):
     recipe = Recipe(method=BatchNorm(), policy=policy)
     assert run_threads(world_size, _per_step, recipe, layers) == [[1] * STEPS] * world_size
-    assert (policy.collectives, policy.background) == (0.0, 1.0)
+    assert (policy.facts.collectives, policy.facts.background) == (0.0, 1.0)
 
 
 @EVERY
@@ -46,7 +46,7 @@ def test_one_collective_per_step_after_the_warm_up(policy):
     recipe = Recipe(method=RMS(), policy=Warmup(then=policy, steps=2))
     for counts in run_threads(2, _per_step, recipe, 3):
         assert counts == [6, 6, 1, 1, 1]
-    assert (recipe.policy.collectives, recipe.policy.background) == (0.0, 1.0)
+    assert (recipe.policy.facts.collectives, recipe.policy.facts.background) == (0.0, 1.0)
 
 
 def test_a_blocking_window_needs_one_per_layer_and_direction():
