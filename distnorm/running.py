@@ -26,6 +26,8 @@ def absorb_shared(
     layer: _BatchNorm, method: Method, shared: Tensor, landed: Tensor | bool, *, guarded: bool = False
 ) -> None:
     """``absorb`` what ``method`` makes of ``shared`` sums and their count, which ``landed`` or did not."""
+    if landed is False:
+        return
     count = shared[-1]
     with torch.no_grad():
         moments = method.moments(shared[:-1].view(-1, layer.num_features) / count.clamp_min(1), count)

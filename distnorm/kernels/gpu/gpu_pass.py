@@ -90,16 +90,8 @@ def _mask(tail: Tail) -> int:
 def absorb_means(formula: Formula, landed: Landed, running: Running) -> None:
     """Let ``running`` statistics absorb what ``landed`` at a step's end, if anything did."""
     buffers, earlier, momentum = _arguments(running)
-    absorb(
-        landed.means.contiguous(),
-        landed.total,
-        landed.weight,
-        buffers,
-        earlier,
-        momentum,
-        formula.kinds,
-        running.guarded,
-    )
+    given = landed.means.contiguous(), landed.total, landed.weight
+    absorb(*given, buffers, earlier, momentum, formula.kinds, running.guarded)
     increment_version(buffers)
 
 
