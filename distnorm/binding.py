@@ -136,7 +136,9 @@ class Binding:
         self._used.clear()
         passes = self._passes if self.conversion.ends_with_backward else 0
         observers = tuple(self.conversion.observers)
-        landed = self.reducer.end_step(Slot(EVERY_LAYER, "forward", self.step, observers=observers, passes=passes))
+        slot = Slot(EVERY_LAYER, "forward", self.step, observers=observers, passes=passes)
+        with torch.inference_mode(False), torch.no_grad():
+            landed = self.reducer.end_step(slot)
         self.step += 1
         running.absorb_landed(dict(self.conversion.layers()), landed, self.conversion.recipe.method)
 
@@ -276,7 +278,8 @@ class Conversion:
     def _resume(self, binding: Binding, state: dict[str, Any]) -> None:
         here = binding.topology.rank, len(binding.topology.ranks)
         own = here == (state["rank"], state["world_size"])
-        binding.reducer.load_state_dict(state["reducer"], own=own)
+        with torch.inference_mode(False), torch.no_grad():
+            binding.reducer.load_state_dict(state["reducer"], own=own)
         binding.step = state["step"]
         self._resumed = None
         if not own and self.facts.keeps_cotangents:

@@ -85,6 +85,15 @@ class Pending:
             self._work = None  # not before: a sum that failed must fail again
         return self._wire
 
+    def to(self, device: torch.device) -> None:
+        """Wait, and keep the sum on ``device``."""
+        self._wire = moved(self.wait(), device)
+
+
+def moved(values: Tensor, device: torch.device) -> Tensor:
+    """``values`` on ``device``; zeros in place of those of a meta tensor, which has none."""
+    return torch.zeros_like(values, device=device) if values.is_meta else values.to(device)
+
 
 class Later:
     """The sum of a vector that is left as it was, once it is there."""
