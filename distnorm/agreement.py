@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from itertools import chain, zip_longest
+from typing import NamedTuple
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
@@ -19,7 +20,7 @@ from distnorm.policies.routes import Routes, joined
 from distnorm.transport import LostGroup, Topology, mpi
 from distnorm.transport.rendezvous import connected, group_timeout, tell_and_collect
 from distnorm.transport.topology import node_id
-from distnorm.types import Transport
+from distnorm.types import Layout, Transport
 
 
 def ranks_of(groups: Iterable[dist.ProcessGroup | LostGroup]) -> list[tuple[int, ...]]:
@@ -41,21 +42,49 @@ def ranks_within(groups: list[tuple[int, ...]], timeout: timedelta) -> tuple[int
     return groups[0] if len(set(groups)) == 1 else connected(groups, timeout)
 
 
-def agree(
-    world: dist.ProcessGroup,
+class Meeting(NamedTuple):
+    """Ranks that agreed, the policy at work among them, and whether their running statistics are always equal."""
+
+    topology: Topology
+    reducer: Reducer
+    agrees: bool
+
+
+def meet(
+    world: dist.ProcessGroup | None,
     ranks: tuple[int, ...],
     recipe: Recipe,
     layers: Sequence[tuple[str, _BatchNorm]],
     mesh: DeviceMesh | None,
     transport: Transport,
-) -> Topology:
-    """Compare what ``ranks`` of the job ``world`` converted. Collective over them, by the job's store.
+) -> Meeting:
+    """Bind the recipe's policy among ``ranks``. Collective over these, by the job's store, if there is a job.
 
     Raises:
-        RuntimeError: they converted differently, do not answer, pass groups that do not match, or are no MPI job.
+        RuntimeError: ranks converted differently, do not answer, pass groups that do not match, or are no MPI job.
+        ValueError: the policy does not fit the ranks, or would go on from sums of other ranks than its own.
     """
+    layout = layout_of(layers, recipe.method)
+    if world is None:
+        topology = Topology(ranks)
+        return Meeting(topology, recipe.policy.bind(topology, layout), agrees=True)
     timeout = group_timeout(world)
-    place = mpi.place(layout_of(layers, recipe.method).device) if transport == "mpi" else None
+    topology = _agree(ranks, recipe, layers, layout, mesh, transport, timeout)
+    reducer = recipe.policy.bind(topology, layout)
+    return Meeting(topology, reducer, _running_statistics_agree(ranks, recipe, reducer, timeout))
+
+
+def _agree(
+    ranks: tuple[int, ...],
+    recipe: Recipe,
+    layers: Sequence[tuple[str, _BatchNorm]],
+    layout: Layout,
+    mesh: DeviceMesh | None,
+    transport: Transport,
+    timeout: timedelta,
+) -> Topology:
+    """Compare what ``ranks`` converted."""
+    place = mpi.place(layout.device) if transport == "mpi" else None
     groups = ranks_of(recipe.policy.facts.groups or ())
     mine = {"node": node_id(), "converted": _fingerprint(recipe, transport, layers), "mpi": place, "groups": groups}
     told = [json.loads(text) for text in tell_and_collect(ranks, json.dumps(mine), timeout)]
@@ -100,14 +129,8 @@ def _compare_groups(groups: dict[int, list[list[int]]]) -> None:
                     )
 
 
-def running_statistics_agree(ranks: tuple[int, ...], recipe: Recipe, reducer: Reducer, timeout: timedelta) -> bool:
-    """Whether running statistics are equal on all ranks at all times, since all absorb the same sums.
-
-    Collective over them, by the job's store.
-
-    Raises:
-        ValueError: a policy would go on from sums of other ranks than its own; on every rank alike.
-    """
+def _running_statistics_agree(ranks: tuple[int, ...], recipe: Recipe, reducer: Reducer, timeout: timedelta) -> bool:
+    """Whether all ranks absorb the same sums. Raises on every rank alike."""
     own = [reducer.landing(), *chain.from_iterable(reducer.handovers())]
     texts = tell_and_collect(ranks, json.dumps([_written(each, ranks) for each in own]), timeout)
     told = [[_read(each, ranks) for each in json.loads(text)] for text in texts]

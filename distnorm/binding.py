@@ -22,9 +22,7 @@ from torch.utils.hooks import RemovableHandle
 from distnorm import agreement, running
 from distnorm.boundary import NO_BACKWARD, at_end_of_backward, graph_task
 from distnorm.grid import Recipe
-from distnorm.layout import layout_of
-from distnorm.policies import Reducer
-from distnorm.transport import LostGroup, Topology, lost, mpi
+from distnorm.transport import LostGroup, lost, mpi
 from distnorm.transport.rendezvous import group_timeout
 from distnorm.transport.topology import current_world, mesh_ranks
 from distnorm.types import EVERY_LAYER, Observer, Slot, Transport
@@ -35,24 +33,13 @@ logger = logging.getLogger("distnorm")
 class Binding:
     """A conversion at work among real ranks."""
 
-    def __init__(
-        self,
-        conversion: Conversion,
-        world: dist.ProcessGroup | None,
-        topology: Topology,
-        reducer: Reducer,
-        *,
-        agrees: bool,
-    ) -> None:
-        """``world`` is the job that the groups belong to, None in a process that is alone.
-
-        ``agrees``: running statistics are equal on all data-parallel ranks without further communication.
-        """
+    def __init__(self, conversion: Conversion, world: dist.ProcessGroup | None, met: agreement.Meeting) -> None:
+        """``world`` is the job that the groups belong to, None in a process that is alone."""
         self.conversion = conversion
         self._world = None if world is None else ref(world)  # weakly, as ``TorchGroup`` holds its group
-        self.topology = topology
-        self.reducer = reducer
-        self.agrees = agrees
+        self.topology, self.reducer = met.topology, met.reducer
+        self.agrees = met.agrees
+        """Whether running statistics are equal on all data-parallel ranks without further communication."""
         self.step = 0
         self._boundary_queued = False
         self._first_pass: int | None = None
@@ -137,7 +124,7 @@ class Binding:
         passes = self._passes if self.conversion.ends_with_backward else 0
         observers = tuple(self.conversion.observers)
         slot = Slot(EVERY_LAYER, "forward", self.step, observers=observers, passes=passes)
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False):
             landed = self.reducer.end_step(slot)
         self.step += 1
         running.absorb_landed(dict(self.conversion.layers()), landed, self.conversion.recipe.method)
@@ -166,8 +153,7 @@ class Conversion:
     @property
     def is_bounded(self) -> bool:
         """Whether mesh, layers or recipe say which ranks this concerns: fewer than the job's, maybe."""
-        named = self.mesh, self.process_group, self.facts.groups or None
-        return any(each is not None for each in named)
+        return not (self.mesh is None and self.process_group is None and not self.facts.groups)
 
     def _start(self) -> None:
         self.facts = self.recipe.policy.facts
@@ -180,6 +166,8 @@ class Conversion:
         self.optimizers: WeakKeyDictionary[Optimizer, RemovableHandle] = WeakKeyDictionary()
         self._layers: dict[int, tuple[str, ReferenceType[_BatchNorm]]] = {}
         self._binding: Binding | None = None
+        self._connected: tuple[ReferenceType[dist.ProcessGroup], tuple[int, ...]] | None = None
+        """The ranks that the recipe's groups connect, and the job in which that was asked."""
         self._resumed: dict[str, Any] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -248,16 +236,11 @@ class Conversion:
             return
         # What is made here outlives a forward, and its inference mode.
         with torch.inference_mode(False), torch.no_grad():
-            topology, agrees = Topology(ranks), True
-            if world is not None:
-                mesh = self.mesh if isinstance(self.mesh, DeviceMesh) else None
-                topology = agreement.agree(world, ranks, self.recipe, list(self.layers()), mesh, self.transport)
-            reducer = self.recipe.policy.bind(topology, layout_of(self.layers(), self.recipe.method))
-            if world is not None:
-                agrees = agreement.running_statistics_agree(ranks, self.recipe, reducer, group_timeout(world))
-            everyone = topology.everyone()
+            mesh = self.mesh if isinstance(self.mesh, DeviceMesh) else None
+            met = agreement.meet(world, ranks, self.recipe, list(self.layers()), mesh, self.transport)
+            everyone = met.topology.everyone()
         running.take_over((layer for _, layer in self.layers()), everyone)
-        self._binding = Binding(self, world, topology, reducer, agrees=agrees)
+        self._binding = Binding(self, world, met)
         if self._resumed is not None:
             self._resume(self._binding, self._resumed)
         elif self.facts.keeps_cotangents:
@@ -278,7 +261,7 @@ class Conversion:
     def _resume(self, binding: Binding, state: dict[str, Any]) -> None:
         here = binding.topology.rank, len(binding.topology.ranks)
         own = here == (state["rank"], state["world_size"])
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False):
             binding.reducer.load_state_dict(state["reducer"], own=own)
         binding.step = state["step"]
         self._resumed = None
@@ -299,4 +282,8 @@ class Conversion:
         if isinstance(self.mesh, DeviceMesh):
             return mesh_ranks(self.mesh, self.mesh.mesh_dim_names or ())
         groups = agreement.ranks_of(self.facts.groups or ())
-        return agreement.ranks_within(groups, group_timeout(world)) if groups else tuple(range(dist.get_world_size()))
+        if not groups:
+            return tuple(range(dist.get_world_size()))
+        if self._connected is None or self._connected[0]() is not world:
+            self._connected = ref(world), agreement.ranks_within(groups, group_timeout(world))
+        return self._connected[1]

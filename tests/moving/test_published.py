@@ -149,4 +149,3 @@ def test_options_of_the_named_recipe():
     recipe = distnorm.recipes.build("mabn", window=4, warmup=2000, clip=2.0, loss_reduction="sum")
     assert recipe.policy == Warmup(then=Moving(window=4, loss_reduction="sum"), steps=1999)
     assert recipe.method == RMS(clip=2.0, clip_after=2000)
-    assert distnorm.recipes.mabn(warmup=0).policy == Warmup(then=Moving(), steps=0)
