@@ -182,7 +182,9 @@ def _finish(y_NCL: Tensor, residual: Tensor | None, relu: bool, widen: bool) -> 
 
 def holds_stock_statistics(layer: _BatchNorm) -> bool:
     """Whether ``layer`` has running statistics of a stock model that training has not yet turned into its method's."""
-    if not isinstance(layer, DistNorm) or layer.recipe.method.centred or layer.running_mean is None:
+    if not isinstance(layer, DistNorm) or layer.recipe.method.centred:
+        return False
+    if layer.running_mean is None or layer.running_mean.is_meta:
         return False
     return layer._site.conversion.means_to_fold and bool(layer.running_mean.any())
 

@@ -120,9 +120,10 @@ def fold_means(layers: Iterable[_BatchNorm]) -> None:
     """
     folded = 0
     for layer in layers:
-        if layer.running_mean is not None and layer.running_var is not None and bool(layer.running_mean.any()):
-            layer.running_var.add_(layer.running_mean.square())
-            layer.running_mean.zero_()
+        mean_C = layer.running_mean
+        if mean_C is not None and layer.running_var is not None and not mean_C.is_meta and bool(mean_C.any()):
+            layer.running_var.add_(mean_C.square())
+            mean_C.zero_()
             folded += 1
     if folded:
         logger.info("running statistics of %d layers: running_var += running_mean^2, running_mean = 0", folded)

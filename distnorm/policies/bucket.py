@@ -174,7 +174,10 @@ class Bucket:
 
     def warn_of_drops(self) -> None:
         """Log once, naming the layers, that values were dropped. Waits for the device."""
-        lost = [f"{layer} ({direction})" for (layer, direction), n in self.index.items() if self.dropped[n] > 0]
+        if self.dropped.is_meta:
+            return
+        dropped = self.dropped.tolist()
+        lost = [f"{layer} ({direction})" for (layer, direction), n in self.index.items() if dropped[n] > 0]
         if lost:
             self.warn_once("drops", f"distnorm: NaN or Inf from some rank; those steps were left out for {lost}.")
 
