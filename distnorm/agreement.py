@@ -85,7 +85,7 @@ def _agree(
 ) -> Topology:
     """Compare what ``ranks`` converted."""
     place = mpi.place(layout.device) if transport == "mpi" else None
-    groups = ranks_of(recipe.policy.facts.groups or ())
+    groups = ranks_of(recipe.policy.facts.groups)
     mine = {"node": node_id(), "converted": _fingerprint(recipe, transport, layers), "mpi": place, "groups": groups}
     told = [json.loads(text) for text in tell_and_collect(ranks, json.dumps(mine), timeout)]
     for rank, other in zip(ranks, told, strict=True):
@@ -99,7 +99,7 @@ def _agree(
 def _fingerprint(recipe: Recipe, transport: Transport, layers: Sequence[tuple[str, _BatchNorm]]) -> list[str]:
     """Lines that are equal on ranks that converted alike; which ranks explicit groups have may differ."""
     text = repr(recipe)
-    for ranks in ranks_of(recipe.policy.facts.groups or ()):
+    for ranks in ranks_of(recipe.policy.facts.groups):
         text = text.replace(f"process_group={list(ranks)}", "process_group=given")
     lines = [text, f"transport={transport!r}"]
     for name, layer in layers:

@@ -153,7 +153,7 @@ class Conversion:
     @property
     def is_bounded(self) -> bool:
         """Whether mesh, layers or recipe say which ranks this concerns: fewer than the job's, maybe."""
-        return not (self.mesh is None and self.process_group is None and not self.facts.groups)
+        return not (self.mesh is None and self.process_group is None and not self.facts.scope)
 
     def _start(self) -> None:
         self.facts = self.recipe.policy.facts
@@ -281,7 +281,7 @@ class Conversion:
             return tuple(dist.get_process_group_ranks(process_group))
         if isinstance(self.mesh, DeviceMesh):
             return mesh_ranks(self.mesh, self.mesh.mesh_dim_names or ())
-        groups = agreement.ranks_of(self.facts.groups or ())
+        groups = agreement.ranks_of(self.facts.scope)
         if not groups:
             return tuple(range(dist.get_world_size()))
         if self._connected is None or self._connected[0]() is not world:

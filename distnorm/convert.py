@@ -216,7 +216,7 @@ def _by_group(
 
 
 def _check_ranks(name: str, ranks: tuple[int, ...], recipe: Recipe, mesh: DeviceMesh | None) -> None:
-    named = [(f"the recipe {recipe}", each) for each in agreement.ranks_of(recipe.policy.facts.groups or ())]
+    named = [(f"the recipe {recipe}", each) for each in agreement.ranks_of(recipe.policy.facts.groups)]
     if mesh is not None:
         named.append((f"the mesh {mesh}", mesh_ranks(mesh, mesh.mesh_dim_names or ())))
     for what, given in named:

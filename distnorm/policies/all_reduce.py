@@ -98,7 +98,8 @@ class AllReduce(Policy):
     @property
     def facts(self) -> Facts:
         """One collective."""
-        return Facts(collectives=1.0, groups=None if self.process_group is None else (self.process_group,))
+        named = () if self.process_group is None else (self.process_group,)
+        return Facts(collectives=1.0, groups=named, bounded=bool(named))
 
 
 def _rebuild(axis: str | None, group_size: int | None, process_group: LostGroup | None) -> AllReduce:

@@ -20,8 +20,8 @@ class Facts:
         always_lands: whether the statistics of every step are shared ones (see ``Reducer.lands``).
         keeps_cotangents: whether cotangents outlive their step: loss scales must come out of them, second derivatives
             do not exist, and nothing that is not finite may be kept.
-        groups: the process groups of the user's that bound which ranks the policy concerns. Empty where it shares with
-            nobody, None where that is with any data-parallel rank.
+        groups: the process groups of the user's that it names.
+        bounded: whether it shares with nobody beyond these.
     """
 
     collectives: float = 0.0
@@ -29,34 +29,41 @@ class Facts:
     staleness: int = 0
     always_lands: bool = True
     keeps_cotangents: bool = False
-    groups: tuple[dist.ProcessGroup | LostGroup, ...] | None = None
+    groups: tuple[dist.ProcessGroup | LostGroup, ...] = ()
+    bounded: bool = False
 
     @property
     def communicates(self) -> bool:
         """Whether there is any collective."""
         return self.collectives > 0 or self.background > 0
 
+    @property
+    def scope(self) -> tuple[dist.ProcessGroup | LostGroup, ...]:
+        """The groups that bound which ranks the policy concerns; none where these are all data-parallel ranks."""
+        return self.groups if self.bounded else ()
+
 
 def in_sequence(*parts: Facts) -> Facts:
     """Of policies that are applied one after the other in every step."""
-    groups = [part.groups for part in parts]
     return Facts(
         collectives=sum(part.collectives for part in parts),
         background=sum(part.background for part in parts),
         staleness=max(part.staleness for part in parts),
         always_lands=all(part.always_lands for part in parts),
         keeps_cotangents=any(part.keeps_cotangents for part in parts),
-        groups=None if None in groups else tuple(group for each in groups for group in each or ()),
+        groups=tuple(group for part in parts for group in part.groups),
+        bounded=all(part.bounded for part in parts),
     )
 
 
 def first_then(first: Facts, then: Facts) -> Facts:
-    """Of ``first`` for a limited time, and ``then`` for good; the groups of either bound both."""
+    """Of ``first`` for a limited time, and ``then`` for good; the scope of either bounds both."""
     return replace(
         then,
         always_lands=first.always_lands and then.always_lands,
         keeps_cotangents=first.keeps_cotangents or then.keeps_cotangents,
-        groups=(first.groups or ()) + (then.groups or ()) or None,
+        groups=first.groups + then.groups,
+        bounded=bool(first.scope or then.scope),
     )
 
 

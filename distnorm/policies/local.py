@@ -42,4 +42,4 @@ class Local(Policy):
     @property
     def facts(self) -> Facts:
         """No collective, with nobody."""
-        return Facts(groups=())
+        return Facts(bounded=True)
