@@ -93,8 +93,8 @@ def absorb_landed(layers: Mapping[str, _BatchNorm], landed: Iterable[Landed], me
         layer = layers.get(each.layer)
         if layer is None or layer.running_var is None:
             continue
-        here = layer.running_var.device
-        each = Landed(each.layer, *(values.to(here) for values in each[1:]))
+        if each.means.device != layer.running_var.device:  # the layer has moved since
+            each = Landed(each.layer, *(values.to(layer.running_var.device) for values in each[1:]))
         formula = method.formula() if each.means.is_cuda and isinstance(method, ChannelAffine) else None
         if formula is not None and gpu.available():
             from distnorm.kernels.gpu.gpu_pass import absorb_means  # imports Triton

@@ -36,7 +36,7 @@ class LostGroup:
         )
 
 
-GroupT = TypeVar("GroupT")
+OtherT = TypeVar("OtherT")
 
 
 def check_group(group: object, owner: str) -> None:
@@ -52,7 +52,7 @@ def check_group(group: object, owner: str) -> None:
         )
 
 
-def lost(group: dist.ProcessGroup | GroupT) -> LostGroup | GroupT:
+def lost(group: dist.ProcessGroup | OtherT) -> LostGroup | OtherT:
     """What a pickle holds for ``group``, if it is one."""
     if isinstance(group, dist.ProcessGroup):
         return LostGroup(f"its process group over ranks {dist.get_process_group_ranks(group)}")
