@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
-import pickle
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -19,7 +16,7 @@ from distnorm import Recipe
 from distnorm.attach import conversions_of
 from distnorm.methods import BatchNorm
 from distnorm.nn import SyncBatchNorm
-from distnorm.policies import AllReduce, Chain
+from distnorm.policies import AllReduce
 from tests.distributed.jobs import without_wrapper_warnings
 from tests.moving.models import same
 from tests.support.pool import Pool
@@ -189,47 +186,6 @@ def test_overlap_and_centralized_weights_see_the_whole_model() -> None:
     assert run_threads(4, run) == [[name.replace("BatchNorm2d", "SyncBatchNorm") for name in expected()]] * 4
 
 
-# --- copies --------------------------------------------------------------------------------------
-
-
-def saved(model: nn.Module) -> nn.Module:
-    buffer = io.BytesIO()
-    torch.save(model, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=False)
-
-
-@pytest.mark.parametrize("way", [lambda model: pickle.loads(pickle.dumps(model)), saved], ids=["pickle", "torch.save"])
-def test_a_pickled_copy_leaves_its_group_behind(way: Callable[[nn.Module], nn.Module]) -> None:
-    def run(rank: int) -> None:
-        model = distnorm.convert(nn.Sequential(layer(own(rank, PAIRS))), "sync_bn")
-        model(batch(rank))
-        other = way(way(model))
-        same(other.eval()(batch(0)), model.eval()(batch(0)))
-        with pytest.raises(RuntimeError, match=r"its process group over ranks \[\d, \d\] cannot travel"):
-            other.train()(batch(rank))
-        distnorm.revert(other)
-        with pytest.raises(ValueError, match=r"0: SyncBatchNorm: its process group over ranks .* lost in a pickle"):
-            distnorm.convert(other, "sync_bn")
-        other[0].process_group = None
-        distnorm.attach(distnorm.convert(other, "sync_bn"))
-
-    run_threads(4, run)
-
-
-def test_a_deepcopy_keeps_its_group() -> None:
-    def run(rank: int) -> Tensor:
-        model = distnorm.convert(nn.Sequential(layer(own(rank, PAIRS))), "sync_bn")
-        other = copy.deepcopy(model)
-        assert other[0].process_group is model[0].process_group
-        assert other[0]._site.conversion is not model[0]._site.conversion
-        distnorm.revert(copy.deepcopy(other))
-        return other(batch(rank).requires_grad_()).detach()
-
-    found = run_threads(4, run)
-    torch.testing.assert_close(found[2:], stock(PAIRS[1]))
-
-
 # --- refusals ------------------------------------------------------------------------------------
 
 
@@ -323,35 +279,3 @@ def train_in_pairs(rank: int) -> tuple[list[Tensor], list[Tensor]]:
     theirs = [parameter.grad / 4 for parameter in reference.parameters()]
     ours = [parameter.grad for parameter in model.parameters()]
     return [*ours, model[1].running_mean, model[1].running_var], [*theirs, *running]
-
-
-# --- groups of the recipe ------------------------------------------------------------------------
-
-
-def test_chained_groups_among_real_ranks(pool: Pool) -> None:
-    """Pairs in a line, 0-1 and 1-2; rank 3 trains nothing. Every rank's sums, by hand, and united statistics."""
-    found = pool.run(4, train_in_a_line)
-    assert found[3] is None
-    for rank, joined in enumerate([[0, 1], [0, 1, 2], [0, 1, 2]]):
-        mean, var, ranks, agrees = found[rank][:4]
-        x = torch.cat([batch(each) for each in joined])
-        torch.testing.assert_close(mean, x.mean(0))
-        torch.testing.assert_close(var, x.var(0))
-        assert ranks == (0, 1, 2) and not agrees
-    united = torch.stack([found[rank][0] for rank in range(3)]).mean(0)
-    for rank in range(3):
-        torch.testing.assert_close(found[rank][4], united)
-
-
-def train_in_a_line(rank: int) -> tuple[Tensor, Tensor, tuple[int, ...], bool, Tensor] | None:
-    one, other = own(rank, [[0, 1], [2], [3]]), own(rank, [[0], [1, 2], [3]])
-    if rank == 3:
-        return None
-    policy = Chain(AllReduce(process_group=one), AllReduce(process_group=other))
-    norm = nn.BatchNorm1d(4, momentum=1.0).double()
-    distnorm.convert(norm, Recipe(method=BatchNorm(), policy=policy))
-    norm(batch(rank).requires_grad_()).sum().backward()
-    before = norm.running_mean.clone(), norm.running_var.clone()
-    distnorm.sync_running_stats(norm)
-    binding = norm._site.conversion.bound()
-    return *before, binding.topology.ranks, binding.agrees, norm.running_mean
