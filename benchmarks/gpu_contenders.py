@@ -13,9 +13,10 @@ from torch.nn.modules._functions import SyncBatchNorm
 
 import distnorm
 from distnorm import recipes
+from distnorm.diagnostics.bench_steps import steady
 from distnorm.grid import Recipe
 from distnorm.methods import BatchNorm
-from distnorm.policies import Local, Policy
+from distnorm.policies import Facts, Local, Policy
 from distnorm.policies.base import Reducer
 from distnorm.transport import Topology
 from distnorm.transport.group import TorchGroup
@@ -46,9 +47,9 @@ class ForcedAllReduce(Policy):
         return _Sum(group)
 
     @property
-    def collectives(self) -> float:
-        """One."""
-        return 1.0
+    def facts(self) -> Facts:
+        """One collective."""
+        return Facts(collectives=1.0)
 
 
 class TorchSync(nn.BatchNorm2d):
@@ -84,7 +85,7 @@ FUSED: dict[str, Callable[[nn.Module], Any]] = {
     "sync_bn, fused": lambda model: distnorm.convert(model, SYNC, fuse=True),
 }
 MOVING: dict[str, Callable[[nn.Module], Any]] = {
-    "mabn": lambda model: distnorm.convert(model, recipes.mabn(warmup=1)),
+    "mabn": lambda model: distnorm.convert(model, steady(recipes.mabn())),
     "mabn, Local": lambda model: distnorm.convert(model, replace(recipes.mabn(), policy=Local(), name=None)),
 }
 

@@ -25,10 +25,11 @@ from training import stepper
 import distnorm
 from distnorm import recipes
 from distnorm.diagnostics.bench_statistics import Interval, interval
+from distnorm.diagnostics.bench_steps import steady
 from distnorm.policies import Local
 
 BATCH, SIDE = 4, 4
-MABN = recipes.mabn(warmup=2, weights="none")
+MABN = steady(recipes.mabn(weights="none"))
 RECIPES = {
     "local_bn": recipes.local_bn(),
     "sync_bn": recipes.sync_bn(),

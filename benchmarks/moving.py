@@ -1,9 +1,9 @@
 """What moving statistics cost beside the same method and weights with policy ``Local``, which shares nothing.
 
 Run ``torchrun --standalone --nproc_per_node 2 benchmarks/moving.py``, or with a delay between ranks by
-``benchmarks/hosts.py``. ResNet-18 under DDP; steps of all contenders alternate in one process. Warm-up is cut to one
-exact step, which is not counted. ``--weights`` names the forms of the weights axis: ``none``; ``forward``, where every
-forward centres the weights; ``projected``, where they are centred once per SGD step.
+``benchmarks/hosts.py``. ResNet-18 under DDP; steps of all contenders alternate in one process. Recipes are as they are
+after their warm-up. ``--weights`` names the forms of the weights axis: ``none``; ``forward``, where every forward
+centres the weights; ``projected``, where they are centred once per SGD step.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from training import stepper
 
 import distnorm
 from distnorm import Recipe, recipes
+from distnorm.diagnostics.bench_steps import steady
 from distnorm.policies import Local
 from distnorm.weights import centralized
 
@@ -33,7 +34,7 @@ GOAL, PROJECTION_GOAL = 1.03, 0.03
 def recipe_of(name: str, form: str) -> Recipe:
     """The recipe after its warm-up."""
     weights = "none" if form == "none" else "centralized"
-    return recipes.build(name, warmup=2 if name == "mabn" else 1, weights=weights)
+    return steady(recipes.build(name, weights=weights))
 
 
 def key(name: str, form: str, local: bool = False) -> str:

@@ -46,7 +46,7 @@ def attach(
 
     Args:
         model: has converted layers.
-        process_group: the data-parallel ranks.
+        process_group: the data-parallel ranks. Layers with a process group of their own keep to that.
         optimizer: its ``step`` ends a step of moving statistics, instead of every backward pass: for gradient
             accumulation, several losses, GANs. One more call with another optimizer adds that one. With SGD,
             centralized weights take their cheaper form.

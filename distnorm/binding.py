@@ -6,13 +6,12 @@ converted through the job's store, make the policy's groups, and take over rank 
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Iterator
-from itertools import zip_longest
 from typing import Any
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
@@ -20,15 +19,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from distnorm import running
+from distnorm import agreement, running
 from distnorm.boundary import NO_BACKWARD, at_end_of_backward, graph_task
 from distnorm.grid import Recipe
-from distnorm.layout import layout_of
-from distnorm.policies import Reducer
 from distnorm.surroundings import transforming, unseen
-from distnorm.transport import LostGroup, Topology, mpi
-from distnorm.transport.rendezvous import group_timeout, tell_and_collect
-from distnorm.transport.topology import current_world, mesh_ranks, node_id
+from distnorm.transport import LostGroup, lost, mpi
+from distnorm.transport.rendezvous import group_timeout
+from distnorm.transport.topology import current_world, mesh_ranks
 from distnorm.types import EVERY_LAYER, Observer, Slot, Transport
 
 logger = logging.getLogger("distnorm")
@@ -37,14 +34,13 @@ logger = logging.getLogger("distnorm")
 class Binding:
     """A conversion at work among real ranks."""
 
-    def __init__(
-        self, conversion: Conversion, world: dist.ProcessGroup | None, topology: Topology, reducer: Reducer
-    ) -> None:
+    def __init__(self, conversion: Conversion, world: dist.ProcessGroup | None, met: agreement.Meeting) -> None:
         """``world`` is the job that the groups belong to, None in a process that is alone."""
         self.conversion = conversion
         self._world = None if world is None else ref(world)  # weakly, as ``TorchGroup`` holds its group
-        self.topology = topology
-        self.reducer = reducer
+        self.topology, self.reducer = met.topology, met.reducer
+        self.agrees = met.agrees
+        """Whether running statistics are equal on all data-parallel ranks without further communication."""
         self.step = 0
         self._boundary_queued = False
         self._first_pass: int | None = None
@@ -57,11 +53,6 @@ class Binding:
     def belongs_to(self, world: dist.ProcessGroup | None) -> bool:
         """Whether ``world`` is the job that the groups belong to."""
         return world is None if self._world is None else self._world() is world is not None
-
-    @property
-    def agrees(self) -> bool:
-        """Whether running statistics are equal on all data-parallel ranks without further communication."""
-        return self.reducer.size == len(self.topology.ranks)
 
     def forward_begins(self, layer: str) -> None:
         """Outside of a backward pass nothing can be queued; a queue left by a pass that raised is forgotten.
@@ -103,7 +94,7 @@ class Binding:
         """Watch for a second forward of ``layer`` in one step, which a window cannot tell from a missed step."""
         if layer in self._used and not self._warned and self.conversion.ends_with_backward:
             self._warned = True
-            if self.conversion.recipe.policy.keeps_cotangents:
+            if self.conversion.facts.keeps_cotangents:
                 logger.warning(
                     "distnorm: %s ran twice in one step; its calls share one window. If these were separate steps, or "
                     "one optimizer step over several backward passes, say so: distnorm.attach(model, optimizer=...).",
@@ -133,7 +124,9 @@ class Binding:
         self._used.clear()
         passes = self._passes if self.conversion.ends_with_backward else 0
         observers = tuple(self.conversion.observers)
-        landed = self.reducer.end_step(Slot(EVERY_LAYER, "forward", self.step, observers=observers, passes=passes))
+        slot = Slot(EVERY_LAYER, "forward", self.step, observers=observers, passes=passes)
+        with torch.inference_mode(False):
+            landed = self.reducer.end_step(slot)
         self.step += 1
         running.absorb_landed(dict(self.conversion.layers()), landed, self.conversion.recipe.method)
 
@@ -141,14 +134,32 @@ class Binding:
 class Conversion:
     """One call of ``convert``: its recipe and its layers, and their binding once there is one."""
 
-    def __init__(self, recipe: Recipe, mesh: DeviceMesh | None, transport: Transport = "torch") -> None:
+    process_group: dist.ProcessGroup | LostGroup | None = None
+    """The group that the layers themselves name, as torch's SyncBatchNorm may: nothing is shared beyond it."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        mesh: DeviceMesh | None,
+        transport: Transport = "torch",
+        process_group: dist.ProcessGroup | None = None,
+    ) -> None:
         """No layers yet, and no ranks."""
         self.recipe = recipe
         self.transport = transport
         self.mesh: DeviceMesh | LostGroup | None = mesh
+        self.process_group = process_group
         self._start()
 
+    @property
+    def is_bounded(self) -> bool:
+        """Whether mesh, layers or recipe say which ranks this concerns: fewer than the job's, maybe."""
+        return not (self.mesh is None and self.process_group is None and not self.facts.scope)
+
     def _start(self) -> None:
+        self.facts = self.recipe.policy.facts
+        self.guards = self.recipe.method.follows or self.facts.keeps_cotangents
+        """Whether running statistics never absorb what is not finite: others do, as stock batch norm does."""
         self.observers: list[Observer] = []
         self.means_to_fold = True
         self.loss_scale: Callable[[], Tensor | float] | None = None
@@ -156,17 +167,20 @@ class Conversion:
         self.optimizers: WeakKeyDictionary[Optimizer, RemovableHandle] = WeakKeyDictionary()
         self._layers: dict[int, tuple[str, ReferenceType[_BatchNorm]]] = {}
         self._binding: Binding | None = None
+        self._connected: tuple[ReferenceType[dist.ProcessGroup], tuple[int, ...]] | None = None
+        """The ranks that the recipe's groups connect, and the job in which that was asked."""
         self._resumed: dict[str, Any] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies are unbound; a mesh belongs to its process."""
+        """Copies are unbound; a mesh and a group belong to their process."""
         mesh = LostGroup(f"its device mesh {self.mesh}") if isinstance(self.mesh, DeviceMesh) else self.mesh
-        return {"recipe": self.recipe, "mesh": mesh, "transport": self.transport}
+        group = lost(self.process_group)
+        return {"recipe": self.recipe, "mesh": mesh, "transport": self.transport, "process_group": group}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Conversion:
-        """Within a process the mesh stays valid."""
+        """Within a process mesh and group stay valid."""
         copied = memo[id(self)] = type(self).__new__(type(self))
-        copied.__setstate__({**self.__getstate__(), "mesh": self.mesh})
+        copied.__setstate__({**self.__getstate__(), "mesh": self.mesh, "process_group": self.process_group})
         return copied
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -204,8 +218,7 @@ class Conversion:
                     "distnorm: ranks cannot meet inside of a transform (torch.func, forward-mode derivatives). Call "
                     "distnorm.attach(model), or run a training forward, before it."
                 )
-            with unseen():
-                self.bind(None)
+            self.bind(None)
         assert self._binding is not None
         if not self._binding.belongs_to(world):
             raise RuntimeError(
@@ -215,28 +228,33 @@ class Conversion:
         return self._binding
 
     def bind(self, process_group: dist.ProcessGroup | None) -> None:
-        """Bind to the ranks of ``process_group``; None means those that recipe and mesh imply, else all.
+        """Bind to the ranks of the layers' own group, else of ``process_group``, else those of the mesh or the recipe.
 
-        Collective over these ranks: an exchange of texts through the store, the making of groups, and one broadcast
-        of running statistics per dtype. Nothing happens if it is bound to them already: windows go on.
+        Collective over these ranks, which are all by default: exchanges of texts through the store, the making of
+        groups, and one broadcast of running statistics per dtype. Nothing happens if it is bound to them already:
+        windows go on.
         """
-        if isinstance(self.mesh, LostGroup):
-            raise self.mesh.refuse()
+        for named in (self.mesh, self.process_group):
+            if isinstance(named, LostGroup):
+                raise named.refuse()
         world = current_world()
         if world is None and self.transport == "mpi":
             mpi.check_alone()
-        ranks = (0,) if world is None else self._ranks(process_group)
+        ranks = (0,) if world is None else self._ranks(world, process_group)
         standing = self._binding
         if standing is not None and standing.belongs_to(world) and standing.topology.ranks == ranks:
             return
-        topology = Topology(ranks) if world is None else self._agree(world, ranks)
-        reducer = self.recipe.policy.bind(topology, layout_of(self.layers(), self.recipe.method))
+        # What is made here outlives a forward, its modes and its inference mode.
+        with unseen(), torch.no_grad():
+            mesh = self.mesh if isinstance(self.mesh, DeviceMesh) else None
+            met = agreement.meet(world, ranks, self.recipe, list(self.layers()), mesh, self.transport)
+            everyone = met.topology.everyone()
         if len(ranks) > 1:
-            running.take_over((layer for _, layer in self.layers()), topology.everyone())
-        self._binding = Binding(self, world, topology, reducer)
+            running.take_over((layer for _, layer in self.layers()), everyone)
+        self._binding = Binding(self, world, met)
         if self._resumed is not None:
             self._resume(self._binding, self._resumed)
-        elif self.recipe.policy.keeps_cotangents:
+        elif self.facts.keeps_cotangents:
             logger.info("distnorm: moving statistics start cold")
 
     def state_dict(self) -> dict[str, Any]:
@@ -254,10 +272,11 @@ class Conversion:
     def _resume(self, binding: Binding, state: dict[str, Any]) -> None:
         here = binding.topology.rank, len(binding.topology.ranks)
         own = here == (state["rank"], state["world_size"])
-        binding.reducer.load_state_dict(state["reducer"], own=own)
+        with torch.inference_mode(False):
+            binding.reducer.load_state_dict(state["reducer"], own=own)
         binding.step = state["step"]
         self._resumed = None
-        if not own and self.recipe.policy.keeps_cotangents:
+        if not own and self.facts.keeps_cotangents:
             logger.info(
                 "distnorm: rank %d of %d starts warm from the state of rank %d of %d: the shared window is kept, that "
                 "rank's own part of it is not",
@@ -266,44 +285,16 @@ class Conversion:
                 state["world_size"],
             )
 
-    def _ranks(self, process_group: dist.ProcessGroup | None) -> tuple[int, ...]:
-        scope = process_group if process_group is not None else self.recipe.policy.scope
-        if isinstance(self.mesh, DeviceMesh) and process_group is None:
+    def _ranks(self, world: dist.ProcessGroup, process_group: dist.ProcessGroup | None) -> tuple[int, ...]:
+        if self.process_group is not None:
+            return agreement.ranks_of([self.process_group])[0]
+        if process_group is not None:
+            return tuple(dist.get_process_group_ranks(process_group))
+        if isinstance(self.mesh, DeviceMesh):
             return mesh_ranks(self.mesh, self.mesh.mesh_dim_names or ())
-        if isinstance(scope, LostGroup):
-            raise scope.refuse()
-        return tuple(range(dist.get_world_size()) if scope is None else dist.get_process_group_ranks(scope))
-
-    def _agree(self, world: dist.ProcessGroup, ranks: tuple[int, ...]) -> Topology:
-        timeout = group_timeout(world)
-        mine = {"node": node_id(), "converted": self._fingerprint(), "mpi": self._mpi_place()}
-        told = [json.loads(text) for text in tell_and_collect(ranks, json.dumps(mine), timeout)]
-        for rank, other in zip(ranks, told, strict=True):
-            _compare(ranks[0], told[0]["converted"], rank, other["converted"])
-        mesh = self.mesh if isinstance(self.mesh, DeviceMesh) else None
-        nodes = tuple(other["node"] for other in told)
-        places = mpi.check_places(ranks, [other["mpi"] for other in told]) if self.transport == "mpi" else None
-        return Topology(ranks, mesh=mesh, nodes=nodes, timeout=timeout, mpi=places)
-
-    def _mpi_place(self) -> dict[str, object] | None:
-        if self.transport != "mpi":
-            return None
-        return mpi.place(layout_of(self.layers(), self.recipe.method).device)
-
-    def _fingerprint(self) -> list[str]:
-        lines = [repr(self.recipe), f"transport={self.transport!r}"]
-        for name, layer in self.layers():
-            lines.append(f"{name}: {layer.num_features} features, eps={layer.eps}, momentum={layer.momentum}")
-        return lines
-
-
-def _compare(first: int, expected: list[str], rank: int, given: list[str]) -> None:
-    if given == expected:
-        return
-    for line, other in zip_longest(expected, given, fillvalue="nothing"):
-        if line != other:
-            raise RuntimeError(
-                f"distnorm: rank {rank} converted another model or recipe than rank {first}. Rank {first} has "
-                f"[{line}] where rank {rank} has [{other}]. Build and convert the model alike on every rank that "
-                "shares statistics, or bind each set of ranks with distnorm.attach(model, process_group=...)."
-            )
+        groups = agreement.ranks_of(self.facts.scope)
+        if not groups:
+            return tuple(range(dist.get_world_size()))
+        if self._connected is None or self._connected[0]() is not world:
+            self._connected = ref(world), agreement.ranks_within(groups, group_timeout(world))
+        return self._connected[1]

@@ -32,6 +32,7 @@ _POINTER, _INDEX, _TURN, _DOUBLE = ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_i
 _INT = ctypes.c_int
 _THREE = [_POINTER] * 3
 _IMAGE = [_INDEX, _INDEX, _INDEX, _INT]  # N, C, L, threads
+_RATE = [_DOUBLE, _INT]  # momentum, guarded
 _LOOPS: dict[str, list[Any]] = {
     "sums": [_POINTER] * 8 + _IMAGE,
     "apply": [_POINTER] * 6 + [_INT, *_IMAGE],
@@ -39,11 +40,11 @@ _LOOPS: dict[str, list[Any]] = {
 }
 _DENSE: dict[str, list[Any]] = {
     "sums": [_INT, _POINTER, _POINTER, *_IMAGE],
-    "normalize": [_INT, _INT, *_THREE, _INT, *_THREE, _POINTER, _DOUBLE, _DOUBLE, *_THREE, _POINTER, _DOUBLE, *_IMAGE],
+    "normalize": [_INT, _INT, *_THREE, _INT, *_THREE, _POINTER, _DOUBLE, _DOUBLE, *_THREE, _POINTER, *_RATE, *_IMAGE],
     "pull": [_INT, _INT, _INT, *_THREE, *_THREE, *_THREE, *_IMAGE],
     "combine": [_INT, _INT, _INT, *_THREE, _POINTER, _POINTER, _DOUBLE, _POINTER, *_IMAGE],
 }
-_ABSORB: dict[str, list[Any]] = {"absorb": [_POINTER, _INDEX, _DOUBLE, *_THREE]}
+_ABSORB: dict[str, list[Any]] = {"absorb": [_POINTER, _INDEX, *_RATE, *_THREE]}
 _EXCHANGE: dict[str, list[Any]] = {
     "post": [_POINTER, _INDEX, _INDEX, _INDEX, _TURN, _POINTER, _INDEX],
     "await": [_POINTER, _INDEX, _TURN, _DOUBLE, _DOUBLE],

@@ -7,16 +7,17 @@ the class of each layer in place, so an optimizer that was built already keeps i
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import TypeVar, get_args
 
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from distnorm import ddp, overlap, recipes, tails, weights
+from distnorm import agreement, ddp, overlap, recipes, tails, weights
 from distnorm.binding import Conversion
 from distnorm.class_swap import swap, underlying
 from distnorm.grid import Recipe
@@ -29,10 +30,13 @@ from distnorm.module import (
     holds_stock_statistics,
 )
 from distnorm.site import Site
+from distnorm.transport import LostGroup, check_group
 from distnorm.transport.mpi import load_mpi
+from distnorm.transport.topology import mesh_ranks
 from distnorm.types import Transport
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
+Layers = list[tuple[str, _BatchNorm]]
 Where = Callable[[str, nn.Module], bool] | Sequence[str]
 
 # Exact types only: a subclass may do more than normalize, and a swap would drop it.
@@ -76,7 +80,8 @@ def convert(
 
     Converts layers of type BatchNorm1d/2d/3d and SyncBatchNorm, and those of ``register_converter``. Parameters,
     buffers, hooks, names and the state_dict stay as they are. Layers that the same recipe has converted before are
-    left alone. No collective: ranks meet at the first training forward, or at ``attach``.
+    left alone. A SyncBatchNorm's own ``process_group`` bounds the ranks that its layer shares with, whatever the
+    recipe. No collective: ranks meet at the first training forward, or at ``attach``.
 
     Args:
         model: any module, also one that is a batch norm itself or is wrapped in DistributedDataParallel already.
@@ -93,7 +98,8 @@ def convert(
     Raises:
         ImportError: ``transport="mpi"`` without mpi4py.
         ValueError: unknown recipe, option, transport or value; an uninitialized lazy layer; a layer that another recipe
-            has converted; ``where`` selects nothing. The model is as it was.
+            has converted, or whose process group has other ranks than a mesh or recipe names; ``where`` selects
+            nothing. The model is as it was.
 
     Warns:
         UserWarning: once, naming subclasses of batch norm that were left alone; or if the model has no batch norm, or
@@ -105,7 +111,7 @@ def convert(
     if transport == "mpi":
         load_mpi("transport='mpi'")
     layers = _select(model, wanted, where)
-    apply_to(model, layers, Conversion(wanted, mesh, transport), _targets)
+    apply_to(model, _by_group(layers, wanted, mesh, transport), _targets)
     if fuse and layers and not tails.fuse(model):
         warnings.warn(
             f"distnorm.convert(fuse=True): {type(model).__name__} has no norm that is followed by nothing but a ReLU "
@@ -117,26 +123,33 @@ def convert(
 
 def apply_to(
     model: nn.Module,
-    layers: list[tuple[str, _BatchNorm]],
-    conversion: Conversion,
+    parts: Mapping[Conversion, Layers],
     targets: dict[type[_BatchNorm], type[DistNorm]],
 ) -> None:
-    """Swap the classes of ``layers`` of ``model`` for their ``targets``."""
-    for index, (name, layer) in enumerate(layers):
-        original = _original(layer)
-        site = Site(conversion, index, name, original, layer.momentum)
-        swap(layer, targets[original])
-        if conversion.recipe.momentum is not None:
-            layer.momentum = conversion.recipe.momentum
-        layer.__dict__["_site"] = site
-        conversion.add(index, name, layer)
-    if conversion.recipe.weights == "centralized":
-        weights.centralize(model, [layer for _, layer in layers], holds_stock_statistics)
-    if conversion.recipe.overlap:
-        overlap.pair(model, [layer for _, layer in layers])
-    # Binding takes over rank 0's buffers only among the ranks that it concerns; there DDP need not.
-    if layers and conversion.mesh is None and conversion.recipe.policy.scope is None:
-        ddp.ignore_buffers(model, [layer for _, layer in layers])
+    """Swap the classes of layers of ``model`` for their ``targets``; all conversions have the same recipe."""
+    for conversion, layers in parts.items():
+        for index, (name, layer) in enumerate(layers):
+            _replace(layer, targets[_original(layer)], conversion, index, name)
+        # Binding takes over rank 0's buffers only among the ranks that it concerns; there DDP need not.
+        if not conversion.is_bounded:
+            ddp.ignore_buffers(model, [layer for _, layer in layers])
+    every = [layer for layers in parts.values() for _, layer in layers]
+    if any(conversion.recipe.weights == "centralized" for conversion in parts):
+        weights.centralize(model, every, holds_stock_statistics)
+    if any(conversion.recipe.overlap for conversion in parts):
+        overlap.pair(model, every)
+
+
+def _replace(layer: _BatchNorm, target: type[DistNorm], conversion: Conversion, index: int, name: str) -> None:
+    own = layer.__dict__.get("process_group")
+    site = Site(conversion, index, name, _original(layer), layer.momentum, own)
+    if issubclass(target, DistSyncBatchNorm):  # which asks the conversion for it
+        layer.__dict__.pop("process_group", None)
+    swap(layer, target)
+    if conversion.recipe.momentum is not None:
+        layer.momentum = conversion.recipe.momentum
+    layer.__dict__["_site"] = site
+    conversion.add(index, name, layer)
 
 
 def revert(model: ModelT) -> ModelT:
@@ -165,9 +178,55 @@ def undo(model: ModelT) -> ModelT:
             buffer = getattr(layer, name)
             if buffer is not None and dtype is not None:
                 setattr(layer, name, buffer.to(dtype))
-        if site.original is nn.SyncBatchNorm:
-            layer.__dict__.setdefault("process_group", site.conversion.recipe.policy.scope)
+        if issubclass(site.original, nn.SyncBatchNorm):
+            layer.__dict__.setdefault("process_group", site.process_group)
     return model
+
+
+def narrower(process_group: dist.ProcessGroup | LostGroup | None, owner: str) -> dist.ProcessGroup | None:
+    """``process_group`` of a layer, unless all ranks of the job are in it.
+
+    Raises:
+        ValueError: no group of this rank, or one that was lost; the message begins with ``owner``.
+    """
+    check_group(process_group, owner)
+    if isinstance(process_group, LostGroup):
+        raise ValueError(
+            f"{owner}: {process_group.what} was lost in a pickle. Set the layer's process_group to a group of this "
+            "process, or to None for all ranks."
+        )
+    if process_group is None or len(dist.get_process_group_ranks(process_group)) == dist.get_world_size():
+        return None
+    return process_group
+
+
+def _by_group(
+    layers: Layers, recipe: Recipe, mesh: DeviceMesh | None, transport: Transport
+) -> dict[Conversion, Layers]:
+    """A conversion for all layers that name no process group, and one for those of each group."""
+    conversions: dict[tuple[int, ...] | None, Conversion] = {}
+    found: dict[Conversion, Layers] = {}
+    for name, layer in layers:
+        group = narrower(layer.__dict__.get("process_group"), f"{name}: {type(layer).__name__}")
+        ranks = None if group is None else tuple(dist.get_process_group_ranks(group))
+        if ranks is not None:
+            _check_ranks(name, ranks, recipe, mesh)
+        if ranks not in conversions:
+            conversions[ranks] = Conversion(recipe, mesh, transport, group)
+        found.setdefault(conversions[ranks], []).append((name, layer))
+    return found
+
+
+def _check_ranks(name: str, ranks: tuple[int, ...], recipe: Recipe, mesh: DeviceMesh | None) -> None:
+    named = [(f"the recipe {recipe}", each) for each in agreement.ranks_of(recipe.policy.facts.groups)]
+    if mesh is not None:
+        named.append((f"the mesh {mesh}", mesh_ranks(mesh, mesh.mesh_dim_names or ())))
+    for what, given in named:
+        if set(given) != set(ranks):
+            raise ValueError(
+                f"{name}: the layer shares in its own process group of ranks {list(ranks)}, {what} among ranks "
+                f"{list(given)}. Let them name the same ranks, or set the layer's process_group to None first."
+            )
 
 
 def _recipe(recipe: Recipe | str, options: dict[str, object]) -> Recipe:

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -24,6 +25,7 @@ from distnorm.share import NOW, KeepLocal, LayerShare, absorb_unseen
 from distnorm.site import Site
 from distnorm.surroundings import are_plain, is_fake, transforming
 from distnorm.tracing import is_traced, leaf
+from distnorm.transport import LostGroup
 from distnorm.types import Affine, Tail
 
 
@@ -94,7 +96,8 @@ class DistNorm(_BatchNorm):
         share = self._share(input)
         method, tracks, whole = self.recipe.method, self.track_running_stats, running.is_whole(self)
         if isinstance(method, ChannelAffine) and tail is not None:
-            tracked = partial(running.running_of, self) if tracks and whole else None
+            guarded = self._site.conversion.guards
+            tracked = partial(running.running_of, self, guarded=guarded) if tracks and whole else None
             between = overlap.arrangement(self, input) if self.recipe.overlap else None
             y = fused.normalize(method, input, share, affine, between, tracked, tail)
         elif isinstance(share, KeepLocal) and isinstance(method, BatchNorm) and transforming():
@@ -166,14 +169,15 @@ class DistNorm(_BatchNorm):
 
     def _track(self, share: LayerShare | KeepLocal) -> None:
         assert share.shared is not None
+        conversion = self._site.conversion
         if torch.compiler.is_compiling():
-            landed = self.recipe.policy.always_lands or share.landed()
+            landed = conversion.facts.always_lands or share.landed()
         elif not share.opaque and are_plain(share.shared):
             landed = share.landed()
         else:  # unseen by dispatch modes, for a repetition has no such operations
             absorb_unseen(self._site, share.shared)
             return
-        running.absorb_shared(self, self.recipe.method, share.shared, landed)
+        running.absorb_shared(self, self.recipe.method, share.shared, landed, guarded=conversion.guards)
 
     def _check(self, x_NCL: Tensor) -> None:
         try:
@@ -205,7 +209,9 @@ class DistNorm(_BatchNorm):
                 f"{self._site.name}: given a {type(x_NCL).__name__}; ranks share statistics by the recipe, so give the "
                 "layer its local part, x.to_local()."
             )
-        scaled = x_NCL.dtype == torch.float16 and torch.is_grad_enabled() and self.recipe.policy.keeps_cotangents
+        scaled = (
+            x_NCL.dtype == torch.float16 and torch.is_grad_enabled() and self._site.conversion.facts.keeps_cotangents
+        )
         if scaled and self._site.conversion.loss_scale is None:
             raise RuntimeError(
                 f"{self._site.name}: float16 training with {self.recipe.policy}, which keeps cotangents over steps, "
@@ -250,7 +256,9 @@ def _finish(y_NCL: Tensor, residual: Tensor | None, relu: bool, widen: bool) -> 
 
 def holds_stock_statistics(layer: _BatchNorm) -> bool:
     """Whether ``layer`` has running statistics of a stock model that training has not yet turned into its method's."""
-    if not isinstance(layer, DistNorm) or layer.recipe.method.centred or layer.running_mean is None:
+    if not isinstance(layer, DistNorm) or layer.recipe.method.centred:
+        return False
+    if layer.running_mean is None or layer.running_mean.is_meta:
         return False
     stock = layer._site.conversion.means_to_fold
     return stock and (is_fake(layer.running_mean) or bool(layer.running_mean.any()))
@@ -273,6 +281,11 @@ class DistBatchNorm3d(DistNorm, nn.BatchNorm3d):
 
 class DistSyncBatchNorm(DistNorm):
     """Any layout from ``[N, C]`` on, as torch's SyncBatchNorm takes it."""
+
+    @property
+    def process_group(self) -> dist.ProcessGroup | LostGroup | None:
+        """The group that the layer was given: nothing is shared beyond it. None means what the recipe says."""
+        return self._site.conversion.process_group
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() < 2:

@@ -10,13 +10,12 @@ from torch import nn
 
 from distnorm.binding import Conversion
 from distnorm.class_swap import underlying
-from distnorm.convert import apply_to
+from distnorm.convert import apply_to, narrower
 from distnorm.grid import Recipe
 from distnorm.methods import BatchNorm
 from distnorm.module import DistNorm, DistSyncBatchNorm
 from distnorm.policies import AllReduce
 from distnorm.site import Site
-from distnorm.transport import LostGroup
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -46,19 +45,17 @@ class SyncBatchNorm(DistSyncBatchNorm):
         super().__init__(
             num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype, bias=bias
         )
-        conversion = Conversion(_recipe(process_group), mesh=None)
         name = f"SyncBatchNorm({num_features})"
-        self._site = Site(conversion, 0, name, nn.SyncBatchNorm, momentum)
+        conversion = _conversion(process_group)
+        self._site = Site(conversion, 0, name, nn.SyncBatchNorm, momentum, process_group)
         conversion.add(0, name, self)
-
-    @property
-    def process_group(self) -> dist.ProcessGroup | LostGroup | None:
-        """The group whose ranks share, None for all."""
-        return self.recipe.policy.scope
 
     @classmethod
     def convert_sync_batchnorm(cls, module: ModuleT, process_group: dist.ProcessGroup | None = None) -> ModuleT:
-        """As torch's, but in place: stock batch norm layers of ``module`` become this class. No collective."""
+        """As torch's, but in place: stock batch norm layers of ``module`` become this class. No collective.
+
+        As there, all of them share in the ``process_group`` given here, whatever group a SyncBatchNorm had before.
+        """
         stock: tuple[type[nn.modules.batchnorm._BatchNorm], ...]
         stock = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
         layers = [
@@ -67,9 +64,10 @@ class SyncBatchNorm(DistSyncBatchNorm):
             if underlying(layer) in stock
         ]
         targets: dict[type[nn.modules.batchnorm._BatchNorm], type[DistNorm]] = dict.fromkeys(stock, cls)
-        apply_to(module, layers, Conversion(_recipe(process_group), mesh=None), targets)
+        apply_to(module, {_conversion(process_group): layers}, targets)
         return module
 
 
-def _recipe(process_group: dist.ProcessGroup | None) -> Recipe:
-    return Recipe(method=BatchNorm(), policy=AllReduce(process_group=process_group), name="sync_bn")
+def _conversion(process_group: dist.ProcessGroup | None) -> Conversion:
+    recipe = Recipe(method=BatchNorm(), policy=AllReduce(), name="sync_bn")
+    return Conversion(recipe, mesh=None, process_group=narrower(process_group, "SyncBatchNorm"))

@@ -94,18 +94,19 @@ def mabn(
     """Moving statistics: one asynchronous collective per step for the whole model, none that a layer waits for.
 
     RMS over a window of steps, global but for the newest; centralized weights stand in for centring. Running
-    statistics are global and equal on all ranks. Exact synchronization for ``warmup`` steps. Gradient accumulation
+    statistics are global and equal on all ranks. Exact synchronization before. Gradient accumulation
     and float16 need ``distnorm.attach``. Yan et al., ICLR 2020 (MABN), here shared across ranks.
 
     Args:
         window: steps.
-        warmup: the step from which windows are used, counted from 1 as in the paper's code.
+        warmup: the step from which windows are used, counted from 1 as in the paper's code; never before the window
+            is full, which it is after as many steps as it has.
         clip: bound of the correction that follows the running statistics after 1000 steps; see ``RMS``.
         loss_reduction: whether each rank's loss is a "mean" or a "sum" over its batch.
         weights: "centralized" as published, or "none" to leave them alone.
     """
     moving = Moving(window=window, loss_reduction=loss_reduction)
-    return _mabn(moving, warmup, clip, weights)
+    return _mabn(moving, window, warmup, clip, weights)
 
 
 def hierarchical_mabn(
@@ -119,10 +120,11 @@ def hierarchical_mabn(
         local: the axis of ranks that are near; ``"local"`` needs no mesh.
         node: the axis across them; ``"node"`` needs no mesh.
         window: steps.
-        warmup: the step from which windows are used, counted from 1.
+        warmup: the step from which windows are used, counted from 1; as in ``mabn``.
         clip: as in ``mabn``.
     """
-    return _mabn(Chain(AllReduce(axis=local), Moving(window=window, axis=node)), warmup, clip, "centralized")
+    policy = Chain(AllReduce(axis=local), Moving(window=window, axis=node))
+    return _mabn(policy, window, warmup, clip, "centralized")
 
 
 def lazy_bn(*, warmup: int = 16, weights: Weights = "centralized") -> Recipe:
@@ -138,8 +140,9 @@ def lazy_bn(*, warmup: int = 16, weights: Weights = "centralized") -> Recipe:
     return Recipe(method=BatchNorm(), policy=Warmup(then=StaleMix(), steps=warmup), weights=weights)
 
 
-def _mabn(policy: Policy, warmup: int, clip: float, weights: Weights) -> Recipe:
-    relay = Warmup(then=policy, steps=max(warmup - 1, 0))
+def _mabn(policy: Policy, window: int, warmup: int, clip: float, weights: Weights) -> Recipe:
+    # In the paper's code iteration i, counted from 1, is windowed if i > window and i >= warmup.
+    relay = Warmup(then=policy, steps=max(warmup - 1, window))
     method = RMS(clip=clip, clip_after=max(1000, warmup))
     return Recipe(method=method, policy=relay, weights=weights, momentum=0.02)
 

@@ -22,38 +22,36 @@ logger = logging.getLogger("distnorm")
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 
-def absorb_shared(layer: _BatchNorm, method: Method, shared: Tensor, landed: Tensor | bool) -> None:
+def absorb_shared(
+    layer: _BatchNorm, method: Method, shared: Tensor, landed: Tensor | bool, *, guarded: bool = False
+) -> None:
     """``absorb`` what ``method`` makes of ``shared`` sums and their count, which ``landed`` or did not."""
-    if shared.is_cpu and not torch.compiler.is_compiling():
-        if landed:
-            _absorb_now(layer, method, shared)
+    if landed is False:
         return
+    formula = method.formula() if isinstance(method, ChannelAffine) else None
+    if shared.is_cpu and not torch.compiler.is_compiling() and formula is not None and is_whole(layer):
+        # In C where that can be, as layers' passes do: ranks whose batches take other paths must agree to the bit.
+        if not landed or dense.absorb(formula, shared, running_of(layer, guarded=guarded)):
+            return
     count = shared[-1]  # without gradient, like all that was shared
     moments = method.moments(shared[:-1].view(-1, layer.num_features) / count.clamp_min(1), count)
-    absorb(layer, moments, count, landed)
+    absorb(layer, moments, count, landed, guarded=guarded)
 
 
-def _absorb_now(layer: _BatchNorm, method: Method, shared: Tensor) -> None:
-    # In C where that can be, as layers' passes do: ranks whose batches take other paths must agree to the bit.
-    formula = method.formula() if isinstance(method, ChannelAffine) else None
-    if formula is not None and is_whole(layer) and dense.absorb(formula, shared, running_of(layer)):
-        return
-    count = shared[-1]
-    if count > 1:
-        _move(layer, method.moments(shared[:-1].view(-1, layer.num_features) / count, count), _next_rate(layer))
-
-
-def absorb(layer: _BatchNorm, moments: Moments, count: Tensor, landed: Tensor | bool) -> None:
+def absorb(layer: _BatchNorm, moments: Moments, count: Tensor, landed: Tensor | bool, *, guarded: bool = False) -> None:
     """``running += (moments - running) * momentum``, or their plain average over all steps if momentum is None.
 
-    Nothing happens where ``landed`` is 0 or fewer than two values were seen. Branch-free where a branch would make the
-    host wait for a GPU.
+    Nothing happens where ``landed`` is 0 or fewer than two values were seen; nor, if ``guarded``, where that would not
+    leave all running statistics of the layer finite: where a forward reads them, or windows beside them stay clean,
+    one broken batch must not last. Branch-free where a branch would make the host wait for a GPU.
     """
     if count.is_cpu and not torch.compiler.is_compiling():
-        if landed and count > 1:
+        if landed and count > 1 and (not guarded or _fit(layer, moments)):
             _move(layer, moments, _next_rate(layer))
         return
     fresh = (landed * (count > 1)).to(count.dtype)
+    if guarded:
+        fresh = fresh * _fit(layer, moments)
     momentum: Tensor | float = layer.momentum or 0.0
     if layer.num_batches_tracked is not None:
         layer.num_batches_tracked.add_(fresh.to(layer.num_batches_tracked.dtype))
@@ -61,6 +59,13 @@ def absorb(layer: _BatchNorm, moments: Moments, count: Tensor, landed: Tensor | 
             momentum = 1 / layer.num_batches_tracked.clamp_min(1)
     for buffer_C, fresh_C in _pairs(layer, moments):
         _lerp(buffer_C, fresh_C, fresh * momentum)
+
+
+def _fit(layer: _BatchNorm, moments: Moments) -> Tensor:
+    """Whether running statistics stay finite when they move towards ``moments``."""
+    limits = ((fresh_C, torch.finfo(buffer_C.dtype).max / 2) for buffer_C, fresh_C in _pairs(layer, moments))
+    fits = [(fresh_C.abs() <= limit).all() for fresh_C, limit in limits]
+    return torch.stack(fits).all() if fits else moments.var_C.new_ones((), dtype=torch.bool)
 
 
 def _next_rate(layer: _BatchNorm) -> float:
@@ -92,19 +97,21 @@ def _lerp(buffer_C: Tensor, fresh_C: Tensor, rate: Tensor) -> None:
 
 @torch.no_grad()
 def absorb_landed(layers: Mapping[str, _BatchNorm], landed: Iterable[Landed], method: Method) -> None:
-    """``absorb`` what became global at a step's end."""
+    """``absorb`` what became global at a step's end, on whichever device that is; guarded, as windows are."""
     for each in landed:
         layer = layers.get(each.layer)
         if layer is None or not layer.track_running_stats:
             continue
+        if layer.running_var is not None and each.means.device != layer.running_var.device:  # the layer has moved since
+            each = Landed(each.layer, *(values.to(layer.running_var.device) for values in each[1:]))
         formula = method.formula() if each.means.is_cuda and isinstance(method, ChannelAffine) else None
         if formula is not None and gpu.available() and is_whole(layer):
             from distnorm.kernels.gpu.gpu_pass import absorb_means  # imports Triton
 
-            absorb_means(formula, each, running_of(layer))
+            absorb_means(formula, each, running_of(layer, guarded=True))
         else:
             moments = method.moments(each.means.view(-1, layer.num_features), each.total)
-            absorb(layer, moments, each.total, each.weight)
+            absorb(layer, moments, each.total, each.weight, guarded=True)
 
 
 def is_whole(layer: _BatchNorm) -> bool:
@@ -112,11 +119,11 @@ def is_whole(layer: _BatchNorm) -> bool:
     return all(getattr(layer, name) is not None for name in BUFFERS)
 
 
-def running_of(layer: _BatchNorm) -> Running:
+def running_of(layer: _BatchNorm, *, guarded: bool = False) -> Running:
     """The running statistics of a layer that has all of them."""
     mean_C, var_C, updates = layer.running_mean, layer.running_var, layer.num_batches_tracked
     assert mean_C is not None and var_C is not None and updates is not None
-    return Running(mean_C, var_C, updates, layer.momentum)
+    return Running(mean_C, var_C, updates, layer.momentum, guarded)
 
 
 @torch.no_grad()
@@ -127,9 +134,10 @@ def fold_means(layers: Iterable[_BatchNorm]) -> None:
     """
     folded = 0
     for layer in layers:
-        if layer.running_mean is not None and layer.running_var is not None and bool(layer.running_mean.any()):
-            layer.running_var.add_(layer.running_mean.square())
-            layer.running_mean.zero_()
+        mean_C = layer.running_mean
+        if mean_C is not None and layer.running_var is not None and not mean_C.is_meta and bool(mean_C.any()):
+            layer.running_var.add_(mean_C.square())
+            mean_C.zero_()
             folded += 1
     if folded:
         logger.info("running statistics of %d layers: running_var += running_mean^2, running_mean = 0", folded)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -14,11 +15,15 @@ from distnorm.binding import Binding, Conversion
 from distnorm.boundary import NO_BACKWARD, graph_task, repeating
 from distnorm.recompute import Record, Records
 from distnorm.share import NOW, open_channel
+from distnorm.transport import LostGroup, lost
 from distnorm.types import Direction, Slot
 
 
 class Site:
     """The channel (see ``share.Channel``) of one layer, and what ``revert`` and error messages need to know of it."""
+
+    process_group: dist.ProcessGroup | LostGroup | None = None
+    """The one that the layer had of its own."""
 
     def __init__(
         self,
@@ -27,13 +32,15 @@ class Site:
         name: str,
         original: type[_BatchNorm],
         momentum: float | None,
+        process_group: dist.ProcessGroup | None = None,
     ) -> None:
-        """Layer number ``index`` of ``conversion``; ``revert`` gives ``original`` class and ``momentum`` back."""
+        """Layer number ``index`` of ``conversion``; ``revert`` gives ``original`` class, momentum and group back."""
         self.conversion = conversion
         self.index = index
         self.name = name
         self.original = original
         self.momentum = momentum
+        self.process_group = process_group
         self._open()
 
     def _open(self) -> None:
@@ -43,7 +50,8 @@ class Site:
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies keep what was configured and drop what is in use."""
-        return {name: getattr(self, name) for name in ("conversion", "index", "name", "original", "momentum")}
+        kept = {name: getattr(self, name) for name in ("conversion", "index", "name", "original", "momentum")}
+        return {**kept, "process_group": lost(self.process_group)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Open a line of its own for the copy."""
@@ -51,10 +59,14 @@ class Site:
         self._open()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Site:
-        """Register the layer's copy with the copied conversion, whichever ``__deepcopy__`` the layer's class has."""
+        """Register the layer's copy with the copied conversion, whichever ``__deepcopy__`` the layer's class has.
+
+        Within a process a group stays valid.
+        """
         copied = memo[id(self)] = type(self).__new__(type(self))
-        copied.__setstate__(deepcopy(self.__getstate__(), memo))
-        layer = dict(self.conversion.layers()).get(self.name)
+        state = {**self.__getstate__(), "process_group": self.process_group}
+        copied.__setstate__({**state, "conversion": deepcopy(self.conversion, memo)})
+        layer = self.conversion.layer(self.index)
         if layer is not None and id(layer) in memo:
             copied.conversion.add(self.index, self.name, memo[id(layer)])
         return copied
@@ -133,7 +145,7 @@ class Site:
             RuntimeError: second derivatives of a policy whose cotangents outlive their step.
         """
         binding = self.conversion.bound()
-        if not learning and self.conversion.recipe.policy.keeps_cotangents:
+        if not learning and self.conversion.facts.keeps_cotangents:
             raise RuntimeError(
                 f"{self.name}: {self.conversion.recipe.policy} averages cotangents over steps, so there is no second "
                 "derivative (create_graph=True). Use an exact recipe such as sync_bn for this layer."
@@ -141,7 +153,7 @@ class Site:
         if learning and graph_task() != NO_BACKWARD:
             binding.expect_boundary()
         slot = self._slot(binding, "backward", step, learning=learning)
-        if self.conversion.recipe.policy.keeps_cotangents:
+        if self.conversion.facts.keeps_cotangents:
             slot = slot._replace(loss_scale=binding.loss_scale_of_pass())
         try:
             answer = binding.reducer.start(wire, slot._replace(forward_count=count))
@@ -160,7 +172,8 @@ class Site:
         """Let the layer's running statistics absorb ``shared`` sums and count of the current step, if fit for them."""
         layer = self.conversion.layer(self.index)
         if layer is not None and self.lands(NOW, learning=learning):
-            running.absorb_shared(layer, self.conversion.recipe.method, shared, True)
+            method, guarded = self.conversion.recipe.method, self.conversion.guards
+            running.absorb_shared(layer, method, shared, True, guarded=guarded)
 
     def lands(self, step: int, *, learning: bool) -> bool:
         """Whether the statistics of ``step`` are fit for the running statistics."""

@@ -124,13 +124,15 @@ class Tail(NamedTuple):
 class Running(NamedTuple):
     """The running statistics of a layer, changed in place; a ``momentum`` of None is the plain average over all steps.
 
-    ``updates`` is how often they were changed.
+    ``updates`` is how often they were changed. ``guarded`` ones leave out moments that would make any of them infinite
+    or NaN.
     """
 
     mean_C: Tensor
     var_C: Tensor
     updates: Tensor
     momentum: float | None
+    guarded: bool = False
 
 
 class Share(Protocol):

@@ -33,22 +33,22 @@ def recipe_rows() -> list[str]:
     for each in recipes.available():
         recipe = recipes.build(each.name, **OPTIONS.get(each.name, {}))
         options = ", ".join(f"`{name}`" for name in each.options) or "none"
-        cost = f"{collectives(recipe.policy)} | {payload(recipe)} | {recipe.policy.staleness}"
+        cost = f"{collectives(recipe.policy)} | {payload(recipe)} | {recipe.policy.facts.staleness}"
         rows.append(f"| `{each.name}` | {options} | {cost} | {SOURCES[each.name]} |")
     return rows
 
 
 def collectives(policy: Policy) -> str:
     """Blocking ones for each of L layers, forward and backward, and asynchronous ones."""
-    blocking = f"{2 * policy.collectives:g} L" if policy.collectives else ""
-    background = f"{policy.background:g} asynchronous" if policy.background else ""
+    blocking = f"{2 * policy.facts.collectives:g} L" if policy.facts.collectives else ""
+    background = f"{policy.facts.background:g} asynchronous" if policy.facts.background else ""
     return " + ".join(part for part in (blocking, background) if part) or "0"
 
 
 def payload(recipe: Recipe) -> str:
     """Bytes that a rank contributes: float64 sums with a count forward, cotangents backward, for C channels in all."""
     kinds = 2 if recipe.method.centred else 1
-    uses = recipe.policy.collectives + recipe.policy.background
+    uses = recipe.policy.facts.collectives + recipe.policy.facts.background
     return f"{16 * kinds * uses:g} C" if uses else "0"
 
 

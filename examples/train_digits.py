@@ -91,7 +91,7 @@ def train_one(recipe: str, seed: int, epochs: int, batch_size: int) -> None:
 
 def staleness(recipe: str) -> int:
     """Return by how many steps the statistics of ``recipe`` are late."""
-    return 0 if recipe == STOCK else distnorm.recipes.parse(recipe).policy.staleness
+    return 0 if recipe == STOCK else distnorm.recipes.parse(recipe).policy.facts.staleness
 
 
 def train_all(recipes: Sequence[str], seeds: Sequence[int], epochs: int, batch_size: int) -> list[Run]:

@@ -18,7 +18,7 @@ from distnorm.diagnostics.plan import DEFAULT_RECIPES, Prediction, make_plan, pr
 from distnorm.diagnostics.plan_cost import Algorithm, Network, Point, Reach, fit, weights
 from distnorm.diagnostics.plan_traffic import traffic
 from distnorm.methods import BatchNorm
-from distnorm.policies import AllReduce, Chain, Periodic, Policy, Reducer
+from distnorm.policies import AllReduce, Chain, Facts, Periodic, Policy, Reducer
 from distnorm.transport import Topology
 from distnorm.types import Layout, Slot
 from tests.support.pool import Pool
@@ -157,20 +157,22 @@ COUNTED = (
     "group_bn(size=2)",
     "hierarchical_bn",
     "periodic_bn(every=2)",
-    "mabn(warmup=0)",
-    "hierarchical_mabn(warmup=0)",
+    "mabn(warmup=0, window=2)",
+    "hierarchical_mabn(warmup=0, window=2)",
     "lazy_bn(warmup=0)",
 )
 SMALL = (3, 5, 7)
 
 
 def count_on_a_rank(rank: int) -> dict[str, tuple[float, float]]:
-    """Collectives and bytes per step, over two steps."""
+    """Collectives and bytes per step, over two steps after two others, in which windows fill."""
     found = {}
     for recipe in COUNTED:
         net = nn.Sequential(*(part for c in SMALL for part in (nn.LazyLinear(c), nn.BatchNorm1d(c))))
         net(torch.ones(2, 4))
         distnorm.convert(net, distnorm.recipes.parse(recipe))
+        for _ in range(2):
+            net(torch.randn(4, 4)).square().sum().backward()
         with distnorm.Ledger(net) as ledger:
             for _ in range(2):
                 net(torch.randn(4, 4)).square().sum().backward()
@@ -203,8 +205,8 @@ class Twice(Policy):
         return Summing(2)
 
     @property
-    def collectives(self) -> float:
-        return 2.0
+    def facts(self) -> Facts:
+        return Facts(collectives=2.0)
 
 
 def test_a_policy_of_the_users_is_planned_by_running_it() -> None:

@@ -53,5 +53,9 @@ MOVING: dict[str, Policy] = {
     "Moving-exact": Moving(window=1, staleness=0),
     "StaleMix": StaleMix(),
     "Warmup": Warmup(then=Moving(window=2), steps=2),
+    "Warmup-StaleMix": Warmup(first=Chain(AllReduce(axis="local"), AllReduce(axis="node")), then=StaleMix(), steps=1),
+    "Chain-Warmup": Chain(
+        AllReduce(axis="local"), Warmup(first=AllReduce(axis="node"), then=Moving(window=2, axis="node"), steps=1)
+    ),
     "Chain-Moving": Chain(AllReduce(axis="local"), Moving(window=2, axis="node")),
 }

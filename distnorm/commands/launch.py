@@ -190,7 +190,7 @@ def _on_cpu(
 
 def _shares(settings: Settings) -> bool:
     policy = settings.build().policy
-    return policy.collectives > 0 or policy.background > 0
+    return policy.facts.communicates
 
 
 def _warning(settings: Settings, processes: Processes) -> list[str]:

@@ -4,8 +4,9 @@
    Forward, of a method: means[K * C]; factor = d scale / d weight; y = (x - pivot) * scale + shift.
    Pull: from sum(dy) and sum(dy * (x - pivot)) to the cotangents of the method's link, and to the parameters' gradients.
    Link: from shared cotangents to dx = dy * scale + level + (x - pivot) * slope.
-   Absorb: running += (moments - running) * rate, if there are two values at least. */
+   Absorb: running += (moments - running) * rate, if there are two values at least; guarded, if all moments fit. */
 
+#include <float.h>
 #include <math.h>
 
 #include "kernels.h"
@@ -63,14 +64,22 @@ static double next_rate(double momentum, int64_t *tracked)
     return momentum < 0 ? 1.0 / *tracked : momentum;
 }
 
-void batch_norm_absorb(const double *wire, index_t C, double momentum, int64_t *tracked, float *running_mean,
-                       float *running_var)
+/* Whether running statistics stay finite when they move towards a value. */
+static int fits(double value) { return fabs(value) <= FLT_MAX / 2; }
+
+void batch_norm_absorb(const double *wire, index_t C, double momentum, int guarded, int64_t *tracked,
+                       float *running_mean, float *running_var)
 {
     double count = wire[2 * C];
     if (!(count > 1)) return;
+    double bessel = count / (count - 1);
+    for (index_t c = 0; guarded && c < C; c++) {
+        double mean = wire[c] / count;
+        if (!fits(mean) || !fits(variance(mean, wire[C + c] / count) * bessel)) return;
+    }
     double rate = next_rate(momentum, tracked);
     for (index_t c = 0; c < C; c++) {
-        double mean = wire[c] / count, unbiased = variance(mean, wire[C + c] / count) * (count / (count - 1));
+        double mean = wire[c] / count, unbiased = variance(mean, wire[C + c] / count) * bessel;
         running_mean[c] += (mean - running_mean[c]) * rate;
         running_var[c] += (unbiased - running_var[c]) * rate;
     }
@@ -118,12 +127,15 @@ void rms_link(const double *cotangents, const double *means, const double *count
     }
 }
 
-void rms_absorb(const double *wire, index_t C, double momentum, int64_t *tracked, float *running_mean,
+void rms_absorb(const double *wire, index_t C, double momentum, int guarded, int64_t *tracked, float *running_mean,
                 float *running_var)
 {
     (void)running_mean;
     double count = wire[C];
     if (!(count > 1)) return;
+    for (index_t c = 0; guarded && c < C; c++) {
+        if (!fits(wire[c] / count)) return;
+    }
     double rate = next_rate(momentum, tracked);
     for (index_t c = 0; c < C; c++) running_var[c] += (wire[c] / count - running_var[c]) * rate;
 }

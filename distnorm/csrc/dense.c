@@ -46,12 +46,12 @@ void dense_sums(int rows, const float *x, double *memory, index_t N, index_t C, 
 void dense_normalize(int rows, int formula, const float *x, const float *residual, float *y, int relu,
                      const double *shared, const float *weight, const float *bias, const float *followed, double clip,
                      double eps, double *memory, float *running_mean, float *running_var, int64_t *tracked,
-                     double momentum, index_t N, index_t C, index_t L, int threads)
+                     double momentum, int guarded, index_t N, index_t C, index_t L, int threads)
 {
     memory_t m = laid_out(memory, C);
     formula_t f = FORMULAS[formula];
     f.forward(shared, m.pivot, weight, bias, followed, clip, eps, C, m.means, m.factor, m.scale, m.shift);
-    if (tracked) f.absorb(shared, C, momentum, tracked, running_mean, running_var);
+    if (tracked) f.absorb(shared, C, momentum, guarded, tracked, running_mean, running_var);
     LOOPS[rows].apply(x, residual, y, m.pivot, m.scale, m.shift, relu, N, C, L, threads);
 }
 

@@ -71,7 +71,7 @@ def measure_steps(
 
     Collective over all ranks. Every contender keeps a model, its gradients and DDP's buckets in memory.
     """
-    recipes = {name: _steady(parse(name)) for name in names}
+    recipes = {name: steady(parse(name)) for name in names}
     bases = {name: dataclasses.replace(recipe, policy=Local(), name=None) for name, recipe in recipes.items()}
     # In one order on all ranks, which a set would not be: DDP communicates when it wraps a model.
     contenders = dict.fromkeys([*recipes.values(), *bases.values()])
@@ -164,7 +164,7 @@ class Trainer:
         self.optimizer.step()
 
 
-def _steady(recipe: Recipe) -> Recipe:
+def steady(recipe: Recipe) -> Recipe:
     """``recipe`` as it is after its warm-up."""
     return dataclasses.replace(recipe, policy=recipe.policy.then) if isinstance(recipe.policy, Warmup) else recipe
 

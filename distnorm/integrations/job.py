@@ -49,8 +49,8 @@ class Job:
         self._rank = _rank_of(os.environ)
         self._warned = False  # that it cannot do what it is there for
         self._any_conversion = False
-        self._unannounced: list[tuple[str, Conversion]] = []
-        self._ledgers: list[tuple[str, Conversion, Ledger]] = []
+        self._unannounced: list[tuple[str, list[Conversion]]] = []
+        self._ledgers: list[tuple[str, list[Conversion], Ledger]] = []
         self.scales = LossScales()
         self.optimizers = Optimizers()
 
@@ -86,22 +86,23 @@ class Job:
     def note(self, model: nn.Module, *, follow: bool) -> None:
         """Take note of ``model``, which has just been converted; ``follow`` its optimizers."""
         self._rank = dist.get_rank() if dist.is_initialized() else self._rank
-        (conversion,) = conversions_of(model)
-        tails = [isinstance(layer, DistNorm) and layer.tail != "" for _, layer in conversion.layers()]
+        conversions = conversions_of(model)  # several where layers have process groups of their own
+        tails = [layer.tail != "" for layer in model.modules() if isinstance(layer, DistNorm)]
         fused = f", {sum(tails)} of them fused with what follows" if self.settings.fuse else ""
-        recipe = conversion.recipe.name or str(conversion.recipe)
+        recipe = conversions[0].recipe.name or str(conversions[0].recipe)
         text = f"{type(model).__name__}: {len(tails)} layers converted to {recipe}{fused}"
-        self._unannounced.append((text, conversion))
-        self.scales.tell(conversion)
+        self._unannounced.append((text, conversions))
+        for conversion in conversions:
+            self.scales.tell(conversion)
         if follow:
-            self.optimizers.follow(model, conversion)
+            self.optimizers.follow(model, conversions)
         if self.settings.ledger:
-            self._ledgers.append((type(model).__name__, conversion, Ledger(model).__enter__()))
+            self._ledgers.append((type(model).__name__, conversions, Ledger(model).__enter__()))
 
     def announce(self) -> None:
         """Say what has been converted, except for what has been undone since: parts of a model that became a whole."""
-        for text, conversion in self._unannounced:
-            if in_use(conversion):
+        for text, conversions in self._unannounced:
+            if any(map(in_use, conversions)):
                 logger.info("distnorm.run: %s", text)
                 self._say(text)
         self._unannounced.clear()
@@ -111,7 +112,7 @@ class Job:
 
     def _warn_if_alone(self) -> None:
         policy = self.settings.build().policy
-        synchronizes = policy.collectives > 0 or policy.background > 0
+        synchronizes = policy.facts.communicates
         alone = not dist.is_initialized() or dist.get_world_size() == 1
         if synchronizes and alone and not self._warned:
             self._warned = True
@@ -129,8 +130,8 @@ class Job:
                 f"model, or call distnorm.convert(model, {self.settings.recipe!r}) in the script."
                 + (f" Besides, this job {_ONE_PROCESS}" if alone else "")
             )
-        for name, conversion, ledger in self._ledgers:
-            if ledger.collectives or in_use(conversion):
+        for name, conversions, ledger in self._ledgers:
+            if ledger.collectives or any(map(in_use, conversions)):
                 self._say(f"ledger of {name}\n{ledger}")
 
     def _is_first(self) -> bool:

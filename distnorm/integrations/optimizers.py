@@ -8,9 +8,10 @@ go on with a new optimizer. All of it follows from what the script does, so it i
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
 from weakref import ReferenceType, WeakSet, ref
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -34,9 +35,9 @@ class Optimizers:
         after_init(Optimizer, self._made)
         register_optimizer_step_pre_hook(lambda optimizer, *_: self._steps(optimizer))
 
-    def follow(self, model: nn.Module, conversion: Conversion) -> None:
-        """Let optimizers end the steps of ``model``. No collective, now or later."""
-        clock = _Clock(model, conversion)
+    def follow(self, model: nn.Module, conversions: Sequence[Conversion]) -> None:
+        """Let optimizers end the steps of ``model``, which has ``conversions``. No collective, now or later."""
+        clock = _Clock(model, conversions)
         self._clocks.append(clock)
         for optimizer in self._alive:
             clock.expect(optimizer)
@@ -58,23 +59,27 @@ class Optimizers:
 class _Clock:
     """One model and the optimizer whose steps count."""
 
-    def __init__(self, model: nn.Module, conversion: Conversion) -> None:
+    def __init__(self, model: nn.Module, conversions: Sequence[Conversion]) -> None:
         self._model = ref(model)
-        self._conversion = ref(conversion)
+        self._conversions = [ref(each) for each in conversions]
         self._optimizer: ReferenceType[Optimizer] | None = None
         self._attachment: Attachment | None = None
         self._rivals: WeakSet[Optimizer] = WeakSet()
 
     def model(self) -> nn.Module | None:
-        """The model, unless it is gone or its conversion has been undone."""
-        model, conversion = self._model(), self._conversion()
-        return model if model is not None and conversion is not None and in_use(conversion) else None
+        """The model, unless it is gone or its conversions have been undone."""
+        return self._model() if self._standing() else None
+
+    def _standing(self) -> list[Conversion]:
+        found = (reference() for reference in self._conversions)
+        return [each for each in found if each is not None and in_use(each)]
 
     def expect(self, optimizer: Optimizer) -> None:
         """An optimizer that owns parameters will step: backward passes end no steps until it does."""
-        model, conversion = self.model(), self._conversion()
-        if model is not None and conversion is not None and _owns(optimizer, model):
-            conversion.ends_with_backward = False
+        model = self.model()
+        if model is not None and _owns(optimizer, model):
+            for conversion in self._standing():
+                conversion.ends_with_backward = False
 
     def before_step(self, optimizer: Optimizer, alive: WeakSet[Optimizer]) -> None:
         """Attach ``optimizer`` if it is the one; what it ends then is this very step."""
@@ -82,27 +87,28 @@ class _Clock:
         if optimizer is current:
             self._rivals.clear()
             return
-        model, conversion = self.model(), self._conversion()
-        if model is None or conversion is None or not _owns(optimizer, model):
+        model, conversions = self.model(), self._standing()
+        if model is None or not _owns(optimizer, model):
             return
         if graph_task() != NO_BACKWARD:  # it steps inside of backward passes, each parameter for itself
-            conversion.ends_with_backward = True
-        elif optimizer in self._rivals or (current is None and self._is_first_choice(optimizer, conversion, alive)):
-            self._attach(model, optimizer, conversion)
+            for conversion in conversions:
+                conversion.ends_with_backward = True
+        elif optimizer in self._rivals or (current is None and _is_first_choice(optimizer, conversions, alive)):
+            self._attach(model, optimizer, conversions[0].loss_scale)
         else:
             self._rivals.add(optimizer)
 
-    def _is_first_choice(self, optimizer: Optimizer, conversion: Conversion, alive: WeakSet[Optimizer]) -> bool:
-        affine = nn.ModuleList(layer for _, layer in conversion.layers())
-        return _owns(optimizer, affine) or not any(_owns(other, affine) for other in alive)
-
-    def _attach(self, model: nn.Module, optimizer: Optimizer, conversion: Conversion) -> None:
-        scale = conversion.loss_scale
+    def _attach(self, model: nn.Module, optimizer: Optimizer, scale: Callable[[], Tensor | float] | None) -> None:
         if self._attachment is not None:
             self._attachment.remove()
         self._attachment = attach(model, optimizer=optimizer, loss_scale=scale)
         self._optimizer = ref(optimizer)
         self._rivals.clear()
+
+
+def _is_first_choice(optimizer: Optimizer, conversions: Iterable[Conversion], alive: WeakSet[Optimizer]) -> bool:
+    affine = nn.ModuleList(layer for conversion in conversions for _, layer in conversion.layers())
+    return _owns(optimizer, affine) or not any(_owns(other, affine) for other in alive)
 
 
 def in_use(conversion: Conversion) -> bool:

@@ -75,9 +75,9 @@ class DensePass:
         return y_NCL
 
     def _statistics(self, running: Running | None) -> _Addresses:
-        """Where C finds what absorbs, and the momentum."""
+        """Where C finds what absorbs, the momentum and the guard."""
         if running is None or not _absorbs(running):
-            return None, None, None, 0.0
+            return None, None, None, 0.0, False
         self.absorbed = True
         return _addresses(running)
 
@@ -125,15 +125,15 @@ def absorb(formula: Formula, shared: Tensor, running: Running) -> bool:
     found = library() if formula.name in FORMULAS else None
     if found is None or not _absorbs(running):
         return False
-    mean_C, var_C, updates, momentum = _addresses(running)
+    mean_C, var_C, updates, *rate = _addresses(running)
     wire = shared.contiguous()
     function = getattr(found, f"{formula.name}_absorb")
-    function(wire.data_ptr(), running.var_C.numel(), momentum, updates, mean_C, var_C)
+    function(wire.data_ptr(), running.var_C.numel(), *rate, updates, mean_C, var_C)
     return True
 
 
-_Addresses = tuple[int | None, int | None, int | None, float]
-"""Of running_mean, running_var and the number of updates; and the momentum, negative for the plain average."""
+_Addresses = tuple[int | None, int | None, int | None, float, bool]
+"""Of running_mean, running_var and the number of updates; the momentum, negative for the plain average; the guard."""
 
 
 def _absorbs(running: Running) -> bool:
@@ -141,9 +141,10 @@ def _absorbs(running: Running) -> bool:
 
 
 def _addresses(running: Running) -> _Addresses:
-    mean_C, var_C, updates, momentum = running
+    mean_C, var_C, updates, momentum, guarded = running
     increment_version((mean_C, var_C, updates))  # as torch's own operations do, for autograd's checks
-    return mean_C.data_ptr(), var_C.data_ptr(), updates.data_ptr(), -1.0 if momentum is None else momentum
+    rate = -1.0 if momentum is None else momentum
+    return mean_C.data_ptr(), var_C.data_ptr(), updates.data_ptr(), rate, guarded
 
 
 def dense_pass(

@@ -14,7 +14,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distnorm.policies.base import Policy, Reducer
-from distnorm.transport import Group, LostGroup, Topology
+from distnorm.policies.facts import Facts
+from distnorm.policies.routes import Routes
+from distnorm.transport import Group, LostGroup, Topology, check_group, lost
 from distnorm.types import Layout, Slot
 
 
@@ -26,6 +28,9 @@ class _GroupSum(Reducer):
     @property
     def alone(self) -> bool:
         return self.size == 1
+
+    def routes(self) -> Routes:
+        return [(self.group.ranks,)]
 
     def reduce(self, wire: Tensor, slot: Slot) -> Tensor:
         return self.group.sum(wire, slot)
@@ -60,11 +65,7 @@ class AllReduce(Policy):
             raise ValueError(f"AllReduce(axis={self.axis!r}): need the name of an axis.")
         if self.group_size is not None and (not isinstance(self.group_size, int) or self.group_size < 1):
             raise ValueError(f"AllReduce(group_size={self.group_size!r}): need a whole number of ranks, at least 1.")
-        if not isinstance(self.process_group, dist.ProcessGroup | LostGroup | None):
-            raise ValueError(
-                f"AllReduce(process_group={self.process_group!r}): not a process group, or not one that covers this "
-                "rank. Every rank must pass a group it belongs to (torch.distributed.new_subgroups returns it first)."
-            )
+        check_group(self.process_group, "AllReduce")
 
     def __repr__(self) -> str:
         """Name the ranks of an explicit group, so that equal text means equal sharing."""
@@ -81,8 +82,7 @@ class AllReduce(Policy):
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle without the process group, leaving a note of it."""
         if isinstance(self.process_group, dist.ProcessGroup):
-            lost = LostGroup(f"its process group over ranks {dist.get_process_group_ranks(self.process_group)}")
-            return replace(self, process_group=lost).__reduce__()
+            return replace(self, process_group=lost(self.process_group)).__reduce__()
         return _rebuild, (self.axis, self.group_size, self.process_group)
 
     def bind(self, topology: Topology, layout: Layout) -> Reducer:
@@ -96,14 +96,10 @@ class AllReduce(Policy):
         return _GroupSum(topology.along(self.axis) if self.axis is not None else topology.everyone())
 
     @property
-    def collectives(self) -> float:
-        """One."""
-        return 1.0
-
-    @property
-    def scope(self) -> dist.ProcessGroup | LostGroup | None:
-        """The explicit group."""
-        return self.process_group
+    def facts(self) -> Facts:
+        """One collective."""
+        named = () if self.process_group is None else (self.process_group,)
+        return Facts(collectives=1.0, groups=named, bounded=bool(named))
 
 
 def _rebuild(axis: str | None, group_size: int | None, process_group: LostGroup | None) -> AllReduce:

@@ -6,10 +6,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
-import torch.distributed as dist
 from torch import Tensor
 
-from distnorm.transport import LostGroup, Topology
+from distnorm.policies.facts import Facts
+from distnorm.policies.routes import Routes
+from distnorm.transport import Topology
 from distnorm.types import Landed, Layout, Slot, Watch
 
 
@@ -33,6 +34,21 @@ class Reducer(ABC):
     def alone(self) -> bool:
         """Whether ``reduce`` is the identity, in every step."""
         return False
+
+    late = False
+    """Whether ``end_step`` may return statistics that have landed."""
+
+    def routes(self) -> Routes:
+        """By which groups ``reduce`` joins statistics, in one step or another; None if that is not known."""
+        return None
+
+    def landing(self) -> Routes:
+        """Those of statistics that running statistics absorb."""
+        return self.routes()
+
+    def handovers(self) -> list[tuple[Routes, Routes]]:
+        """Pairs of routes that must join the same ranks: what one policy has shared becomes another one's memory."""
+        return []
 
     def lands(self, slot: Slot) -> bool:
         """Whether what ``reduce`` returns for ``slot`` is shared, and fit for the running statistics."""
@@ -70,30 +86,5 @@ class Policy(ABC):
 
     @property
     @abstractmethod
-    def collectives(self) -> float:
-        """Blocking collectives per layer, direction and step, on average."""
-
-    @property
-    def background(self) -> float:
-        """Asynchronous collectives per step, for all layers together."""
-        return 0.0
-
-    @property
-    def always_lands(self) -> bool:
-        """Whether the statistics of every step are shared ones (see ``Reducer.lands``)."""
-        return True
-
-    @property
-    def keeps_cotangents(self) -> bool:
-        """Whether cotangents outlive their step: loss scales must come out of them, second derivatives do not exist."""
-        return False
-
-    @property
-    def scope(self) -> dist.ProcessGroup | LostGroup | None:
-        """The process group of the user's that bounds which ranks this policy concerns, if it names one."""
-        return None
-
-    @property
-    def staleness(self) -> int:
-        """Steps that a collective is given before anyone waits for it; 0 means that it blocks."""
-        return 0
+    def facts(self) -> Facts:
+        """What is known of it before ranks are."""

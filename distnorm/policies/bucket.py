@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import logging
 from itertools import accumulate
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from distnorm.kernels import gpu
+from distnorm.policies.base import Reducer
 from distnorm.transport import Group
-from distnorm.transport.group import Pending
+from distnorm.transport.group import Pending, moved
 from distnorm.types import EVERY_LAYER, Direction, Landed, Layout, Slot
 
 logger = logging.getLogger("distnorm")
@@ -23,16 +24,15 @@ logger = logging.getLogger("distnorm")
 DOUBLE = 8  # bytes
 
 
-def loss_scale_of(slot: Slot) -> Tensor | float:
-    """What the values of ``slot`` are multiplied by: statistics by nothing."""
-    return slot.loss_scale if slot.direction == "backward" else 1.0
+def loss_scale_of(slot: Slot, values: Tensor) -> Tensor | float:
+    """What the ``values`` of ``slot`` are multiplied by: statistics by nothing. A tensor only if it is beside them."""
+    scale = slot.loss_scale if slot.direction == "backward" else 1.0
+    return float(scale) if isinstance(scale, Tensor) and scale.device != values.device else scale
 
 
-def at_or_number(scale: Tensor | float, values: Tensor) -> tuple[Tensor | None, float]:
-    """``scale`` as kernels/gpu/entries.py takes it: where it lies on the device of ``values``, or else the number."""
-    if isinstance(scale, Tensor) and scale.device == values.device:
-        return scale, 1.0
-    return None, float(scale)
+def at_or_number(scale: Tensor | float) -> tuple[Tensor | None, float]:
+    """``scale`` as kernels/gpu/entries.py takes it: where it lies, or else the number."""
+    return (scale, 1.0) if isinstance(scale, Tensor) else (None, scale)
 
 
 class Bucket:
@@ -43,16 +43,13 @@ class Bucket:
         self.group = group
         self.index = {slot: number for number, slot in enumerate(layout.sizes)}
         sizes = [size + extra * (slot[1] == "forward") for slot, size in layout.sizes.items()]
-        starts = list(accumulate(sizes, initial=0))
-        self.starts = torch.tensor(starts).to(layout.device)
-        """Where slots begin, and where the last one ends."""
+        self._starts = starts = list(accumulate(sizes, initial=0))
         self.span = {slot: slice(*starts[number : number + 2]) for slot, number in self.index.items()}
         self.values = starts[-1]
         self.slots = len(sizes)
         self._sizes = sizes
-        self.slot_of = torch.repeat_interleave(torch.tensor(sizes), output_size=self.values).to(layout.device)
-        """Which slot each value belongs to."""
-        self.outbox = self._empty(layout.device)
+        self._lay_out(layout.device)
+        self.outbox = torch.zeros(self.values + self.slots + 1, dtype=torch.float64, device=layout.device)
         self.dropped = torch.zeros(self.slots, dtype=torch.int64, device=layout.device)
         """How often each slot came back with NaN or Inf and was left out."""
         self.last = torch.zeros_like(self.outbox)
@@ -62,8 +59,23 @@ class Bucket:
         """What this rank sent along with the pending vector, unless another process sent it."""
         self._warned: set[str] = set()
 
-    def _empty(self, device: torch.device) -> Tensor:
-        return torch.zeros(self.values + self.slots + 1, dtype=torch.float64, device=device)
+    def _lay_out(self, device: torch.device) -> None:
+        # Made on the CPU, whatever the default device is: one copy, and no waiting for a GPU.
+        self.starts = torch.tensor(self._starts, device="cpu").to(device)
+        """Where slots begin, and where the last one ends."""
+        sizes = torch.tensor(self._sizes, device="cpu")
+        self.slot_of = torch.repeat_interleave(sizes, output_size=self.values).to(device)
+        """Which slot each value belongs to."""
+
+    def to(self, device: torch.device) -> None:
+        """Go on there. Waits for the vector in flight."""
+        self._lay_out(device)
+        if self._pending is not None:
+            self._wait()
+            self._pending.to(device)
+        if self.outbox.is_meta:
+            self._pending = None  # it carried nothing
+        self.outbox, self.dropped, self.last = (moved(each, device) for each in (self.outbox, self.dropped, self.last))
 
     def write(self, layer: str, direction: Direction, values: Tensor, weight: Tensor | float) -> None:
         """Add to a slot of this step."""
@@ -162,7 +174,10 @@ class Bucket:
 
     def warn_of_drops(self) -> None:
         """Log once, naming the layers, that values were dropped. Waits for the device."""
-        lost = [f"{layer} ({direction})" for (layer, direction), n in self.index.items() if self.dropped[n] > 0]
+        if self.dropped.is_meta:
+            return
+        dropped = self.dropped.tolist()
+        lost = [f"{layer} ({direction})" for (layer, direction), n in self.index.items() if dropped[n] > 0]
         if lost:
             self.warn_once("drops", f"distnorm: NaN or Inf from some rank; those steps were left out for {lost}.")
 
@@ -187,3 +202,22 @@ class Bucket:
             vector = in_flight.to(self.outbox.device, copy=True)
             slot = Slot(EVERY_LAYER, "forward", -1)
             self._pending = Pending(vector, None, slot)
+
+
+class Remembering(Reducer):
+    """A reducer with a bucket and tensors beside it, all on the device of the layers: they follow when these move."""
+
+    kept: ClassVar[tuple[str, ...]]
+    """Names of these tensors."""
+    bucket: Bucket
+
+    def follow(self, values: Tensor) -> None:
+        """Go on where the ``values`` of a layer are now. Waits for the vector in flight, if that is elsewhere."""
+        device = values.device
+        if device == self.bucket.outbox.device:
+            return
+        with torch.inference_mode(False):
+            self.bucket.to(device)
+            for name in self.kept:
+                value = getattr(self, name)
+                setattr(self, name, None if value is None else moved(value, device))

@@ -6,6 +6,7 @@ AllReduce("node"))`` adds up within each node, then between nodes: the exact glo
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any, final
@@ -13,6 +14,8 @@ from typing import Any, final
 from torch import Tensor
 
 from distnorm.policies.base import Policy, Reducer
+from distnorm.policies.facts import Facts, in_sequence
+from distnorm.policies.routes import Routes, either, followed_by
 from distnorm.transport import Topology
 from distnorm.types import Landed, Layout, Slot, Watch
 
@@ -21,10 +24,27 @@ class _Sequence(Reducer):
     def __init__(self, parts: list[Reducer]) -> None:
         super().__init__(math.prod(part.size for part in parts))
         self.parts = parts
+        self.late = any(part.late for part in parts)
 
     @property
     def alone(self) -> bool:
         return all(part.alone for part in self.parts)
+
+    def routes(self) -> Routes:
+        return functools.reduce(followed_by, (part.routes() for part in self.parts))
+
+    def landing(self) -> Routes:
+        # All parts let what they return land, or a part does at a step's end with what came to it.
+        found = functools.reduce(followed_by, (part.landing() for part in self.parts))
+        before: Routes = [()]
+        for part in self.parts:
+            if part.late:
+                found = either(found, followed_by(before, part.landing()))
+            before = followed_by(before, part.routes())
+        return found
+
+    def handovers(self) -> list[tuple[Routes, Routes]]:
+        return [pair for part in self.parts for pair in part.handovers()]
 
     def reduce(self, wire: Tensor, slot: Slot) -> Tensor:
         # The adjoint of "first a, then b" is "first b, then a".
@@ -88,26 +108,6 @@ class Chain(Policy):
         return _Sequence([part.bind(topology, layout) for part in self.parts])
 
     @property
-    def collectives(self) -> float:
+    def facts(self) -> Facts:
         """Those of all parts together."""
-        return sum(part.collectives for part in self.parts)
-
-    @property
-    def background(self) -> float:
-        """Those of all parts together."""
-        return sum(part.background for part in self.parts)
-
-    @property
-    def always_lands(self) -> bool:
-        """If all parts do."""
-        return all(part.always_lands for part in self.parts)
-
-    @property
-    def keeps_cotangents(self) -> bool:
-        """If any part does."""
-        return any(part.keeps_cotangents for part in self.parts)
-
-    @property
-    def staleness(self) -> int:
-        """That of the stalest part."""
-        return max(part.staleness for part in self.parts)
+        return in_sequence(*(part.facts for part in self.parts))

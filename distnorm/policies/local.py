@@ -12,6 +12,8 @@ from typing import final
 from torch import Tensor
 
 from distnorm.policies.base import Policy, Reducer
+from distnorm.policies.facts import Facts
+from distnorm.policies.routes import Routes
 from distnorm.transport import Topology
 from distnorm.types import Layout, Slot
 
@@ -20,6 +22,9 @@ class _Identity(Reducer):
     @property
     def alone(self) -> bool:
         return True
+
+    def routes(self) -> Routes:
+        return [()]
 
     def reduce(self, wire: Tensor, slot: Slot) -> Tensor:
         return wire
@@ -35,6 +40,6 @@ class Local(Policy):
         return _Identity(size=1)
 
     @property
-    def collectives(self) -> float:
-        """None."""
-        return 0.0
+    def facts(self) -> Facts:
+        """No collective, with nobody."""
+        return Facts(bounded=True)

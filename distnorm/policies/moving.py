@@ -18,17 +18,22 @@ from torch import Tensor
 
 from distnorm.compiled import library
 from distnorm.policies.base import Policy, Reducer
-from distnorm.policies.bucket import DOUBLE, Bucket, at_or_number, loss_scale_of
+from distnorm.policies.bucket import DOUBLE, Bucket, Remembering, at_or_number, loss_scale_of
+from distnorm.policies.facts import Facts
+from distnorm.policies.routes import Routes
 from distnorm.transport import Group, Topology
 from distnorm.types import Direction, Landed, Layout, Slot, Watch
 
 LossReduction = Literal["mean", "sum"]
 
 
-class _Window(Reducer):
+class _Window(Remembering):
+    kept = ("ring", "filled", "position", "sums")
+
     def __init__(self, policy: Moving, blocking: Group, background: Group, layout: Layout) -> None:
         super().__init__(blocking.size)
         self.policy = policy
+        self.late = policy.staleness > 0
         self.blocking = blocking
         self.bucket = Bucket(layout, background)
         # The newest entry never enters the ring before it is global: the window is the ring and the newest.
@@ -38,9 +43,13 @@ class _Window(Reducer):
         self.position = torch.zeros_like(self.filled)
         self.sums = torch.zeros(self.bucket.values, dtype=torch.float64, device=layout.device)
 
+    def routes(self) -> Routes:
+        return [(self.blocking.ranks,)]
+
     def reduce(self, wire: Tensor, slot: Slot) -> Tensor:
         if not slot.learning:
             return self.blocking.sum(wire, slot)
+        self.follow(wire)
         if slot.direction == "backward":
             return self._enter(*self._cotangents(wire, slot), slot)
         newest = wire if self.policy.staleness else self.blocking.sum(wire, slot)
@@ -65,7 +74,7 @@ class _Window(Reducer):
         compiled = library() if newest.is_cpu and newest.is_contiguous() else None
         if compiled is not None:
             return self._enter_in_c(compiled, newest, weight, slot)
-        key, scale = (slot.layer, slot.direction), loss_scale_of(slot)
+        key, scale = (slot.layer, slot.direction), loss_scale_of(slot, newest)
         weight = newest.new_ones(()) if weight is None else weight
         values = (newest[:-1] if slot.direction == "forward" else newest) / scale
         self.bucket.write(*key, values, weight)
@@ -84,7 +93,7 @@ class _Window(Reducer):
         key = slot.layer, slot.direction
         span, number = self.bucket.span[key], self.bucket.index[key]
         out: Tensor = window(
-            *(newest.contiguous(), weight, *at_or_number(loss_scale_of(slot), newest), self.sums, self.filled),
+            *(newest.contiguous(), weight, *at_or_number(loss_scale_of(slot, newest)), self.sums, self.filled),
             *(self.bucket.outbox, span.start, span.stop - span.start, number, slot.direction == "forward"),
         )
         return out
@@ -92,7 +101,7 @@ class _Window(Reducer):
     def _enter_in_c(self, compiled: CDLL, newest: Tensor, weight: Tensor | None, slot: Slot) -> Tensor:
         key = slot.layer, slot.direction
         span, number = self.bucket.span[key], self.bucket.index[key]
-        own, scale = 1.0 if weight is None else weight.item(), float(loss_scale_of(slot))
+        own, scale = 1.0 if weight is None else weight.item(), float(loss_scale_of(slot, newest))
         out = torch.empty_like(newest)
         if slot.direction == "forward":
             out[-1] = own
@@ -110,11 +119,12 @@ class _Window(Reducer):
         return not slot.learning
 
     def observe(self, shared: Tensor, slot: Slot, contributions: float) -> None:
+        self.follow(shared)
         if slot.direction == "forward":
             self.bucket.write(slot.layer, "forward", shared[:-1], shared[-1])
             return
         weight = _count(slot) if self.policy.loss_reduction == "sum" else float(contributions)
-        self.bucket.write(slot.layer, "backward", shared / slot.loss_scale, weight)
+        self.bucket.write(slot.layer, "backward", shared / loss_scale_of(slot, shared), weight)
 
     def end_step(self, slot: Slot, *, observed: bool = False) -> list[Landed]:
         if observed or self.policy.staleness == 0:
@@ -173,7 +183,7 @@ class _Window(Reducer):
         return usable
 
     def _push_in_c(self, compiled: CDLL, vector: Tensor) -> Tensor:
-        bucket, usable = self.bucket, torch.empty(self.bucket.slots, dtype=torch.bool)
+        bucket, usable = self.bucket, torch.empty(self.bucket.slots, dtype=torch.bool, device="cpu")
         ring = self.ring, self.filled, self.position, self.sums
         compiled.entries_push(
             *(vector.data_ptr(), bucket.starts.data_ptr(), bucket.slots, self.depth),
@@ -232,21 +242,12 @@ class Moving(Policy):
         return _Window(self, blocking, background, layout)
 
     @property
-    def collectives(self) -> float:
-        """One if it blocks."""
-        return 1.0 - self.staleness
-
-    @property
-    def background(self) -> float:
-        """One if it does not block."""
-        return float(self.staleness)
-
-    @property
-    def always_lands(self) -> bool:
-        """Not in training steps, if asynchronous."""
-        return self.staleness == 0
-
-    @property
-    def keeps_cotangents(self) -> bool:
-        """Windows hold cotangents of many steps."""
-        return True
+    def facts(self) -> Facts:
+        """One collective, which blocks or does not; windows hold cotangents of many steps."""
+        return Facts(
+            collectives=1.0 - self.staleness,
+            background=float(self.staleness),
+            staleness=self.staleness,
+            always_lands=self.staleness == 0,
+            keeps_cotangents=True,
+        )

@@ -9,12 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import final
 
-import torch.distributed as dist
 from torch import Tensor
 
 from distnorm.policies.all_reduce import AllReduce
 from distnorm.policies.base import Policy, Reducer
-from distnorm.transport import LostGroup, Topology
+from distnorm.policies.facts import Facts, every_kth
+from distnorm.policies.routes import Routes, either
+from distnorm.transport import Topology
 from distnorm.types import Layout, Slot
 
 
@@ -23,6 +24,15 @@ class _EveryKth(Reducer):
         super().__init__(inner.size)
         self.inner = inner
         self.every = every
+
+    def routes(self) -> Routes:
+        return self.inner.routes() if self.every == 1 else either(self.inner.routes(), [()])
+
+    def landing(self) -> Routes:
+        return self.inner.landing()
+
+    def handovers(self) -> list[tuple[Routes, Routes]]:
+        return self.inner.handovers()
 
     def reduce(self, wire: Tensor, slot: Slot) -> Tensor:
         return self.inner.reduce(wire, slot) if self._shares(slot) else wire
@@ -52,7 +62,7 @@ class Periodic(Policy):
         """Validate."""
         if not isinstance(self.every, int) or self.every < 1:
             raise ValueError(f"Periodic(every={self.every!r}): need a whole number of steps, at least 1.")
-        if not isinstance(self.policy, Policy) or self.policy.keeps_cotangents:
+        if not isinstance(self.policy, Policy) or self.policy.facts.keeps_cotangents:
             raise ValueError(f"Periodic(policy={self.policy!r}): need an exact policy, such as AllReduce().")
 
     def bind(self, topology: Topology, layout: Layout) -> Reducer:
@@ -60,21 +70,6 @@ class Periodic(Policy):
         return _EveryKth(self.policy.bind(topology, layout), self.every)
 
     @property
-    def collectives(self) -> float:
+    def facts(self) -> Facts:
         """The inner policy's, spread over ``every`` steps."""
-        return self.policy.collectives / self.every
-
-    @property
-    def always_lands(self) -> bool:
-        """Not in the steps between."""
-        return self.every == 1 and self.policy.always_lands
-
-    @property
-    def scope(self) -> dist.ProcessGroup | LostGroup | None:
-        """The inner policy's."""
-        return self.policy.scope
-
-    @property
-    def staleness(self) -> int:
-        """The inner policy's."""
-        return self.policy.staleness
+        return every_kth(self.policy.facts, self.every)

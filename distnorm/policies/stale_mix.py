@@ -17,12 +17,17 @@ from torch import Tensor
 
 from distnorm.compiled import library
 from distnorm.policies.base import Policy, Reducer
-from distnorm.policies.bucket import DOUBLE, Bucket, at_or_number, loss_scale_of
+from distnorm.policies.bucket import DOUBLE, Bucket, Remembering, at_or_number, loss_scale_of
+from distnorm.policies.facts import Facts
+from distnorm.policies.routes import Routes
 from distnorm.transport import Group, Topology
 from distnorm.types import Landed, Layout, Slot, Watch
 
 
-class _Mix(Reducer):
+class _Mix(Remembering):
+    kept = ("others", "_sent")
+    late = True
+
     def __init__(self, blocking: Group, background: Group, layout: Layout) -> None:
         super().__init__(blocking.size)
         self.blocking = blocking
@@ -32,15 +37,19 @@ class _Mix(Reducer):
         """Per slot, what one other rank contributes on average; 0 before anything landed."""
         self._sent: Tensor | None = None
 
+    def routes(self) -> Routes:
+        return [(self.blocking.ranks,)]
+
     def reduce(self, wire: Tensor, slot: Slot) -> Tensor:
         if not slot.learning:
             return self.blocking.sum(wire, slot)
+        self.follow(wire)
         if self.bucket.in_triton(wire):
             return self._mix_in_triton(wire, slot)
         compiled = library() if wire.is_cpu and wire.is_contiguous() else None
         if compiled is not None:
             return self._mix_in_c(compiled, wire, slot)
-        scale = loss_scale_of(slot)
+        scale = loss_scale_of(slot, wire)
         self.bucket.write(slot.layer, slot.direction, wire / scale, 1.0)
         return wire + (self.size - 1) * scale * self.others[self.bucket.span[slot.layer, slot.direction]]
 
@@ -49,11 +58,11 @@ class _Mix(Reducer):
 
         key = slot.layer, slot.direction
         place = self.others, self.bucket.outbox, self.bucket.span[key].start, self.bucket.index[key]
-        out: Tensor = mix(wire.contiguous(), *at_or_number(loss_scale_of(slot), wire), *place, self.size - 1)
+        out: Tensor = mix(wire.contiguous(), *at_or_number(loss_scale_of(slot, wire)), *place, self.size - 1)
         return out
 
     def _mix_in_c(self, compiled: CDLL, wire: Tensor, slot: Slot) -> Tensor:
-        key, scale = (slot.layer, slot.direction), float(loss_scale_of(slot))
+        key, scale = (slot.layer, slot.direction), float(loss_scale_of(slot, wire))
         others = self.others.data_ptr() + DOUBLE * self.bucket.span[key].start
         out = torch.empty_like(wire)
         compiled.entries_mix(
@@ -69,7 +78,8 @@ class _Mix(Reducer):
         return not slot.learning
 
     def observe(self, shared: Tensor, slot: Slot, contributions: float) -> None:
-        self.bucket.write(slot.layer, slot.direction, shared / loss_scale_of(slot), float(contributions))
+        self.follow(shared)
+        self.bucket.write(slot.layer, slot.direction, shared / loss_scale_of(slot, shared), float(contributions))
 
     def end_step(self, slot: Slot, *, observed: bool = False) -> list[Landed]:
         if observed:
@@ -147,26 +157,6 @@ class StaleMix(Policy):
         return _Mix(blocking, background, layout)
 
     @property
-    def collectives(self) -> float:
-        """None."""
-        return 0.0
-
-    @property
-    def background(self) -> float:
-        """One."""
-        return 1.0
-
-    @property
-    def staleness(self) -> int:
-        """One step in flight."""
-        return 1
-
-    @property
-    def always_lands(self) -> bool:
-        """Not in training steps."""
-        return False
-
-    @property
-    def keeps_cotangents(self) -> bool:
-        """It reuses cotangents of an earlier step."""
-        return True
+    def facts(self) -> Facts:
+        """One asynchronous collective; cotangents of an earlier step come back."""
+        return Facts(background=1.0, staleness=1, always_lands=False, keeps_cotangents=True)

@@ -9,24 +9,38 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, final
 
-import torch.distributed as dist
 from torch import Tensor
 
 from distnorm.policies.all_reduce import AllReduce
 from distnorm.policies.base import Policy, Reducer
-from distnorm.transport import LostGroup, Topology
+from distnorm.policies.facts import Facts, first_then
+from distnorm.policies.routes import Routes, either
+from distnorm.transport import Topology
 from distnorm.types import Landed, Layout, Slot, Watch
 
 
 class _Relay(Reducer):
-    def __init__(self, first: Reducer, then: Reducer, steps: int) -> None:
+    def __init__(self, first: Reducer, then: Reducer, steps: int, *, remembers: bool) -> None:
+        """``remembers``: ``then`` keeps what it observes."""
         super().__init__(then.size)
+        self.late = then.late
+        self.remembers = remembers
         self.first = first
         self.then = then
         self.steps = steps
 
     def _in_charge(self, slot: Slot) -> Reducer:
         return self.first if slot.step < self.steps else self.then
+
+    def routes(self) -> Routes:
+        return either(self.first.routes(), self.then.routes())
+
+    def landing(self) -> Routes:
+        return either(self.first.landing(), self.then.landing())
+
+    def handovers(self) -> list[tuple[Routes, Routes]]:
+        own = [(self.first.routes(), self.then.routes())] if self.remembers else []
+        return [*own, *self.first.handovers(), *self.then.handovers()]
 
     def reduce(self, wire: Tensor, slot: Slot) -> Tensor:
         shared = self._in_charge(slot).reduce(wire, slot)
@@ -39,6 +53,9 @@ class _Relay(Reducer):
 
     def counts(self, slot: Slot) -> bool:
         return self._in_charge(slot).counts(slot)
+
+    def observe(self, shared: Tensor, slot: Slot, contributions: float) -> None:
+        self.then.observe(shared, slot, contributions)
 
     def end_step(self, slot: Slot, *, observed: bool = False) -> list[Landed]:
         warming = slot.step < self.steps
@@ -72,39 +89,21 @@ class Warmup(Policy):
         for name in ("first", "then"):
             if not isinstance(getattr(self, name), Policy):
                 raise ValueError(f"Warmup({name}={getattr(self, name)!r}): need a policy.")
-        if self.first.keeps_cotangents:
+        if self.first.facts.keeps_cotangents:
             raise ValueError(f"Warmup(first={self.first!r}): need an exact policy, such as AllReduce().")
+        shares = self.first.facts.communicates and self.first.facts.always_lands
+        if self.then.facts.keeps_cotangents and not shares:
+            raise ValueError(
+                f"Warmup(first={self.first!r}, then={self.then!r}): the second policy starts with what the first one "
+                "shared, so that must share in every step. Use AllReduce(), or another exact policy."
+            )
 
     def bind(self, topology: Topology, layout: Layout) -> Reducer:
         """Bind both."""
-        return _Relay(self.first.bind(topology, layout), self.then.bind(topology, layout), self.steps)
+        first, then = self.first.bind(topology, layout), self.then.bind(topology, layout)
+        return _Relay(first, then, self.steps, remembers=self.then.facts.keeps_cotangents)
 
     @property
-    def collectives(self) -> float:
-        """Those of the policy that stays."""
-        return self.then.collectives
-
-    @property
-    def background(self) -> float:
-        """Those of the policy that stays."""
-        return self.then.background
-
-    @property
-    def scope(self) -> dist.ProcessGroup | LostGroup | None:
-        """That of either."""
-        return self.first.scope if self.first.scope is not None else self.then.scope
-
-    @property
-    def staleness(self) -> int:
-        """That of the policy that stays."""
-        return self.then.staleness
-
-    @property
-    def always_lands(self) -> bool:
-        """If both do."""
-        return self.first.always_lands and self.then.always_lands
-
-    @property
-    def keeps_cotangents(self) -> bool:
-        """As the policy that stays."""
-        return self.then.keeps_cotangents
+    def facts(self) -> Facts:
+        """Those of the policy that stays, within the groups of either."""
+        return first_then(self.first.facts, self.then.facts)

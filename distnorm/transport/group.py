@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 from weakref import ref
 
 import torch
@@ -36,6 +36,29 @@ class LostGroup:
         )
 
 
+OtherT = TypeVar("OtherT")
+
+
+def check_group(group: object, owner: str) -> None:
+    """Whether ``group``, which ``owner`` was given, is one of this rank, or none.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if not isinstance(group, dist.ProcessGroup | LostGroup | None):
+        raise ValueError(
+            f"{owner}(process_group={group!r}): not a process group, or not one that covers this rank. Every rank must "
+            "pass a group it belongs to (torch.distributed.new_subgroups returns it first)."
+        )
+
+
+def lost(group: dist.ProcessGroup | OtherT) -> LostGroup | OtherT:
+    """What a pickle holds for ``group``, if it is one."""
+    if isinstance(group, dist.ProcessGroup):
+        return LostGroup(f"its process group over ranks {dist.get_process_group_ranks(group)}")
+    return group
+
+
 class Work(Protocol):
     """A collective that was started."""
 
@@ -61,6 +84,15 @@ class Pending:
                 self._work.wait()
             self._work = None  # not before: a sum that failed must fail again
         return self._wire
+
+    def to(self, device: torch.device) -> None:
+        """Wait, and keep the sum on ``device``."""
+        self._wire = moved(self.wait(), device)
+
+
+def moved(values: Tensor, device: torch.device) -> Tensor:
+    """``values`` on ``device``; zeros in place of those of a meta tensor, which has none."""
+    return torch.zeros_like(values, device=device) if values.is_meta else values.to(device)
 
 
 class Later:

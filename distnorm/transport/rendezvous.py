@@ -8,6 +8,7 @@ The only user of torch's private ``_get_default_store`` and of a process group's
 from __future__ import annotations
 
 import hashlib
+import json
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -30,20 +31,55 @@ def tell_and_collect(ranks: tuple[int, ...], text: str, timeout: timedelta) -> l
     Raises:
         RuntimeError: some ranks published nothing within ``timeout``; the message names them.
     """
-    store = distributed_c10d._get_default_store()
-    rank = dist.get_rank()
+    room = _enter(ranks)
+    _store().set(f"{room}/{dist.get_rank()}", text)
+    return _collect([(f"{room}/{rank}", rank) for rank in ranks], timeout)
+
+
+def connected(groups: list[tuple[int, ...]], timeout: timedelta) -> tuple[int, ...]:
+    """All ranks that share groups with this one, with those that share groups with these, and so on; in order.
+
+    Collective over them: each says at every one of its ``groups`` which ones it has, in an order common to all, and
+    reads on where those that it meets say so.
+
+    Raises:
+        RuntimeError: as ``tell_and_collect``.
+    """
+    rooms = [_enter(ranks) for ranks in groups]
+    text = json.dumps([[room, ranks] for room, ranks in zip(rooms, groups, strict=True)])
+    for room in rooms:
+        _store().set(f"{room}/{dist.get_rank()}", text)
+    found = {dist.get_rank()}
+    ahead = [text]
+    while ahead:
+        met = {rank: f"{room}/{rank}" for told in ahead for room, ranks in json.loads(told) for rank in ranks}
+        new = [(key, rank) for rank, key in met.items() if rank not in found]
+        ahead = _collect(new, timeout) if new else []
+        found.update(met)
+    return tuple(sorted(found))
+
+
+def _store() -> dist.Store:
+    return distributed_c10d._get_default_store()
+
+
+def _enter(ranks: tuple[int, ...]) -> str:
+    """The place in the store where ``ranks`` meet next."""
     # Numbered per set of ranks: its members may have met different numbers of times in other sets.
     room = f"distnorm/{hashlib.sha1(repr(ranks).encode(), usedforsecurity=False).hexdigest()}"
-    serial = store.add(f"{room}/serial/{rank}", 1)
-    keys = [f"{room}/{serial}/{peer}" for peer in ranks]
-    store.set(f"{room}/{serial}/{rank}", text)
+    return f"{room}/{_store().add(f'{room}/serial/{dist.get_rank()}', 1)}"
+
+
+def _collect(places: list[tuple[str, int]], timeout: timedelta) -> list[str]:
+    """What is at the keys of ``places``, each of which is written by the rank that goes with it."""
+    store = _store()
     try:
-        store.wait(keys, timeout)
+        store.wait([key for key, _ in places], timeout)
     except RuntimeError as error:
-        missing = [peer for peer, key in zip(ranks, keys, strict=True) if not store.check([key])]
+        missing = [rank for key, rank in places if not store.check([key])]
         raise RuntimeError(
-            f"rank {rank} waited {timeout.total_seconds():.0f} s for ranks {missing} to start training their "
-            "distnorm layers. All ranks must convert the same model and reach its first training forward; look at "
-            "what those ranks do instead."
+            f"rank {dist.get_rank()} waited {timeout.total_seconds():.0f} s for ranks {missing} to start training "
+            "their distnorm layers. All ranks must convert the same model and reach its first training forward; look "
+            "at what those ranks do instead."
         ) from error
-    return [store.get(key).decode() for key in keys]
+    return [store.get(key).decode() for key, _ in places]

@@ -54,9 +54,9 @@ class Sockets(Direct):
     def post(self, wire: Tensor) -> None:
         """Write to all that take it; the rest of a message goes out while others are read."""
         count = wire.numel()
-        self._messages = torch.empty(len(self._ranks), HEADER + count, dtype=torch.float64)
+        self._messages = torch.empty(len(self._ranks), HEADER + count, dtype=torch.float64, device="cpu")
         mine = self._messages[self._place]
-        mine[:HEADER].view(torch.int64).copy_(torch.tensor([self.turn, count]))
+        mine[:HEADER].view(torch.int64).copy_(torch.tensor([self.turn, count], device="cpu"))
         mine[HEADER:].copy_(wire.view(-1))
         whole = _bytes_of(mine)
         self._unsent = dict.fromkeys(self._peers, whole)

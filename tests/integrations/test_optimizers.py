@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim import SGD, Adam
@@ -13,6 +16,7 @@ from distnorm.attach import conversions_of
 from distnorm.integrations.job import WatchedSettings
 from distnorm.integrations.wrapping import install
 from tests.integrations.hooked import MABN, backward, converted, net, steps_of
+from tests.support.fake import fake_world
 
 pytestmark = pytest.mark.usefixtures("clean_hooks")
 
@@ -36,6 +40,26 @@ def test_an_optimizers_steps_count_from_the_first_on(early: bool) -> None:
         backward(model, 3)
         optimizer.step()
         assert steps_of(model) == steps
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_layers_with_process_groups_of_their_own_step_with_the_others(
+    early: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = install(replace(MABN, ledger=True))
+    with fake_world(4):
+        norms = nn.SyncBatchNorm(4, process_group=dist.new_group([0, 1])), nn.BatchNorm1d(4)
+        model = nn.Sequential(nn.Linear(3, 4), *norms, nn.Linear(4, 2))
+        optimizer = SGD(model.parameters(), lr=0.1) if early else None
+        WatchedSettings.of_job(job, follow=True).convert(model)
+        job.announce()
+        optimizer = optimizer or SGD(model.parameters(), lr=0.1)
+        for steps in range(1, 4):
+            for _ in range(2):
+                model(torch.randn(5, 3)).square().mean().backward()
+            optimizer.step()
+            assert [each.bound().step for each in conversions_of(model)] == [steps, steps]
+    assert "Sequential: 2 layers converted to mabn" in capsys.readouterr().err
 
 
 def test_the_trajectory_is_that_of_attach() -> None:

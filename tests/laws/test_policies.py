@@ -56,7 +56,7 @@ def _small_model(recipe: Recipe, world_size: int, *, layers: int = 3) -> nn.Modu
 @pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES.keys())
 @pytest.mark.parametrize("under_test", METHODS.values(), ids=METHODS.keys())
 def test_law_3_collective_budget(policy, under_test):
-    """Exactly ``policy.collectives`` per layer and direction; a group of one rank needs none."""
+    """Exactly ``policy.facts.collectives`` per layer and direction; a group of one rank needs none."""
     steps, layers = 6, 3
     recipe = Recipe(method=under_test.method, policy=policy)
 
@@ -66,7 +66,7 @@ def test_law_3_collective_budget(policy, under_test):
             _train(model, torch.randn(4, 4, generator=torch.Generator().manual_seed(rank)), steps)
         return ledger.collectives, {name: tally.collectives for name, tally in ledger.layers.items()}
 
-    per_share = 0 if policy == AllReduce(group_size=1) else policy.collectives
+    per_share = 0 if policy == AllReduce(group_size=1) else policy.facts.collectives
     for collectives, by_layer in run_threads(4, count):
         assert collectives == per_share * 2 * layers * steps
         assert set(by_layer.values()) <= {per_share * 2 * steps}
@@ -79,7 +79,7 @@ def test_law_3_at_64_ranks(name, options):
         model = _small_model(recipe, 64)
         with distnorm.Ledger(model) as ledger:
             _train(model, torch.randn(4, 4), 2)
-        assert ledger.collectives == recipe.policy.collectives * 2 * 3 * 2
+        assert ledger.collectives == recipe.policy.facts.collectives * 2 * 3 * 2
         assert dist.get_world_size() == 64
 
 

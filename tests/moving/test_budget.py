@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -38,7 +39,7 @@ def _per_step(rank: int, recipe: Recipe, layers: int) -> list[int]:
 def test_one_collective_per_step(policy, world_size, layers):
     recipe = Recipe(method=BatchNorm(), policy=policy)
     assert run_threads(world_size, _per_step, recipe, layers) == [[1] * STEPS] * world_size
-    assert (policy.collectives, policy.background) == (0.0, 1.0)
+    assert (policy.facts.collectives, policy.facts.background) == (0.0, 1.0)
 
 
 @EVERY
@@ -46,7 +47,7 @@ def test_one_collective_per_step_after_the_warm_up(policy):
     recipe = Recipe(method=RMS(), policy=Warmup(then=policy, steps=2))
     for counts in run_threads(2, _per_step, recipe, 3):
         assert counts == [6, 6, 1, 1, 1]
-    assert (recipe.policy.collectives, recipe.policy.background) == (0.0, 1.0)
+    assert (recipe.policy.facts.collectives, recipe.policy.facts.background) == (0.0, 1.0)
 
 
 def test_a_blocking_window_needs_one_per_layer_and_direction():
@@ -59,7 +60,8 @@ def test_a_blocking_window_needs_one_per_layer_and_direction():
 def test_64_ranks(name, layers):
     """With the payload of one step: per layer sums, counts and cotangents, and the number of the step."""
     with fake_world(64):
-        recipe = distnorm.recipes.build(name, warmup=0)
+        recipe = distnorm.recipes.build(name)
+        recipe = replace(recipe, policy=recipe.policy.then)
         assert _per_step(0, recipe, layers) == [1] * STEPS
         model = build(recipe, layers=layers)
         with Ledger(model) as ledger:

@@ -185,4 +185,5 @@ def test_the_named_hierarchical_recipe():
     recipe = distnorm.recipes.hierarchical_mabn(window=8, warmup=10)
     chain = Chain(AllReduce(axis="local"), Moving(window=8, axis="node"))
     assert recipe.policy == Warmup(then=chain, steps=9)
-    assert (recipe.policy.collectives, recipe.policy.background, recipe.policy.staleness) == (1.0, 1.0, 1)
+    facts = recipe.policy.facts
+    assert (facts.collectives, facts.background, facts.staleness) == (1.0, 1.0, 1)

@@ -123,11 +123,11 @@ class Window:
         return mean * weight * scale
 
     def end(self) -> None:
-        landed, self.flying = (self.flying, self.step) if self.policy.staleness else (self.step, None)
+        landed, self.flying = (self.flying, self.step) if self.policy.facts.staleness else (self.step, None)
         self.step = nothing(self.size)
         if landed is None:
             return
-        many = 1 + OTHER if self.policy.staleness else 1  # a blocking sum has joined the ranks already
+        many = 1 + OTHER if self.policy.facts.staleness else 1  # a blocking sum has joined the ranks already
         self.dropped += not landed.values.isfinite().all()
         if landed.good():
             self.entries.append(landed.values * many / (landed.weight * many))

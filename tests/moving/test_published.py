@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import pytest
@@ -22,7 +23,8 @@ STEPS = 1200
 class Buffers:
     """What the published layer keeps: two rings, the running second moment, and a counter from 1."""
 
-    def __init__(self) -> None:
+    def __init__(self, warmup: int = WARMUP) -> None:
+        self.warmup = warmup
         self.x2 = torch.zeros(WINDOW, C, dtype=torch.float64)
         self.gz = torch.zeros(WINDOW, C, dtype=torch.float64)
         self.running_var = torch.ones(C, dtype=torch.float64)
@@ -31,7 +33,7 @@ class Buffers:
 
     @property
     def windowed(self) -> bool:
-        return self.iteration > WINDOW and self.iteration >= WARMUP
+        return self.iteration > WINDOW and self.iteration >= self.warmup
 
 
 def _wide(values_C: Tensor) -> Tensor:
@@ -50,7 +52,7 @@ class Published(torch.autograd.Function):
         moment_C = buffers.x2.mean(0) if buffers.windowed else now_C
         rms_C = (moment_C + EPS).sqrt()
         r_C = torch.ones_like(rms_C)
-        if buffers.iteration > max(1000, WARMUP):
+        if buffers.iteration > max(1000, buffers.warmup):
             buffers.corrections.append(rms_C / (buffers.running_var + EPS).sqrt())
             r_C = buffers.corrections[-1].clamp(1 / 5, 5)
         z = x / _wide(rms_C)
@@ -137,6 +139,30 @@ def test_a_blocking_window_on_one_rank_is_the_published_layer():
     assert (seen != 1).all()
 
 
+@pytest.mark.parametrize("warmup", [0, 1, 2, WINDOW - 1, WINDOW, WINDOW + 1, WINDOW + 2, WINDOW + 3])
+def test_windows_are_used_when_they_are_full(warmup: int) -> None:
+    """The named recipe's schedule, on one rank and blocking as the published layer is."""
+    named = distnorm.recipes.mabn(window=WINDOW, warmup=warmup)
+    assert isinstance(named.policy, Warmup)
+    policy = Warmup(then=Moving(window=WINDOW, staleness=0), steps=named.policy.steps)
+    layer = distnorm.convert(nn.BatchNorm2d(C).double(), replace(named, policy=policy, weights="none"))
+    generator = torch.Generator().manual_seed(warmup)
+    weight, bias, buffers = layer.weight.detach(), layer.bias.detach(), Buffers(warmup)
+    for iteration in range(1, 3 * WINDOW):
+        x, dy = _inputs(generator, iteration)
+        expected = _published(x, dy, weight, bias, buffers)
+        assert _worst(_ours(x, dy, layer), expected) < 1e-11, iteration
+
+
+@pytest.mark.parametrize("name", ["mabn", "hierarchical_mabn"])
+@pytest.mark.parametrize(
+    ("window", "warmup", "steps"), [(16, 100, 99), (16, 0, 16), (16, 17, 16), (16, 18, 17), (1, 0, 1)]
+)
+def test_exact_steps_of_the_named_recipes(name: str, window: int, warmup: int, steps: int) -> None:
+    policy = distnorm.recipes.build(name, window=window, warmup=warmup).policy
+    assert isinstance(policy, Warmup) and policy.steps == steps
+
+
 def test_the_named_recipe_is_this_with_one_step_in_flight():
     recipe = distnorm.recipes.mabn()
     assert recipe.policy == Warmup(first=AllReduce(), then=Moving(window=16, staleness=1), steps=99)
@@ -149,4 +175,3 @@ def test_options_of_the_named_recipe():
     recipe = distnorm.recipes.build("mabn", window=4, warmup=2000, clip=2.0, loss_reduction="sum")
     assert recipe.policy == Warmup(then=Moving(window=4, loss_reduction="sum"), steps=1999)
     assert recipe.method == RMS(clip=2.0, clip_after=2000)
-    assert distnorm.recipes.mabn(warmup=0).policy == Warmup(then=Moving(), steps=0)

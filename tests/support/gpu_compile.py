@@ -68,12 +68,12 @@ def call(x: Tensor, *, kinds: int, mask: int) -> None:
     given: tuple[Any, ...] = (weight, bias, None, [], [mean, var, updates], None, 0.1)
     if extras:
         given = (None, None, x, [var.clone(), updates.clone()], [mean, var, updates], updates.clone(), None)
-    y, saved, narrow = apply.apply(x, shared, pivot, *given, EPS, 5.0, 1000, kinds, mask != UNMASKED)
+    y, saved, narrow = apply.apply(x, shared, pivot, *given, EPS, 5.0, 1000, kinds, mask != UNMASKED, extras)
     kept = pivot, given[0], saved, narrow
     cotangents, *_ = cosums.cosums(x, x, y if extras else None, *kept, kinds, mask)
     through = UNMASKED if extras else mask
     combine.combine(x, x, cotangents, shared[-1], pivot, saved, narrow, EPS, kinds, through)
-    apply.absorb(shared[:-1], shared[-1], shared[-1], *given[4:], kinds)
+    apply.absorb(shared[:-1], shared[-1], shared[-1], *given[4:], kinds, extras)
 
 
 def main() -> None:

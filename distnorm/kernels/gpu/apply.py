@@ -37,6 +37,7 @@ def apply(
     clip_after: int,
     kinds: int,
     relu: bool,
+    guarded: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``y = (x - pivot) * scale + shift`` of dense ``x_NCL``; then ``+ residual`` and ReLU, if asked for.
 
@@ -56,6 +57,7 @@ def apply(
         clip_after: see there.
         kinds: 2 for batch norm, 1 for RMS.
         relu: whether negative outputs become 0.
+        guarded: whether ``running`` leaves out moments that would not stay finite.
 
     Returns:
         y; means of ``shared`` and d scale / d weight ``[kinds + 1, C]``, float64; scale and shift ``[2, C]``, float32.
@@ -68,7 +70,7 @@ def apply(
     launch(
         *(apply_kernel, tiles.grid, x_NCL, y_NCL, residual_NCL, shared, pivot_C, weight_C, bias_C),
         *(followed_var, followed_updates, running_mean, running_var, updates, earlier, saved, narrow),
-        *(momentum, eps, clip, clip_after, *tiles.image, kinds, relu),
+        *(momentum, eps, clip, clip_after, *tiles.image, kinds, relu, _limit(running) if guarded else 0.0, BLOCK),
     )
     return y_NCL, saved, narrow
 
@@ -90,8 +92,14 @@ def _(
     clip_after: int,
     kinds: int,
     relu: bool,
+    guarded: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(x_NCL), *_kept(x_NCL, kinds)
+
+
+def _limit(running: Sequence[Tensor]) -> float:
+    """What moments may be: half of it, for a step towards them must not overflow either."""
+    return torch.finfo(running[1].dtype).max / 2 if running else 0.0
 
 
 def _kept(x_NCL: Tensor, kinds: int) -> tuple[Tensor, Tensor]:
@@ -133,6 +141,8 @@ def apply_kernel(
     COLS: tl.constexpr,
     KINDS: tl.constexpr,
     RELU: tl.constexpr,
+    LIMIT: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """One pass over x. The first split of each channel writes what is of the channels' size."""
     c = channels(PLANES, COLS)
@@ -150,8 +160,13 @@ def apply_kernel(
     tl.store(narrow + C + c, shift.to(tl.float32), mask=mine)
     if running_var is not None:
         fresh = mine & (count > 1)
-        formulas.absorb(mean, square, count, running_mean, running_var, earlier, momentum, c, fresh, KINDS)
         counts = (split == 0) & (tl.program_id(0) == 0) & (tl.load(shared + KINDS * C) > 1)
+        if LIMIT > 0:
+            total = tl.load(shared + KINDS * C + 0 * tl.arange(0, BLOCK))
+            bad = formulas.misfits(shared, formulas.divisor(total), total, C, LIMIT, KINDS, BLOCK)
+            fresh = fresh & (bad + 0 * c == 0)
+            counts = counts & (bad == 0)
+        formulas.absorb(mean, square, count, running_mean, running_var, earlier, momentum, c, fresh, KINDS)
         tl.store(updates, tl.load(updates) + 1, mask=counts)
     middle = spread(tl.load(pivot + c, mask=here, other=0.0), PLANES)
     scale, shift = spread(scale.to(tl.float32), PLANES), spread(shift.to(tl.float32), PLANES)
@@ -181,14 +196,16 @@ def absorb(
     earlier: Tensor | None,
     momentum: float | None,
     kinds: int,
+    guarded: bool = False,
 ) -> None:
     """Running statistics absorb ``means[kinds * C]`` over ``total`` values, where ``landed`` is not 0. One launch.
 
-    All float64; ``running``, ``earlier`` and ``momentum`` as for ``apply``.
+    All float64; ``running``, ``earlier``, ``momentum`` and ``guarded`` as for ``apply``.
     """
     channels_ = running[1].numel()
     blocks = (triton.cdiv(channels_, BLOCK),)
-    launch(absorb_kernel, blocks, means, total, landed, *running, earlier, momentum, channels_, kinds, BLOCK)
+    limit = _limit(running) if guarded else 0.0
+    launch(absorb_kernel, blocks, means, total, landed, *running, earlier, momentum, channels_, kinds, limit, BLOCK)
 
 
 @torch.library.register_fake("distnorm::gpu_absorb")
@@ -200,6 +217,7 @@ def _(
     earlier: Tensor | None,
     momentum: float | None,
     kinds: int,
+    guarded: bool = False,
 ) -> None:
     pass
 
@@ -216,6 +234,7 @@ def absorb_kernel(
     momentum,
     C,
     KINDS: tl.constexpr,
+    LIMIT: tl.constexpr,
     COLS: tl.constexpr,
 ):
     """``formulas.absorb`` of means that came by themselves."""
@@ -225,6 +244,10 @@ def absorb_kernel(
     square = tl.load(means + (KINDS - 1) * C + c, mask=here, other=0.0)
     count = tl.load(total + 0 * c)
     fresh = here & (count > 1) & (tl.load(landed + 0 * c) > 0)
-    formulas.absorb(mean, square, count, running_mean, running_var, earlier, momentum, c, fresh, KINDS)
     counts = (tl.program_id(0) == 0) & (tl.load(total) > 1) & (tl.load(landed) > 0)
+    if LIMIT > 0:
+        bad = formulas.misfits(means, 1.0 + 0.0 * count, count, C, LIMIT, KINDS, COLS)
+        fresh = fresh & (bad + 0 * c == 0)
+        counts = counts & (bad == 0)
+    formulas.absorb(mean, square, count, running_mean, running_var, earlier, momentum, c, fresh, KINDS)
     tl.store(updates, tl.load(updates) + 1, mask=counts)

@@ -63,6 +63,25 @@ def forward(wire, pivot, weight, bias, followed, updates, clip, clip_after, eps,
 
 
 @triton.jit
+def misfits(sums, divisor, count, C, LIMIT: tl.constexpr, KINDS: tl.constexpr, COLS: tl.constexpr):
+    """Whether moments of any channel are not finite, or above ``LIMIT``; ``sums / divisor`` are their means.
+
+    ``divisor`` and ``count`` are as wide as ``COLS``.
+    """
+    lane = tl.arange(0, COLS)
+    broken = lane * 0
+    for at in range(0, C, COLS):
+        here = at + lane < C
+        square = tl.load(sums + (KINDS - 1) * C + at + lane, mask=here, other=0.0) / divisor
+        if KINDS == 2:
+            mean = tl.load(sums + at + lane, mask=here, other=0.0) / divisor
+            broken |= (tl.abs(mean) <= LIMIT).to(tl.int32) ^ 1
+            square = variance(mean, square) * (count / tl.where(count > 1, count - 1.0, 1.0))
+        broken |= (tl.abs(square) <= LIMIT).to(tl.int32) ^ 1
+    return tl.max(broken, axis=0)
+
+
+@triton.jit
 def absorb(mean, square, count, running_mean, running_var, updates, momentum, c, fresh, KINDS: tl.constexpr):
     """``running += (moments - running) * momentum`` in ``fresh`` channels; without a momentum, the plain average.
 

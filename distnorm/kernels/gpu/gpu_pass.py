@@ -45,13 +45,14 @@ class GpuPass:
         shared = shared.contiguous()
         self._count, self._mask = shared[-1], _mask(tail)
         residual_NCL = None if tail.residual_NCL is None else like(tail.residual_NCL, x_NCL)
+        guarded = running is not None and running.guarded
         followed = [] if formula.running_var_C is None else [formula.running_var_C, formula.updates]
         buffers, earlier, momentum = _arguments(running)
         weight_C, bias_C = (None if each is None else each.contiguous() for each in (weight_C, bias_C))
         y_NCL: Tensor
         y_NCL, self._saved, self._narrow = apply(
             *(x_NCL, shared, self._pivot_C, weight_C, bias_C, residual_NCL, followed, buffers, earlier, momentum),
-            *(self._eps, formula.clip, formula.clip_after, formula.kinds, tail.relu),
+            *(self._eps, formula.clip, formula.clip_after, formula.kinds, tail.relu, guarded),
         )
         increment_version(buffers)
         return y_NCL
@@ -89,7 +90,8 @@ def _mask(tail: Tail) -> int:
 def absorb_means(formula: Formula, landed: Landed, running: Running) -> None:
     """Let ``running`` statistics absorb what ``landed`` at a step's end, if anything did."""
     buffers, earlier, momentum = _arguments(running)
-    absorb(landed.means.contiguous(), landed.total, landed.weight, buffers, earlier, momentum, formula.kinds)
+    given = landed.means.contiguous(), landed.total, landed.weight
+    absorb(*given, buffers, earlier, momentum, formula.kinds, running.guarded)
     increment_version(buffers)
 
 

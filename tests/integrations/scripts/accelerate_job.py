@@ -38,7 +38,7 @@ def accelerator_with(recipe: str | None = "mabn", **options: Any) -> Accelerator
     accelerator = Accelerator(**options)
     assert accelerator.num_processes == 2
     if recipe is not None:
-        DistNormPlugin(recipe, **({"warmup": 0} if recipe == "mabn" else {})).register(accelerator)
+        DistNormPlugin(recipe, **({"warmup": 0, "window": 1} if recipe == "mabn" else {})).register(accelerator)
     return accelerator
 
 
