@@ -65,7 +65,8 @@ class Binding:
         if self.conversion.means_to_fold:
             self.conversion.means_to_fold = False
             if not self.conversion.recipe.method.centred:
-                running.fold_means(layer for _, layer in self.conversion.layers())
+                with unseen():  # by modes: no part of the forward
+                    running.fold_means(layer for _, layer in self.conversion.layers())
 
     def loss_scale_of_pass(self) -> Tensor | float:
         """The factor of the loss; asked for once per backward pass, as a GradScaler makes the host wait for a GPU."""
@@ -87,8 +88,9 @@ class Binding:
         self._judged_pass = self._scaled_pass
         if scale is None or self.conversion.ends_with_backward or judged == self._scaled_pass:
             return
-        if scale() < self.loss_scale:
-            self.end_step()
+        with unseen():
+            if scale() < self.loss_scale:
+                self.end_step()
 
     def note_use(self, layer: str) -> None:
         """Watch for a second forward of ``layer`` in one step, which a window cannot tell from a missed step."""
@@ -248,9 +250,8 @@ class Conversion:
         with unseen(), torch.no_grad():
             mesh = self.mesh if isinstance(self.mesh, DeviceMesh) else None
             met = agreement.meet(world, ranks, self.recipe, list(self.layers()), mesh, self.transport)
-            everyone = met.topology.everyone()
-        if len(ranks) > 1:
-            running.take_over((layer for _, layer in self.layers()), everyone)
+            if len(ranks) > 1:
+                running.take_over((layer for _, layer in self.layers()), met.topology.everyone())
         self._binding = Binding(self, world, met)
         if self._resumed is not None:
             self._resume(self._binding, self._resumed)
