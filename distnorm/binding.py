@@ -28,7 +28,7 @@ from distnorm.policies import Reducer
 from distnorm.transport import LostGroup, Topology, mpi
 from distnorm.transport.rendezvous import group_timeout, tell_and_collect
 from distnorm.transport.topology import current_world, mesh_ranks, node_id
-from distnorm.types import EVERY_LAYER, Observer, Slot, Transport
+from distnorm.types import EVERY_LAYER, Feeders, Landed, Observer, Slot, Transport
 
 logger = logging.getLogger("distnorm")
 
@@ -52,6 +52,7 @@ class Binding:
         self._warned = False
         self.loss_scale: Tensor | float = 0.0  # of the last backward pass
         self._scaled_pass = self._judged_pass = NO_BACKWARD
+        self._in_flight: dict[str, Landed] | None = None
 
     def belongs_to(self, world: dist.ProcessGroup | None) -> bool:
         """Whether ``world`` is the job that the groups belong to."""
@@ -62,6 +63,15 @@ class Binding:
         """Whether running statistics are equal on all data-parallel ranks without further communication."""
         return self.reducer.size == len(self.topology.ranks)
 
+    def tell(self, text: str) -> list[str]:
+        """What every rank told, in order. Collective over the ranks; no tensors move.
+
+        Raises:
+            RuntimeError: some ranks told nothing within the timeout; the message names them.
+        """
+        timeout = self.topology.timeout
+        return [text] if timeout is None else tell_and_collect(self.topology.ranks, text, timeout)
+
     def forward_begins(self, layer: str) -> None:
         """Outside of a backward pass nothing can be queued; a queue left by a pass that raised is forgotten.
 
@@ -71,9 +81,7 @@ class Binding:
         if layer in self._used:
             self._end_skipped_step()
         if self.conversion.means_to_fold:
-            self.conversion.means_to_fold = False
-            if not self.conversion.recipe.method.centred:
-                running.fold_means(layer for _, layer in self.conversion.layers())
+            self.conversion.training_goes_on()
 
     def loss_scale_of_pass(self) -> Tensor | float:
         """The factor of the loss; asked for once per backward pass, as a GradScaler makes the host wait for a GPU."""
@@ -134,7 +142,23 @@ class Binding:
         observers = tuple(self.conversion.observers)
         landed = self.reducer.end_step(Slot(EVERY_LAYER, "forward", self.step, observers=observers, passes=passes))
         self.step += 1
-        running.absorb_landed(dict(self.conversion.layers()), landed, self.conversion.recipe.method)
+        self._in_flight = None
+        running.absorb_all(dict(self.conversion.layers()), landed, self.conversion.recipe.method)
+
+    def in_flight(self) -> dict[str, Landed]:
+        """By layer, what the last step sent and the running statistics have not absorbed yet; waits for it once.
+
+        No collective: every rank that ends the same steps has sent its part.
+        """
+        if self._in_flight is None:
+            self._in_flight = {each.layer: each for each in self.reducer.in_flight()}
+        return self._in_flight
+
+    def load(self, state: dict[str, Any], *, own: bool) -> None:
+        """Go on from a ``Conversion.state_dict``, this rank's ``own`` or another's."""
+        self.reducer.load_state_dict(state["reducer"], own=own)
+        self.step = state["step"]
+        self._in_flight = None
 
 
 class Conversion:
@@ -145,6 +169,7 @@ class Conversion:
         self.recipe = recipe
         self.transport = transport
         self.mesh: DeviceMesh | LostGroup | None = mesh
+        self.feeders = Feeders()
         self._start()
 
     def _start(self) -> None:
@@ -156,11 +181,12 @@ class Conversion:
         self._layers: dict[int, tuple[str, ReferenceType[_BatchNorm]]] = {}
         self._binding: Binding | None = None
         self._resumed: dict[str, Any] | None = None
+        self._live: dict[str, list[Tensor]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies are unbound; a mesh belongs to its process."""
         mesh = LostGroup(f"its device mesh {self.mesh}") if isinstance(self.mesh, DeviceMesh) else self.mesh
-        return {"recipe": self.recipe, "mesh": mesh, "transport": self.transport}
+        return {"recipe": self.recipe, "mesh": mesh, "transport": self.transport, "feeders": self.feeders}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Conversion:
         """Within a process the mesh stays valid."""
@@ -184,6 +210,23 @@ class Conversion:
             layer = reference()
             if layer is not None:
                 yield name, layer
+
+    @property
+    def binding(self) -> Binding | None:
+        """The binding, if there is one."""
+        return self._binding
+
+    def training_goes_on(self) -> None:
+        """Running statistics that were loaded must now be what this process had, and mean what the method tracks."""
+        self.means_to_fold = False
+        running.restore(self.layers(), self._live)
+        self._live = {}
+        if not self.recipe.method.centred:
+            running.fold_means(layer for _, layer in self.layers())
+
+    def ahead(self, name: str) -> Landed | None:
+        """What running statistics of layer ``name`` have yet to absorb of the steps that ended, if training goes on."""
+        return None if self._binding is None or self.means_to_fold else self._binding.in_flight().get(name)
 
     def bound(self) -> Binding:
         """The binding to this process's job; made now if there is none.
@@ -231,19 +274,27 @@ class Conversion:
         """What the policy needs to go on as if nothing had happened, of this rank. Waits for what is in flight."""
         binding = self.bound()
         place = {"rank": binding.topology.rank, "world_size": len(binding.topology.ranks)}
-        return {**place, "step": binding.step, "reducer": binding.reducer.state_dict()}
+        kept: dict[str, Any] = (
+            {"feeders": [sorted(self.feeders.left), self.feeders.feeds]} if self.feeders.known else {}
+        )
+        if binding.in_flight():  # a model's state_dict has absorbed it; a run that goes on has yet to
+            kept["running"] = running.snapshot(self.layers())
+        return {**place, **kept, "step": binding.step, "reducer": binding.reducer.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from ``state``, now or when the layers are bound."""
         self._resumed = state
+        if "feeders" in state:
+            left, feeds = state["feeders"]
+            self.feeders.known, self.feeders.left, self.feeders.feeds = True, frozenset(left), feeds
+        self._live, self.means_to_fold = state.get("running", {}), True
         if self._binding is not None:
             self._resume(self._binding, state)
 
     def _resume(self, binding: Binding, state: dict[str, Any]) -> None:
         here = binding.topology.rank, len(binding.topology.ranks)
         own = here == (state["rank"], state["world_size"])
-        binding.reducer.load_state_dict(state["reducer"], own=own)
-        binding.step = state["step"]
+        binding.load(state, own=own)
         self._resumed = None
         if not own and self.recipe.policy.keeps_cotangents:
             logger.info(

@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from distnorm import ddp, overlap, recipes, tails, weights
+from distnorm import ddp, feeders, overlap, recipes, tails, weights
 from distnorm.binding import Conversion
 from distnorm.class_swap import swap, underlying
 from distnorm.grid import Recipe
@@ -26,7 +26,6 @@ from distnorm.module import (
     DistBatchNorm3d,
     DistNorm,
     DistSyncBatchNorm,
-    holds_stock_statistics,
 )
 from distnorm.site import Site
 from distnorm.transport.mpi import load_mpi
@@ -131,7 +130,7 @@ def apply_to(
         layer.__dict__["_site"] = site
         conversion.add(index, name, layer)
     if conversion.recipe.weights == "centralized":
-        weights.centralize(model, [layer for _, layer in layers], holds_stock_statistics)
+        feeders.centralize(model, [layer for _, layer in layers], conversion)
     if conversion.recipe.overlap:
         overlap.pair(model, [layer for _, layer in layers])
     # Binding takes over rank 0's buffers only among the ranks that it concerns; there DDP need not.
@@ -145,12 +144,15 @@ def revert(model: ModelT) -> ModelT:
     Evaluation output is unchanged; centralized weights are written into the parameters. No collective.
     """
     weights.bake(model)
+    for layer in model.modules():
+        if isinstance(layer, DistNorm):
+            layer.absorb_in_flight()
     return undo(model)
 
 
 def undo(model: ModelT) -> ModelT:
     """``revert``, but leave the weights as they are: for a conversion that nothing has used yet."""
-    weights.release(model)
+    feeders.release(model)
     overlap.release(model)
     tails.release(model)
     layers = [layer for layer in model.modules() if isinstance(layer, DistNorm)]

@@ -106,12 +106,19 @@ class DistNorm(_BatchNorm):
         self._site.conversion.add(self._site.index, self._site.name, self)
 
     def _evaluate(self, x_NCL: Tensor, affine: Affine) -> Tensor:
-        mean_C, var_C = self.running_mean, self.running_var
+        mean_C, var_C = self._running_statistics()
         if mean_C is None or var_C is None:
             return self.recipe.method.normalize(x_NCL, KeepLocal(), affine)
         weight_C = None if self.weight is None else self.weight.to(mean_C.dtype)
         bias_C = None if self.bias is None else self.bias.to(mean_C.dtype)
         return F.batch_norm(x_NCL, mean_C, var_C, weight_C, bias_C, False, 0.0, self.eps)
+
+    def _running_statistics(self) -> tuple[Tensor | None, Tensor | None]:
+        """With what is in flight, if an asynchronous policy has sent statistics that no step's end has absorbed yet."""
+        if torch.compiler.is_compiling() or self.recipe.policy.always_lands:
+            return self.running_mean, self.running_var
+        ahead = self._site.running(self)
+        return (None, None) if ahead is None else ahead[:2]
 
     def _track(self, share: LayerShare | KeepLocal) -> None:
         assert share.shared is not None
@@ -159,6 +166,25 @@ class DistNorm(_BatchNorm):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         self._site.raise_if_starved()
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, values in self._ahead().items():
+            destination[f"{prefix}{name}"] = values
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy or a pickle is bound to no ranks: nothing would land there, so it has what is in flight."""
+        return {**self.__dict__, "_buffers": {**self._buffers, **self._ahead()}}
+
+    @torch.no_grad()
+    def absorb_in_flight(self) -> None:
+        """Let the buffers hold what evaluation uses, for a layer that ends no more steps."""
+        for name, values in self._ahead().items():
+            getattr(self, name).copy_(values)
+
+    def _ahead(self) -> dict[str, Tensor]:
+        """Copies of the running statistics with what is in flight; empty if nothing is."""
+        if self._site.conversion.ahead(self._site.name) is None:
+            return {}
+        ahead = self._site.running(self)
+        return {} if ahead is None else dict(zip(running.BUFFERS, (each.clone() for each in ahead[:3]), strict=True))
 
 
 def _fits(residual: Tensor | None, x_NCL: Tensor) -> bool:
@@ -173,13 +199,6 @@ def _finish(y_NCL: Tensor, residual: Tensor | None, relu: bool, widen: bool) -> 
     if residual is not None:
         y_NCL = y_NCL + residual if widen else y_NCL.add_(residual)
     return y_NCL.relu() if relu else y_NCL
-
-
-def holds_stock_statistics(layer: _BatchNorm) -> bool:
-    """Whether ``layer`` has running statistics of a stock model that training has not yet turned into its method's."""
-    if not isinstance(layer, DistNorm) or layer.recipe.method.centred or layer.running_mean is None:
-        return False
-    return layer._site.conversion.means_to_fold and bool(layer.running_mean.any())
 
 
 # Initialization and filters of public code ask for "BatchNorm", or "BatchNorm2d", in the name of a layer's class.

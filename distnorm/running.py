@@ -24,23 +24,25 @@ BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 def absorb_shared(layer: _BatchNorm, method: Method, shared: Tensor, landed: Tensor | bool) -> None:
     """``absorb`` what ``method`` makes of ``shared`` sums and their count, which ``landed`` or did not."""
+    running = running_of(layer)
     if shared.is_cpu and not torch.compiler.is_compiling():
         if landed:
-            _absorb_now(layer, method, shared)
+            _absorb_now(running, method, shared)
         return
     count = shared[-1]
     with torch.no_grad():
         moments = method.moments(shared[:-1].view(-1, layer.num_features) / count.clamp_min(1), count)
-        absorb(layer, moments, count, landed)
+        absorb(running, moments, count, landed)
 
 
-def _absorb_now(layer: _BatchNorm, method: Method, shared: Tensor) -> None:
+def _absorb_now(running: Running, method: Method, shared: Tensor) -> None:
     count = shared[-1]
     if count > 1:
-        _move(layer, method.moments(shared[:-1].view(-1, layer.num_features) / count, count), _next_rate(layer))
+        means = shared[:-1].view(-1, running.var_C.numel()) / count
+        _move(running, method.moments(means, count), _next_rate(running))
 
 
-def absorb(layer: _BatchNorm, moments: Moments, count: Tensor, landed: Tensor | bool) -> None:
+def absorb(running: Running, moments: Moments, count: Tensor, landed: Tensor | bool) -> None:
     """``running += (moments - running) * momentum``, or their plain average over all steps if momentum is None.
 
     Nothing happens where ``landed`` is 0 or fewer than two values were seen. Branch-free where a branch would make the
@@ -48,31 +50,27 @@ def absorb(layer: _BatchNorm, moments: Moments, count: Tensor, landed: Tensor | 
     """
     if count.is_cpu and not torch.compiler.is_compiling():
         if landed and count > 1:
-            _move(layer, moments, _next_rate(layer))
+            _move(running, moments, _next_rate(running))
         return
-    mean_C, var_C = layer.running_mean, layer.running_var
-    assert mean_C is not None and var_C is not None and layer.num_batches_tracked is not None
     fresh = (landed * (count > 1)).to(count.dtype)
-    layer.num_batches_tracked.add_(fresh.to(layer.num_batches_tracked.dtype))
-    momentum = layer.momentum if layer.momentum is not None else 1 / layer.num_batches_tracked.clamp_min(1)
+    running.updates.add_(fresh.to(running.updates.dtype))
+    momentum = running.momentum if running.momentum is not None else 1 / running.updates.clamp_min(1)
     rate = fresh * momentum
     if moments.mean_C is not None:
-        _lerp(mean_C, moments.mean_C, rate)
-    _lerp(var_C, moments.var_C, rate)
+        _lerp(running.mean_C, moments.mean_C, rate)
+    _lerp(running.var_C, moments.var_C, rate)
 
 
-def _next_rate(layer: _BatchNorm) -> float:
+def _next_rate(running: Running) -> float:
     """Count a step that needs no caution, and return the weight of its moments: what ``absorb`` does with tensors."""
-    assert layer.num_batches_tracked is not None
-    layer.num_batches_tracked.add_(1)
-    return layer.momentum if layer.momentum is not None else 1 / float(layer.num_batches_tracked)
+    running.updates.add_(1)
+    return running.momentum if running.momentum is not None else 1 / float(running.updates)
 
 
-def _move(layer: _BatchNorm, moments: Moments, rate: float) -> None:
-    assert layer.running_mean is not None and layer.running_var is not None
+def _move(running: Running, moments: Moments, rate: float) -> None:
     if moments.mean_C is not None:
-        layer.running_mean.lerp_(moments.mean_C.to(layer.running_mean.dtype), rate)
-    layer.running_var.lerp_(moments.var_C.to(layer.running_var.dtype), rate)
+        running.mean_C.lerp_(moments.mean_C.to(running.mean_C.dtype), rate)
+    running.var_C.lerp_(moments.var_C.to(running.var_C.dtype), rate)
 
 
 def _lerp(buffer_C: Tensor, fresh_C: Tensor, rate: Tensor) -> None:
@@ -82,20 +80,32 @@ def _lerp(buffer_C: Tensor, fresh_C: Tensor, rate: Tensor) -> None:
 
 
 @torch.no_grad()
-def absorb_landed(layers: Mapping[str, _BatchNorm], landed: Iterable[Landed], method: Method) -> None:
+def absorb_landed(running: Running, landed: Landed, method: Method) -> None:
     """``absorb`` what became global at a step's end."""
+    formula = method.formula() if landed.means.is_cuda and isinstance(method, ChannelAffine) else None
+    if formula is not None and gpu.available():
+        from distnorm.kernels.gpu.gpu_pass import absorb_means  # imports Triton
+
+        absorb_means(formula, landed, running)
+    else:
+        moments = method.moments(landed.means.view(-1, running.var_C.numel()), landed.total)
+        absorb(running, moments, landed.total, landed.weight)
+
+
+def absorb_all(layers: Mapping[str, _BatchNorm], landed: Iterable[Landed], method: Method) -> None:
+    """``absorb_landed``, for those of ``layers`` that track."""
     for each in landed:
         layer = layers.get(each.layer)
-        if layer is None or layer.running_var is None:
-            continue
-        formula = method.formula() if each.means.is_cuda and isinstance(method, ChannelAffine) else None
-        if formula is not None and gpu.available():
-            from distnorm.kernels.gpu.gpu_pass import absorb_means  # imports Triton
+        if layer is not None and layer.running_var is not None:
+            absorb_landed(running_of(layer), each, method)
 
-            absorb_means(formula, each, running_of(layer))
-        else:
-            moments = method.moments(each.means.view(-1, layer.num_features), each.total)
-            absorb(layer, moments, each.total, each.weight)
+
+def with_landed(running: Running, landed: Landed, method: Method) -> Running:
+    """What ``absorb_landed`` would make of ``running``, which stays as it is."""
+    mean_C, var_C, updates = (each.detach().clone() for each in running[:3])
+    ahead = Running(mean_C, var_C, updates, running.momentum)
+    absorb_landed(ahead, landed, method)
+    return ahead
 
 
 def running_of(layer: _BatchNorm) -> Running:
@@ -151,6 +161,19 @@ def average(layers: Iterable[_BatchNorm], group: Group) -> None:
         new_mean_C, square_C = both.view(2, -1)
         mean_C.copy_(new_mean_C)
         var_C.copy_((square_C - new_mean_C.square()).clamp_min(0))
+
+
+def snapshot(layers: Iterable[tuple[str, _BatchNorm]]) -> dict[str, list[Tensor]]:
+    """Copies of running statistics, by layer."""
+    return {name: [buffer.detach().clone() for buffer in _buffers([layer])] for name, layer in layers}
+
+
+@torch.no_grad()
+def restore(layers: Iterable[tuple[str, _BatchNorm]], saved: Mapping[str, list[Tensor]]) -> None:
+    """Put what ``snapshot`` copied back; layers that it does not know stay as they are."""
+    for name, layer in layers:
+        for buffer, values in zip(_buffers([layer]), saved.get(name, ()), strict=False):
+            buffer.copy_(values)
 
 
 def _buffers(layers: Iterable[_BatchNorm]) -> Iterator[Tensor]:

@@ -8,6 +8,7 @@ Shape legend, used throughout the package: N batch, C channel, L flattened space
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol
 
 import torch
@@ -131,6 +132,21 @@ class Running(NamedTuple):
     var_C: Tensor
     updates: Tensor
     momentum: float | None
+
+
+@dataclass
+class Feeders:
+    """Which layers of a model feed its converted norms, by name, as one forward has shown. Copies of a model share it.
+
+    Fields:
+        known: whether it has been looked at, or an optimizer has stepped first and the guess stands.
+        left: layers whose outputs go elsewhere too.
+        feeds: the others, and the norms that they feed.
+    """
+
+    known: bool = False
+    left: frozenset[str] = frozenset()
+    feeds: dict[str, list[str]] = field(default_factory=dict)
 
 
 class Share(Protocol):
