@@ -189,7 +189,7 @@ class _CentralizedConvTranspose(Centralized):
         if output_size is not None:
             sizes: Iterable[tuple[int, ...]] = zip(
                 *(input.shape[-len(extra) :], output_size[-len(extra) :]),
-                *(self.kernel_size, self.stride, self.padding, self.dilation),  # type: ignore[arg-type]
+                *(self.kernel_size, self.stride, self.padding, self.dilation),
                 strict=True,
             )
             extra = tuple(
