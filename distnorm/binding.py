@@ -274,10 +274,11 @@ class Conversion:
         """What the policy needs to go on as if nothing had happened, of this rank. Waits for what is in flight."""
         binding = self.bound()
         place = {"rank": binding.topology.rank, "world_size": len(binding.topology.ranks)}
-        kept: dict[str, Any] = (
-            {"feeders": [sorted(self.feeders.left), self.feeders.feeds]} if self.feeders.known else {}
-        )
-        if binding.in_flight():  # a model's state_dict has absorbed it; a run that goes on has yet to
+        kept: dict[str, Any] = {}
+        if self.feeders.known:
+            kept["feeders"] = [sorted(self.feeders.left), self.feeders.feeds]
+        if not self.recipe.policy.always_lands:
+            # A model's state_dict may have absorbed what a run that goes on from here has yet to absorb.
             kept["running"] = running.snapshot(self.layers())
         return {**place, **kept, "step": binding.step, "reducer": binding.reducer.state_dict()}
 
