@@ -154,6 +154,10 @@ class Binding:
             self._in_flight = {each.layer: each for each in self.reducer.in_flight()}
         return self._in_flight
 
+    def forget_in_flight(self) -> None:
+        """Running statistics are estimated anew, without gradients: what the last step sent is no part of them."""
+        self._in_flight = {}
+
     def load(self, state: dict[str, Any], *, own: bool) -> None:
         """Go on from a ``Conversion.state_dict``, this rank's ``own`` or another's."""
         self.reducer.load_state_dict(state["reducer"], own=own)
@@ -275,7 +279,7 @@ class Conversion:
         binding = self.bound()
         place = {"rank": binding.topology.rank, "world_size": len(binding.topology.ranks)}
         kept: dict[str, Any] = {}
-        if self.feeders.known:
+        if self.feeders.left or self.feeders.feeds:
             kept["feeders"] = [sorted(self.feeders.left), self.feeders.feeds]
         if not self.recipe.policy.always_lands:
             # A model's state_dict may have absorbed what a run that goes on from here has yet to absorb.

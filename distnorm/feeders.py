@@ -96,9 +96,9 @@ class Watch:
             self._uses.__enter__()
 
     def _ends(self, model: nn.Module, _: Any, output: Any) -> None:
-        uses, self._uses = self._uses, None
-        if uses is None:
+        if torch.compiler.is_compiling() or self._uses is None:
             return
+        uses, self._uses = self._uses, None
         uses.__exit__(None, None, None)
         if output is None or self.conversion.binding is None:
             return  # the forward raised, or no norm was in training: the next one is watched
@@ -117,7 +117,7 @@ class _Uses(TorchFunctionMode):
         """Layers whose outputs norms were given, and those."""
         self.elsewhere: set[str] = set()
         self._seen: dict[int, tuple[str, Tensor]] = {}
-        """Outputs, by identity: the layer, and the tensor, which is kept alive so that no other gets its number."""
+        """Outputs, by ``_key``: the layer, and the tensor, which is kept alive so that no other gets its key."""
         self._ran: set[str] = set()
         self._inside = 0
         wanted = {id(norm) for norm in norms}
@@ -139,25 +139,25 @@ class _Uses(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         if not self._seen or self._inside or torch.compiler.is_compiling():
             return result
-        given = [each for each in _tensors((args, kwargs)) if id(each) in self._seen]
+        given = [each for each in _tensors((args, kwargs)) if _key(each) in self._seen]
         if given:
             self._note(getattr(func, "__name__", ""), given, list(_tensors(result)))
         return result
 
     def _note(self, function: str, given: list[Tensor], made: list[Tensor]) -> None:
-        names = [self._seen[id(each)][0] for each in given]
+        names = [self._seen[_key(each)][0] for each in given]
         new = [each for each in made if all(each is not one for one in given)]
         if function in _LAYOUT:
             for each in new:
-                self._seen[id(each)] = names[0], each
-        elif new or function.endswith("_"):  # what is made of them, and what changes them in place
+                self._seen[_key(each)] = names[0], each
+        elif new or _changes_in_place(function, made):
             self.elsewhere.update(names)
 
     def _produced(self, name: str) -> Callable[..., None]:
         def note(module: nn.Module, _: Any, output: Any) -> None:
             self._ran.add(name)
             for each in _tensors(output):
-                self._seen[id(each)] = name, each
+                self._seen[_key(each)] = name, each
 
         return note
 
@@ -166,8 +166,8 @@ class _Uses(TorchFunctionMode):
             self._ran.add(name)
             self._inside += 1
             for each in _tensors((args, kwargs)):
-                if id(each) in self._seen:
-                    self.fed.setdefault(self._seen[id(each)][0], []).append(name)
+                if _key(each) in self._seen:
+                    self.fed.setdefault(self._seen[_key(each)][0], []).append(name)
 
         return note
 
@@ -175,16 +175,17 @@ class _Uses(TorchFunctionMode):
         self._inside -= 1
 
     def verdict(self, output: Any) -> dict[str, Any]:
-        """What ``_apply`` takes, as seen on this rank, in a forward that returned ``output``."""
-        self.elsewhere.update(self._seen[id(each)][0] for each in _tensors(output) if id(each) in self._seen)
-        feeds = {name: norms for name, norms in self.fed.items() if name not in self.elsewhere}
+        """Where the guess was wrong, as seen on this rank, in a forward that returned ``output``."""
+        self.elsewhere.update(self._seen[_key(each)][0] for each in _tensors(output) if _key(each) in self._seen)
         names = {id(module): name for name, module in self.model.named_modules()}
-        left = [
-            name
-            for name, layer in self.model.named_modules()
-            if isinstance(layer, Centralized) and name in self._ran and name not in feeds
-            if name in self.elsewhere or any(names.get(id(norm)) in self._ran for norm in layer._norms)
-        ]
+        left, feeds = [], {}
+        for name, layer in self.model.named_modules():
+            guess = sorted(names[id(norm)] for norm in layer._norms) if isinstance(layer, Centralized) else []
+            found = [] if name in self.elsewhere else sorted(set(self.fed.get(name, ())))
+            if found and found != guess:
+                feeds[name] = found
+            elif guess and not found and name in self._ran and (name in self.elsewhere or self._ran & {*guess}):
+                left.append(name)
         return {"left": left, "feeds": feeds}
 
 
@@ -235,6 +236,12 @@ def _guess(model: nn.Module, layers: Iterable[_BatchNorm]) -> Iterator[tuple[str
                 yield *fits[-1], module
 
 
+def _changes_in_place(function: str, made: list[Tensor]) -> bool:
+    if function.startswith("__"):  # y += x, y[i] = x or x[i] = y, and also y.shape
+        return function == "__setitem__" or (function.startswith("__i") and bool(made))
+    return function.endswith("_")
+
+
 def _is_kind(module: nn.Module) -> bool:
     return isinstance(module, Centralized) or underlying(module) in TARGETS
 
@@ -263,6 +270,12 @@ def _is_trained(layer: _BatchNorm) -> bool:
 
 def _is_compiled(module: nn.Module) -> bool:
     return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
+
+
+def _key(tensor: Tensor) -> int:
+    """Its memory: engines pass what a layer returns through Functions of theirs, which give it another object."""
+    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
+    return (plain and tensor.untyped_storage().data_ptr()) or id(tensor)
 
 
 def _tensors(tree: Any) -> Iterator[Tensor]:

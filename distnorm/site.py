@@ -97,6 +97,8 @@ class Site:
         slot = self._slot(binding, "forward", step, learning=learning)
         if learning:
             binding.note_use(self.name)
+        else:
+            binding.forget_in_flight()
         try:
             shared = binding.reducer.reduce(wire, slot)
         except RuntimeError as error:

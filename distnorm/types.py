@@ -136,12 +136,12 @@ class Running(NamedTuple):
 
 @dataclass
 class Feeders:
-    """Which layers of a model feed its converted norms, by name, as one forward has shown. Copies of a model share it.
+    """Where a guess at the layers that feed converted norms was wrong, by name. Copies of a model share it.
 
     Fields:
         known: whether it has been looked at, or an optimizer has stepped first and the guess stands.
         left: layers whose outputs go elsewhere too.
-        feeds: the others, and the norms that they feed.
+        feeds: layers that feed other norms than guessed, and those.
     """
 
     known: bool = False

@@ -66,7 +66,7 @@ class Centralized:
 
     def effective_weight(self, weight: Tensor) -> Tensor:
         """What the layer computes with."""
-        if self.is_left() or (self.kept and self.projected):
+        if self.is_left() or (self.projected and self.kept):
             return weight
         if any(norm.training for norm in self._norms):
             return self.centred(weight, through=not self.projected)
