@@ -28,11 +28,8 @@ from distnorm.weights import TARGETS, Centralized
 
 logger = logging.getLogger("distnorm")
 
-_LAYOUT = frozenset(
-    "view reshape flatten unflatten transpose permute movedim swapaxes squeeze unsqueeze contiguous to float half "
-    "double bfloat16 type alias".split()
-)
-"""Functions that rearrange values and do no more: what they return stands for what they were given."""
+_COPIES = frozenset("reshape flatten contiguous clone to type float half double bfloat16".split())
+"""Functions that copy values into another layout or dtype and do no more: the copy stands for what it was made of."""
 
 
 def centralize(model: nn.Module, layers: list[_BatchNorm], conversion: Conversion) -> None:
@@ -146,11 +143,10 @@ class _Uses(TorchFunctionMode):
 
     def _note(self, function: str, given: list[Tensor], made: list[Tensor]) -> None:
         names = [self._seen[_key(each)][0] for each in given]
-        new = [each for each in made if all(each is not one for one in given)]
-        if function in _LAYOUT:
-            for each in new:
+        if function in _COPIES:
+            for each in made:
                 self._seen[_key(each)] = names[0], each
-        elif new or _changes_in_place(function, made):
+        elif _changes_in_place(function, made) or not all(_is_whole(each, given) for each in made):
             self.elsewhere.update(names)
 
     def _produced(self, name: str) -> Callable[..., None]:
@@ -234,6 +230,11 @@ def _guess(model: nn.Module, layers: Iterable[_BatchNorm]) -> Iterator[tuple[str
                 open_.remove(fits[-1])
             if fits and id(module) in wanted and underlying(fits[-1][1]) in TARGETS:
                 yield *fits[-1], module
+
+
+def _is_whole(tensor: Tensor, given: list[Tensor]) -> bool:
+    """Whether ``tensor`` is one of ``given``, or a view of all of it: so are those that engines make in hooks."""
+    return any(_key(tensor) == _key(each) and tensor.numel() == each.numel() for each in given)
 
 
 def _changes_in_place(function: str, made: list[Tensor]) -> bool:

@@ -29,11 +29,12 @@ HALVES = {name for name in ("fp16:0", "fp16:2", "fp16:3", "fp16:1") if torch.ops
 
 FAST = [
     "named", "misspelt", "exact:0", "exact:1", "exact:2", "exact:3", "bf16:0", "bf16:2", "moving_ddp", "moving:0",
-    "moving:3", "stock:0", "stock:2", "stock:3", "fp32:0", *sorted(HALVES - {"fp16:1"}), "resumed:1", "resumed:3", "groups:1",
+    "moving:3", "stock:0", "stock:2", "stock:3", "fp32:0", *sorted(HALVES - {"fp16:1"}), "resumed:1", "resumed:3",
+    "groups:1",
 ]  # fmt: skip
 SLOW = [
-    "moving_ddp", "fp32:0", "bf16:1", "bf16:3", "moving:1", "moving:2", "stock:1", *sorted(HALVES & {"fp16:1"}), "resumed:0",
-    "resumed:2", "partitioned:3", "groups:0",
+    "moving_ddp", "fp32:0", "bf16:1", "bf16:3", "moving:1", "moving:2", "stock:1", *sorted(HALVES & {"fp16:1"}),
+    "resumed:0", "resumed:2", "partitioned:3", "groups:0",
 ]  # fmt: skip
 Ranks = list[dict[str, Any]]
 
