@@ -6,10 +6,8 @@ converted through the job's store, make the policy's groups, and take over rank 
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Iterator
-from itertools import zip_longest
 from typing import Any
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
@@ -21,13 +19,14 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from distnorm import running
+from distnorm.agreement import agree, fingerprint
 from distnorm.boundary import NO_BACKWARD, at_end_of_backward, graph_task
 from distnorm.grid import Recipe
 from distnorm.layout import layout_of
 from distnorm.policies import Reducer
 from distnorm.transport import LostGroup, Topology, mpi
-from distnorm.transport.rendezvous import group_timeout, tell_and_collect
-from distnorm.transport.topology import current_world, mesh_ranks, node_id
+from distnorm.transport.rendezvous import tell_and_collect
+from distnorm.transport.topology import current_world, mesh_ranks
 from distnorm.types import EVERY_LAYER, Feeders, Landed, Observer, Slot, Transport
 
 logger = logging.getLogger("distnorm")
@@ -319,35 +318,8 @@ class Conversion:
         return tuple(range(dist.get_world_size()) if scope is None else dist.get_process_group_ranks(scope))
 
     def _agree(self, world: dist.ProcessGroup, ranks: tuple[int, ...]) -> Topology:
-        timeout = group_timeout(world)
-        mine = {"node": node_id(), "converted": self._fingerprint(), "mpi": self._mpi_place()}
-        told = [json.loads(text) for text in tell_and_collect(ranks, json.dumps(mine), timeout)]
-        for rank, other in zip(ranks, told, strict=True):
-            _compare(ranks[0], told[0]["converted"], rank, other["converted"])
+        """Meet the other ranks, and make sure that they converted the same."""
+        layers = list(self.layers())
+        device = layout_of(layers, self.recipe.method).device if self.transport == "mpi" else None
         mesh = self.mesh if isinstance(self.mesh, DeviceMesh) else None
-        nodes = tuple(other["node"] for other in told)
-        places = mpi.check_places(ranks, [other["mpi"] for other in told]) if self.transport == "mpi" else None
-        return Topology(ranks, mesh=mesh, nodes=nodes, timeout=timeout, mpi=places)
-
-    def _mpi_place(self) -> dict[str, object] | None:
-        if self.transport != "mpi":
-            return None
-        return mpi.place(layout_of(self.layers(), self.recipe.method).device)
-
-    def _fingerprint(self) -> list[str]:
-        lines = [repr(self.recipe), f"transport={self.transport!r}"]
-        for name, layer in self.layers():
-            lines.append(f"{name}: {layer.num_features} features, eps={layer.eps}, momentum={layer.momentum}")
-        return lines
-
-
-def _compare(first: int, expected: list[str], rank: int, given: list[str]) -> None:
-    if given == expected:
-        return
-    for line, other in zip_longest(expected, given, fillvalue="nothing"):
-        if line != other:
-            raise RuntimeError(
-                f"distnorm: rank {rank} converted another model or recipe than rank {first}. Rank {first} has "
-                f"[{line}] where rank {rank} has [{other}]. Build and convert the model alike on every rank that "
-                "shares statistics, or bind each set of ranks with distnorm.attach(model, process_group=...)."
-            )
+        return agree(world, ranks, fingerprint(self.recipe, self.transport, layers), mesh, device)

@@ -8,24 +8,19 @@ computed with, for stock models too, and every alias of the parameter stays vali
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Iterable
-from functools import cache
 from typing import Any
-from weakref import ReferenceType, ref
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.utils import parametrize
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from distnorm import keeping
 from distnorm.binding import Conversion
 from distnorm.class_swap import swap, underlying
 from distnorm.methods.base import compute_dtype
-
-logger = logging.getLogger("distnorm")
 
 
 def centred(weight: Tensor, dims: list[int], *, through: bool = True) -> Tensor:
@@ -122,7 +117,7 @@ class Centralized:
         trained = state.get("kept", False)
         super().__setstate__({name: value for name, value in state.items() if name not in ("projected", "kept")})  # type: ignore[misc]
         self.as_given = self.as_given and not trained
-        _note(self)
+        keeping.note(self)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[misc]
@@ -251,7 +246,7 @@ def centralize(
     swap(module, TARGETS[underlying(module)])
     # Not attributes set the usual way: norms must not become children of what feeds them.
     module.__dict__.update(_norms=tuple(norms), _conversion=conversion, _name=name, as_given=as_given)
-    _note(module)
+    keeping.note(module)
 
 
 def bake(model: nn.Module) -> None:
@@ -266,7 +261,7 @@ def release(module: nn.Module) -> None:
     for name in _OURS:
         module.__dict__.pop(name, None)
     swap(module, _ORIGINALS[underlying(module)])
-    _alive.pop(id(module), None)
+    keeping.forget(module)
 
 
 def centralized(model: nn.Module) -> list[Any]:
@@ -300,45 +295,3 @@ def goes_on(model: nn.Module) -> None:
     """Say that the weights of ``model`` come from training with centred ones, whatever an engine puts into them."""
     for layer in centralized(model):
         layer.kept = layer.as_given = False
-
-
-_alive: dict[int, ReferenceType[Any]] = {}
-"""The layers of this process with centred weights, for the hook on optimizers, which may step any of them."""
-
-
-def _note(layer: Any) -> None:
-    _watch_optimizers()
-    key = id(layer)
-    _alive[key] = ref(layer, lambda _: _alive.pop(key, None))
-
-
-@cache
-def _watch_optimizers() -> None:
-    register_optimizer_step_pre_hook(_before_step)
-    register_optimizer_step_post_hook(_after_step)
-
-
-def _before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    """Step from centred weights the first time too, so that it makes no difference whether they were saved before."""
-    for layer in _stepped_by(optimizer):
-        if not layer.kept:
-            layer.project()
-
-
-def _after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    for layer in _stepped_by(optimizer):
-        layer.kept = layer.project()
-        layer._conversion.feeders.known = True
-
-
-def _stepped_by(optimizer: torch.optim.Optimizer) -> list[Any]:
-    """Layers that train and whose weights ``optimizer`` has, in its order: sharded weights may need collectives."""
-    holders: dict[int, Any] = {}
-    for reference in list(_alive.values()):
-        layer = reference()
-        if layer is not None and (layer.kept or layer.has_trained()):
-            holders[id(layer._parameters.get("weight"))] = layer
-    if not holders:
-        return []
-    parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
-    return [holders[id(parameter)] for parameter in parameters if id(parameter) in holders]
