@@ -207,6 +207,10 @@ class Conversion:
         if index not in self._layers or self._layers[index][1]() is None:
             self._layers[index] = name, ref(layer)
 
+    def layer(self, index: int) -> _BatchNorm | None:
+        """Layer number ``index``, if it is alive."""
+        return self._layers[index][1]()
+
     def layers(self) -> Iterator[tuple[str, _BatchNorm]]:
         """Names and layers, those still alive, in the order of conversion."""
         for _, (name, reference) in sorted(self._layers.items()):

@@ -115,8 +115,12 @@ class DistNorm(_BatchNorm):
 
     def _running_statistics(self) -> tuple[Tensor | None, Tensor | None]:
         """With what is in flight, if an asynchronous policy has sent statistics that no step's end has absorbed yet."""
-        if torch.compiler.is_compiling() or self.recipe.policy.always_lands:
-            return self.running_mean, self.running_var
+        mean_C, var_C = self.running_mean, self.running_var
+        if self.recipe.policy.always_lands or torch.compiler.is_exporting() or mean_C is None or var_C is None:
+            return mean_C, var_C
+        if torch.compiler.is_compiling():
+            ahead_of: tuple[Tensor, Tensor] = torch.ops.distnorm.running(mean_C, var_C, self._site.key)
+            return ahead_of
         ahead = self._site.running(self)
         return (None, None) if ahead is None else ahead[:2]
 

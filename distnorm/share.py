@@ -51,6 +51,10 @@ class Channel(Protocol):
         """Whether the statistics of ``step`` are fit for the running statistics."""
         ...
 
+    def ahead(self, mean_C: Tensor, var_C: Tensor) -> tuple[Tensor, Tensor]:
+        """Running mean and variance with what the last step sent, which the buffers have not absorbed yet."""
+        ...
+
 
 NOW = -1
 """The step in which a compiled graph runs, unknown while it is traced."""
@@ -86,6 +90,18 @@ def cotangents_op(wire: Tensor, count: Tensor, key: int) -> Tensor:
 def lands_op(count: Tensor, key: int, learning: bool) -> Tensor:
     """1 where the statistics that came with ``count`` are fit for the running statistics, else 0, in its dtype."""
     return torch.full_like(count, _channels[key].lands(NOW, learning=learning))
+
+
+@torch.library.custom_op("distnorm::running", mutates_args=())
+def running_op(mean_C: Tensor, var_C: Tensor, key: int) -> tuple[Tensor, Tensor]:
+    """``Channel.ahead`` of the buffers ``mean_C`` and ``var_C``, as copies."""
+    mean_C, var_C = _channels[key].ahead(mean_C, var_C)
+    return mean_C.clone(), var_C.clone()
+
+
+@running_op.register_fake
+def _(mean_C: Tensor, var_C: Tensor, key: int) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(mean_C), torch.empty_like(var_C)
 
 
 @statistics_op.register_fake

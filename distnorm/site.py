@@ -182,6 +182,12 @@ class Site:
             self._ahead = landed, _versions(live), with_landed(live, landed, self.conversion.recipe.method)
         return self._ahead[2]
 
+    def ahead(self, mean_C: Tensor, var_C: Tensor) -> tuple[Tensor, Tensor]:
+        """Running mean and variance with what is in flight, for a compiled graph, which holds the buffers only."""
+        layer = self.conversion.layer(self.index)
+        found = None if layer is None else self.running(layer)
+        return (mean_C, var_C) if found is None else (found.mean_C, found.var_C)
+
     def raise_if_starved(self) -> None:
         """Report a batch of 1 value per channel that a GPU has seen since the last call.
 

@@ -324,6 +324,31 @@ def test_what_is_in_flight_is_what_lands() -> None:
         torch.testing.assert_close(state[name], buffer)
 
 
+@pytest.mark.parametrize("recipe", ["mabn", "lazy_bn"])
+def test_compiled_evaluation_has_what_is_in_flight(recipe: str) -> None:
+    model = RECIPES[recipe](net())
+    optimizer = OPTIMIZERS["Adam"](model.parameters())
+    train(model, optimizer, range(6))
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    for step in range(6, 9):
+        y = evaluated(model)
+        torch.testing.assert_close(in_stock(saved(model)), y, rtol=0, atol=1e-9)
+        torch.testing.assert_close(compiled.eval()(batch(99)), y)
+        train(model, optimizer, range(step, step + 1))
+
+
+def test_what_is_in_flight_outlives_the_job() -> None:
+    """A script that saves after it has destroyed its process group."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    model = RECIPES["mabn"](net())
+    train(model, OPTIMIZERS["Adam"](model.parameters()), range(6))
+    live = model[1].running_var.clone()
+    torch.distributed.destroy_process_group()
+    state = saved(model)
+    assert not torch.equal(state["1.running_var"], live)
+    torch.testing.assert_close(in_stock(state), evaluated(model), rtol=0, atol=1e-9)
+
+
 def test_what_was_loaded_evaluates_as_it_is() -> None:
     """Nothing of the run before, still in flight, mixes with the best checkpoint."""
     model = RECIPES["mabn"](net())
