@@ -130,6 +130,11 @@ def test_bf16_keeps_running_statistics_in_fp32(ran: Ranks, stage: int) -> None:
     agrees([each[f"bf16:{stage}"] for each in ran], [0, 1], one_process([0, 1], 2), 0.05)
 
 
+def acting(weights: list[Tensor]) -> list[Tensor]:
+    """Filters as layers compute with them: ZeRO steps flat copies, whose filters are not centred by themselves."""
+    return [each - each.mean((1, 2, 3), keepdim=True) if each.dim() == 4 else each for each in weights]
+
+
 @stages("stock", fast=(0, 2, 3))
 def test_what_is_saved_evaluates_in_the_stock_model(ran: Ranks, stage: int) -> None:
     """Centred weights, whichever copies of them the engine's optimizer steps."""
@@ -150,7 +155,7 @@ def test_mabn_with_accumulation_is_what_it_is_in_torch(ran: Ranks, stage: int) -
         found, expected = each[f"moving:{stage}"], each["moving_ddp"]
         assert found["losses"] == pytest.approx(expected["losses"], abs=1e-5)
         assert far(found["statistics"], expected["statistics"]) < 1e-5
-        assert far(found["weights"], expected["weights"]) < 1e-5
+        assert far(acting(found["weights"]), acting(expected["weights"])) < 1e-5
 
 
 @stages("moving", fast=(0, 3))
