@@ -49,7 +49,7 @@ def attach(
         process_group: the data-parallel ranks. Layers with a process group of their own keep to that.
         optimizer: its ``step`` ends a step of moving statistics, instead of every backward pass: for gradient
             accumulation, several losses, GANs. One more call with another optimizer adds that one. With SGD,
-            centralized weights take their cheaper form.
+            centralized weights take a cheaper form.
         loss_scale: gives the factor that the loss is multiplied by, such as ``scaler.get_scale``.
         manual: steps end where you call ``end_step(model)``, and nowhere else.
 
@@ -117,6 +117,7 @@ def load_state_dict(model: nn.Module, state: list[dict[str, Any]]) -> None:
         raise ValueError(f"state of {len(state)} conversions given; the model has {len(conversions)}.")
     for conversion, each in zip(conversions, state, strict=True):
         conversion.load_state_dict(each)
+    weights.goes_on(model)
 
 
 def sync_running_stats(model: nn.Module) -> None:

@@ -24,9 +24,9 @@ from distnorm.boundary import NO_BACKWARD, at_end_of_backward, graph_task
 from distnorm.grid import Recipe
 from distnorm.surroundings import transforming, unseen
 from distnorm.transport import LostGroup, lost, mpi
-from distnorm.transport.rendezvous import group_timeout
+from distnorm.transport.rendezvous import group_timeout, tell_and_collect
 from distnorm.transport.topology import current_world, mesh_ranks
-from distnorm.types import EVERY_LAYER, Observer, Slot, Transport
+from distnorm.types import EVERY_LAYER, Feeders, Landed, Observer, Slot, Transport
 
 logger = logging.getLogger("distnorm")
 
@@ -49,10 +49,20 @@ class Binding:
         self._warned = False
         self.loss_scale: Tensor | float = 0.0  # of the last backward pass
         self._scaled_pass = self._judged_pass = NO_BACKWARD
+        self._in_flight: dict[str, Landed] | None = None
 
     def belongs_to(self, world: dist.ProcessGroup | None) -> bool:
         """Whether ``world`` is the job that the groups belong to."""
         return world is None if self._world is None else self._world() is world is not None
+
+    def tell(self, text: str) -> list[str]:
+        """What every rank told, in order. Collective over the ranks; no tensors move.
+
+        Raises:
+            RuntimeError: some ranks told nothing within the timeout; the message names them.
+        """
+        timeout = self.topology.timeout
+        return [text] if timeout is None else tell_and_collect(self.topology.ranks, text, timeout)
 
     def forward_begins(self, layer: str) -> None:
         """Outside of a backward pass nothing can be queued; a queue left by a pass that raised is forgotten.
@@ -63,10 +73,8 @@ class Binding:
         if layer in self._used:
             self._end_skipped_step()
         if self.conversion.means_to_fold:
-            self.conversion.means_to_fold = False
-            if not self.conversion.recipe.method.centred:
-                with unseen():  # by modes: no part of the forward
-                    running.fold_means(layer for _, layer in self.conversion.layers())
+            with unseen():  # by modes: no part of the forward
+                self.conversion.training_goes_on()
 
     def loss_scale_of_pass(self) -> Tensor | float:
         """The factor of the loss; asked for once per backward pass, as a GradScaler makes the host wait for a GPU."""
@@ -130,7 +138,27 @@ class Binding:
         with torch.inference_mode(False):
             landed = self.reducer.end_step(slot)
         self.step += 1
-        running.absorb_landed(dict(self.conversion.layers()), landed, self.conversion.recipe.method)
+        self._in_flight = None
+        running.absorb_all(dict(self.conversion.layers()), landed, self.conversion.recipe.method)
+
+    def in_flight(self) -> dict[str, Landed]:
+        """By layer, what the last step sent and the running statistics have not absorbed yet; waits for it once.
+
+        No collective: every rank that ends the same steps has sent its part.
+        """
+        if self._in_flight is None:
+            self._in_flight = {each.layer: each for each in self.reducer.in_flight()}
+        return self._in_flight
+
+    def forget_in_flight(self) -> None:
+        """Running statistics are estimated anew, without gradients: what the last step sent is no part of them."""
+        self._in_flight = {}
+
+    def load(self, state: dict[str, Any], *, own: bool) -> None:
+        """Go on from a ``Conversion.state_dict``, this rank's ``own`` or another's."""
+        self.reducer.load_state_dict(state["reducer"], own=own)
+        self.step = state["step"]
+        self._in_flight = None
 
 
 class Conversion:
@@ -151,6 +179,7 @@ class Conversion:
         self.transport = transport
         self.mesh: DeviceMesh | LostGroup | None = mesh
         self.process_group = process_group
+        self.feeders = Feeders()
         self._start()
 
     @property
@@ -172,12 +201,13 @@ class Conversion:
         self._connected: tuple[ReferenceType[dist.ProcessGroup], tuple[int, ...]] | None = None
         """The ranks that the recipe's groups connect, and the job in which that was asked."""
         self._resumed: dict[str, Any] | None = None
+        self._live: dict[str, list[Tensor]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies are unbound; a mesh and a group belong to their process."""
         mesh = LostGroup(f"its device mesh {self.mesh}") if isinstance(self.mesh, DeviceMesh) else self.mesh
-        group = lost(self.process_group)
-        return {"recipe": self.recipe, "mesh": mesh, "transport": self.transport, "process_group": group}
+        kept = {"recipe": self.recipe, "mesh": mesh, "transport": self.transport, "feeders": self.feeders}
+        return {**kept, "process_group": lost(self.process_group)}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Conversion:
         """Within a process mesh and group stay valid."""
@@ -195,6 +225,10 @@ class Conversion:
         if index not in self._layers or self._layers[index][1]() is None:
             self._layers[index] = name, ref(layer)
 
+    def layer(self, index: int) -> _BatchNorm | None:
+        """Layer number ``index``, if it is alive."""
+        return self._layers[index][1]() if index in self._layers else None
+
     def layers(self) -> Iterator[tuple[str, _BatchNorm]]:
         """Names and layers, those still alive, in the order of conversion."""
         for _, (name, reference) in sorted(self._layers.items()):
@@ -202,9 +236,22 @@ class Conversion:
             if layer is not None:
                 yield name, layer
 
-    def layer(self, index: int) -> _BatchNorm | None:
-        """The layer that was converted as number ``index``, if it is still alive."""
-        return self._layers[index][1]() if index in self._layers else None
+    @property
+    def binding(self) -> Binding | None:
+        """The binding, if there is one."""
+        return self._binding
+
+    def training_goes_on(self) -> None:
+        """Running statistics that were loaded must now be what this process had, and mean what the method tracks."""
+        self.means_to_fold = False
+        running.restore(self.layers(), self._live)
+        self._live = {}
+        if not self.recipe.method.centred:
+            running.fold_means(layer for _, layer in self.layers())
+
+    def ahead(self, name: str) -> Landed | None:
+        """What running statistics of layer ``name`` have yet to absorb of the steps that ended, if training goes on."""
+        return None if self._binding is None or self.means_to_fold else self._binding.in_flight().get(name)
 
     def bound(self) -> Binding:
         """The binding to this process's job; made now if there is none.
@@ -262,11 +309,21 @@ class Conversion:
         """What the policy needs to go on as if nothing had happened, of this rank. Waits for what is in flight."""
         binding = self.bound()
         place = {"rank": binding.topology.rank, "world_size": len(binding.topology.ranks)}
-        return {**place, "step": binding.step, "reducer": binding.reducer.state_dict()}
+        kept: dict[str, Any] = {}
+        if self.feeders.left or self.feeders.feeds:
+            kept["feeders"] = [sorted(self.feeders.left), self.feeders.feeds]
+        if not self.facts.always_lands:
+            # A model's state_dict may have absorbed what a run that goes on from here has yet to absorb.
+            kept["running"] = running.snapshot(self.layers())
+        return {**place, **kept, "step": binding.step, "reducer": binding.reducer.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from ``state``, now or when the layers are bound."""
         self._resumed = state
+        if "feeders" in state:
+            left, feeds = state["feeders"]
+            self.feeders.known, self.feeders.left, self.feeders.feeds = True, frozenset(left), feeds
+        self._live, self.means_to_fold = state.get("running", {}), True
         if self._binding is not None:
             self._resume(self._binding, state)
 
@@ -274,8 +331,7 @@ class Conversion:
         here = binding.topology.rank, len(binding.topology.ranks)
         own = here == (state["rank"], state["world_size"])
         with torch.inference_mode(False):
-            binding.reducer.load_state_dict(state["reducer"], own=own)
-        binding.step = state["step"]
+            binding.load(state, own=own)
         self._resumed = None
         if not own and self.facts.keeps_cotangents:
             logger.info(

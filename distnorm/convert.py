@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from distnorm import agreement, ddp, overlap, recipes, tails, weights
+from distnorm import agreement, ddp, feeders, overlap, recipes, tails, weights
 from distnorm.binding import Conversion
 from distnorm.class_swap import swap, underlying
 from distnorm.grid import Recipe
@@ -27,7 +27,6 @@ from distnorm.module import (
     DistBatchNorm3d,
     DistNorm,
     DistSyncBatchNorm,
-    holds_stock_statistics,
 )
 from distnorm.site import Site
 from distnorm.transport import LostGroup, check_group
@@ -133,9 +132,9 @@ def apply_to(
         # Binding takes over rank 0's buffers only among the ranks that it concerns; there DDP need not.
         if not conversion.is_bounded:
             ddp.ignore_buffers(model, [layer for _, layer in layers])
+        if conversion.recipe.weights == "centralized":
+            feeders.centralize(model, [layer for _, layer in layers], conversion)
     every = [layer for layers in parts.values() for _, layer in layers]
-    if any(conversion.recipe.weights == "centralized" for conversion in parts):
-        weights.centralize(model, every, holds_stock_statistics)
     if any(conversion.recipe.overlap for conversion in parts):
         overlap.pair(model, every)
 
@@ -158,12 +157,15 @@ def revert(model: ModelT) -> ModelT:
     Evaluation output is unchanged; centralized weights are written into the parameters. No collective.
     """
     weights.bake(model)
+    for layer in model.modules():
+        if isinstance(layer, DistNorm):
+            layer.absorb_in_flight()
     return undo(model)
 
 
 def undo(model: ModelT) -> ModelT:
     """``revert``, but leave the weights as they are: for a conversion that nothing has used yet."""
-    weights.release(model)
+    feeders.release(model)
     overlap.release(model)
     tails.release(model)
     layers = [layer for layer in model.modules() if isinstance(layer, DistNorm)]

@@ -94,7 +94,7 @@ class DistNorm(_BatchNorm):
     def _train(self, input: Tensor, affine: Affine, tail: Tail | None) -> Tensor:
         """Normalize: by the kernels, which add the ``tail``, or if that is None on the plain path."""
         share = self._share(input)
-        method, tracks, whole = self.recipe.method, self.track_running_stats, running.is_whole(self)
+        method, tracks, whole = self.recipe.method, self.track_running_stats, running.running_of(self).is_whole
         if isinstance(method, ChannelAffine) and tail is not None:
             guarded = self._site.conversion.guards
             tracked = partial(running.running_of, self, guarded=guarded) if tracks and whole else None
@@ -139,7 +139,7 @@ class DistNorm(_BatchNorm):
         self._site.conversion.add(self._site.index, self._site.name, self)
 
     def _evaluate(self, x_NCL: Tensor, affine: Affine) -> Tensor:
-        mean_C, var_C = self.running_mean, self.running_var
+        mean_C, var_C = self._running_statistics()
         if mean_C is None or var_C is None:
             return self.recipe.method.normalize(x_NCL, KeepLocal(), affine)
         weight_C, bias_C = (None if each is None else each.to(mean_C.dtype) for each in affine[:2])
@@ -166,6 +166,17 @@ class DistNorm(_BatchNorm):
                 f"{self.recipe.method}."
             )
         return self
+
+    def _running_statistics(self) -> tuple[Tensor | None, Tensor | None]:
+        """With what is in flight, if an asynchronous policy has sent statistics that no step's end has absorbed yet."""
+        mean_C, var_C = self.running_mean, self.running_var
+        if self._site.conversion.facts.always_lands or torch.compiler.is_exporting() or mean_C is None or var_C is None:
+            return mean_C, var_C
+        if torch.compiler.is_compiling():
+            ahead_of: tuple[Tensor, Tensor] = torch.ops.distnorm.running(mean_C, var_C, self._site.number)
+            return ahead_of
+        ahead = self._site.running(self)
+        return (mean_C, var_C) if ahead is None else ahead[:2]
 
     def _track(self, share: LayerShare | KeepLocal) -> None:
         assert share.shared is not None
@@ -238,6 +249,26 @@ class DistNorm(_BatchNorm):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         self._site.raise_if_starved()
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, values in self._ahead().items():
+            destination[f"{prefix}{name}"] = values
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy or a pickle is bound to no ranks: nothing would land there, so it has what is in flight."""
+        return {**self.__dict__, "_buffers": {**self._buffers, **self._ahead()}}
+
+    @torch.no_grad()
+    def absorb_in_flight(self) -> None:
+        """Let the buffers hold what evaluation uses, for a layer that ends no more steps."""
+        for name, values in self._ahead().items():
+            getattr(self, name).copy_(values)
+
+    def _ahead(self) -> dict[str, Tensor]:
+        """Copies of the running statistics with what is in flight; empty if nothing is."""
+        if self._site.conversion.ahead(self._site.name) is None:
+            return {}
+        ahead = self._site.running(self)
+        found = zip(running.BUFFERS, (None, None, None) if ahead is None else ahead[:3], strict=True)
+        return {name: each.clone() for name, each in found if each is not None}
 
 
 def _fits(residual: Tensor | None, x_NCL: Tensor) -> bool:
@@ -252,16 +283,6 @@ def _finish(y_NCL: Tensor, residual: Tensor | None, relu: bool, widen: bool) -> 
     if residual is not None:
         y_NCL = y_NCL + residual if widen else y_NCL.add_(residual)
     return y_NCL.relu() if relu else y_NCL
-
-
-def holds_stock_statistics(layer: _BatchNorm) -> bool:
-    """Whether ``layer`` has running statistics of a stock model that training has not yet turned into its method's."""
-    if not isinstance(layer, DistNorm) or layer.recipe.method.centred:
-        return False
-    if layer.running_mean is None or layer.running_mean.is_meta:
-        return False
-    stock = layer._site.conversion.means_to_fold
-    return stock and (is_fake(layer.running_mean) or bool(layer.running_mean.any()))
 
 
 # Initialization and filters of public code ask for "BatchNorm", or "BatchNorm2d", in the name of a layer's class.

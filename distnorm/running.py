@@ -28,63 +28,64 @@ def absorb_shared(
     """``absorb`` what ``method`` makes of ``shared`` sums and their count, which ``landed`` or did not."""
     if landed is False:
         return
+    running = running_of(layer, guarded=guarded)
     formula = method.formula() if isinstance(method, ChannelAffine) else None
-    if shared.is_cpu and not torch.compiler.is_compiling() and formula is not None and is_whole(layer):
+    if shared.is_cpu and not torch.compiler.is_compiling() and formula is not None and running.is_whole:
         # In C where that can be, as layers' passes do: ranks whose batches take other paths must agree to the bit.
-        if not landed or dense.absorb(formula, shared, running_of(layer, guarded=guarded)):
+        if not landed or dense.absorb(formula, shared, running):
             return
     count = shared[-1]  # without gradient, like all that was shared
     moments = method.moments(shared[:-1].view(-1, layer.num_features) / count.clamp_min(1), count)
-    absorb(layer, moments, count, landed, guarded=guarded)
+    absorb(running, moments, count, landed)
 
 
-def absorb(layer: _BatchNorm, moments: Moments, count: Tensor, landed: Tensor | bool, *, guarded: bool = False) -> None:
+def absorb(running: Running, moments: Moments, count: Tensor, landed: Tensor | bool) -> None:
     """``running += (moments - running) * momentum``, or their plain average over all steps if momentum is None.
 
-    Nothing happens where ``landed`` is 0 or fewer than two values were seen; nor, if ``guarded``, where that would not
+    Nothing happens where ``landed`` is 0 or fewer than two values were seen; nor, if guarded, where that would not
     leave all running statistics of the layer finite: where a forward reads them, or windows beside them stay clean,
     one broken batch must not last. Branch-free where a branch would make the host wait for a GPU.
     """
     if count.is_cpu and not torch.compiler.is_compiling():
-        if landed and count > 1 and (not guarded or _fit(layer, moments)):
-            _move(layer, moments, _next_rate(layer))
+        if landed and count > 1 and (not running.guarded or _fit(running, moments)):
+            _move(running, moments, _next_rate(running))
         return
     fresh = (landed * (count > 1)).to(count.dtype)
-    if guarded:
-        fresh = fresh * _fit(layer, moments)
-    momentum: Tensor | float = layer.momentum or 0.0
-    if layer.num_batches_tracked is not None:
-        layer.num_batches_tracked.add_(fresh.to(layer.num_batches_tracked.dtype))
-        if layer.momentum is None:
-            momentum = 1 / layer.num_batches_tracked.clamp_min(1)
-    for buffer_C, fresh_C in _pairs(layer, moments):
+    if running.guarded:
+        fresh = fresh * _fit(running, moments)
+    momentum: Tensor | float = running.momentum or 0.0
+    if running.updates is not None:
+        running.updates.add_(fresh.to(running.updates.dtype))
+        if running.momentum is None:
+            momentum = 1 / running.updates.clamp_min(1)
+    for buffer_C, fresh_C in _pairs(running, moments):
         _lerp(buffer_C, fresh_C, fresh * momentum)
 
 
-def _fit(layer: _BatchNorm, moments: Moments) -> Tensor:
+def _fit(running: Running, moments: Moments) -> Tensor:
     """Whether running statistics stay finite when they move towards ``moments``."""
-    limits = ((fresh_C, torch.finfo(buffer_C.dtype).max / 2) for buffer_C, fresh_C in _pairs(layer, moments))
+    limits = ((fresh_C, torch.finfo(buffer_C.dtype).max / 2) for buffer_C, fresh_C in _pairs(running, moments))
     fits = [(fresh_C.abs() <= limit).all() for fresh_C, limit in limits]
     return torch.stack(fits).all() if fits else moments.var_C.new_ones((), dtype=torch.bool)
 
 
-def _next_rate(layer: _BatchNorm) -> float:
+def _next_rate(running: Running) -> float:
     """Count a step that needs no caution, and return the weight of its moments: what ``absorb`` does with tensors."""
-    if layer.num_batches_tracked is not None:
-        layer.num_batches_tracked.add_(1)
-        if layer.momentum is None:
-            return 1 / float(layer.num_batches_tracked)
-    return layer.momentum or 0.0
+    if running.updates is not None:
+        running.updates.add_(1)
+        if running.momentum is None:
+            return 1 / float(running.updates)
+    return running.momentum or 0.0
 
 
-def _move(layer: _BatchNorm, moments: Moments, rate: float) -> None:
-    for buffer_C, fresh_C in _pairs(layer, moments):
+def _move(running: Running, moments: Moments, rate: float) -> None:
+    for buffer_C, fresh_C in _pairs(running, moments):
         buffer_C.lerp_(fresh_C.to(buffer_C.dtype), rate)
 
 
-def _pairs(layer: _BatchNorm, moments: Moments) -> Iterator[tuple[Tensor, Tensor]]:
+def _pairs(running: Running, moments: Moments) -> Iterator[tuple[Tensor, Tensor]]:
     """Running statistics and what they absorb; none, if they were set to None."""
-    for buffer_C, fresh_C in ((layer.running_mean, moments.mean_C), (layer.running_var, moments.var_C)):
+    for buffer_C, fresh_C in ((running.mean_C, moments.mean_C), (running.var_C, moments.var_C)):
         if buffer_C is not None and fresh_C is not None:
             yield buffer_C, fresh_C
 
@@ -96,34 +97,39 @@ def _lerp(buffer_C: Tensor, fresh_C: Tensor, rate: Tensor) -> None:
 
 
 @torch.no_grad()
-def absorb_landed(layers: Mapping[str, _BatchNorm], landed: Iterable[Landed], method: Method) -> None:
-    """``absorb`` what became global at a step's end, on whichever device that is; guarded, as windows are."""
+def absorb_landed(running: Running, landed: Landed, method: Method, features: int) -> None:
+    """``absorb`` what became global at a step's end, on whichever device that is."""
+    if running.var_C is not None and landed.means.device != running.var_C.device:  # the layer has moved since
+        landed = Landed(landed.layer, *(values.to(running.var_C.device) for values in landed[1:]))
+    formula = method.formula() if landed.means.is_cuda and isinstance(method, ChannelAffine) else None
+    if formula is not None and gpu.available() and running.is_whole:
+        from distnorm.kernels.gpu.gpu_pass import absorb_means  # imports Triton
+
+        absorb_means(formula, landed, running)
+    else:
+        moments = method.moments(landed.means.view(-1, features), landed.total)
+        absorb(running, moments, landed.total, landed.weight)
+
+
+def absorb_all(layers: Mapping[str, _BatchNorm], landed: Iterable[Landed], method: Method) -> None:
+    """``absorb_landed``, for those of ``layers`` that track; guarded, as windows are."""
     for each in landed:
         layer = layers.get(each.layer)
-        if layer is None or not layer.track_running_stats:
-            continue
-        if layer.running_var is not None and each.means.device != layer.running_var.device:  # the layer has moved since
-            each = Landed(each.layer, *(values.to(layer.running_var.device) for values in each[1:]))
-        formula = method.formula() if each.means.is_cuda and isinstance(method, ChannelAffine) else None
-        if formula is not None and gpu.available() and is_whole(layer):
-            from distnorm.kernels.gpu.gpu_pass import absorb_means  # imports Triton
-
-            absorb_means(formula, each, running_of(layer, guarded=True))
-        else:
-            moments = method.moments(each.means.view(-1, layer.num_features), each.total)
-            absorb(layer, moments, each.total, each.weight, guarded=True)
+        if layer is not None and layer.track_running_stats:
+            absorb_landed(running_of(layer, guarded=True), each, method, layer.num_features)
 
 
-def is_whole(layer: _BatchNorm) -> bool:
-    """Whether ``layer`` has all buffers that kernels move by the way."""
-    return all(getattr(layer, name) is not None for name in BUFFERS)
+def with_landed(running: Running, landed: Landed, method: Method, features: int) -> Running:
+    """What ``absorb_landed`` would make of ``running``, which stays as it is."""
+    mean_C, var_C, updates = (None if each is None else each.detach().clone() for each in running[:3])
+    ahead = Running(mean_C, var_C, updates, running.momentum, running.guarded)
+    absorb_landed(ahead, landed, method, features)
+    return ahead
 
 
 def running_of(layer: _BatchNorm, *, guarded: bool = False) -> Running:
-    """The running statistics of a layer that has all of them."""
-    mean_C, var_C, updates = layer.running_mean, layer.running_var, layer.num_batches_tracked
-    assert mean_C is not None and var_C is not None and updates is not None
-    return Running(mean_C, var_C, updates, layer.momentum, guarded)
+    """The running statistics of a layer."""
+    return Running(layer.running_mean, layer.running_var, layer.num_batches_tracked, layer.momentum, guarded)
 
 
 @torch.no_grad()
@@ -173,6 +179,19 @@ def average(layers: Iterable[_BatchNorm], group: Group) -> None:
         new_mean_C, square_C = both.view(2, -1)
         mean_C.copy_(new_mean_C)
         var_C.copy_((square_C - new_mean_C.square()).clamp_min(0))
+
+
+def snapshot(layers: Iterable[tuple[str, _BatchNorm]]) -> dict[str, list[Tensor]]:
+    """Copies of running statistics, by layer."""
+    return {name: [buffer.detach().clone() for buffer in _buffers([layer])] for name, layer in layers}
+
+
+@torch.no_grad()
+def restore(layers: Iterable[tuple[str, _BatchNorm]], saved: Mapping[str, list[Tensor]]) -> None:
+    """Put what ``snapshot`` copied back; layers that it does not know stay as they are."""
+    for name, layer in layers:
+        for buffer, values in zip(_buffers([layer]), saved.get(name, ()), strict=False):
+            buffer.copy_(values)
 
 
 def _buffers(layers: Iterable[_BatchNorm]) -> Iterator[Tensor]:

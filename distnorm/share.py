@@ -65,6 +65,10 @@ class Channel(Protocol):
         """Let the layer's running statistics absorb ``shared`` sums and count of the current step, if fit for them."""
         ...
 
+    def ahead(self, mean_C: Tensor, var_C: Tensor) -> tuple[Tensor, Tensor]:
+        """Running mean and variance with what the last step sent, which the buffers have not absorbed yet."""
+        ...
+
 
 NOW = -1
 """The step in which a compiled graph runs, unknown while it is traced."""
@@ -120,6 +124,18 @@ def absorb_op(shared: Tensor, number: Tensor, learning: bool) -> None:
     """``Channel.absorb``, but in repetitions. For dispatch modes: a compiled graph must see what changes."""
     if not repeating():
         _channel(number).absorb(shared, learning=learning)
+
+
+@torch.library.custom_op("distnorm::running", mutates_args=())
+def running_op(mean_C: Tensor, var_C: Tensor, number: Tensor) -> tuple[Tensor, Tensor]:
+    """``Channel.ahead`` of the buffers ``mean_C`` and ``var_C``, as copies."""
+    mean_C, var_C = _channel(number).ahead(mean_C, var_C)
+    return mean_C.clone(), var_C.clone()
+
+
+@running_op.register_fake
+def _(mean_C: Tensor, var_C: Tensor, number: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(mean_C), torch.empty_like(var_C)
 
 
 @statistics_op.register_fake

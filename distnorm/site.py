@@ -14,9 +14,10 @@ from distnorm import running
 from distnorm.binding import Binding, Conversion
 from distnorm.boundary import NO_BACKWARD, graph_task, repeating
 from distnorm.recompute import Record, Records
+from distnorm.running import running_of, with_landed
 from distnorm.share import NOW, open_channel
 from distnorm.transport import LostGroup, lost
-from distnorm.types import Direction, Slot
+from distnorm.types import Direction, Landed, Running, Slot
 
 
 class Site:
@@ -47,6 +48,8 @@ class Site:
         self.key, self.number = open_channel(self)
         self.records = Records()
         self._starved: Tensor | None = None
+        self._ahead: tuple[Landed, list[object], Running] | None = None
+        """What running statistics will be, and what that was made of."""
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies keep what was configured and drop what is in use."""
@@ -124,6 +127,8 @@ class Site:
         slot = self._slot(binding, "forward", step, learning=learning)
         if learning:
             binding.note_use(self.name)
+        else:
+            binding.forget_in_flight()
         try:
             shared = binding.reducer.reduce(wire, slot)
         except RuntimeError as error:
@@ -203,6 +208,29 @@ class Site:
         starved = count == 1
         self._starved = starved if self._starved is None else self._starved | starved
 
+    def running(self, layer: _BatchNorm) -> Running | None:
+        """The running statistics of ``layer`` with what is in flight; None if it tracks none."""
+        if layer.running_mean is None or layer.running_var is None:
+            return None
+        live, landed = running_of(layer, guarded=True), self.conversion.ahead(self.name)
+        if landed is None:
+            return live
+        if not self._ahead or self._ahead[0] is not landed or self._ahead[1] != _versions(live):
+            self._ahead = (
+                landed,
+                _versions(live),
+                with_landed(live, landed, self.conversion.recipe.method, layer.num_features),
+            )
+        return self._ahead[2]
+
+    def ahead(self, mean_C: Tensor, var_C: Tensor) -> tuple[Tensor, Tensor]:
+        """Running mean and variance with what is in flight, for a compiled graph, which holds the buffers only."""
+        layer = self.conversion.layer(self.index)
+        found = None if layer is None else self.running(layer)
+        if found is None or found.mean_C is None or found.var_C is None:
+            return mean_C, var_C
+        return found.mean_C, found.var_C
+
     def raise_if_starved(self) -> None:
         """Report a batch of 1 value per channel that a GPU has seen since the last call.
 
@@ -218,3 +246,8 @@ class Site:
             f"{self.name}: 1 value per channel across {size} rank{'s' if size > 1 else ''}; training needs at least 2. "
             "Raise the batch size, share over more ranks, or put the layer in eval()."
         )
+
+
+def _versions(running: Running) -> list[object]:
+    """What changes when the buffers do."""
+    return [(id(each), each._version) for each in running[:3] if each is not None]

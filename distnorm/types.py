@@ -8,6 +8,7 @@ Shape legend, used throughout the package: N batch, C channel, L flattened space
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol
 
 import torch
@@ -125,14 +126,34 @@ class Running(NamedTuple):
     """The running statistics of a layer, changed in place; a ``momentum`` of None is the plain average over all steps.
 
     ``updates`` is how often they were changed. ``guarded`` ones leave out moments that would make any of them infinite
-    or NaN.
+    or NaN. Users may have set any of the three to None.
     """
 
-    mean_C: Tensor
-    var_C: Tensor
-    updates: Tensor
+    mean_C: Tensor | None
+    var_C: Tensor | None
+    updates: Tensor | None
     momentum: float | None
     guarded: bool = False
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether there are all three, as kernels want them."""
+        return self.mean_C is not None and self.var_C is not None and self.updates is not None
+
+
+@dataclass
+class Feeders:
+    """Where a guess at the layers that feed converted norms was wrong, by name. Copies of a model share it.
+
+    Fields:
+        known: whether it has been looked at, or an optimizer has stepped first and the guess stands.
+        left: layers whose outputs go elsewhere too.
+        feeds: layers that feed other norms than guessed, and those.
+    """
+
+    known: bool = False
+    left: frozenset[str] = frozenset()
+    feeds: dict[str, list[str]] = field(default_factory=dict)
 
 
 class Share(Protocol):

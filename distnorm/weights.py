@@ -1,110 +1,174 @@
 """The weights axis: what happens to the convolutions and linear layers that feed a converted layer.
 
 ``centralized``: W <- W - mean of W per output filter. It stands in for the centring that RMS lacks. Yan et al., ICLR
-2020 (CenConv2d in their code). Two forms with one trajectory:
-
-* forward form: every forward centres the weight, and the gradient passes through the projection;
-* projected form, for SGD: weights are projected once per optimizer step. Projection P is linear, and so is SGD with
-  momentum and weight decay: P (W - lr v) with v from plain gradients is what the forward form's PW goes through.
+2020 (CenConv2d in their code). Training computes with the centred weight, and gradients pass through the projection;
+after every step of an optimizer the parameter itself is centred, in place. So what a state_dict holds is what training
+computed with, for stock models too, and every alias of the parameter stays valid. docs/decisions.md says more.
 """
 
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.utils import parametrize
 
+from distnorm import keeping
+from distnorm.binding import Conversion
 from distnorm.class_swap import swap, underlying
+from distnorm.methods.base import compute_dtype
 from distnorm.tracing import is_traced, leaf
 
 
-def centred(weight: Tensor) -> Tensor:
-    """``weight`` less its mean per output filter (dimension 0)."""
-    return weight - weight.mean(dim=list(range(1, weight.dim())), keepdim=True)
+def centred(weight: Tensor, dims: list[int], *, through: bool = True) -> Tensor:
+    """``weight`` less its mean over ``dims``; filters that are centred but for rounding stay bit for bit.
+
+    So it can be applied again, to what a checkpoint holds or what was saved in between, and changes nothing. Without
+    ``through`` the gradient is passed on as it is.
+    """
+    wide = weight.to(compute_dtype(weight.dtype))
+    mean = wide.mean(dims, keepdim=True)
+    count = 1
+    for dim in dims:
+        count *= weight.shape[dim]
+    # What is left of a mean when values are rounded to the weight's dtype, at random, and arithmetic is.
+    rounding = (2 * torch.finfo(weight.dtype).eps / math.sqrt(count) + 4 * torch.finfo(wide.dtype).eps) / math.sqrt(
+        count
+    )
+    norm = torch.linalg.vector_norm(wide.detach(), dim=dims, keepdim=True)
+    settled = torch.where(mean.detach().abs() <= rounding * norm, mean.detach(), torch.zeros_like(norm))
+    shift = mean - settled  # 0 or the mean, with the gradient of the mean
+    return (wide - (shift if through else shift.detach())).to(weight.dtype)
 
 
 class Centralized:
-    """A layer whose weight acts centred. ``projected`` says that its values are kept centred.
-
-    ``stock`` tells whether the norm that it feeds still holds the running statistics of a stock model: those belong to
-    the weight as it is, and evaluation gives what the stock model gave, until training goes on.
-    """
+    """A layer whose weight acts centred in training, and in evaluation once there was training."""
 
     weight: Tensor
-    training: bool
     projected: bool = False
-    stock: Callable[[], bool]
+    """Whether the optimizer is SGD, which needs no projected gradients."""
+    kept: bool = False
+    """Whether the hook on optimizers keeps the parameter centred."""
+    as_given: bool = False
+    """Whether running statistics belong to the weight as it is, as long as there is no training."""
+    _norms: tuple[nn.Module, ...]
+    _conversion: Conversion
+    _name: str
+    _parameters: dict[str, nn.Parameter | None]
 
     def effective_weight(self, weight: Tensor) -> Tensor:
         """What the layer computes with."""
-        evaluating = not self.training and not torch.compiler.is_compiling()
-        return weight if self.projected or (evaluating and self.stock()) else centred(weight)
+        if self.is_left() or (self.projected and self.kept):
+            return weight
+        if any(norm.training for norm in self._norms):
+            return self.centred(weight, through=not self.projected)
+        return self.centred(weight) if self.is_behind() else weight
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Apply the centred weight; one node to torch.fx, so that what is centred is decided when its graph runs."""
-        y: Tensor = leaf(self, input) if is_traced(input) else super().forward(input)  # type: ignore[arg-type, misc]
-        return y
+    def centred(self, weight: Tensor, *, through: bool = True) -> Tensor:
+        """``weight`` with each output filter centred."""
+        return centred(weight, list(range(1, weight.dim())), through=through)
 
-    def __prepare_scriptable__(self) -> None:
-        raise RuntimeError(
-            f"{self}: torch.jit.script does not know centred weights. Script a stock model, which evaluates alike: "
-            "distnorm.revert(copy.deepcopy(model))."
-        )
+    def is_left(self) -> bool:
+        """Whether the weight is left alone: it is made of other parameters, or what it gives goes elsewhere too."""
+        return is_computed(self) or self._name in self._conversion.feeders.left
+
+    def is_behind(self) -> bool:
+        """Whether the parameter stands for its centred values, but may not be centred itself."""
+        if self.kept:
+            return False
+        return self.has_trained() or (self._conversion.feeders.known and not self.as_given)
+
+    def has_trained(self) -> bool:
+        """Whether there was training since the model was converted, copied or loaded."""
+        return not self._conversion.means_to_fold
 
     @torch.no_grad()
-    def project(self) -> None:
-        """Centre the weight in place."""
-        self.weight.copy_(centred(self.weight))
+    def project(self) -> bool:
+        """Centre the parameter in place, if it is here; engines that partition parameters leave something flat."""
+        weight = self._parameters.get("weight")
+        if weight is None or weight.dim() < 2 or self.is_left():
+            return False
+        weight.copy_(self.centred(weight))
+        return True
 
-    @torch.no_grad()
-    def take_over(self) -> None:
-        """Centre a weight that comes from elsewhere; filters that are centred but for rounding stay bit for bit.
+    def settled(self) -> Tensor | None:
+        """Values to save in place of the parameter's, where training goes on with those; else centres the parameter."""
+        weight = self._parameters.get("weight")
+        if weight is None or weight.dim() < 2 or self.is_left() or not self.is_behind():
+            return None
+        if self.has_trained():
+            return self.centred(weight.detach())
+        self.project()
+        return None
 
-        Projecting twice changes last bits, and what a checkpoint holds has been projected.
-        """
-        filters = list(range(1, self.weight.dim()))
-        rounding = 4 * torch.finfo(self.weight.dtype).eps * self.weight.abs().amax(filters, keepdim=True)
-        settled = self.weight.mean(filters, keepdim=True).abs() <= rounding
-        self.weight.copy_(torch.where(settled, self.weight, centred(self.weight)))
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy or a pickle has the values that training computes with."""
+        values = self.settled()
+        if values is None:
+            return self.__dict__
+        weight = nn.Parameter(values, requires_grad=self.weight.requires_grad)
+        return {**self.__dict__, "_parameters": {**self._parameters, "weight": weight}, "as_given": False}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """No optimizer keeps a copy's values centred."""
-        super().__setstate__({name: value for name, value in state.items() if name != "projected"})  # type: ignore[misc]
+        trained = state.get("kept", False)
+        super().__setstate__({name: value for name, value in state.items() if name not in ("projected", "kept")})  # type: ignore[misc]
+        self.as_given = self.as_given and not trained
+        keeping.note(self)
 
-    def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
-        super()._load_from_state_dict(*args, **options)  # type: ignore[misc]
-        if self.projected:
-            self.take_over()
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[misc]
+        if f"{prefix}weight" in state_dict:
+            self.kept, self.as_given = False, True
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        values = self.settled()
+        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
+        if values is not None:
+            destination[f"{prefix}weight"] = values
+
+    def __prepare_scriptable__(self) -> Any:
+        """This layer, whose parameter then holds what evaluation computes with."""
+        if self.settled() is not None:
+            raise RuntimeError(
+                f"{self._name}: torch.jit.script would take the weight as the engine keeps it, not centred. Script a "
+                "stock model, which evaluates alike: distnorm.revert(copy.deepcopy(model))."
+            )
+        return self
 
 
-class CentralizedConv1d(Centralized, nn.Conv1d):
+class _CentralizedConv(Centralized, _ConvNd):
+    def forward(self, input: Tensor) -> Tensor:
+        """Apply the centred weight; one node to torch.fx, so that what is centred is decided when its graph runs."""
+        if torch.jit.is_scripting():
+            scripted: Tensor = self._conv_forward(input, self.weight, self.bias)
+            return scripted
+        else:
+            return self._forward(input)
+
+    def _forward(self, input: Tensor) -> Tensor:
+        y: Tensor
+        if is_traced(input):
+            y = leaf(self, input)
+        else:
+            y = self._conv_forward(input, self.effective_weight(self.weight), self.bias)
+        return y
+
+
+class CentralizedConv1d(_CentralizedConv, nn.Conv1d):
     """``nn.Conv1d`` with a centred weight."""
 
-    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        y: Tensor = super()._conv_forward(input, self.effective_weight(weight), bias)
-        return y
 
-
-class CentralizedConv2d(Centralized, nn.Conv2d):
+class CentralizedConv2d(_CentralizedConv, nn.Conv2d):
     """``nn.Conv2d`` with a centred weight."""
 
-    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        y: Tensor = super()._conv_forward(input, self.effective_weight(weight), bias)
-        return y
 
-
-class CentralizedConv3d(Centralized, nn.Conv3d):
+class CentralizedConv3d(_CentralizedConv, nn.Conv3d):
     """``nn.Conv3d`` with a centred weight."""
-
-    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        y: Tensor = super()._conv_forward(input, self.effective_weight(weight), bias)
-        return y
 
 
 class CentralizedLinear(Centralized, nn.Linear):
@@ -112,76 +176,124 @@ class CentralizedLinear(Centralized, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Apply the centred weight."""
+        if torch.jit.is_scripting():
+            return nn.functional.linear(input, self.weight, self.bias)
+        else:
+            return self._forward(input)
+
+    def _forward(self, input: Tensor) -> Tensor:
         if is_traced(input):
-            return super().forward(input)
+            node: Tensor = leaf(self, input)
+            return node
         return nn.functional.linear(input, self.effective_weight(self.weight), self.bias)
 
 
-_TARGETS: dict[type[nn.Module], type[nn.Module]] = {
+class _CentralizedConvTranspose(Centralized):
+    """Weights ``[in, out / groups, ...]``."""
+
+    groups: int
+
+    def centred(self, weight: Tensor, *, through: bool = True) -> Tensor:
+        """``weight`` with each output filter centred: group by group, over the inputs of the group."""
+        if self.groups == 1:
+            return centred(weight, [0, *range(2, weight.dim())], through=through)
+        parts = weight.unflatten(0, (self.groups, -1))
+        return centred(parts, [1, *range(3, parts.dim())], through=through).flatten(0, 1)
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """Apply the centred weight."""
+        assert isinstance(self, _ConvTransposeNd)
+        if is_traced(input):
+            node: Tensor = leaf(self, input)
+            return node
+        weight, extra = self.effective_weight(self.weight), self.output_padding
+        if output_size is not None:
+            sizes: Iterable[tuple[int, ...]] = zip(
+                *(input.shape[-len(extra) :], output_size[-len(extra) :]),
+                *(self.kernel_size, self.stride, self.padding, self.dilation),
+                strict=True,
+            )
+            extra = tuple(
+                wanted - ((size - 1) * stride - 2 * padding + dilation * (kernel - 1) + 1)
+                for size, wanted, kernel, stride, padding, dilation in sizes
+            )
+        convolve = _TRANSPOSED[len(extra)]
+        return convolve(input, weight, self.bias, self.stride, self.padding, extra, self.groups, self.dilation)
+
+    def __prepare_scriptable__(self) -> Any:
+        raise RuntimeError(
+            f"{self._name}: torch.jit.script does not know centred weights of transposed convolutions. Script a stock "
+            "model, which evaluates alike: distnorm.revert(copy.deepcopy(model))."
+        )
+
+
+class CentralizedConvTranspose1d(_CentralizedConvTranspose, nn.ConvTranspose1d):
+    """``nn.ConvTranspose1d`` with a centred weight."""
+
+
+class CentralizedConvTranspose2d(_CentralizedConvTranspose, nn.ConvTranspose2d):
+    """``nn.ConvTranspose2d`` with a centred weight."""
+
+
+class CentralizedConvTranspose3d(_CentralizedConvTranspose, nn.ConvTranspose3d):
+    """``nn.ConvTranspose3d`` with a centred weight."""
+
+
+_TRANSPOSED: dict[int, Callable[..., Tensor]] = {
+    1: nn.functional.conv_transpose1d,
+    2: nn.functional.conv_transpose2d,
+    3: nn.functional.conv_transpose3d,
+}
+TARGETS: dict[type[nn.Module], type[nn.Module]] = {
     nn.Conv1d: CentralizedConv1d,
     nn.Conv2d: CentralizedConv2d,
     nn.Conv3d: CentralizedConv3d,
+    nn.ConvTranspose1d: CentralizedConvTranspose1d,
+    nn.ConvTranspose2d: CentralizedConvTranspose2d,
+    nn.ConvTranspose3d: CentralizedConvTranspose3d,
     nn.Linear: CentralizedLinear,
 }
-_ORIGINALS = {target: original for original, target in _TARGETS.items()}
+_ORIGINALS = {target: original for original, target in TARGETS.items()}
+_OURS = ("projected", "kept", "as_given", "_norms", "_conversion", "_name")
 
 
-def feeders(model: nn.Module, layers: Iterable[_BatchNorm]) -> Iterator[tuple[str, nn.Module, _BatchNorm]]:
-    """What feeds each of ``layers``: the nearest layer registered before it that has as many outputs.
+def is_computed(module: Any) -> bool:
+    """Whether the weight of ``module`` is made of other parameters: by weight norm, spectral norm, pruning and such."""
+    parameters = module._parameters
+    if "weight" in parameters:
+        return False
+    return parametrize.is_parametrized(module, "weight") or any(
+        name.startswith("weight_") for name in module._parameters
+    )
 
-    Registration order is call order in the models of this field; blocks that register convolutions first and norms
-    after them pair up differently, but to the same set.
+
+def centralize(
+    module: nn.Module, norms: Iterable[nn.Module], conversion: Conversion, name: str, *, as_given: bool
+) -> None:
+    """Give ``module``, which feeds ``norms``, a centred weight, by class swap: parameters and state_dict keys stay.
+
+    ``as_given`` says that running statistics belong to the weight as it is; evaluation then gives what the stock model
+    gave until training goes on.
     """
-    wanted = {id(layer) for layer in layers}
-    open_: list[tuple[str, nn.Module]] = []
-    for name, module in model.named_modules():
-        if underlying(module) in _TARGETS:
-            open_.append((name, module))
-        elif isinstance(module, _BatchNorm) and id(module) in wanted:
-            fits = [each for each in open_ if _outputs(each[1]) == module.num_features]
-            if fits:
-                open_.remove(fits[-1])
-                yield *fits[-1], module
-
-
-def centralize(model: nn.Module, layers: Iterable[_BatchNorm], stock: Callable[[_BatchNorm], bool]) -> None:
-    """Give the feeders of ``layers`` centred weights, by class swap: parameters and state_dict keys stay.
-
-    ``stock`` tells whether a layer holds the running statistics of a stock model. It travels with copies and pickles,
-    so it is a function of a module.
-
-    Warns:
-        UserWarning: naming feeders with a single weight per filter, which centring would zero; they are left alone.
-    """
-    left_alone = []
-    for name, module, layer in list(feeders(model, layers)):
-        if _inputs(module) == 1:
-            left_alone.append(name)
-        else:
-            swap(module, _TARGETS[underlying(module)])
-            # Not an attribute set the usual way: the norm must not become a child of what feeds it.
-            module.__dict__["stock"] = partial(stock, layer)
-    if left_alone:
-        warnings.warn(
-            f"distnorm: centring would zero the weights of {left_alone}, which have one weight per filter; they are "
-            "left as they are.",
-            stacklevel=4,
-        )
+    swap(module, TARGETS[underlying(module)])
+    # Not attributes set the usual way: norms must not become children of what feeds them.
+    module.__dict__.update(_norms=tuple(norms), _conversion=conversion, _name=name, as_given=as_given)
+    keeping.note(module)
 
 
 def bake(model: nn.Module) -> None:
     """Write centred weights into the parameters."""
     for module in centralized(model):
-        if not module.stock():
+        if module.is_behind():
             module.project()
 
 
-def release(model: nn.Module) -> None:
-    """Give layers with centred weights their original classes back; the parameters stay as they are."""
-    for module in centralized(model):
-        del module.__dict__["stock"]
-        module.__dict__.pop("projected", None)
-        swap(module, _ORIGINALS[underlying(module)])
+def release(module: nn.Module) -> None:
+    """Give a layer with a centred weight its original class back; the parameter stays as it is."""
+    for name in _OURS:
+        module.__dict__.pop(name, None)
+    swap(module, _ORIGINALS[underlying(module)])
+    keeping.forget(module)
 
 
 def centralized(model: nn.Module) -> list[Any]:
@@ -190,41 +302,28 @@ def centralized(model: nn.Module) -> list[Any]:
 
 
 def project_with(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], None] | None:
-    """Use the projected form for the weights that ``optimizer`` steps, if it is SGD; None if it is not.
+    """Leave out the projection of gradients for the weights that ``optimizer`` steps, if it is SGD; None if it is not.
 
-    Returns what goes back to the forward form.
+    Projection P is linear, and so is SGD with momentum and weight decay: P (W - lr v) with v from plain gradients is
+    what v from projected ones gives. Returns what undoes it.
 
     Clipping gradients by their norm sees the gradient before projection in this form, after it in the other.
     """
     if type(optimizer) is not torch.optim.SGD:
         return None
     stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    layers = [module for module in centralized(model) if id(module.weight) in stepped]
+    layers = [module for module in centralized(model) if id(module._parameters.get("weight")) in stepped]
     for layer in layers:
-        layer.take_over()
         layer.projected = True
 
-    def project(*_: Any) -> None:
-        for layer in layers:
-            layer.project()
-
-    handle = optimizer.register_step_post_hook(project)
-
     def undo() -> None:
-        handle.remove()
         for layer in layers:
             layer.projected = False
 
     return undo
 
 
-def _outputs(module: nn.Module) -> int:
-    return int(getattr(module, "out_channels", 0) or getattr(module, "out_features", 0))
-
-
-def _inputs(module: nn.Module) -> int:
-    """Weights per filter. Not from the weight: ``deepspeed.zero.Init`` leaves an empty one in place of it."""
-    if isinstance(module, nn.Linear):
-        return module.in_features
-    assert isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
-    return module.in_channels // module.groups * math.prod(module.kernel_size)
+def goes_on(model: nn.Module) -> None:
+    """Say that the weights of ``model`` come from training with centred ones, whatever an engine puts into them."""
+    for layer in centralized(model):
+        layer.kept = layer.as_given = False

@@ -4,7 +4,7 @@ Either one line in the script, ``distnorm.integrations.deepspeed.enable()``, or 
 recipe stands there, or in the section ``"distnorm"`` of DeepSpeed's JSON.
 
 The only user of what DeepSpeed's engine does not document (0.19.8; tests/integrations/test_deepspeed.py fails when it
-changes): ``global_steps`` and ``data_parallel_group``.
+changes): ``global_steps``, ``data_parallel_group`` and ``_zero3_consolidated_16bit_state_dict``.
 """
 
 from __future__ import annotations
@@ -23,12 +23,16 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from distnorm import weights
 from distnorm.attach import attach, end_step
 from distnorm.diagnostics import Ledger
 from distnorm.integrations import checkpoint
 from distnorm.methods.base import compute_dtype
 from distnorm.module import DistNorm
 from distnorm.settings import Settings
+
+_PARTITIONED = 3
+"""The stage of ZeRO that partitions parameters."""
 
 SECTION = "distnorm"
 """The top-level key of DeepSpeed's JSON that holds what ``Settings.of`` reads."""
@@ -185,6 +189,10 @@ def _wire(engine: Any) -> None:
     engine.step = _ends_step(engine, engine.step)
     engine.save_checkpoint = _saves(engine, engine.save_checkpoint)
     engine.load_checkpoint = _loads(engine, engine.load_checkpoint)
+    weights.goes_on(engine.module)  # the optimizer may step flat copies of them
+    if engine.zero_optimization_stage() == _PARTITIONED:
+        collect = "_zero3_consolidated_16bit_state_dict"
+        setattr(engine, collect, _centres(engine, getattr(engine, collect)))
 
 
 class _LossScale:
@@ -247,6 +255,20 @@ def _saves(engine: Any, save: Callable[..., Any]) -> Callable[..., Any]:
         return save(*args, **kwargs)
 
     return saving
+
+
+def _centres(engine: Any, collect: Callable[..., Any]) -> Callable[..., Any]:
+    """``collect``, which gathers partitioned parameters past their layers' state_dict, with weights centred first."""
+
+    @wraps(collect)
+    def collecting(*args: Any, **kwargs: Any) -> Any:
+        layers = weights.centralized(engine.module)
+        zero = importlib.import_module("deepspeed").zero
+        with zero.GatheredParameters([layer.weight for layer in layers], modifier_rank=0):
+            weights.bake(engine.module)
+        return collect(*args, **kwargs)
+
+    return collecting
 
 
 def _loads(engine: Any, load: Callable[..., Any]) -> Callable[..., Any]:

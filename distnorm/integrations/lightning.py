@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import distnorm
-from distnorm import recipes, weights
+from distnorm import recipes
 from distnorm.attach import Attachment, conversions_of
 from distnorm.convert import Where
 from distnorm.grid import Recipe
@@ -25,7 +25,6 @@ try:
     from lightning.pytorch import Callback, LightningModule, Trainer
     from lightning.pytorch.plugins import FSDPPrecision, MixedPrecision
     from lightning.pytorch.plugins.layer_sync import LayerSync
-    from lightning.pytorch.trainer.states import TrainerFn
     from lightning.pytorch.utilities import rank_zero_warn
 except ModuleNotFoundError as error:
     raise ImportError("distnorm.integrations.lightning needs Lightning: pip install 'distnorm[lightning]'") from error
@@ -124,16 +123,8 @@ class DistNormCallback(Callback):
             self._last = None
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: Mapping[str, Any]) -> None:
-        """Keep what the checkpoint says until training starts: the layers may not be converted yet.
-
-        Stock layers that are only evaluated get the weights that training computed with.
-        """
+        """Keep what the checkpoint says until training starts: the layers may not be converted yet."""
         self._resumed = checkpoint.get(_SECTION)
-        if self._resumed is not None and trainer.state.fn != TrainerFn.FITTING and not is_converted(pl_module):
-            with torch.no_grad():
-                for name in self._resumed["uncentred"]:
-                    weight = pl_module.get_parameter(name)
-                    weight.copy_(weights.centred(weight))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Resume moving statistics, bind to the ranks, and let optimizers end the steps. Collective."""
@@ -188,15 +179,10 @@ def _loss_scale(trainer: Trainer) -> Callable[[], Tensor | float] | None:
 
 
 def _own_state(model: nn.Module) -> dict[str, Any]:
-    """What this rank needs to go on, on the CPU; what it belongs to; and which weights only act centred."""
+    """What this rank needs to go on, on the CPU, and what it belongs to."""
     state = distnorm.state_dict(model)
     leaves = {path: leaf.cpu() for path, leaf in _leaves(state).items() if isinstance(leaf, Tensor)}
-    uncentred = [
-        f"{name}.weight"
-        for name, module in model.named_modules()
-        if isinstance(module, weights.Centralized) and not (module.projected or module.stock())
-    ]
-    return {"converted": _converted(model), "uncentred": uncentred, "state": _with_leaves(state, leaves)}
+    return {"converted": _converted(model), "state": _with_leaves(state, leaves)}
 
 
 def _converted(model: nn.Module) -> list[list[str]]:

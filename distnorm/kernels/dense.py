@@ -128,7 +128,7 @@ def absorb(formula: Formula, shared: Tensor, running: Running) -> bool:
     mean_C, var_C, updates, *rate = _addresses(running)
     wire = shared.contiguous()
     function = getattr(found, f"{formula.name}_absorb")
-    function(wire.data_ptr(), running.var_C.numel(), *rate, updates, mean_C, var_C)
+    function(wire.data_ptr(), (len(wire) - 1) // formula.kinds, *rate, updates, mean_C, var_C)
     return True
 
 
@@ -137,11 +137,13 @@ _Addresses = tuple[int | None, int | None, int | None, float, bool]
 
 
 def _absorbs(running: Running) -> bool:
-    return plain(running.mean_C) and plain(running.var_C) and running.updates.is_cpu
+    on_cpu = running.updates is not None and running.updates.is_cpu
+    return running.is_whole and plain(running.mean_C) and plain(running.var_C) and on_cpu
 
 
 def _addresses(running: Running) -> _Addresses:
     mean_C, var_C, updates, momentum, guarded = running
+    assert mean_C is not None and var_C is not None and updates is not None, "they are whole"
     increment_version((mean_C, var_C, updates))  # as torch's own operations do, for autograd's checks
     rate = -1.0 if momentum is None else momentum
     return mean_C.data_ptr(), var_C.data_ptr(), updates.data_ptr(), rate, guarded

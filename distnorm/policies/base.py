@@ -65,6 +65,10 @@ class Reducer(ABC):
         """End the step of ``slot``; ``observed`` says that another policy was in charge of it."""
         return []
 
+    def in_flight(self) -> list[Landed]:
+        """What would land if the step ended now. Waits for it, and changes nothing; no collective."""
+        return []
+
     def watch(self, slot: Slot, *, exact: bool) -> dict[str, Watch]:
         """By layer, statistics of the last step, if kept; ``exact`` adds those of all ranks, by a collective."""
         return {}

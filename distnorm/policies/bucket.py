@@ -101,11 +101,20 @@ class Bucket:
 
         The vector is a sum over ranks, so every rank judges alike.
         """
+        finite, usable = self.judge(vector)
+        self.dropped += ~finite
+        return usable
+
+    def judge(self, vector: Tensor) -> tuple[Tensor, Tensor]:
+        """Which slots of ``vector`` hold finite values, and which of them have a weight above 0."""
         values, weights = self.parts(vector)
         broken = torch.zeros_like(weights).index_add_(0, self.slot_of, (~values.isfinite()).to(weights.dtype))
         finite = (broken == 0) & weights.isfinite()
-        self.dropped += ~finite
-        return finite & (weights > 0)
+        return finite, finite & (weights > 0)
+
+    def in_flight(self) -> Tensor | None:
+        """The sum that is under way, if any, waited for; None where ranks are out of phase, and it may never come."""
+        return None if "phase" in self._warned else self._wait()
 
     def exchange(self, slot: Slot) -> tuple[Tensor | None, Tensor]:
         """End a step: wait for the last one's sum, and send this one's. Returns that sum, if any, and what was sent."""

@@ -71,6 +71,9 @@ class _Sequence(Reducer):
     def end_step(self, slot: Slot, *, observed: bool = False) -> list[Landed]:
         return [landed for part in self.parts for landed in part.end_step(slot, observed=observed)]
 
+    def in_flight(self) -> list[Landed]:
+        return [landed for part in self.parts for landed in part.in_flight()]
+
     def watch(self, slot: Slot, *, exact: bool) -> dict[str, Watch]:
         return {layer: seen for part in self.parts for layer, seen in part.watch(slot, exact=exact).items()}
 

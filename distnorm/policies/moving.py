@@ -139,6 +139,20 @@ class _Window(Remembering):
         shared = self.sums / self.filled[self.bucket.slot_of].clamp_min(1) if self.depth else self.bucket.means(landed)
         return self.bucket.landed(shared, weights, usable)
 
+    def in_flight(self) -> list[Landed]:
+        landed = self.bucket.in_flight()
+        if landed is None:
+            return []
+        usable = self.bucket.judge(landed)[1]
+        values, weights = self.bucket.parts(landed)
+        if not self.depth:
+            return self.bucket.landed(self.bucket.means(landed), weights, usable)
+        slot_of = self.bucket.slot_of
+        oldest = self.ring[self.position[slot_of], torch.arange(self.bucket.values, device=slot_of.device)]
+        sums = self.sums + torch.where(usable[slot_of], values / weights[slot_of] - oldest, 0.0)
+        filled = (self.filled + usable).clamp_max(self.depth)
+        return self.bucket.landed(sums / filled[slot_of].clamp_min(1), weights, usable)
+
     def watch(self, slot: Slot, *, exact: bool) -> dict[str, Watch]:
         local = self.bucket.means(self.bucket.last)
         shared = self.bucket.means(self.blocking.sum(self.bucket.last, slot)) if exact else None

@@ -95,6 +95,10 @@ class _Mix(Remembering):
         self._represent(landed, torch.zeros_like(landed) if own is None else own, usable)
         return self._landed(self.bucket.parts(landed)[0], usable)
 
+    def in_flight(self) -> list[Landed]:
+        landed = self.bucket.in_flight()
+        return [] if landed is None else self._landed(self.bucket.parts(landed)[0], self.bucket.judge(landed)[1])
+
     def _landed(self, values: Tensor, usable: Tensor) -> list[Landed]:
         """Of all slots at once, of which the forward ones end with their counts."""
         counts = values[self.bucket.starts[1:] - 1]

@@ -62,6 +62,9 @@ class _Relay(Reducer):
         landed = self.then.end_step(slot, observed=observed or warming)
         return self.first.end_step(slot) if warming else landed
 
+    def in_flight(self) -> list[Landed]:
+        return [*self.first.in_flight(), *self.then.in_flight()]
+
     def watch(self, slot: Slot, *, exact: bool) -> dict[str, Watch]:
         return self.then.watch(slot, exact=exact)
 

@@ -42,11 +42,10 @@ def train_step(model: nn.Module, x: Tensor, *, lr: float = 0.05) -> dict[str, Te
     loss_of(y).backward()
     assert x.grad is not None
     seen = {"y": y.detach(), "dx": x.grad}
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.grad is not None:
-                seen[f"d {name}"] = parameter.grad.clone()
-                parameter -= lr * parameter.grad
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            seen[f"d {name}"] = parameter.grad.clone()
+    torch.optim.SGD(model.parameters(), lr).step()
     return seen | {name: buffer.clone() for name, buffer in model.named_buffers()}
 
 

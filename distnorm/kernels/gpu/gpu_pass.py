@@ -99,6 +99,8 @@ def _arguments(running: Running | None) -> tuple[list[Tensor], Tensor | None, fl
     """Buffers, a copy of their number of updates, and the momentum, as operators take them."""
     if running is None:
         return [], None, 0.0
+    mean_C, var_C, updates, momentum, _ = running
+    assert mean_C is not None and var_C is not None and updates is not None, "they are whole"
     # Programs read the number while one of them counts on.
-    earlier = running.updates.clone() if running.momentum is None else None
-    return [running.mean_C, running.var_C, running.updates], earlier, running.momentum
+    earlier = updates.clone() if momentum is None else None
+    return [mean_C, var_C, updates], earlier, momentum

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, skip_first_batches
 from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -62,7 +63,7 @@ def counted(optimizer: torch.optim.Optimizer) -> list[int]:
     return taken
 
 
-def accumulates() -> dict[str, Any]:
+def accumulates(folder: Path) -> dict[str, Any]:
     """In separate calls, the optimizer first."""
     accelerator = accelerator_with(gradient_accumulation_steps=2)
     model = small_model()
@@ -72,7 +73,18 @@ def accumulates() -> dict[str, Any]:
     wrapped, loader = accelerator.prepare(model, batches(2 * STEPS))
     with distnorm.Ledger(model) as ledger:
         forwards = len(list(train(accelerator, wrapped, prepared, loader)))
-    return {"forwards": forwards, "steps": steps_of(model), "taken": len(taken), "collectives": ledger.collectives}
+    seen = {"forwards": forwards, "steps": steps_of(model), "taken": len(taken), "collectives": ledger.collectives}
+    return {**seen, "distance": distance_of_stock(accelerator, wrapped, model, folder)}
+
+
+def distance_of_stock(accelerator: Accelerator, wrapped: nn.Module, model: nn.Module, folder: Path) -> float:
+    """How far the stock model with the weights of ``save_model`` is from the trained one, in evaluation."""
+    accelerator.save_model(wrapped, str(folder / "model"))
+    accelerator.wait_for_everyone()
+    stock = small_model()
+    stock.load_state_dict(load_file(folder / "model" / "model.safetensors"), strict=True)
+    x = next(iter(batches(1)))[0]
+    return float((model.eval()(x) - stock.eval()(x)).abs().max())
 
 
 def successor() -> dict[str, Any]:
@@ -199,7 +211,7 @@ def resumes(folder: Path) -> dict[str, Any]:
 
 def main(phase: str, folder: Path) -> None:
     if phase == "train":
-        result: dict[str, Any] = {"accumulates": accumulates(), "successor": successor(), "casts": casts()}
+        result: dict[str, Any] = {"accumulates": accumulates(folder), "successor": successor(), "casts": casts()}
         result |= {"scaled": scales(True), "unscaled": scales(False)}
         result |= {"adversaries": adversaries(), "saves": saves(folder)}
     else:

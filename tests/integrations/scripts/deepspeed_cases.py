@@ -84,6 +84,21 @@ def moving(stage: int) -> dict[str, Any]:
     }
 
 
+def stock(stage: int) -> dict[str, Any]:
+    """What the model's own file holds, after steps of an optimizer whose steps are not linear, and an evaluation."""
+    net = model()
+    config = configuration(stage, MABN, bf16={"enabled": True}) if stage else configuration(stage, MABN)
+    config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.02)
+    engine = deepspeed.initialize(model=net, optimizer=optimizer, config=config)[0]
+    dtype = torch.bfloat16 if stage else torch.float32
+    train(engine, range(6), dtype=dtype)
+    engine.save_16bit_model(FOLDER, f"stock-{stage}.pt")
+    dist.barrier()
+    engine.eval()
+    return {"y": engine(piece(0, 0, 1)[0].to(dtype)).detach(), "file": f"{FOLDER}/stock-{stage}.pt"}
+
+
 def landed(module: nn.Module) -> dict[str, Any]:
     """How many steps ended, and what is in the windows of mabn: an entry per layer and direction, newest not last."""
     (state,) = distnorm.state_dict(module)
@@ -243,7 +258,7 @@ LOG: list[str] = []
 ORIGINAL = deepspeed.initialize
 CASES: dict[str, Callable[[int], dict[str, Any]]] = {
     each.__name__: each
-    for each in (exact, bf16, moving, moving_ddp, fp32, fp16, resumed, partitioned, groups, misspelt, named)
+    for each in (exact, bf16, moving, moving_ddp, stock, fp32, fp16, resumed, partitioned, groups, misspelt, named)
 }
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -96,7 +97,19 @@ def late(folder: Path) -> dict[str, Any]:
             trainer.add_callback(mabn())
         trainer.train()
         result[case] = [conversion.bound().step for conversion in conversions_of(trainer.model)]
+        result[f"{case} saved"] = distance_of_stock(trainer, folder / case / "saved")
     return result
+
+
+def distance_of_stock(trainer: Trainer, folder: Path) -> float:
+    """How far the stock model with the weights of ``save_model`` is from the trained one, in evaluation."""
+    trainer.save_model(str(folder))
+    dist.barrier()
+    stock = Model()
+    stock.load_state_dict(load_file(folder / "model.safetensors"), strict=True)
+    x = torch.stack([each["x"] for each in data(8)])
+    trained, stock = trainer.model.eval(), stock.eval()
+    return float((trained.head(trained.body(x)) - stock.head(stock.body(x))).abs().max())
 
 
 def main(phase: str, folder: Path) -> None:
