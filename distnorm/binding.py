@@ -22,6 +22,7 @@ from torch.utils.hooks import RemovableHandle
 
 from distnorm import running
 from distnorm.boundary import NO_BACKWARD, at_end_of_backward, graph_task
+from distnorm.ddp import Broadcasts
 from distnorm.grid import Recipe
 from distnorm.layout import layout_of
 from distnorm.policies import Reducer
@@ -52,6 +53,9 @@ class Binding:
         self._warned = False
         self.loss_scale: Tensor | float = 0.0  # of the last backward pass
         self._scaled_pass = self._judged_pass = NO_BACKWARD
+        # Explicit ranks may be fewer than those of a DDP module, which then keeps its broadcasts.
+        implied = conversion.mesh is None and conversion.recipe.policy.scope is None
+        self._broadcasts = Broadcasts(conversion.layers, topology.ranks) if implied else None
 
     def belongs_to(self, world: dist.ProcessGroup | None) -> bool:
         """Whether ``world`` is the job that the groups belong to."""
@@ -70,6 +74,8 @@ class Binding:
         self._boundary_queued = False
         if layer in self._used:
             self._end_skipped_step()
+        if self._broadcasts is not None:
+            self._broadcasts.forward_begins(layer)
         if self.conversion.means_to_fold:
             self.conversion.means_to_fold = False
             if not self.conversion.recipe.method.centred:

@@ -134,9 +134,6 @@ def apply_to(
         weights.centralize(model, [layer for _, layer in layers], holds_stock_statistics)
     if conversion.recipe.overlap:
         overlap.pair(model, [layer for _, layer in layers])
-    # Binding takes over rank 0's buffers only among the ranks that it concerns; there DDP need not.
-    if layers and conversion.mesh is None and conversion.recipe.policy.scope is None:
-        ddp.ignore_buffers(model, [layer for _, layer in layers])
 
 
 def revert(model: ModelT) -> ModelT:
@@ -154,7 +151,7 @@ def undo(model: ModelT) -> ModelT:
     overlap.release(model)
     tails.release(model)
     layers = [layer for layer in model.modules() if isinstance(layer, DistNorm)]
-    ddp.heed_buffers(model, layers)
+    ddp.relist(model, layers)
     for layer in layers:
         site = layer.__dict__.pop("_site")
         swap(layer, site.original)
