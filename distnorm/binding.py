@@ -13,6 +13,7 @@ from itertools import zip_longest
 from typing import Any
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
@@ -45,17 +46,14 @@ class Binding:
         self._world = None if world is None else ref(world)  # weakly, as ``TorchGroup`` holds its group
         self.topology = topology
         self.reducer = reducer
-        self.step = 0
-        self._boundary_queued = False
+        self.step = self._passes = 0
+        self._boundary_queued = self._warned = False
         self._first_pass: int | None = None
-        self._passes = 0
         self._used: set[str] = set()
-        self._warned = False
         self.loss_scale: Tensor | float = 0.0  # of the last backward pass
         self._scaled_pass = self._judged_pass = NO_BACKWARD
-        # Explicit ranks may be fewer than those of a DDP module, which then keeps its broadcasts.
         implied = conversion.mesh is None and conversion.recipe.policy.scope is None
-        self._broadcasts = Broadcasts(conversion.layers, topology.ranks) if implied else None
+        self._broadcasts = Broadcasts(conversion.layers, topology.ranks if implied else ())
 
     def belongs_to(self, world: dist.ProcessGroup | None) -> bool:
         """Whether ``world`` is the job that the groups belong to."""
@@ -74,8 +72,7 @@ class Binding:
         self._boundary_queued = False
         if layer in self._used:
             self._end_skipped_step()
-        if self._broadcasts is not None:
-            self._broadcasts.forward_begins(layer)
+        self._broadcasts.forward_begins(layer)
         if self.conversion.means_to_fold:
             self.conversion.means_to_fold = False
             if not self.conversion.recipe.method.centred:
@@ -224,8 +221,9 @@ class Conversion:
         standing = self._binding
         if standing is not None and standing.belongs_to(world) and standing.topology.ranks == ranks:
             return
-        topology = Topology(ranks) if world is None else self._agree(world, ranks)
-        reducer = self.recipe.policy.bind(topology, layout_of(self.layers(), self.recipe.method))
+        layout = layout_of(self.layers(), self.recipe.method)
+        topology = Topology(ranks) if world is None else self._agree(world, ranks, layout.device)
+        reducer = self.recipe.policy.bind(topology, layout)
         running.take_over((layer for _, layer in self.layers()), topology.everyone())
         self._binding = Binding(self, world, topology, reducer)
         if self._resumed is not None:
@@ -268,21 +266,18 @@ class Conversion:
             raise scope.refuse()
         return tuple(range(dist.get_world_size()) if scope is None else dist.get_process_group_ranks(scope))
 
-    def _agree(self, world: dist.ProcessGroup, ranks: tuple[int, ...]) -> Topology:
+    def _agree(self, world: dist.ProcessGroup, ranks: tuple[int, ...], device: torch.device) -> Topology:
         timeout = group_timeout(world)
-        mine = {"node": node_id(), "converted": self._fingerprint(), "mpi": self._mpi_place()}
+        place = mpi.place(device) if self.transport == "mpi" else None
+        mine = {"node": node_id(), "converted": self._fingerprint(), "device": device.type, "mpi": place}
         told = [json.loads(text) for text in tell_and_collect(ranks, json.dumps(mine), timeout)]
         for rank, other in zip(ranks, told, strict=True):
             _compare(ranks[0], told[0]["converted"], rank, other["converted"])
         mesh = self.mesh if isinstance(self.mesh, DeviceMesh) else None
         nodes = tuple(other["node"] for other in told)
         places = mpi.check_places(ranks, [other["mpi"] for other in told]) if self.transport == "mpi" else None
-        return Topology(ranks, mesh=mesh, nodes=nodes, timeout=timeout, mpi=places)
-
-    def _mpi_place(self) -> dict[str, object] | None:
-        if self.transport != "mpi":
-            return None
-        return mpi.place(layout_of(self.layers(), self.recipe.method).device)
+        on_cpu = all(other["device"] in ("cpu", "meta") for other in told)
+        return Topology(ranks, mesh=mesh, nodes=nodes, timeout=timeout, mpi=places, on_cpu=on_cpu)
 
     def _fingerprint(self) -> list[str]:
         lines = [repr(self.recipe), f"transport={self.transport!r}"]

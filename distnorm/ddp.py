@@ -32,7 +32,10 @@ class Broadcasts:
     """Looks after what DDP modules broadcast of the layers that are bound to one set of ranks."""
 
     def __init__(self, layers: Callable[[], Iterable[tuple[str, _BatchNorm]]], ranks: Collection[int]) -> None:
-        """``layers`` gives names and layers; ``ranks`` took over the running statistics of their first one."""
+        """``layers`` gives names and layers; ``ranks`` took over the running statistics of their first one.
+
+        No ``ranks``, where the user named them: they may be fewer than those of a DDP module, which keeps its list.
+        """
         self._layers = layers
         self._ranks = frozenset(ranks)
         self._settled: WeakKeyDictionary[DistributedDataParallel, set[str]] = WeakKeyDictionary()
