@@ -40,9 +40,9 @@ class SyncBatchNorm(DistSyncBatchNorm):
         bias: bool = True,
     ) -> None:
         """As torch.nn.SyncBatchNorm; ``process_group`` None means all ranks."""
-        super().__init__(
-            num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype, bias=bias
-        )
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
+        if not bias:  # torch 2.11 has no such option
+            self.register_parameter("bias", None)
         conversion = Conversion(_recipe(process_group), mesh=None)
         name = f"SyncBatchNorm({num_features})"
         self._site = Site(conversion, 0, name, nn.SyncBatchNorm, momentum)

@@ -127,6 +127,8 @@ def take_over(layers: Iterable[_BatchNorm], group: Group) -> None:
 
     What is equal is not written: a frozen layer that ran before may have saved it for backward.
     """
+    if group.size == 1:
+        return
     by_dtype: dict[torch.dtype, list[Tensor]] = {}
     for buffer in _buffers(layers):
         by_dtype.setdefault(buffer.dtype, []).append(buffer)

@@ -16,7 +16,7 @@ from distnorm.grid import Recipe
 from distnorm.methods import RMS, BatchNorm
 from distnorm.module import DistBatchNorm1d, DistBatchNorm2d, DistBatchNorm3d, DistNorm, DistSyncBatchNorm
 from distnorm.policies import AllReduce
-from tests.training import batches, converted, same, train, worn
+from tests.training import batches, converted, made, same, train, worn
 
 LAYERS = [
     pytest.param(nn.BatchNorm1d, (6, 4), id="1d-NC"),
@@ -85,7 +85,7 @@ def converted_names(model: nn.Module) -> list[str]:
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize(("kind", "shape"), LAYERS)
 def test_a_layer_trains_as_stock(kind: type[nn.Module], shape: tuple[int, ...], options: dict[str, object]) -> None:
-    stock = worn(kind(4, **options))
+    stock = made(kind, 4, **options)
     inputs = batches(shape)
     same(train(converted(stock), inputs), train(stock, inputs))
 

@@ -32,8 +32,11 @@ from tests.moving.conftest import interpret
 from tests.moving.test_entries_gpu import EVERY, SIZES, Policy, bind
 from tests.support.gpu import run_on
 from tests.support.gpu_compile import Absent, compile_launch, driver
+from tests.support.interpreter import INTERPRETED
 from tests.test_gpu_layers import FREE as VIEWS
 from tests.test_gpu_layers import Seen
+
+pytestmark = INTERPRETED
 
 FREE = VIEWS | {"split_with_sizes", "unbind", "_local_scalar_dense", "mul_"}
 """What launches nothing, or stands for a collective; a number of a CPU's."""

@@ -35,7 +35,8 @@ from tests.support.cases import (
     numbers,
     plain_path,
 )
-from tests.support.gpu import CUTS, DEVICES, INTERPRETED, cut_small, run_on, skip_without
+from tests.support.gpu import CUTS, DEVICES, cut_small, run_on, skip_without
+from tests.support.interpreter import INTERPRETED
 
 pytestmark = INTERPRETED
 

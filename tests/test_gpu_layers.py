@@ -22,7 +22,10 @@ from distnorm.policies import Moving, Policy, StaleMix
 from distnorm.share import KeepLocal
 from distnorm.types import Affine, Landed, Running, Tail
 from tests.support.gpu import CUTS, DEVICES, cut_small, run_on, skip_without
+from tests.support.interpreter import INTERPRETED
 from tests.training import batches, same, train
+
+pytestmark = INTERPRETED
 
 EPS = 1e-5
 FREE = {"empty", "empty_like", "new_empty", "view", "slice", "select", "detach", "alias", "_unsafe_view", "as_strided"}

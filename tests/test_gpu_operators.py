@@ -18,6 +18,9 @@ pytest.importorskip("triton", reason="Triton is made for Linux only")
 from distnorm.kernels import gpu
 from distnorm.kernels.gpu import apply, combine, cosums, moments, tiles
 from tests.support.gpu import DEVICES, run_on
+from tests.support.interpreter import INTERPRETED
+
+pytestmark = INTERPRETED
 
 EPS = 1e-5
 SHAPES = ((64, 64, 112, 112), (2, 2048, 7, 7), (8, 3, 5), (1, 1), (7, 4096), (3, 1, 9999999))

@@ -22,7 +22,7 @@ from tests.moving import test_scaling, test_stale_mix
 from tests.moving.conftest import interpret
 from tests.moving.plans import follow, make_plan
 from tests.moving.written_out import assert_all_close
-from tests.support.gpu import INTERPRETED
+from tests.support.interpreter import INTERPRETED
 from tests.support.threads import run_threads
 
 pytestmark = INTERPRETED

@@ -16,15 +16,6 @@ from distnorm.types import Affine
 DEVICES = [pytest.param("cpu", id="interpreter"), pytest.param("cuda", marks=pytest.mark.gpu)]
 CUTS = ["whole", "cut"]
 
-INTERPRETED = [
-    # The interpreter computes with numpy, and also in lanes that nothing is kept of.
-    pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning"),
-    pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning"),
-    # Triton 3.6 takes bounds of loops from arrays of one value; numpy 2.4 has made an error of it.
-    pytest.mark.filterwarnings("ignore:Conversion of an array with ndim:DeprecationWarning:triton.runtime.interpreter"),
-]
-"""Marks of modules whose tests run kernels in the interpreter."""
-
 
 def skip_without(device: str) -> None:
     """Skip the test where ``device`` is missing."""
