@@ -51,7 +51,7 @@ test-all: check ## check, then every test that needs no GPU
 	$(PYTEST) -m "not gpu"
 
 $(TORCH)/.installed: constraints.txt
-	test -n "$(VERSION)" || { echo "make test-torch VERSION=2.11.0"; exit 2; }
+	@test -n "$(VERSION)" || { echo "Which one? make test-torch VERSION=2.11.0"; exit 2; }
 	test -x $(TORCH)/bin/python || $(PYTHON) -m venv $(TORCH)
 	grep -vE '^(numpy|setuptools|torch|triton)==' constraints.txt > $(TORCH)/constraints.txt
 	# numpy 2.4 made an error of what the interpreter of Triton 3.6 does.
