@@ -80,6 +80,7 @@ def test_export_after_revert(mode: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning")  # torch 2.15
 def test_script_after_revert() -> None:
     stock, x = model(), batches((6, 3, 5, 5))[0]
     mine = torch.jit.script(distnorm.revert(converted(stock)))
