@@ -30,7 +30,7 @@ from torch.testing._internal.distributed.multi_threaded_pg import (
 T = TypeVar("T")
 
 if not hasattr(ThreadLocalWorld, "comms"):
-    ThreadLocalWorld.comms = []  # torch 2.11 forgot here what it looks at when a group is destroyed; nothing enters
+    setattr(ThreadLocalWorld, "comms", [])  # noqa: B010, torch 2.11 looks at it when a group is destroyed, and forgot it
 
 GRACE_S = 5.0  # after the first failure, how long the other ranks may take to end
 
