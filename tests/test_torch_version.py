@@ -37,10 +37,10 @@ def test_this_torch_is_taken() -> None:
     torch_version.check_torch()
 
 
-@pytest.mark.parametrize("version", ["2.7.1", "1.13.1+cu117", "2.0.0a0+git1234"])
+@pytest.mark.parametrize("version", ["2.10.0", "1.13.1+cu117", "2.0.0a0+git1234"])
 def test_an_old_torch_is_named(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
     monkeypatch.setattr(torch, "__version__", version)
-    words = rf"needs torch 2\.8 or newer, .*; found {re.escape(version)}\. Run pip install 'torch>=2\.8'"
+    words = rf"needs torch 2\.11 or newer, .*; found {re.escape(version)}\. Run pip install 'torch>=2\.11'"
     with pytest.raises(ImportError, match=words):
         torch_version.check_torch()
 

@@ -35,7 +35,7 @@ def make_group(ranks: tuple[int, ...], purpose: str, timeout: timedelta) -> dist
             list(ranks),
             c10d.Backend(backend),
             store,
-            cast("c10d.GroupName", name),  # a str, which torch 2.8 has no name for
+            cast("c10d.GroupName", name),  # a str
             timeout=timeout,
             device_id=device,
             group_desc=f"distnorm {purpose}",
