@@ -13,8 +13,14 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export DS_BUILD_OPS := 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
+# Another torch lies in an environment of its own: its full wheel, with what it brings along, takes 5 to 7 GB.
+TORCH := .venv-torch-$(VERSION)
+UNITS := $(wildcard tests/test_*.py)
+CORE := $(filter-out $(addprefix tests/test_,bench.py cli.py docs.py gpu_bench.py plan.py plan_command.py quality.py suite.py),$(UNITS)) \
+	tests/laws tests/moving $(addprefix tests/distributed/test_,backends.py ddp_buffers.py sync_batch_norm_ddp.py)
+
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-full test test-all check bench bench-gpu docs integrations clean
+.PHONY: help demo demo-full test test-all test-torch check bench bench-gpu docs integrations clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -44,6 +50,18 @@ test: check ## check, then the tests that fit in minutes
 test-all: check ## check, then every test that needs no GPU
 	$(PYTEST) -m "not gpu"
 
+$(TORCH)/.installed: constraints.txt
+	@test -n "$(VERSION)" || { echo "Which one? make test-torch VERSION=2.11.0"; exit 2; }
+	test -x $(TORCH)/bin/python || $(PYTHON) -m venv $(TORCH)
+	grep -vE '^(numpy|setuptools|torch|triton)==' constraints.txt > $(TORCH)/constraints.txt
+	# numpy 2.4 made an error of what the interpreter of Triton 3.6 does.
+	PIP_CONSTRAINT=$(TORCH)/constraints.txt $(TORCH)/bin/pip install \
+		'torch==$(VERSION)' 'numpy<2.4' pytest pytest-timeout pytest-xdist hypothesis
+	touch $@
+
+test-torch: $(TORCH)/.installed ## run the core tests against another torch: make test-torch VERSION=2.11.0
+	PYTHONPATH=. $(ONE_THREAD) $(TORCH)/bin/pytest -n 2 --dist loadfile -m "not slow and not gpu" $(CORE)
+
 bench: $(STAMP) ## measure every figure of docs/performance.md, in under 15 minutes, and write its tables
 	$(BIN)/python benchmarks/suite.py
 
@@ -57,5 +75,5 @@ integrations: $(STAMP) ## run every launcher and framework with 2 processes, and
 	$(BIN)/python -m tests.integrations.table
 
 clean: ## remove .venv, caches and build products
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis build dist *.egg-info
+	rm -rf .venv .venv-torch-* .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -3,6 +3,9 @@
 >>> model = distnorm.convert(model, "sync_bn")  # doctest: +SKIP
 """
 
+import distnorm.torch_version  # noqa: F401, first, since an import below may be more than this torch can do
+
+# isort: split
 from distnorm import methods, nn, policies, recipes
 from distnorm.attach import attach, end_step, load_state_dict, state_dict, sync_running_stats
 from distnorm.convert import convert, register_converter, revert

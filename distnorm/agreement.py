@@ -86,14 +86,16 @@ def _agree(
     """Compare what ``ranks`` converted."""
     place = mpi.place(layout.device) if transport == "mpi" else None
     groups = ranks_of(recipe.policy.facts.groups)
-    mine = {"node": node_id(), "converted": _fingerprint(recipe, transport, layers), "mpi": place, "groups": groups}
+    converted, device = _fingerprint(recipe, transport, layers), layout.device.type
+    mine = {"node": node_id(), "converted": converted, "device": device, "mpi": place, "groups": groups}
     told = [json.loads(text) for text in tell_and_collect(ranks, json.dumps(mine), timeout)]
     for rank, other in zip(ranks, told, strict=True):
         _compare(ranks[0], told[0]["converted"], rank, other["converted"])
     _compare_groups({rank: other["groups"] for rank, other in zip(ranks, told, strict=True)})
     nodes = tuple(other["node"] for other in told)
     places = mpi.check_places(ranks, [other["mpi"] for other in told]) if transport == "mpi" else None
-    return Topology(ranks, mesh=mesh, nodes=nodes, timeout=timeout, mpi=places)
+    on_cpu = all(other["device"] in ("cpu", "meta") for other in told)
+    return Topology(ranks, mesh=mesh, nodes=nodes, timeout=timeout, mpi=places, on_cpu=on_cpu)
 
 
 def _fingerprint(recipe: Recipe, transport: Transport, layers: Sequence[tuple[str, _BatchNorm]]) -> list[str]:

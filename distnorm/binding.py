@@ -21,6 +21,7 @@ from torch.utils.hooks import RemovableHandle
 
 from distnorm import agreement, running
 from distnorm.boundary import NO_BACKWARD, at_end_of_backward, graph_task
+from distnorm.ddp import Broadcasts
 from distnorm.grid import Recipe
 from distnorm.surroundings import transforming, unseen
 from distnorm.transport import LostGroup, lost, mpi
@@ -41,15 +42,14 @@ class Binding:
         self.topology, self.reducer = met.topology, met.reducer
         self.agrees = met.agrees
         """Whether running statistics are equal on all data-parallel ranks without further communication."""
-        self.step = 0
-        self._boundary_queued = False
+        self.step = self._passes = 0
+        self._boundary_queued = self._warned = False
         self._first_pass: int | None = None
-        self._passes = 0
         self._used: set[str] = set()
-        self._warned = False
         self.loss_scale: Tensor | float = 0.0  # of the last backward pass
         self._scaled_pass = self._judged_pass = NO_BACKWARD
         self._in_flight: dict[str, Landed] | None = None
+        self._broadcasts = Broadcasts(conversion.layers, () if conversion.is_bounded else met.topology.ranks)
 
     def belongs_to(self, world: dist.ProcessGroup | None) -> bool:
         """Whether ``world`` is the job that the groups belong to."""
@@ -72,6 +72,7 @@ class Binding:
         self._boundary_queued = False
         if layer in self._used:
             self._end_skipped_step()
+        self._broadcasts.forward_begins(layer)
         if self.conversion.means_to_fold:
             with unseen():  # by modes: no part of the forward
                 self.conversion.training_goes_on()
@@ -297,8 +298,7 @@ class Conversion:
         with unseen(), torch.no_grad():
             mesh = self.mesh if isinstance(self.mesh, DeviceMesh) else None
             met = agreement.meet(world, ranks, self.recipe, list(self.layers()), mesh, self.transport)
-            if len(ranks) > 1:
-                running.take_over((layer for _, layer in self.layers()), met.topology.everyone())
+            running.take_over((layer for _, layer in self.layers()), met.topology.everyone())
         self._binding = Binding(self, world, met)
         if self._resumed is not None:
             self._resume(self._binding, self._resumed)

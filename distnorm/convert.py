@@ -129,9 +129,6 @@ def apply_to(
     for conversion, layers in parts.items():
         for index, (name, layer) in enumerate(layers):
             _replace(layer, targets[_original(layer)], conversion, index, name)
-        # Binding takes over rank 0's buffers only among the ranks that it concerns; there DDP need not.
-        if not conversion.is_bounded:
-            ddp.ignore_buffers(model, [layer for _, layer in layers])
         if conversion.recipe.weights == "centralized":
             feeders.centralize(model, [layer for _, layer in layers], conversion)
     every = [layer for layers in parts.values() for _, layer in layers]
@@ -169,7 +166,7 @@ def undo(model: ModelT) -> ModelT:
     overlap.release(model)
     tails.release(model)
     layers = [layer for layer in model.modules() if isinstance(layer, DistNorm)]
-    ddp.heed_buffers(model, layers)
+    ddp.relist(model, layers)
     for layer in layers:
         site = layer.__dict__.pop("_site")
         swap(layer, site.original)

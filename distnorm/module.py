@@ -303,6 +303,8 @@ class DistBatchNorm3d(DistNorm, nn.BatchNorm3d):
 class DistSyncBatchNorm(DistNorm):
     """Any layout from ``[N, C]`` on, as torch's SyncBatchNorm takes it."""
 
+    __jit_unused_properties__ = [*DistNorm.__jit_unused_properties__, "process_group"]  # noqa: RUF012
+
     @property
     def process_group(self) -> dist.ProcessGroup | LostGroup | None:
         """The group that the layer was given: nothing is shared beyond it. None means what the recipe says."""

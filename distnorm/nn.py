@@ -26,8 +26,6 @@ class SyncBatchNorm(DistSyncBatchNorm):
     ``[N, C, ...]`` in and out. One collective per direction in training, none in evaluation. Errors as ``DistNorm``.
     """
 
-    __jit_unused_properties__ = [*DistSyncBatchNorm.__jit_unused_properties__, "process_group"]  # noqa: RUF012
-
     def __init__(
         self,
         num_features: int,
@@ -42,9 +40,9 @@ class SyncBatchNorm(DistSyncBatchNorm):
         bias: bool = True,
     ) -> None:
         """As torch.nn.SyncBatchNorm; ``process_group`` None means all ranks."""
-        super().__init__(
-            num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype, bias=bias
-        )
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
+        if not bias:  # torch 2.11 has no such option
+            self.register_parameter("bias", None)
         name = f"SyncBatchNorm({num_features})"
         conversion = _conversion(process_group)
         self._site = Site(conversion, 0, name, nn.SyncBatchNorm, momentum, process_group)

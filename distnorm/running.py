@@ -151,7 +151,12 @@ def fold_means(layers: Iterable[_BatchNorm]) -> None:
 
 @torch.no_grad()
 def take_over(layers: Iterable[_BatchNorm], group: Group) -> None:
-    """Give every rank of ``group`` the running statistics of its first rank. One broadcast per dtype."""
+    """Give every rank of ``group`` the running statistics of its first rank. One broadcast per dtype.
+
+    What is equal is not written: a frozen layer that ran before may have saved it for backward.
+    """
+    if group.size == 1:
+        return
     by_dtype: dict[torch.dtype, list[Tensor]] = {}
     for buffer in _buffers(layers):
         by_dtype.setdefault(buffer.dtype, []).append(buffer)
@@ -159,7 +164,8 @@ def take_over(layers: Iterable[_BatchNorm], group: Group) -> None:
         flat = torch.cat([buffer.flatten() for buffer in buffers])
         group.broadcast(flat)
         for buffer, values in zip(buffers, flat.split([buffer.numel() for buffer in buffers]), strict=True):
-            buffer.copy_(values.view_as(buffer))
+            if not torch.equal(buffer, values.view_as(buffer)):
+                buffer.copy_(values.view_as(buffer))
 
 
 @torch.no_grad()

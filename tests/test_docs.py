@@ -138,7 +138,6 @@ def test_excerpts_name_what_there_is(text):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize("command", commands())
 def test_commands_work(command):
     path = f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin:/bin"

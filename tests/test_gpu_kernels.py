@@ -1,4 +1,4 @@
-"""The kernels for GPUs against float64, by the law of accuracy of tests/test_fused.py; and against plain autograd."""
+"""The kernels for GPUs against float64, by the law of accuracy of tests/support/cases.py, and plain autograd."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from hypothesis import assume, example, given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -20,14 +18,14 @@ from distnorm.kernels.gpu.gpu_pass import GpuPass
 from distnorm.methods import RMS, BatchNorm, ChannelAffine
 from distnorm.share import KeepLocal
 from distnorm.types import Affine, Tail
-from tests.support.gpu import CUTS, DEVICES, cut_small, run_on, skip_without
-from tests.test_fused import (
+from tests.support.cases import (
     EPS,
+    LAYOUTS,
     REFERENCES,
     Case,
     Result,
     assert_within,
-    cases,
+    drawn,
     error,
     evaluate,
     exact,
@@ -37,16 +35,14 @@ from tests.test_fused import (
     numbers,
     plain_path,
 )
+from tests.support.gpu import CUTS, DEVICES, cut_small, run_on, skip_without
+from tests.support.interpreter import INTERPRETED
 
-# The interpreter computes with numpy, and also in lanes that nothing is kept of.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning"),
-    pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning"),
-]
+pytestmark = INTERPRETED
 
 METHODS = (BatchNorm(), RMS())
 HALF = (torch.bfloat16, torch.float16)
-LAYOUTS = ("contiguous", "channels_last", "sliced", "transposed", "expanded")
+DRAWN = drawn(30, torch.float32, *HALF, methods=METHODS, most=500)
 SIZES = {name: getattr(tiles, name) for name in ("TILE", "COLUMNS", "PROGRAMS")}
 
 
@@ -79,10 +75,8 @@ def judge(case: Case, device: str) -> None:
     assert (ours.y.dtype, ours.dx.dtype) == (case.dtype, case.dtype)
 
 
-@settings(max_examples=30)
-@given(cases(torch.float32, *HALF, methods=METHODS))
+@pytest.mark.parametrize("case", DRAWN, ids=str)
 def test_forward_and_backward_agree_with_float64(device: str, cut: str, case: Case) -> None:
-    assume(torch.Size(case.shape).numel() <= 500)
     judge(case, device)
 
 
@@ -172,7 +166,7 @@ def test_second_derivatives_are_those_of_the_plain_path(device: str, method: Cha
 
 # --- tails: relu(norm(x) + residual) -------------------------------------------------------------
 
-TAILS = st.sampled_from([(None, True), *itertools.product(LAYOUTS, (True, False))])
+KINDS = [(None, True), *itertools.product(LAYOUTS, (True, False))]
 """The residual's layout, if there is one, and whether there is a ReLU."""
 
 
@@ -186,12 +180,16 @@ def with_tail(case: Case, tail: Tail, *tensors: Tensor) -> tuple[Result, Tensor]
     return Result(y, kernels.combine(dz, x, cotangents), dweight, dbias), dz
 
 
-@settings(max_examples=30)
-@given(cases(torch.float32, *HALF, methods=METHODS), TAILS)
-@example(Case((4, 2, 7, 7), dtype=torch.bfloat16), ("channels_last", True))
-@example(Case((2, 67, 1, 1), layout="channels_last"), (None, True))
+@pytest.mark.parametrize(
+    ("case", "kind"),
+    [
+        *zip(DRAWN, itertools.cycle(KINDS)),
+        (Case((4, 2, 7, 7), dtype=torch.bfloat16), ("channels_last", True)),
+        (Case((2, 67, 1, 1), layout="channels_last"), (None, True)),
+    ],
+    ids=str,
+)
 def test_tails_agree_with_float64(device: str, cut: str, case: Case, kind: tuple[str | None, bool]) -> None:
-    assume(torch.Size(case.shape).numel() <= 500)
     layout, relu = kind
     tensors = x, dy, weight, bias = on(device, *numbers(case))
     other = case._replace(layout=layout, mean=0.0, values="normal", seed=case.seed + 1)

@@ -22,7 +22,10 @@ from distnorm.policies import Moving, Policy, StaleMix
 from distnorm.share import KeepLocal
 from distnorm.types import Affine, Landed, Running, Tail
 from tests.support.gpu import CUTS, DEVICES, cut_small, run_on, skip_without
+from tests.support.interpreter import INTERPRETED
 from tests.training import batches, same, train
+
+pytestmark = INTERPRETED
 
 EPS = 1e-5
 FREE = {"empty", "empty_like", "new_empty", "view", "slice", "select", "detach", "alias", "_unsafe_view", "as_strided"}
@@ -214,7 +217,7 @@ def test_which_inputs_the_kernels_take(device: str) -> None:
 
 def test_two_ranks_on_one_device(device: str) -> None:
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "tests.support.gpu_pair"]
-    done = subprocess.run([sys.executable, *command, device], capture_output=True, text=True, timeout=100)
+    done = subprocess.run([sys.executable, *command, device], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 

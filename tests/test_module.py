@@ -14,14 +14,14 @@ from distnorm.grid import Recipe
 from distnorm.methods import RMS
 from distnorm.policies import AllReduce
 from tests.support import reference
-from tests.training import batches, converted, same, step, train, worn
+from tests.training import batches, converted, made, same, step, train
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 RMS_RECIPE = Recipe(method=RMS(), policy=AllReduce())
 
 
 def norm(**options: object) -> nn.BatchNorm2d:
-    return worn(nn.BatchNorm2d(3, **options))
+    return made(nn.BatchNorm2d, 3, **options)
 
 
 def images(dtype: torch.dtype = torch.float32) -> Tensor:

@@ -26,7 +26,7 @@ from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from distnorm import boundary, surroundings
+from distnorm import boundary, ddp, surroundings
 from distnorm.transport.make_group import make_group
 from tests.support.pool import Pool
 
@@ -257,21 +257,54 @@ def test_a_group_is_one_object_for_as_long_as_it_lives(world: dist.ProcessGroup)
     assert not isinstance(dist.GroupMember.NON_GROUP_MEMBER, dist.ProcessGroup)
 
 
-# --- ddp: the list of names to ignore ------------------------------------------------------------
+# --- ddp: the buffers that it broadcasts ---------------------------------------------------------
 
 
-def test_ddp_reads_the_list_of_buffers_to_ignore(world: dist.ProcessGroup) -> None:
+class Look(nn.Module):
+    """Notes which DDP modules' forwards it is in: what torch knows, and what the stack says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+        self.register_buffer("own", torch.zeros(1))
+        self.seen: list[list[DistributedDataParallel]] = []
+
+    @torch.compiler.disable  # as our operators run
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.append([DistributedDataParallel._active_ddp_module, *ddp._enclosing()])
+        return x * self.weight
+
+
+def test_the_ddp_modules_of_a_forward_are_known(world: dist.ProcessGroup) -> None:
+    look = Look()
+    inner = DistributedDataParallel(look)
+    outer = DistributedDataParallel(nn.Sequential(inner, nn.Linear(1, 1)))
+    for module in (inner, outer, torch.compile(outer, backend="eager")):
+        module(torch.ones(2, 1))
+    assert look.seen == [[inner, inner], [inner, inner, outer], [inner, inner, outer]]
+    assert DistributedDataParallel._active_ddp_module is None
+
+
+def test_names_that_ddp_ignores_can_be_added_and_taken_away(world: dist.ProcessGroup) -> None:
+    wrapped = DistributedDataParallel(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)))
+    names = ["1.running_mean", "1.running_var", "1.num_batches_tracked"]
+    assert list(wrapped.named_module_buffers) == names
+    assert wrapped.will_sync_module_buffers()
+    wrapped.parameters_to_ignore |= set(names)
+    wrapped._assign_modules_buffers()
+    assert not wrapped.modules_buffers and not wrapped.will_sync_module_buffers()
+    wrapped.parameters_to_ignore -= {names[0]}
+    wrapped(torch.randn(3, 2))  # assigns them again before it broadcasts
+    wrapped._assign_modules_buffers()
+    assert list(wrapped.named_module_buffers) == names[:1]
+
+
+def test_ddp_reads_the_users_list_when_it_is_made(world: dist.ProcessGroup) -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
     model._ddp_params_and_buffers_to_ignore = ["1.running_mean", "1.running_var"]
     wrapped = DistributedDataParallel(model)
     assert wrapped.parameters_to_ignore == {"1.running_mean", "1.running_var"}
     assert list(wrapped.named_module_buffers) == ["1.num_batches_tracked"]
-
-
-def test_ddp_names_the_buffers_of_a_bare_layer_without_a_prefix(world: dist.ProcessGroup) -> None:
-    layer = nn.BatchNorm1d(2)
-    layer._ddp_params_and_buffers_to_ignore = ["running_mean", "running_var", "num_batches_tracked"]
-    assert not DistributedDataParallel(layer).named_module_buffers
 
 
 # --- convert and module: torch's batch norm classes ----------------------------------------------

@@ -9,9 +9,6 @@ from torch import nn
 import distnorm
 from tests.training import batches, converted, same, train, worn
 
-IGNORED = "_ddp_params_and_buffers_to_ignore"
-BUFFERS = ["running_mean", "running_var", "num_batches_tracked"]
-
 
 def model(kind: type[nn.Module] = nn.BatchNorm2d) -> nn.Sequential:
     torch.manual_seed(0)
@@ -62,53 +59,6 @@ def test_a_model_cast_in_between_evaluates_as_before(dtype: torch.dtype) -> None
     torch.testing.assert_close(distnorm.revert(mine)(x), y, rtol=rounding, atol=rounding)
 
 
-# --- the list of names that DistributedDataParallel ignores --------------------------------------
-
-
-def test_the_list_names_every_buffer_and_goes() -> None:
-    mine = converted(model())
-    assert getattr(mine, IGNORED) == [f"{layer}.{name}" for layer in ("1", "2.1") for name in BUFFERS]
-    distnorm.revert(mine)
-    assert not hasattr(mine, IGNORED)
-
-
-def test_a_bare_layer_is_listed_without_a_prefix() -> None:
-    layer = distnorm.convert(nn.BatchNorm1d(3), "sync_bn")
-    assert getattr(layer, IGNORED) == BUFFERS
-    assert set(BUFFERS) <= {name for name, _ in layer.named_buffers()}
-    assert IGNORED not in vars(distnorm.revert(layer))
-
-
-def test_entries_of_the_user_stay() -> None:
-    stock = model()
-    mine_too = ["0.weight", "1.running_mean_of_mine"]
-    setattr(stock, IGNORED, mine_too)
-    distnorm.convert(stock, "sync_bn")
-    assert getattr(stock, IGNORED)[:2] == mine_too
-    assert len(getattr(stock, IGNORED)) == 8
-    distnorm.revert(stock)
-    assert getattr(stock, IGNORED) == mine_too == ["0.weight", "1.running_mean_of_mine"]
-
-
-@pytest.mark.parametrize(
-    ("recipe", "options"),
-    [("local_bn", {}), ("group_bn", {"size": 2}), ("group_bn", {"axis": "node"})],
-)
-def test_statistics_that_differ_between_ranks_are_listed_too(recipe: str, options: dict[str, object]) -> None:
-    """DDP would overwrite them with rank 0's in every forward, and leave nothing for sync_running_stats to unite."""
-    assert len(getattr(converted(model(), recipe, **options), IGNORED)) == 6
-
-
-def test_only_what_was_selected_is_listed() -> None:
-    mine = converted(model(), where="2.*")
-    assert getattr(mine, IGNORED) == [f"2.1.{name}" for name in BUFFERS]
-
-
-def test_untracked_layers_have_nothing_to_list() -> None:
-    mine = distnorm.convert(nn.Sequential(nn.BatchNorm2d(3, track_running_stats=False), nn.BatchNorm2d(3)), "sync_bn")
-    assert getattr(mine, IGNORED) == [f"1.{name}" for name in BUFFERS]
-
-
 def test_parts_that_were_converted_on_their_own() -> None:
     mine = model()
     before = attributes(mine)
@@ -130,6 +80,7 @@ def test_export_after_revert(mode: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning")  # torch 2.15
 def test_script_after_revert() -> None:
     stock, x = model(), batches((6, 3, 5, 5))[0]
     mine = torch.jit.script(distnorm.revert(converted(stock)))

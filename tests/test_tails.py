@@ -1,4 +1,4 @@
-"""Norms that do what follows them, ``relu(norm(x) + residual)``, against float64: by the laws of tests/test_fused.py.
+"""Norms that do what follows them, ``relu(norm(x) + residual)``, against float64: by the law of tests/support/cases.py.
 
 Whether an output is positive can hinge on rounding. Gradients are judged by the mask that the output itself shows, and
 the output by float64.
@@ -17,18 +17,8 @@ from distnorm import fused
 from distnorm.methods import RMS, BatchNorm
 from distnorm.share import KeepLocal
 from distnorm.types import Affine, Tail
-from tests.test_fused import (
-    EPS,
-    REFERENCES,
-    Case,
-    assert_within,
-    cases,
-    kernels,  # noqa: F401, a fixture
-    laid_out,
-    limits,
-    numbers,
-    wide,
-)
+from tests.support.cases import EPS, REFERENCES, Case, assert_within, laid_out, limits, numbers, wide
+from tests.test_fused import cases, kernels  # noqa: F401, the latter is a fixture
 
 TAILS = ["relu", "residual", "residual, relu"]
 TAIL = st.sampled_from(TAILS)

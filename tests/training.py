@@ -66,6 +66,16 @@ def converted(model: nn.Module, recipe: Recipe | str = "sync_bn", **options: obj
     return distnorm.convert(copy.deepcopy(model), recipe, **options)
 
 
+def made(
+    kind: type[nn.modules.batchnorm._BatchNorm], channels: int, *, bias: bool = True, **options: object
+) -> nn.modules.batchnorm._BatchNorm:
+    """A ``worn`` layer; without ``bias`` also by a torch that knows no such option, as 2.11."""
+    layer = kind(channels, **options)
+    if not bias:
+        layer.register_parameter("bias", None)
+    return worn(layer)
+
+
 def worn(layer: nn.modules.batchnorm._BatchNorm) -> nn.modules.batchnorm._BatchNorm:
     """``layer`` with a scale, a shift and running statistics as training leaves them."""
     generator = torch.Generator().manual_seed(2)

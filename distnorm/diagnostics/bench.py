@@ -17,6 +17,7 @@ from distnorm.diagnostics.bench_steps import Row, check_forward, measure_steps
 from distnorm.diagnostics.plan_cost import Point, Reach
 from distnorm.diagnostics.plan_units import show_bandwidth, show_bytes, show_seconds
 from distnorm.transport import Topology
+from distnorm.transport.group import backend_for
 from distnorm.transport.rendezvous import group_timeout, tell_and_collect
 from distnorm.transport.topology import node_id
 
@@ -36,7 +37,7 @@ class Report:
         ranks: of the job.
         nodes: that they stand on.
         local: ranks per node.
-        backend: torch's backend.
+        backend: torch's backend, which served the device.
         device: what computed.
         links: latency and bandwidth.
         rows: the recipes.
@@ -117,7 +118,9 @@ def measure(
         ValueError: nodes hold different numbers of ranks; an unknown recipe; one that does not fit the ranks; a
             batch that the model does not take.
     """
-    topology = _topology()
+    world = dist.group.WORLD
+    assert world is not None, "bench runs in a job"
+    topology = _topology(world, device)
     nodes = sorted(set(topology.nodes))
     counts = {node: topology.nodes.count(node) for node in nodes}
     if len(set(counts.values())) > 1:
@@ -143,7 +146,7 @@ def measure(
         ranks=ranks,
         nodes=len(nodes),
         local=local,
-        backend=dist.get_backend(),
+        backend=backend_for(world, device.type) or dist.get_backend(),
         device=platform.machine() if device.type == "cpu" else torch.cuda.get_device_name(device),
         links=links,
         rows=rows,
@@ -183,9 +186,8 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
-def _topology() -> Topology:
-    ranks = tuple(range(dist.get_world_size()))
-    world = dist.group.WORLD
-    assert world is not None, "bench runs in a job"
+def _topology(world: dist.ProcessGroup, device: torch.device) -> Topology:
+    ranks = tuple(range(world.size()))
     timeout = group_timeout(world)
-    return Topology(ranks, nodes=tuple(tell_and_collect(ranks, node_id(), timeout)), timeout=timeout)
+    nodes = tuple(tell_and_collect(ranks, node_id(), timeout))
+    return Topology(ranks, nodes=nodes, timeout=timeout, on_cpu=device.type == "cpu")

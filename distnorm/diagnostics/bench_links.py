@@ -86,7 +86,7 @@ def measure_links(
     reaches: dict[tuple[str, Algorithm], Reach] = {}
     for where, group in _groups(topology, local).items():
         nodes = len({topology.nodes[topology.ranks.index(rank)] for rank in group.ranks})
-        for algorithm, wrapped in _algorithms(group).items():
+        for algorithm, wrapped in _algorithms(group, device).items():
             reaches[where, algorithm] = Reach(group.size, nodes, local)
             for nbytes in _taken(algorithm, sizes):
                 contenders[where, algorithm, nbytes] = _timer(wrapped, nbytes, device)
@@ -141,9 +141,9 @@ def _groups(topology: Topology, local: int) -> dict[str, TorchGroup]:
     return {name: group for name, group in groups.items() if isinstance(group, TorchGroup) and group.size > 1}
 
 
-def _algorithms(group: TorchGroup) -> dict[Algorithm, TorchGroup]:
+def _algorithms(group: TorchGroup, device: torch.device) -> dict[Algorithm, TorchGroup]:
     """On gloo there is a choice, by size. NCCL takes a tree for small vectors."""
-    if group.gloo:
+    if device.type in group.gloo_devices:
         return {"exchange": group, "gloo_ring": TorchGroup(group.process_group, group.ranks, exchange_limit_bytes=-1)}
     return {"tree": group}
 

@@ -168,13 +168,22 @@ class Group(ABC):
         """``broadcast``, among two ranks at least."""
 
 
+def backend_for(process_group: dist.ProcessGroup, device: str) -> str | None:
+    """Who carries tensors on ``device``, such as "cpu"; None where nobody does.
+
+    A job may have a backend for each device, or have been given none, so that torch chose.
+    """
+    pairs = (pair.split(":") for pair in dist.get_backend_config(process_group).split(","))
+    return dict(pairs).get(device)
+
+
 class TorchGroup(Group):
     """Sums over the ranks of one process group.
 
     On gloo an all_reduce of P ranks costs about 2 (P - 1) message rounds and a direct exchange costs one, so small
-    vectors are exchanged and added locally, in rank order: every rank gets the same bits. Larger ones, and those of
-    other backends, go by all_reduce. Small vectors on the CPU need no gloo where ranks share memory or have sockets of
-    their own.
+    vectors are exchanged and added locally, in rank order: every rank gets the same bits. Larger ones, and those on a
+    device that another backend serves, go by all_reduce. Small vectors on the CPU need no gloo where ranks share memory
+    or have sockets of their own.
     """
 
     def __init__(
@@ -193,8 +202,8 @@ class TorchGroup(Group):
         # Weakly: torch ends the threads of a destroyed group when nobody holds it, and threads that outlive the
         # interpreter may abort the process.
         self._process_group = None if process_group is None else ref(process_group)
-        self.gloo = process_group is not None and dist.get_backend(process_group) == "gloo"
-        self.exchange_limit_bytes = exchange_limit_bytes if self.gloo else -1
+        self.gloo_devices = () if process_group is None else _served_by_gloo(process_group)
+        self.exchange_limit_bytes = exchange_limit_bytes
         self.direct = direct
 
     @property
@@ -213,8 +222,8 @@ class TorchGroup(Group):
         if self.direct is not None and self.direct.takes(wire):
             turn = self.direct.start(wire)
             return turn, turn.total
-        nbytes = wire.numel() * wire.element_size()
-        return self._exchange(wire) if nbytes <= self.exchange_limit_bytes else self._all_reduce(wire)
+        small = wire.numel() * wire.element_size() <= self.exchange_limit_bytes
+        return self._exchange(wire) if small and wire.device.type in self.gloo_devices else self._all_reduce(wire)
 
     def _start_sum(self, wire_: Tensor) -> Work:
         work: Work = dist.all_reduce(wire_, group=self.process_group, async_op=True)
@@ -232,7 +241,7 @@ class TorchGroup(Group):
     def _all_reduce(self, wire: Tensor) -> tuple[Work, Callable[[], Tensor]]:
         total = wire.clone()
         work = dist.all_reduce(total, group=self.process_group, async_op=True)
-        return _Awake(work) if self.gloo and wire.device.type == "cpu" else work, lambda: total
+        return _Awake(work) if wire.is_cpu and "cpu" in self.gloo_devices else work, lambda: total
 
 
 class _Awake:
@@ -246,6 +255,10 @@ class _Awake:
         while not self._work.is_completed() and time.perf_counter() < until:
             os.sched_yield()
         self._work.wait()
+
+
+def _served_by_gloo(process_group: dist.ProcessGroup) -> tuple[str, ...]:
+    return tuple(device for device in ("cpu", "cuda") if backend_for(process_group, device) == "gloo")
 
 
 def _announce(wire: Tensor, slot: Slot) -> None:

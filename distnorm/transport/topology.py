@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from distnorm.transport.group import Group, TorchGroup
+from distnorm.transport.group import Group, TorchGroup, backend_for
 from distnorm.transport.make_group import make_group
 from distnorm.transport.mpi import make_mpi_group
 from distnorm.transport.rendezvous import group_timeout
@@ -70,8 +70,9 @@ class Topology:
         nodes: tuple[str, ...] | None = None,
         timeout: timedelta | None = None,
         mpi: Mapping[int, int] | None = None,
+        on_cpu: bool = True,
     ) -> None:
-        """Describe ``ranks``; ``nodes`` names the node of each of them.
+        """Describe ``ranks``; ``nodes`` names the node of each of them, and ``on_cpu`` says that all have layers there.
 
         ``mpi``: which ranks of MPI they are, where MPI carries the statistics.
         """
@@ -81,6 +82,7 @@ class Topology:
         self.nodes = nodes if nodes is not None else ("",) * len(ranks)
         self.timeout = timeout
         self.mpi = mpi
+        self.on_cpu = on_cpu
 
     def everyone(self, *, background: bool = False) -> Group:
         """All data-parallel ranks; ``background`` gives the group for asynchronous collectives."""
@@ -148,7 +150,8 @@ class Topology:
         if self.mpi is not None:
             return make_mpi_group(ranks, self.mpi, int(background), timeout)
         process_group = make_group(ranks, "background" if background else "blocking", timeout)
-        if background or sys.platform != "linux" or dist.get_backend(process_group) != "gloo":
+        in_place_of_gloo = self.on_cpu and backend_for(process_group, "cpu") == "gloo"
+        if background or sys.platform != "linux" or not in_place_of_gloo:
             return TorchGroup(process_group, ranks)
         from distnorm.transport import shared_memory, sockets  # of Linux only
 

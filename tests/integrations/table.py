@@ -175,7 +175,7 @@ def measure(row: Row, recipe: str) -> Measured:
             "DS_ACCELERATOR": "cpu",
             "HF_HOME": folder,
         }
-        job = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=110)
+        job = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     results = [line.removeprefix("RESULT ") for line in job.stdout.splitlines() if line.startswith("RESULT ")]
     if job.returncode or len(results) != 1:
         raise RuntimeError(f"{' '.join(command)}\n{job.stdout}\n{job.stderr}")

@@ -19,8 +19,6 @@ from torch import Tensor, nn
 
 from tests.integrations.scripts.deepspeed_models import STEPS, loss_of, model, piece
 
-pytestmark = pytest.mark.timeout(300)
-
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ROOT / "tests" / "integrations" / "scripts"
 # What DeepSpeed's CPU accelerator asks before it lets fp16 pass.

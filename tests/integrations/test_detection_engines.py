@@ -14,8 +14,6 @@ import torch
 from tests.integrations.test_detection import RANKS, leaves, train, train_joined
 from tests.support.pool import Pool
 
-pytestmark = pytest.mark.timeout(300)
-
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ROOT / "tests" / "integrations" / "scripts"
 FAST = [f"{recipe}:{stage}" for recipe in ("sync_bn", "mabn") for stage in (0, 1, 2)]

@@ -26,7 +26,7 @@ ENVIRONMENT = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "OMP_NUM
 def torchrun(ranks: int, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts", "1"]
     command = [*torchrun, "--nproc_per_node", str(ranks), str(EXAMPLES / "elastic.py"), str(folder), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=110, check=False)
+    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=False)
 
 
 def results(output: str) -> list[tuple[str, ...]]:

@@ -29,9 +29,7 @@ def command(
     """Run in ``folder``, with none of this machine's own settings."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("DISTNORM_", "ACCELERATE_"))}
     environment |= {"OMP_NUM_THREADS": "1", "HF_HOME": str(folder), **variables}
-    return subprocess.run(
-        [*program, *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=110
-    )
+    return subprocess.run([*program, *arguments], cwd=folder, env=environment, capture_output=True, text=True)
 
 
 def reports(folder: Path) -> list[dict[str, Any]]:

@@ -10,9 +10,11 @@ import pytest
 
 from distnorm.policies import moving, stale_mix
 from distnorm.policies.bucket import Bucket
+from tests.support.interpreter import INTERPRETED
 
 # The interpreter takes its time; tests/moving/test_entries_gpu.py always runs.
-TRITON = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is made for Linux only"), pytest.mark.slow
+MISSING = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is made for Linux only")
+TRITON = MISSING, pytest.mark.slow, *INTERPRETED
 
 
 @pytest.fixture(scope="module", params=["compiled", "torch", pytest.param("triton", marks=TRITON)])

@@ -22,13 +22,10 @@ from tests.moving import test_scaling, test_stale_mix
 from tests.moving.conftest import interpret
 from tests.moving.plans import follow, make_plan
 from tests.moving.written_out import assert_all_close
+from tests.support.interpreter import INTERPRETED
 from tests.support.threads import run_threads
 
-# The interpreter computes with numpy, and also in lanes that nothing is kept of.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning"),
-    pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning"),
-]
+pytestmark = INTERPRETED
 
 SIZES = {("a", "forward"): 3, ("a", "backward"): 2, ("b", "forward"): 300, ("b", "backward"): 257}
 OTHER = 0.5

@@ -63,8 +63,8 @@ class Pool:
         world_size: int,
         fn: Callable[..., T],
         *args: Any,
-        timeout: float = 60.0,
-        group_timeout: float = 30.0,
+        timeout: float = 300.0,
+        group_timeout: float = 120.0,
         env: Environment | None = None,
     ) -> list[T]:
         """Run ``fn(rank, *args)`` on ``world_size`` processes and return the results in rank order.
@@ -98,8 +98,8 @@ class Pool:
         world_size: int,
         fn: Callable[..., T],
         *args: Any,
-        timeout: float = 60.0,
-        group_timeout: float = 30.0,
+        timeout: float = 300.0,
+        group_timeout: float = 120.0,
         env: Environment | None = None,
     ) -> list[T | BaseException]:
         """Like `run`, but return each rank's result or exception: for errors expected on every rank.

@@ -22,11 +22,15 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import _set_thread_isolation_mode  # type: ignore[attr-defined]  # missing in the stub
 from torch.testing._internal.distributed.multi_threaded_pg import (
     ProcessLocalGroup,
+    ThreadLocalWorld,
     _install_threaded_pg,
     _uninstall_threaded_pg,
 )
 
 T = TypeVar("T")
+
+if not hasattr(ThreadLocalWorld, "comms"):
+    setattr(ThreadLocalWorld, "comms", [])  # noqa: B010, torch 2.11 looks at it when a group is destroyed, and forgot it
 
 GRACE_S = 5.0  # after the first failure, how long the other ranks may take to end
 

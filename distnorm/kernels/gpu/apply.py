@@ -151,7 +151,8 @@ def apply_kernel(
     mean, square, count, factor, scale, shift = formulas.forward(
         shared, pivot, weight, bias, followed, followed_updates, clip, clip_after, eps, C, c, here, KINDS
     )
-    mine = here & (split == 0)
+    # As many as there are channels: a scalar truth is spread as a number by the interpreter, which Triton 3.9 refuses.
+    mine = here & (split + 0 * c == 0)
     if KINDS == 2:
         tl.store(saved + c, mean, mask=mine)
     tl.store(saved + (KINDS - 1) * C + c, square, mask=mine)

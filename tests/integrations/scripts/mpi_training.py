@@ -21,7 +21,7 @@ from distnorm.transport import mpi as transport
 from tests.distributed.jobs import Plan, net, train
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
-TIMEOUT = timedelta(seconds=60)
+TIMEOUT = timedelta(minutes=10)
 CASES: dict[int, list[tuple[str, dict[str, Any]]]] = {
     2: [("sync_bn", {}), ("mabn", {"warmup": 2, "window": 3}), ("lazy_bn", {"warmup": 2})],
     4: [("sync_bn", {}), ("group_bn", {"size": 2}), ("hierarchical_bn", {}), ("mabn", {"warmup": 2, "window": 3})],

@@ -24,7 +24,7 @@ class Fate(nn.Module):
 
 
 signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it to the survivor, which shall speak for itself
-dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+dist.init_process_group("gloo", timeout=timedelta(hours=1))
 (Path(sys.argv[1]) / f"{dist.get_rank()}.json").write_text(json.dumps({"processes": dist.get_world_size()}))
 layers = nn.Linear(4, 6), nn.BatchNorm1d(6), Fate(), nn.Linear(6, 6), nn.BatchNorm1d(6)
 model = DistributedDataParallel(nn.Sequential(*layers))
