@@ -310,3 +310,12 @@ def test_conversion_neither_warns_nor_draws_random_numbers(net: Net) -> None:
         warnings.simplefilter("error")
         distnorm.revert(distnorm.convert(copy.deepcopy(net), "sync_bn"))
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("stock", [nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm])
+@pytest.mark.parametrize("recipe", ["sync_bn", "local_bn", "mabn"])
+def test_class_names_carry_the_stock_name(recipe: str, stock: type[nn.Module]) -> None:
+    """Initialization and weight-decay filters of public code look for it."""
+    layer = distnorm.convert(nn.Sequential(stock(3)), recipe)[0]
+    assert stock.__name__ in type(layer).__name__
+    assert stock.__name__ in repr(layer)
