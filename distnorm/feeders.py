@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 from distnorm import weights
 from distnorm.binding import Conversion
 from distnorm.class_swap import underlying
+from distnorm.surroundings import is_fake
 from distnorm.types import Feeders
 from distnorm.weights import TARGETS, Centralized
 
@@ -205,6 +206,7 @@ def _apply(model: nn.Module, conversion: Conversion) -> None:
             module._norms = norms
         elif _is_own(module, shared) and _weights_per_filter(module) > 1:
             weights.centralize(module, norms, conversion, name, as_given=True)
+    weights.leave(model)
     if conversion.feeders.left:
         logger.warning(
             "distnorm: the weights of %s are left as they are, not centred: what these layers return goes elsewhere "
@@ -266,7 +268,7 @@ def _shared_parameters(model: nn.Module) -> set[int]:
 def _is_trained(layer: _BatchNorm) -> bool:
     """Whether ``layer`` has running statistics to keep to."""
     mean = layer.running_mean
-    return mean is not None and not mean.is_meta and bool(mean.any())
+    return mean is not None and not mean.is_meta and not is_fake(mean) and bool(mean.any())
 
 
 def _is_compiled(module: nn.Module) -> bool:

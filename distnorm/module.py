@@ -110,7 +110,7 @@ class DistNorm(_BatchNorm):
 
     def _share(self, input: Tensor) -> LayerShare | KeepLocal:
         if torch.compiler.is_compiling():
-            if isinstance(self.recipe.policy, Local):  # whatever the ranks, so that graphs need no layer to run
+            if isinstance(self.recipe.policy, Local) and torch.compiler.is_exporting():  # it needs no model to run
                 self._site.refuse_one_value(input)
                 return KeepLocal()
             return LayerShare(self._site, NOW, opaque=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -48,17 +48,21 @@ def centred(weight: Tensor, dims: list[int], *, through: bool = True) -> Tensor:
 class Centralized:
     """A layer whose weight acts centred in training, and in evaluation once there was training."""
 
-    weight: Tensor
-    projected: bool = False
+    projected = False
     """Whether the optimizer is SGD, which needs no projected gradients."""
-    kept: bool = False
+    kept = False
     """Whether the hook on optimizers keeps the parameter centred."""
-    as_given: bool = False
+    as_given = False
     """Whether running statistics belong to the weight as it is, as long as there is no training."""
-    _norms: tuple[nn.Module, ...]
-    _conversion: Conversion
-    _name: str
-    _parameters: dict[str, nn.Parameter | None]
+    left = False
+    """Whether what it gives goes elsewhere than to a norm, too. A flag, since a name would be a constant of graphs."""
+
+    if TYPE_CHECKING:  # torch.jit.script takes annotations of a class for those of its graph
+        weight: Tensor
+        _norms: tuple[nn.Module, ...]
+        _conversion: Conversion
+        _name: str
+        _parameters: dict[str, nn.Parameter | None]
 
     def effective_weight(self, weight: Tensor) -> Tensor:
         """What the layer computes with."""
@@ -74,7 +78,7 @@ class Centralized:
 
     def is_left(self) -> bool:
         """Whether the weight is left alone: it is made of other parameters, or what it gives goes elsewhere too."""
-        return is_computed(self) or self._name in self._conversion.feeders.left
+        return self.left or is_computed(self)
 
     def is_behind(self) -> bool:
         """Whether the parameter stands for its centred values, but may not be centred itself."""
@@ -202,6 +206,16 @@ class _CentralizedConvTranspose(Centralized):
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """Apply the centred weight."""
+        if torch.jit.is_scripting():
+            assert output_size is None, "a scripted layer has one size of output"
+            return self._scripted(input)
+        else:
+            return self._forward(input, output_size)
+
+    def _scripted(self, input: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _forward(self, input: Tensor, output_size: list[int] | None) -> Tensor:
         assert isinstance(self, _ConvTransposeNd)
         if is_traced(input):
             node: Tensor = leaf(self, input)
@@ -220,23 +234,32 @@ class _CentralizedConvTranspose(Centralized):
         convolve = _TRANSPOSED[len(extra)]
         return convolve(input, weight, self.bias, self.stride, self.padding, extra, self.groups, self.dilation)
 
-    def __prepare_scriptable__(self) -> Any:
-        raise RuntimeError(
-            f"{self._name}: torch.jit.script does not know centred weights of transposed convolutions. Script a stock "
-            "model, which evaluates alike: distnorm.revert(copy.deepcopy(model))."
-        )
-
 
 class CentralizedConvTranspose1d(_CentralizedConvTranspose, nn.ConvTranspose1d):
     """``nn.ConvTranspose1d`` with a centred weight."""
+
+    def _scripted(self, input: Tensor) -> Tensor:
+        return nn.functional.conv_transpose1d(
+            input, self.weight, self.bias, self.stride, self.padding, self.output_padding, self.groups, self.dilation
+        )
 
 
 class CentralizedConvTranspose2d(_CentralizedConvTranspose, nn.ConvTranspose2d):
     """``nn.ConvTranspose2d`` with a centred weight."""
 
+    def _scripted(self, input: Tensor) -> Tensor:
+        return nn.functional.conv_transpose2d(
+            input, self.weight, self.bias, self.stride, self.padding, self.output_padding, self.groups, self.dilation
+        )
+
 
 class CentralizedConvTranspose3d(_CentralizedConvTranspose, nn.ConvTranspose3d):
     """``nn.ConvTranspose3d`` with a centred weight."""
+
+    def _scripted(self, input: Tensor) -> Tensor:
+        return nn.functional.conv_transpose3d(
+            input, self.weight, self.bias, self.stride, self.padding, self.output_padding, self.groups, self.dilation
+        )
 
 
 _TRANSPOSED: dict[int, Callable[..., Tensor]] = {
@@ -254,7 +277,7 @@ TARGETS: dict[type[nn.Module], type[nn.Module]] = {
     nn.Linear: CentralizedLinear,
 }
 _ORIGINALS = {target: original for original, target in TARGETS.items()}
-_OURS = ("projected", "kept", "as_given", "_norms", "_conversion", "_name")
+_OURS = ("projected", "kept", "as_given", "left", "_norms", "_conversion", "_name")
 
 
 def is_computed(module: Any) -> bool:
@@ -327,3 +350,10 @@ def goes_on(model: nn.Module) -> None:
     """Say that the weights of ``model`` come from training with centred ones, whatever an engine puts into them."""
     for layer in centralized(model):
         layer.kept = layer.as_given = False
+    leave(model)
+
+
+def leave(model: nn.Module) -> None:
+    """Leave alone what is known to feed other things than norms."""
+    for layer in centralized(model):
+        layer.left = layer._name in layer._conversion.feeders.left

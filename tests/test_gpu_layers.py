@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 pytest.importorskip("triton", reason="Triton is made for Linux only")
 
 import distnorm
-from distnorm import Recipe, fused
+from distnorm import Recipe, fused, surroundings
 from distnorm.kernels.gpu import apply, combine, cosums, gpu_pass, moments
 from distnorm.methods import RMS
 from distnorm.policies import Moving, Policy, StaleMix
@@ -147,8 +147,11 @@ def test_the_correction_of_rms_begins_on_the_device(device: str, updates: int) -
 
 
 @pytest.mark.parametrize("tail", ["", "relu", "residual, relu"])
-def test_launches_of_a_layer(device: str, cut: str, launches: list[str], tail: str) -> None:
+def test_launches_of_a_layer(
+    device: str, cut: str, launches: list[str], tail: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """By construction at most 3 and 3, beside the collectives; nothing of ATen's but memory and views."""
+    monkeypatch.setattr(surroundings, "watched", lambda: False)  # the layer runs as if nobody looked on
     layer = distnorm.convert(nn.BatchNorm2d(2), "sync_bn").to(device)
     x, residual = (torch.randn(4, 2, 6, 6, device=device, requires_grad=True) for _ in range(2))
     added = residual if "residual" in tail else None
@@ -195,7 +198,7 @@ def test_moving_statistics_train_as_on_the_plain_path(device: str, monkeypatch: 
     traces = []
     for kernels in (True, False):
         if not kernels:
-            monkeypatch.setattr(fused, "suits", lambda method, x: False)
+            monkeypatch.setattr(fused, "suits", lambda *_: False)
         traces.append(train(distnorm.convert(network().to(device), "mabn"), inputs))
     for name, value in traces[1].items():
         torch.testing.assert_close(

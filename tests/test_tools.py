@@ -182,8 +182,6 @@ def test_a_layer_of_its_own_and_half_precision_are_scripted() -> None:
 def test_what_cannot_be_scripted_says_so() -> None:
     with pytest.raises(RuntimeError, match=r"stem.1: torch.jit.script cannot share statistics in training. Script the"):
         torch.jit.script(net())
-    with pytest.raises(RuntimeError, match=r"CentralizedConv2d\(4, 6, .*does not know centred weights. Script a stock"):
-        torch.jit.script(net("mabn").eval())
     untracked = nn.Sequential(nn.BatchNorm2d(3, track_running_stats=False))
     rms = distnorm.convert(untracked, Recipe(method=RMS(), policy=Local())).eval()
     with pytest.raises(RuntimeError, match=r"^0: without running statistics torch.jit.script knows those of"):

@@ -247,7 +247,8 @@ def skip(rank: int) -> tuple[list[Tensor], list[list[str]]]:
 
 
 def explicit_group(model: Net) -> nn.Module:
-    return DistributedDataParallel(SyncBatchNorm.convert_sync_batchnorm(model, dist.group.WORLD))
+    groups = [dist.new_group([rank]) for rank in range(2)]
+    return DistributedDataParallel(SyncBatchNorm.convert_sync_batchnorm(model, groups[dist.get_rank()]))
 
 
 def explicit_mesh(model: Net) -> nn.Module:

@@ -134,13 +134,12 @@ def test_every_recipe_works_within_the_group(recipe: str, options: dict[str, Any
 
 
 def test_converting_and_taking_it_back() -> None:
-    """An equal recipe is no news, ``revert`` gives every group back, and DDP keeps buffers that are not everybody's."""
+    """An equal recipe is no news, and ``revert`` gives every group back."""
 
     def run(rank: int) -> None:
         model = mixed(rank)
         pair, single = model.pair.process_group, model.single.process_group
         distnorm.convert(model, "sync_bn")
-        assert model._ddp_params_and_buffers_to_ignore == [f"everyone.{name}" for name in distnorm.running.BUFFERS]
         before = conversions_of(model)
         assert conversions_of(distnorm.convert(model, "sync_bn")) == before and len(before) == 3
         assert {each.recipe for each in (model.everyone, model.pair, model.single)} == {distnorm.recipes.sync_bn()}

@@ -7,6 +7,7 @@ import os
 import warnings
 
 import pytest
+import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
@@ -37,7 +38,9 @@ def test_ddp_converts_before_it_looks_at_the_model(kind: type[DistributedDataPar
     assert inspect.signature(DistributedDataParallel.__init__) == signature
     wrapped = kind(module=net())
     assert type(wrapped.module[1]) is distnorm.DistBatchNorm1d
-    assert list(wrapped.named_module_buffers) == []  # the list of what DDP must not broadcast came in time
+    assert list(wrapped.named_module_buffers)
+    wrapped(torch.randn(4, 2))
+    assert not list(wrapped.named_module_buffers)
 
 
 def test_a_script_that_converts_by_itself_is_left_alone(world: None, capsys: pytest.CaptureFixture[str]) -> None:
