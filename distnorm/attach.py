@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from distnorm import running, weights
-from distnorm.binding import Conversion
+from distnorm.conversion import Conversion
 from distnorm.module import DistNorm
 
 

@@ -18,8 +18,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from distnorm import agreement, ddp, feeders, overlap, recipes, tails, weights
-from distnorm.binding import Conversion
 from distnorm.class_swap import swap, underlying
+from distnorm.conversion import Conversion
 from distnorm.grid import Recipe
 from distnorm.module import (
     DistBatchNorm1d,

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -21,11 +20,11 @@ from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 
 from distnorm import weights
-from distnorm.binding import Conversion
+from distnorm.centralized import TARGETS, Centralized, is_computed, outputs_of, weights_per_filter
 from distnorm.class_swap import underlying
+from distnorm.conversion import Conversion
 from distnorm.surroundings import is_fake
 from distnorm.types import Feeders
-from distnorm.weights import TARGETS, Centralized
 
 logger = logging.getLogger("distnorm")
 
@@ -42,7 +41,7 @@ def centralize(model: nn.Module, layers: list[_BatchNorm], conversion: Conversio
     shared = _shared_parameters(model)
     thin = []
     for name, module, layer in list(_guess(model, layers)):
-        if _weights_per_filter(module) == 1:
+        if weights_per_filter(module) == 1:
             thin.append(name)
         elif _is_own(module, shared):
             weights.centralize(module, [layer], conversion, name, as_given=_is_trained(layer))
@@ -204,7 +203,7 @@ def _apply(model: nn.Module, conversion: Conversion) -> None:
         module, norms = model.get_submodule(name), tuple(model.get_submodule(norm) for norm in norm_names)
         if isinstance(module, Centralized):
             module._norms = norms
-        elif _is_own(module, shared) and _weights_per_filter(module) > 1:
+        elif _is_own(module, shared) and weights_per_filter(module) > 1:
             weights.centralize(module, norms, conversion, name, as_given=True)
     weights.leave(model)
     if conversion.feeders.left:
@@ -227,7 +226,7 @@ def _guess(model: nn.Module, layers: Iterable[_BatchNorm]) -> Iterator[tuple[str
         if isinstance(module, _ConvNd | nn.Linear):
             open_.append((name, module))
         elif isinstance(module, _BatchNorm):
-            fits = [each for each in open_ if _outputs(each[1]) == module.num_features]
+            fits = [each for each in open_ if outputs_of(each[1]) == module.num_features]
             if fits:
                 open_.remove(fits[-1])
             if fits and id(module) in wanted and underlying(fits[-1][1]) in TARGETS:
@@ -251,7 +250,7 @@ def _is_kind(module: nn.Module) -> bool:
 
 def _is_own(module: nn.Module, shared: set[int]) -> bool:
     """Whether the weight of ``module`` is a parameter, and of nobody else."""
-    return _is_kind(module) and not weights.is_computed(module) and id(module._parameters.get("weight")) not in shared
+    return _is_kind(module) and not is_computed(module) and id(module._parameters.get("weight")) not in shared
 
 
 def _shared_parameters(model: nn.Module) -> set[int]:
@@ -289,15 +288,3 @@ def _tensors(tree: Any) -> Iterator[Tensor]:
     elif isinstance(tree, list | tuple):
         for branch in tree:
             yield from _tensors(branch)
-
-
-def _outputs(module: nn.Module) -> int:
-    return int(getattr(module, "out_channels", 0) or getattr(module, "out_features", 0))
-
-
-def _weights_per_filter(module: nn.Module) -> int:
-    """Not from the weight: ``deepspeed.zero.Init`` leaves an empty one in place of it."""
-    if isinstance(module, nn.Linear):
-        return module.in_features
-    assert isinstance(module, _ConvNd)
-    return module.in_channels // module.groups * math.prod(module.kernel_size)

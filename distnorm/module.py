@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from distnorm import fused, overlap, running
+from distnorm import checks, fused, overlap, running
 from distnorm.grid import Recipe
 from distnorm.methods import BatchNorm, ChannelAffine
 from distnorm.methods.base import compute_dtype
+from distnorm.operators import NOW, absorb_unseen
 from distnorm.policies import Local
-from distnorm.share import NOW, KeepLocal, LayerShare, absorb_unseen
+from distnorm.share import KeepLocal, LayerShare
 from distnorm.site import Site
 from distnorm.surroundings import are_plain, is_fake, transforming
 from distnorm.tracing import is_traced, leaf
@@ -76,11 +77,11 @@ class DistNorm(_BatchNorm):
     def _forward(self, input: Tensor, residual: Tensor | None, relu: bool, widen: bool) -> Tensor:
         if is_traced(input):
             return _finish(leaf(self, input), residual, relu, widen)
-        self._check(input)
+        checks.check_input(self, self._site, input)
         affine = Affine(self.weight, self.bias, self.eps, self.running_var, self.num_batches_tracked)
         if not self.training:
             return _finish(self._evaluate(input, affine), residual, relu, widen)
-        self._check_training(input)
+        checks.check_training(self, self._site, input)
         method = self.recipe.method
         if not isinstance(method, ChannelAffine) or not fused.suits(method, input, *self._own_tensors(residual)):
             return _finish(self._train(input, affine, None), residual, relu, widen)
@@ -189,46 +190,6 @@ class DistNorm(_BatchNorm):
             absorb_unseen(self._site, share.shared)
             return
         running.absorb_shared(self, self.recipe.method, share.shared, landed, guarded=conversion.guards)
-
-    def _check(self, x_NCL: Tensor) -> None:
-        try:
-            self._check_input_dim(x_NCL)
-        except ValueError as error:
-            raise ValueError(f"{self._site.name}: {error}") from None
-        if not x_NCL.is_floating_point():
-            raise TypeError(
-                f"{self._site.name}: given {x_NCL.dtype} values; normalization needs a floating-point input."
-            )
-        if not torch.jit.is_tracing() and x_NCL.shape[1] != self.num_features:
-            raise ValueError(
-                f"{self._site.name}: given {x_NCL.shape[1]} channels (shape {tuple(x_NCL.shape)}); the layer "
-                f"normalizes {self.num_features}, in dimension 1."
-            )
-        used = self.track_running_stats or not self.training
-        if used and (self.running_mean is None) != (self.running_var is None):
-            missing, there = ("mean", "var") if self.running_mean is None else ("var", "mean")
-            raise ValueError(
-                f"{self._site.name}: running_{missing} is None and running_{there} is not. Set both to None for a "
-                "layer that always takes the statistics of its batch, or neither."
-            )
-
-    def _check_training(self, x_NCL: Tensor) -> None:
-        if self.eps <= 0:
-            raise ValueError(f"{self._site.name}: eps is {self.eps}; training needs one above 0, such as 1e-5.")
-        if type(x_NCL) is not Tensor and hasattr(x_NCL, "to_local"):
-            raise TypeError(
-                f"{self._site.name}: given a {type(x_NCL).__name__}; ranks share statistics by the recipe, so give the "
-                "layer its local part, x.to_local()."
-            )
-        scaled = (
-            x_NCL.dtype == torch.float16 and torch.is_grad_enabled() and self._site.conversion.facts.keeps_cotangents
-        )
-        if scaled and self._site.conversion.loss_scale is None:
-            raise RuntimeError(
-                f"{self._site.name}: float16 training with {self.recipe.policy}, which keeps cotangents over steps, "
-                "must know the loss scale. Pass it: distnorm.attach(model, loss_scale=scaler.get_scale) with a "
-                "GradScaler, or loss_scale=lambda: 1.0 if the loss is not scaled; bfloat16 needs none."
-            )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DistNorm:
         """Move or cast as torch does, but keep running statistics in float32 or better, whatever an engine casts."""

@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from distnorm.binding import Conversion
 from distnorm.class_swap import underlying
+from distnorm.conversion import Conversion
 from distnorm.convert import apply_to, narrower
 from distnorm.grid import Recipe
 from distnorm.methods import BatchNorm

@@ -11,11 +11,12 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from distnorm import running
-from distnorm.binding import Binding, Conversion
+from distnorm.binding import Binding
 from distnorm.boundary import NO_BACKWARD, graph_task, repeating
+from distnorm.conversion import Conversion
+from distnorm.operators import NOW, open_channel
 from distnorm.recompute import Record, Records
 from distnorm.running import running_of, with_landed
-from distnorm.share import NOW, open_channel
 from distnorm.transport import LostGroup, lost
 from distnorm.types import Direction, Landed, Running, Slot
 

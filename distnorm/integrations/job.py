@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from distnorm.attach import conversions_of
-from distnorm.binding import Conversion
+from distnorm.conversion import Conversion
 from distnorm.diagnostics import Ledger
 from distnorm.integrations.loss_scales import LossScales
 from distnorm.integrations.optimizers import Optimizers, in_use

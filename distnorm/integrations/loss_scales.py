@@ -6,7 +6,7 @@ from weakref import WeakSet
 
 from torch.amp import GradScaler
 
-from distnorm.binding import Conversion
+from distnorm.conversion import Conversion
 from distnorm.integrations.patching import after_init
 
 

@@ -16,8 +16,8 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from distnorm.attach import Attachment, attach
-from distnorm.binding import Conversion
 from distnorm.boundary import NO_BACKWARD, graph_task
+from distnorm.conversion import Conversion
 from distnorm.integrations.patching import after_init
 from distnorm.module import DistNorm
 

@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim import optimizer as torch_optimizer
 
-from distnorm.binding import Conversion
+from distnorm.conversion import Conversion
 from distnorm.integrations import job as job_module
 
 

@@ -39,7 +39,7 @@ def test_ddp_converts_before_it_looks_at_the_model(kind: type[DistributedDataPar
     wrapped = kind(module=net())
     assert type(wrapped.module[1]) is distnorm.DistBatchNorm1d
     assert list(wrapped.named_module_buffers)
-    wrapped(torch.randn(4, 2))
+    wrapped(torch.randn(4, 3))
     assert not list(wrapped.named_module_buffers)
 
 

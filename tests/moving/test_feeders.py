@@ -15,9 +15,9 @@ from torch.utils.checkpoint import checkpoint
 
 import distnorm
 from distnorm import Recipe
+from distnorm.centralized import Centralized
 from distnorm.methods import RMS
 from distnorm.policies import AllReduce, Local
-from distnorm.weights import Centralized
 from tests.support.threads import run_threads
 
 ALONE = Recipe(method=RMS(), policy=Local(), weights="centralized")
