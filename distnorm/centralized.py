@@ -190,7 +190,6 @@ class _CentralizedConvTranspose(Centralized):
 
     if TYPE_CHECKING:
         groups: int
-        padding: tuple[int, ...]
 
     def centred(self, weight: Tensor, *, through: bool = True) -> Tensor:
         """``weight`` with each output filter centred: group by group, over the inputs of the group."""
@@ -235,7 +234,14 @@ class CentralizedConvTranspose1d(_CentralizedConvTranspose, nn.ConvTranspose1d):
 
     def _scripted(self, input: Tensor) -> Tensor:
         return nn.functional.conv_transpose1d(
-            input, self.weight, self.bias, self.stride, self.padding, self.output_padding, self.groups, self.dilation
+            input,
+            self.weight,
+            self.bias,
+            self.stride,
+            self.padding,  # type: ignore[arg-type]  # text for plain convolutions only
+            self.output_padding,
+            self.groups,
+            self.dilation,
         )
 
 
@@ -244,7 +250,14 @@ class CentralizedConvTranspose2d(_CentralizedConvTranspose, nn.ConvTranspose2d):
 
     def _scripted(self, input: Tensor) -> Tensor:
         return nn.functional.conv_transpose2d(
-            input, self.weight, self.bias, self.stride, self.padding, self.output_padding, self.groups, self.dilation
+            input,
+            self.weight,
+            self.bias,
+            self.stride,
+            self.padding,  # type: ignore[arg-type]  # text for plain convolutions only
+            self.output_padding,
+            self.groups,
+            self.dilation,
         )
 
 
@@ -253,7 +266,14 @@ class CentralizedConvTranspose3d(_CentralizedConvTranspose, nn.ConvTranspose3d):
 
     def _scripted(self, input: Tensor) -> Tensor:
         return nn.functional.conv_transpose3d(
-            input, self.weight, self.bias, self.stride, self.padding, self.output_padding, self.groups, self.dilation
+            input,
+            self.weight,
+            self.bias,
+            self.stride,
+            self.padding,  # type: ignore[arg-type]  # text for plain convolutions only
+            self.output_padding,
+            self.groups,
+            self.dilation,
         )
 
 
