@@ -303,16 +303,3 @@ def is_computed(module: Any) -> bool:
     return parametrize.is_parametrized(module, "weight") or any(
         name.startswith("weight_") for name in module._parameters
     )
-
-
-def outputs_of(module: nn.Module) -> int:
-    """Channels or features that ``module`` returns."""
-    return int(getattr(module, "out_channels", 0) or getattr(module, "out_features", 0))
-
-
-def weights_per_filter(module: nn.Module) -> int:
-    """Of a convolution or linear layer; not from the weight, where ``deepspeed.zero.Init`` leaves an empty one."""
-    if isinstance(module, nn.Linear):
-        return module.in_features
-    assert isinstance(module, _ConvNd)
-    return module.in_channels // module.groups * math.prod(module.kernel_size)

@@ -20,11 +20,12 @@ from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 
 from distnorm import weights
-from distnorm.centralized import TARGETS, Centralized, is_computed, outputs_of, weights_per_filter
+from distnorm.centralized import TARGETS, Centralized, is_computed
 from distnorm.class_swap import underlying
 from distnorm.conversion import Conversion
 from distnorm.surroundings import is_fake
 from distnorm.types import Feeders
+from distnorm.weights import outputs_of, weights_per_filter
 
 logger = logging.getLogger("distnorm")
 

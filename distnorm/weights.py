@@ -8,6 +8,7 @@ computed with, for stock models too, and every alias of the parameter stays vali
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -87,3 +88,16 @@ def leave(model: nn.Module) -> None:
     """Leave alone what is known to feed other things than norms."""
     for layer in centralized(model):
         layer.left = layer._name in layer._conversion.feeders.left
+
+
+def outputs_of(module: nn.Module) -> int:
+    """Channels or features that ``module`` returns."""
+    return int(getattr(module, "out_channels", 0) or getattr(module, "out_features", 0))
+
+
+def weights_per_filter(module: nn.Module) -> int:
+    """Of a convolution or linear layer; not from the weight, where ``deepspeed.zero.Init`` leaves an empty one."""
+    if isinstance(module, nn.Linear):
+        return module.in_features
+    assert isinstance(module, _ConvNd)
+    return module.in_channels // module.groups * math.prod(module.kernel_size)
