@@ -25,9 +25,7 @@ def centred(weight: Tensor, dims: list[int], *, through: bool = True) -> Tensor:
     """
     wide = weight.to(compute_dtype(weight.dtype))
     mean = wide.mean(dims, keepdim=True)
-    count = 1
-    for dim in dims:
-        count *= weight.shape[dim]
+    count = math.prod(weight.shape[dim] for dim in dims)
     # What is left of a mean when values are rounded to the weight's dtype, at random, and arithmetic is.
     rounding = (2 * torch.finfo(weight.dtype).eps / math.sqrt(count) + 4 * torch.finfo(wide.dtype).eps) / math.sqrt(
         count
@@ -297,9 +295,5 @@ OURS = ("projected", "kept", "as_given", "left", "_norms", "_conversion", "_name
 
 def is_computed(module: Any) -> bool:
     """Whether the weight of ``module`` is made of other parameters: by weight norm, spectral norm, pruning and such."""
-    parameters = module._parameters
-    if "weight" in parameters:
-        return False
-    return parametrize.is_parametrized(module, "weight") or any(
-        name.startswith("weight_") for name in module._parameters
-    )
+    made = any(name.startswith("weight_") for name in module._parameters)
+    return "weight" not in module._parameters and (made or parametrize.is_parametrized(module, "weight"))

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from distnorm import keeping
 from distnorm.centralized import ORIGINALS, OURS, TARGETS, Centralized
