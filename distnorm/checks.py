@@ -7,9 +7,10 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from distnorm.site import Site
+from distnorm.types import Running
 
 
-def check_input(layer: _BatchNorm, site: Site, x_NCL: Tensor) -> None:
+def check_input(layer: _BatchNorm, site: Site, x_NCL: Tensor, state: Running) -> None:
     """Raise where ``layer`` cannot take ``x_NCL``, in training or evaluation, naming the layer."""
     try:
         layer._check_input_dim(x_NCL)
@@ -23,8 +24,8 @@ def check_input(layer: _BatchNorm, site: Site, x_NCL: Tensor) -> None:
             f"normalizes {layer.num_features}, in dimension 1."
         )
     used = layer.track_running_stats or not layer.training
-    if used and (layer.running_mean is None) != (layer.running_var is None):
-        missing, there = ("mean", "var") if layer.running_mean is None else ("var", "mean")
+    if used and (state.mean_C is None) != (state.var_C is None):
+        missing, there = ("mean", "var") if state.mean_C is None else ("var", "mean")
         raise ValueError(
             f"{site.name}: running_{missing} is None and running_{there} is not. Set both to None for a "
             "layer that always takes the statistics of its batch, or neither."

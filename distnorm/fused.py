@@ -30,16 +30,14 @@ NOT_TENSORS = (None,) * 7
 """Gradients of ``_Normalize`` for x once more, and for what is no tensor."""
 
 
-def suits(method: ChannelAffine, x_NCL: Tensor, *others: Tensor | None) -> bool:
-    """Whether the kernels can take this input, with ``others`` of the layer; the plain path takes all others.
+def suits(method: ChannelAffine, x_NCL: Tensor) -> bool:
+    """Whether the kernels can take this plain input; the plain path takes all others.
 
-    On a CPU any method's; on a GPU those of the methods that are written out for it. Plain tensors only.
+    On a CPU any method's; on a GPU those of the methods that are written out for it.
 
     Empty ones, too: parameters must receive their gradients in the same order on a rank without values as on others.
     DeepSpeed's ZeRO 2 fills the buckets that ranks add up in that order (0.19.8).
     """
-    if torch.compiler.is_compiling() or not are_plain(x_NCL, *others):
-        return False
     return x_NCL.device.type == "cpu" or (gpu.takes(x_NCL) and method.formula() is not None)
 
 
@@ -49,12 +47,12 @@ def normalize(
     share: Exchange,
     affine: Affine,
     between: Callable[[], None] | None = None,
-    running: Callable[[], Running] | None = None,
+    running: Running | None = None,
     tail: Tail = NO_TAIL,
 ) -> Tensor:
     """As ``method.normalize``, and then the ``tail``: same values to rounding, same collectives.
 
-    If given, ``running`` names the running statistics that shall absorb what landed. Kernels that do so by the way say
+    If given, ``running`` statistics shall absorb what landed. Kernels that do so by the way say
     it: ``share.absorbed``.
 
     If given, ``between`` makes nodes of the graph that shall run while cotangents are under way: the engine takes ready
@@ -105,7 +103,7 @@ class _Normalize(torch.autograd.Function):
         share: Exchange,
         affine: Affine,
         finish: Left[Tensor] | None,
-        running: Callable[[], Running] | None,
+        running: Running | None,
         relu: bool,
     ) -> Tensor:
         """Sums, and one pass that applies."""
@@ -114,7 +112,7 @@ class _Normalize(torch.autograd.Function):
         enough = x_NCL.numel() > x_NCL.shape[1]
         shared = share.gather(kernels.sums(x_NCL), held=ctx.needs_input_grad[0], enough=enough)
         tail = Tail(residual_NCL, relu) if relu or residual_NCL is not None else NO_TAIL
-        landed = running() if running is not None and share.lands() else None
+        landed = running if running is not None and share.lands() else None
         y_NCL = kernels.normalize(x_NCL, shared, weight_C, bias_C, tail, landed)
         share.absorbed = landed is None or kernels.absorbed
         ctx.save_for_backward(x_NCL, weight_C, bias_C, y_NCL if relu else None)

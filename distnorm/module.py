@@ -7,7 +7,6 @@ the module survive. The classes derive from torch's: ``isinstance(layer, nn.Batc
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -24,10 +23,10 @@ from distnorm.operators import NOW, absorb_unseen
 from distnorm.policies import Local
 from distnorm.share import KeepLocal, LayerShare
 from distnorm.site import Site
-from distnorm.surroundings import are_plain, is_fake, transforming
+from distnorm.surroundings import are_own, are_plain, is_fake, transforming
 from distnorm.tracing import is_traced, leaf
 from distnorm.transport import LostGroup
-from distnorm.types import Affine, Tail
+from distnorm.types import Affine, Running, Tail
 
 
 class DistNorm(_BatchNorm):
@@ -77,39 +76,37 @@ class DistNorm(_BatchNorm):
     def _forward(self, input: Tensor, residual: Tensor | None, relu: bool, widen: bool) -> Tensor:
         if is_traced(input):
             return _finish(leaf(self, input), residual, relu, widen)
-        checks.check_input(self, self._site, input)
-        affine = Affine(self.weight, self.bias, self.eps, self.running_var, self.num_batches_tracked)
+        state = running.running_of(self, guarded=self._site.conversion.guards)
+        checks.check_input(self, self._site, input, state)
+        affine = Affine(self.weight, self.bias, self.eps, state.var_C, state.updates)
         if not self.training:
-            return _finish(self._evaluate(input, affine), residual, relu, widen)
+            return _finish(self._evaluate(input, affine, state), residual, relu, widen)
         checks.check_training(self, self._site, input)
+        plain = not torch.compiler.is_compiling() and are_plain(input, residual) and are_own(*affine[:2], *state[:3])
         method = self.recipe.method
-        if not isinstance(method, ChannelAffine) or not fused.suits(method, input, *self._own_tensors(residual)):
-            return _finish(self._train(input, affine, None), residual, relu, widen)
+        if not (plain and isinstance(method, ChannelAffine) and fused.suits(method, input)):
+            return _finish(self._train(input, affine, state, None, plain), residual, relu, widen)
         if _fits(residual, input):
-            return self._train(input, affine, Tail(residual, relu))
-        return _finish(self._train(input, affine, fused.NO_TAIL), residual, relu, widen)
+            return self._train(input, affine, state, Tail(residual, relu), plain)
+        return _finish(self._train(input, affine, state, fused.NO_TAIL, plain), residual, relu, widen)
 
-    def _own_tensors(self, residual: Tensor | None) -> tuple[Tensor | None, ...]:
-        return residual, self.weight, self.bias, self.running_mean, self.running_var, self.num_batches_tracked
-
-    def _train(self, input: Tensor, affine: Affine, tail: Tail | None) -> Tensor:
+    def _train(self, input: Tensor, affine: Affine, state: Running, tail: Tail | None, plain: bool) -> Tensor:
         """Normalize: by the kernels, which add the ``tail``, or if that is None on the plain path."""
-        share = self._share(input)
-        method, tracks, whole = self.recipe.method, self.track_running_stats, running.running_of(self).is_whole
+        share = self._share(input, plain)
+        method, tracks = self.recipe.method, self.track_running_stats
         if isinstance(method, ChannelAffine) and tail is not None:
-            guarded = self._site.conversion.guards
-            tracked = partial(running.running_of, self, guarded=guarded) if tracks and whole else None
+            tracked = state if tracks and state.is_whole else None
             between = overlap.arrangement(self, input) if self.recipe.overlap else None
             y = fused.normalize(method, input, share, affine, between, tracked, tail)
         elif isinstance(share, KeepLocal) and isinstance(method, BatchNorm) and transforming():
             return _BatchNorm.forward(self, input)  # torch's own: nobody else knows its rules under transforms
         else:
             y = method.normalize(input, share, affine)
-        if tracks and not (whole and share.absorbed):
+        if tracks and not (share.absorbed and state.is_whole):
             self._track(share)
         return y
 
-    def _share(self, input: Tensor) -> LayerShare | KeepLocal:
+    def _share(self, input: Tensor, plain: bool) -> LayerShare | KeepLocal:
         if torch.compiler.is_compiling():
             if isinstance(self.recipe.policy, Local) and torch.compiler.is_exporting():  # it needs no model to run
                 self._site.refuse_one_value(input)
@@ -119,9 +116,7 @@ class DistNorm(_BatchNorm):
             return LayerShare(self._site, NOW, opaque=True)
         if self._site.alone(input):
             return KeepLocal()
-        if are_plain(input, *self._own_tensors(None)):
-            return LayerShare(self._site, self._site.begin(), opaque=False)
-        return LayerShare(self._site, NOW, opaque=True)
+        return LayerShare(self._site, self._site.begin() if plain else NOW, opaque=not plain)
 
     def extra_repr(self) -> str:
         """As torch's, and the recipe."""
@@ -139,8 +134,8 @@ class DistNorm(_BatchNorm):
         super().__setstate__(state)
         self._site.conversion.add(self._site.index, self._site.name, self)
 
-    def _evaluate(self, x_NCL: Tensor, affine: Affine) -> Tensor:
-        mean_C, var_C = self._running_statistics()
+    def _evaluate(self, x_NCL: Tensor, affine: Affine, state: Running) -> Tensor:
+        mean_C, var_C = self._running_statistics(state)
         if mean_C is None or var_C is None:
             return self.recipe.method.normalize(x_NCL, KeepLocal(), affine)
         weight_C, bias_C = (None if each is None else each.to(mean_C.dtype) for each in affine[:2])
@@ -168,9 +163,9 @@ class DistNorm(_BatchNorm):
             )
         return self
 
-    def _running_statistics(self) -> tuple[Tensor | None, Tensor | None]:
+    def _running_statistics(self, state: Running) -> tuple[Tensor | None, Tensor | None]:
         """With what is in flight, if an asynchronous policy has sent statistics that no step's end has absorbed yet."""
-        mean_C, var_C = self.running_mean, self.running_var
+        mean_C, var_C = state[:2]
         if self._site.conversion.facts.always_lands or torch.compiler.is_exporting() or mean_C is None or var_C is None:
             return mean_C, var_C
         if torch.compiler.is_compiling():

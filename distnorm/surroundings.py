@@ -46,6 +46,11 @@ def are_plain(*tensors: Tensor | None) -> bool:
     return not watched() and not transforming() and all(each is None or _is_plain(each) for each in tensors)
 
 
+def are_own(*values_C: Tensor | None) -> bool:
+    """Whether a layer's own ``values_C`` are as torch makes them, by their classes: these are never views."""
+    return all(each is None or type(each) is Tensor or type(each) is Parameter for each in values_C)
+
+
 def _is_plain(tensor: Tensor) -> bool:
     # Subclasses may have no memory, or another meaning; a negative view holds its values negated.
     return (type(tensor) is Tensor or type(tensor) is Parameter) and (
