@@ -25,11 +25,12 @@ def centred(weight: Tensor, dims: list[int], *, through: bool = True) -> Tensor:
     """
     wide = weight.to(compute_dtype(weight.dtype))
     mean = wide.mean(dims, keepdim=True)
-    count = math.prod(weight.shape[dim] for dim in dims)
+    count = 1
+    for dim in dims:  # Dynamo of torch 2.13 knows no generators as arguments
+        count *= weight.shape[dim]
     # What is left of a mean when values are rounded to the weight's dtype, at random, and arithmetic is.
-    rounding = (2 * torch.finfo(weight.dtype).eps / math.sqrt(count) + 4 * torch.finfo(wide.dtype).eps) / math.sqrt(
-        count
-    )
+    narrow, fine = torch.finfo(weight.dtype).eps, torch.finfo(wide.dtype).eps
+    rounding = (2 * narrow / math.sqrt(count) + 4 * fine) / math.sqrt(count)
     norm = torch.linalg.vector_norm(wide.detach(), dim=dims, keepdim=True)
     settled = torch.where(mean.detach().abs() <= rounding * norm, mean.detach(), torch.zeros_like(norm))
     shift = mean - settled  # 0 or the mean, with the gradient of the mean
@@ -183,6 +184,13 @@ class CentralizedLinear(Centralized, nn.Linear):
         return nn.functional.linear(input, self.effective_weight(self.weight), self.bias)
 
 
+# By other names, for torch says that the padding of transposed convolutions may be text, which these do not take; and
+# torch.jit.script reads the comments that would silence a type checker.
+_transposed1: Callable[..., Tensor] = nn.functional.conv_transpose1d
+_transposed2: Callable[..., Tensor] = nn.functional.conv_transpose2d
+_transposed3: Callable[..., Tensor] = nn.functional.conv_transpose3d
+
+
 class _CentralizedConvTranspose(Centralized):
     """Weights ``[in, out / groups, ...]``."""
 
@@ -231,15 +239,8 @@ class CentralizedConvTranspose1d(_CentralizedConvTranspose, nn.ConvTranspose1d):
     """``nn.ConvTranspose1d`` with a centred weight."""
 
     def _scripted(self, input: Tensor) -> Tensor:
-        return nn.functional.conv_transpose1d(
-            input,
-            self.weight,
-            self.bias,
-            self.stride,
-            self.padding,  # type: ignore[arg-type]  # text for plain convolutions only
-            self.output_padding,
-            self.groups,
-            self.dilation,
+        return _transposed1(
+            input, self.weight, self.bias, self.stride, self.padding, self.output_padding, self.groups, self.dilation
         )
 
 
@@ -247,15 +248,8 @@ class CentralizedConvTranspose2d(_CentralizedConvTranspose, nn.ConvTranspose2d):
     """``nn.ConvTranspose2d`` with a centred weight."""
 
     def _scripted(self, input: Tensor) -> Tensor:
-        return nn.functional.conv_transpose2d(
-            input,
-            self.weight,
-            self.bias,
-            self.stride,
-            self.padding,  # type: ignore[arg-type]  # text for plain convolutions only
-            self.output_padding,
-            self.groups,
-            self.dilation,
+        return _transposed2(
+            input, self.weight, self.bias, self.stride, self.padding, self.output_padding, self.groups, self.dilation
         )
 
 
@@ -263,23 +257,12 @@ class CentralizedConvTranspose3d(_CentralizedConvTranspose, nn.ConvTranspose3d):
     """``nn.ConvTranspose3d`` with a centred weight."""
 
     def _scripted(self, input: Tensor) -> Tensor:
-        return nn.functional.conv_transpose3d(
-            input,
-            self.weight,
-            self.bias,
-            self.stride,
-            self.padding,  # type: ignore[arg-type]  # text for plain convolutions only
-            self.output_padding,
-            self.groups,
-            self.dilation,
+        return _transposed3(
+            input, self.weight, self.bias, self.stride, self.padding, self.output_padding, self.groups, self.dilation
         )
 
 
-_TRANSPOSED: dict[int, Callable[..., Tensor]] = {
-    1: nn.functional.conv_transpose1d,
-    2: nn.functional.conv_transpose2d,
-    3: nn.functional.conv_transpose3d,
-}
+_TRANSPOSED = {1: _transposed1, 2: _transposed2, 3: _transposed3}
 TARGETS: dict[type[nn.Module], type[nn.Module]] = {
     nn.Conv1d: CentralizedConv1d,
     nn.Conv2d: CentralizedConv2d,

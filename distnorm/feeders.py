@@ -23,7 +23,7 @@ from distnorm import weights
 from distnorm.centralized import TARGETS, Centralized, is_computed
 from distnorm.class_swap import underlying
 from distnorm.conversion import Conversion
-from distnorm.surroundings import is_fake
+from distnorm.surroundings import is_fake, transforming
 from distnorm.types import Feeders
 from distnorm.weights import outputs_of, weights_per_filter
 
@@ -89,7 +89,7 @@ class Watch:
         if self.conversion.feeders.known:
             _apply(model, self.conversion)
             self.remove()
-        elif not any(_is_compiled(module) for module in model.modules()):
+        elif not (transforming() or any(_is_compiled(module) for module in model.modules())):
             self._uses = _Uses(model, [layer for _, layer in self.conversion.layers()])
             self._uses.__enter__()
 

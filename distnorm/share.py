@@ -122,8 +122,9 @@ class LayerShare:
         """What says that transforms do not reach other ranks."""
         return RuntimeError(
             f"{self._channel.name}: statistics that ranks or steps share cannot pass a transform (torch.func.grad, "
-            "vmap, jvp, forward-mode derivatives, is_grads_batched=True, vectorize=True). Use autograd's backward "
-            "pass, one gradient at a time, or a recipe that shares nothing, such as local_bn; or call eval() first."
+            "vmap, jvp, forward-mode derivatives, is_grads_batched=True, vectorize=True) or torch.jit.trace. Use "
+            "autograd's backward pass, one gradient at a time, or a recipe that shares nothing, such as local_bn; or "
+            "call eval() first."
         )
 
     def gather(self, wire: Tensor, *, held: bool, enough: bool = False) -> Tensor:

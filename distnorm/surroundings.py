@@ -1,8 +1,8 @@
 """Who looks on while a layer runs: what decides whether kernels may read and write its tensors by address.
 
 The only user of torch's private counts of dispatch modes and of functorch levels, of the level of forward-mode
-differentiation, and of the switches that hide work from modes and transforms (torch 2.13; see
-tests/test_private_apis.py).
+differentiation, of the hooks on all modules, and of the switches that hide work from modes and transforms (torch 2.13;
+see tests/test_private_apis.py).
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
+from torch.nn.modules import module
 from torch.utils._python_dispatch import _disable_current_modes
 
 
 def transforming() -> bool:
-    """Whether a transform is at work that replaces tensors by its own: functorch's, or forward-mode derivatives."""
-    return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
+    """Whether tensors are replaced or recorded: by functorch, forward-mode derivatives or ``torch.jit.trace``."""
+    differentiating = torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
+    return differentiating or torch.jit.is_tracing()
 
 
 def watched() -> bool:
@@ -61,3 +63,9 @@ def _is_plain(tensor: Tensor) -> bool:
 def is_fake(tensor: Tensor) -> bool:
     """Whether ``tensor`` has a shape but no values, and is to be computed with all the same."""
     return isinstance(tensor, FakeTensor)
+
+
+def has_global_hooks() -> bool:
+    """Whether hooks are registered that see the forwards or backwards of all modules."""
+    forward = module._global_forward_hooks or module._global_forward_pre_hooks
+    return bool(forward or module._global_backward_hooks or module._global_backward_pre_hooks)

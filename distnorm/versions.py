@@ -23,6 +23,7 @@ from distnorm.class_swap import swap, underlying
 from distnorm.joining import Attributes, Found
 from distnorm.module import DistNorm
 from distnorm.rewriting import rewrite
+from distnorm.surroundings import has_global_hooks
 from distnorm.tracing import is_traced
 
 Wanted = tuple[tuple[str, Attributes], ...]
@@ -161,4 +162,5 @@ def is_relu(child: object) -> bool:
 
 
 def _is_unobserved(child: nn.Module) -> bool:
-    return "forward" not in vars(child) and not any(getattr(child, name) for name in _HOOKS)
+    hooked = any(getattr(child, name) for name in _HOOKS) or has_global_hooks()
+    return "forward" not in vars(child) and not hooked

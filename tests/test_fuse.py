@@ -201,6 +201,33 @@ def test_tracebacks_name_the_lines_of_the_source() -> None:
     assert lines[-1] == "out = self.a(out)"
 
 
+@pytest.mark.parametrize(
+    "register",
+    [
+        nn.modules.module.register_module_forward_hook,
+        nn.modules.module.register_module_forward_pre_hook,
+    ],
+)
+def test_hooks_on_all_modules_see_what_they_would_see_of_stock_layers(register) -> None:
+    seen: list[tuple[str, float]] = []
+
+    def note(module: nn.Module, *values: object) -> None:
+        first = values[-1][0] if isinstance(values[-1], tuple) else values[-1]
+        seen.append((type(module).__name__.replace("DistBatch", "Batch"), round(float(first.detach().min()), 6)))
+
+    def run(fuse: bool) -> list[tuple[str, float]]:
+        model = made(Torchvision, fuse=fuse)
+        x = torch.randn(4, 4, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        handle = register(note)
+        try:
+            model(x).square().sum().backward()
+        finally:
+            handle.remove()
+        return [seen.pop(0) for _ in range(len(seen))]
+
+    assert run(True) == run(False)
+
+
 def test_it_is_reported(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "distnorm"):
         model = made(Alive, fuse=False)

@@ -435,3 +435,17 @@ def _sum_in_groups_of_our_own(rank: int) -> float:
         dist.all_reduce(value, group=pair)
     dist.barrier(everyone)
     return value.item()
+
+
+# --- surroundings: hooks on all modules ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
+def test_hooks_on_all_modules_are_known(kind: str) -> None:
+    assert not surroundings.has_global_hooks()
+    handle = getattr(nn.modules.module, f"register_module_{kind}_hook")(lambda *_: None)
+    try:
+        assert surroundings.has_global_hooks()
+    finally:
+        handle.remove()
+    assert not surroundings.has_global_hooks()

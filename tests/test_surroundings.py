@@ -346,6 +346,32 @@ def test_transforms_of_what_ranks_share_are_refused_by_name(use: Use) -> None:
         _is_refused(message)
 
 
+@pytest.mark.parametrize("recipe", ["mabn", "lazy_bn"])
+def test_transforms_before_the_first_step_are_refused_by_name(recipe: str) -> None:
+    """Where hooks would look at the first forward, too."""
+    model = distnorm.convert(net(), recipe)
+    for use in (USES["grad"], USES["vmap"]):
+        with pytest.raises(RuntimeError, match=r"1: .* cannot pass a transform"):
+            use(model, images())
+    model(images()).sum().backward()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_traces_of_training(recipe: str, dtype: torch.dtype) -> None:
+    """As stock where nothing is shared, else refused by name."""
+    stock, x = net().to(dtype), images().to(dtype)
+    mine = distnorm.convert(copy.deepcopy(stock), recipe)
+    if recipe in ("mabn", "lazy_bn"):
+        with pytest.raises(RuntimeError, match=r"1: .* torch.jit.trace"):
+            torch.jit.trace(mine, (x,), check_trace=False)
+        return
+    traced, expected = (torch.jit.trace(each, (x,), check_trace=False) for each in (mine, stock))
+    torch.testing.assert_close(traced(2 * x), expected(2 * x))
+    torch.testing.assert_close(dict(traced.named_buffers()), dict(expected.named_buffers()))
+
+
 def test_ranks_do_not_meet_inside_of_a_transform() -> None:
     def run(rank: int) -> str:
         _, mine, x = _pairs(True, True, "sync_bn")
