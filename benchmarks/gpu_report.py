@@ -7,10 +7,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gpu_units import WHOLE, records
+from gpu_units import ENDED, WHOLE, records
 from measure import markdown
 
-Record = Mapping[str, Any]
+Record = dict[str, Any]
 Sums = dict[tuple[int, str, str], dict[str, float]]
 """Milliseconds of all layers, by batch, dtype and layout, and by contender."""
 
@@ -118,10 +118,12 @@ def layer_table(found: list[Record]) -> list[str]:
     ways = [("issued", ", issued", "done"), ("host alone", ", issued", "issued"), ("graph", ", graph", "done")]
     rows = []
     names: list[str] = []
-    for title, way, key in ways:
+    for issued, way, key in ways:
         for (batch, dtype, layout), row in sorted(layer_sums(found, way, key).items()):
             names = names or list(row)
-            rows.append([title, str(batch), dtype, layout, *(f"{row[name]:.3f}" if name in row else "" for name in names)])
+            rows.append(
+                [issued, str(batch), dtype, layout, *(f"{row[name]:.3f}" if name in row else "" for name in names)]
+            )
     if not rows:
         return []
     title = ["", "## All 53 layers of ResNet-50, forward and backward, ms", ""]
@@ -146,7 +148,8 @@ def stage_table(found: list[Record], titles: Mapping[str, str]) -> list[str]:
     rows = []
     for letter, title in titles.items():
         mine = [each for each in found if each["stage"] == letter]
-        states = [sum(each["state"] == state for each in mine) for state in ("ok", "failed", "not run")]
+        parts = [each for each in mine if each["part"] not in (WHOLE, ENDED) or each["state"] != "ok"]
+        states = [sum(each["state"] == state for each in parts) for state in ("ok", "failed", "not run")]
         seconds = sum(each.get("seconds", 0.0) for each in mine if each["part"] == WHOLE)
         rows.append([f"({letter}) {title}", *map(str, states), f"{seconds:.0f}"])
     return ["", "## Stages", "", *markdown(["", "held", "failed", "not run", "seconds, all processes"], rows)]
@@ -168,7 +171,7 @@ def details(found: list[Record]) -> list[str]:
     return lines
 
 
-_KNOWN = {"stage", "unit", "part", "state", "card", "at", "seconds"}
+_KNOWN = {"stage", "unit", "part", "state", "card", "at", "seconds", "error", "reason"}
 
 
 def failures(found: list[Record]) -> list[str]:
@@ -187,7 +190,9 @@ def write(folder: Path, titles: Mapping[str, str]) -> list[str]:
     if cards:
         head = f"On {' and '.join(cards)}; every ratio is of one process."
     else:
-        head = "**No card: not run.** What follows ran in Triton's interpreter on a CPU, and shows that this script works."
+        head = (
+            "**No card: not run.** What follows ran in Triton's interpreter on a CPU, and shows that this script works."
+        )
     rows = [goal.row() for goal in goals(found)]
     lines = ["# Check on a GPU", "", head, "", "## Goals", "", *markdown(["", "", "worst", ""], rows, 4)]
     lines += stage_table(found, titles) + layer_table(found) + step_table(found)

@@ -25,6 +25,7 @@ ROOT = Path(__file__).parents[1]
 SETTLED = 6
 """Steps after which every recipe of ``RECIPES`` is past its warm-up."""
 
+REPLAYS = 2
 MOST_LAUNCHES = 4
 """In each direction, with the copy that NCCL sums in place, without NCCL's own (docs/performance.md)."""
 
@@ -95,16 +96,19 @@ def replays_unit(name: str, *, fuse: bool) -> Unit:
             raise NotRunError("no group to sum in")
         with log.part("replayed steps equal issued ones") as found, kernels(log):
             replayed, issued = (trainer_of(log, RECIPES[name], fuse=fuse) for _ in range(2))
-            losses = [issued.step() for _ in range(5 if log.card else 1)]
-            log.need_card()
+            losses = [issued.step() for _ in range(3 + REPLAYS if log.card else 1)]
             kept: list[Tensor] = []
-            graph = recorded(lambda: kept.append(replayed.step()))
-            for _ in range(2):
-                graph.replay()
+            if log.card is None:
+                kept.append(replayed.step())
+            else:
+                graph = recorded(lambda: kept.append(replayed.step()), before=3)
+                for _ in range(REPLAYS):
+                    graph.replay()
             found["losses"] = float(kept[-1]), float(losses[-1])
             pairs = zip(replayed.model.state_dict().values(), issued.model.state_dict().values(), strict=True)
             found["difference"] = worst = max(_apart(*pair) for pair in pairs)
             assert worst < 1e-3
+            log.need_card()
 
     return unit
 
@@ -141,11 +145,11 @@ def rank_unit(rank: int, path: str) -> Unit:
                 assert whole.grad is not None
                 torch.testing.assert_close(y, expected[mine])
                 torch.testing.assert_close(part.grad, whole.grad[mine])
-            for one, two in zip(ours.parameters(), stock.parameters(), strict=True):
-                dist.all_reduce(one.grad)
-                torch.testing.assert_close(one.grad, two.grad, rtol=1e-4, atol=1e-4)
-            for one, two in zip(ours.buffers(), stock.buffers(), strict=True):
-                torch.testing.assert_close(one, two)
+            for mine_C, all_C in zip(ours.parameters(), stock.parameters(), strict=True):
+                dist.all_reduce(mine_C.grad)
+                torch.testing.assert_close(mine_C.grad, all_C.grad, rtol=1e-4, atol=1e-4)
+            for now, then in zip(ours.buffers(), stock.buffers(), strict=True):
+                torch.testing.assert_close(now, then)
 
     return unit
 
@@ -176,7 +180,7 @@ def tests(log: Log) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     environment.pop("TRITON_INTERPRET", None)
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider"]
-    place = {"cwd": ROOT, "env": environment, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    place: Any = {"cwd": ROOT, "env": environment, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     names = list[str]()
     with log.part("collected") as found:
         files = [] if log.card else ["tests/test_gpu_operators.py"]

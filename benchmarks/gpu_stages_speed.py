@@ -15,6 +15,7 @@ from multiprocessing.synchronize import Barrier
 from typing import Any
 
 import torch
+import torch._inductor.config
 from gpu_contenders import LAYERS, STEPS, at_hand
 from gpu_stages import (
     DTYPES,
@@ -45,6 +46,7 @@ PASSES = 8
 
 KERNEL_PASSES = {"sums_kernel": 1, "apply_kernel": 2, "cosums_kernel": 2, "combine_kernel": 3}
 TABLE = "profile.txt"
+COMPILE_THREADS = 4
 
 
 def sizes(log: Log) -> list[tuple[int, int, int]]:
@@ -152,6 +154,7 @@ def compiled_unit(name: str, together: Barrier) -> Unit:
                 makers = at_hand({name: STEPS[name]}, grouped=grouped, card=log.card is not None)
                 if name not in makers:
                     raise NotRunError("no card, or no group to sum in")
+                torch._inductor.config.compile_threads = COMPILE_THREADS
                 model = makers[name](model_of(log, 50))
                 model.compile(dynamic=False, backend="inductor" if log.card else "aot_eager")
                 trainer = Trainer(model, batch_of(log, batch), 1e-3)
@@ -172,7 +175,7 @@ def stage_f(card: bool) -> list[Phase]:
     together = multiprocessing.get_context("fork").Barrier(len(names))
     compiled: dict[str, Unit] = {f"compiled: {name}": compiled_unit(name, together) for name in names}
     steps: dict[str, Unit] = {f"batch {batch}": steps_unit(batch) for batch in ((8, 2, 64) if card else (2,))}
-    return [Phase(steps, limit=45), Phase(compiled, width=len(names), limit=120)]
+    return [Phase(steps, limit=45), Phase(compiled, width=len(names), limit=90)]
 
 
 # --- (g) -----------------------------------------------------------------------------------------
@@ -205,10 +208,10 @@ def profile_kernels(log: Log) -> None:
         found |= {"shape": shape, "dtype": layer["dtype"], "layout": layer["layout"]}
         found["kernels"] = rows = dict[str, dict[str, float]]()
         for each in averages:
-            if each.key in KERNEL_PASSES or each.key in ("merge_kernel", "pull_kernel"):
-                micros = each.self_device_time_total / max(each.count, 1)
-                rate = KERNEL_PASSES.get(each.key, 0) * one_pass / (micros * 1e-6) if micros else 0.0
-                rows[each.key] = {"microseconds": micros, "bytes_per_second": rate}
+            micros = each.self_device_time_total / max(each.count, 1)
+            if micros and each.device_type == torch.autograd.DeviceType.CUDA:
+                passes = KERNEL_PASSES.get(each.key, 0)
+                rows[each.key] = {"microseconds": micros, "bytes_per_second": passes * one_pass / (micros * 1e-6)}
         table = averages.table(sort_by="self_device_time_total", row_limit=30, max_name_column_width=60)
         (log.folder / TABLE).write_text(f"{shape} {layer['dtype']} {layer['layout']}\n{table}\n")
 

@@ -24,8 +24,8 @@ from typing import IO, Any
 import torch
 
 RESULTS, OUTPUT = "results.jsonl", "log.txt"
-WHOLE = "(all)"
-"""The part that a unit is, besides its own ones."""
+WHOLE, ENDED = "(all)", "(ended)"
+"""The part that a unit is, besides its own ones; and the record of a stage that ran to its end."""
 
 TAIL = 6000
 """Characters of a dead unit's output that its record keeps; ``log.txt`` has all of it."""
@@ -101,7 +101,7 @@ Unit = Callable[[Log], None]
 
 @dataclass(frozen=True)
 class Phase:
-    """Units of one kind: so many at a time, and each for so many seconds at most."""
+    """Units of one kind: so many at a time, which share the cores, and each for so many seconds at most."""
 
     units: dict[str, Unit]
     width: int = 1
@@ -113,6 +113,7 @@ class _Running:
     log: Log
     until: float
     seconds: float
+    threads: int
     output: IO[bytes] = field(default_factory=tempfile.TemporaryFile)
     process: int = 0
 
@@ -124,7 +125,7 @@ def run(phase: Phase, log: Log, deadline: float, each: Callable[[], None]) -> No
         while waiting or running:
             while waiting and len(running) < phase.width:
                 name, unit = waiting.pop(0)
-                running += _start(unit, replace(log, unit=name), min(phase.limit, deadline - time.monotonic()))
+                running += _start(unit, replace(log, unit=name), phase, deadline)
             time.sleep(0.02)
             for one in [one for one in running if _ended(one)]:
                 running.remove(one)
@@ -134,13 +135,14 @@ def run(phase: Phase, log: Log, deadline: float, each: Callable[[], None]) -> No
             _kill(one)
 
 
-def _start(unit: Unit, log: Log, seconds: float) -> list[_Running]:
+def _start(unit: Unit, log: Log, phase: Phase, deadline: float) -> list[_Running]:
+    seconds = min(phase.limit, deadline - time.monotonic())
     if seconds < 1:
         log.write(WHOLE, "not run", reason="no time left")
         return []
     sys.stdout.flush()
     sys.stderr.flush()
-    one = _Running(log, time.monotonic() + seconds, seconds)
+    one = _Running(log, time.monotonic() + seconds, seconds, max((os.cpu_count() or 1) // phase.width, 1))
     one.process = os.fork()
     if not one.process:
         _child(unit, one)
@@ -155,6 +157,7 @@ def _child(unit: Unit, one: _Running) -> None:
             os.dup2(one.output.fileno(), stream)
         faulthandler.enable(file=2)
         faulthandler.dump_traceback_later(max(one.seconds - 1, 0.5), file=2)
+        torch.set_num_threads(one.threads)
         with one.log.part(WHOLE):
             unit(one.log)
         sys.stdout.flush()
@@ -165,7 +168,7 @@ def _child(unit: Unit, one: _Running) -> None:
 
 
 def _ended(one: _Running) -> bool:
-    """Whether the process is gone, by itself or by its limit; then its output is kept, and its end if it was a bad one."""
+    """Whether the process is gone, by itself or by its limit: its output is kept, and a bad end is written down."""
     process, status = os.waitpid(one.process, os.WNOHANG)
     late = time.monotonic() > one.until
     if not process and not late:
