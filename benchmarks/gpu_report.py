@@ -15,6 +15,9 @@ Sums = dict[tuple[int, str, str], dict[str, float]]
 """Milliseconds of all layers, by batch, dtype and layout, and by contender."""
 
 
+LAYERS = 53
+
+
 class Goal(NamedTuple):
     """Something to reach, in the worst of all ``values``, by what they are of; none where nothing was measured."""
 
@@ -41,20 +44,20 @@ def measured(found: Iterable[Record], stage: str) -> list[Record]:
 
 
 def layer_sums(found: list[Record], way: str, key: str = "done") -> Sums:
-    """Over all layers of ResNet-50, where every size was measured for a contender."""
-    parts = [each for each in measured(found, "e") if each["part"].endswith(way)]
+    """Over all layers of ResNet-50; without contenders of which a size is missing, as a part that failed leaves it."""
     sums: Sums = {}
-    for each in parts:
-        row = sums.setdefault((each["batch"], each["dtype"], each["layout"]), {})
-        for name, value in each[key].items():
-            row[name] = row.get(name, 0.0) + each["times"] * value
-    return {kind: row for kind, row in sums.items() if _complete(parts, kind)}
-
-
-def _complete(parts: list[Record], kind: tuple[int, str, str]) -> bool:
-    """Whether all 53 layers are in, which a part that failed would hide."""
-    mine = [each for each in parts if (each["batch"], each["dtype"], each["layout"]) == kind]
-    return sum(each["times"] for each in mine) == 53 and len({frozenset(each["done"]) for each in mine}) == 1
+    layers: dict[tuple[int, str, str, str], int] = {}
+    for each in measured(found, "e"):
+        if each["part"].endswith(way):
+            kind = each["batch"], each["dtype"], each["layout"]
+            row = sums.setdefault(kind, {})
+            for name, value in each[key].items():
+                row[name] = row.get(name, 0.0) + each["times"] * value
+                layers[*kind, name] = layers.get((*kind, name), 0) + each["times"]
+    return {
+        kind: {name: value for name, value in row.items() if layers[*kind, name] == LAYERS}
+        for kind, row in sums.items()
+    }
 
 
 def ratios(sums: Sums, batches: tuple[int, ...], one: str, two: str) -> dict[str, float]:
@@ -117,10 +120,9 @@ def layer_table(found: list[Record]) -> list[str]:
     """All 53 layers; what the host takes is apart."""
     ways = [("issued", ", issued", "done"), ("host alone", ", issued", "issued"), ("graph", ", graph", "done")]
     rows = []
-    names: list[str] = []
+    names = list(dict.fromkeys(name for row in layer_sums(found, ", issued").values() for name in row))
     for issued, way, key in ways:
         for (batch, dtype, layout), row in sorted(layer_sums(found, way, key).items()):
-            names = names or list(row)
             rows.append(
                 [issued, str(batch), dtype, layout, *(f"{row[name]:.3f}" if name in row else "" for name in names)]
             )

@@ -167,9 +167,8 @@ def recorded(work: Work, before: int = 3) -> torch.cuda.CUDAGraph:
         for _ in range(before):
             work()
     torch.cuda.synchronize()
-    # NCCL's watchdog asks for events of earlier collectives every 100 ms, which a capture does not allow.
-    time.sleep(0.25)
     graph = torch.cuda.CUDAGraph()
+    # NCCL's watchdog asks for events of earlier collectives at any time; a capture refuses this to its own thread only.
     with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         work()
     return graph

@@ -102,9 +102,13 @@ def layers_unit(batch: int, dtype: str) -> Unit:
                 seen = medians(log, works)
                 found |= {**facts, "done": {one: each.done for one, each in seen.items()}}
                 found["issued"] = {one: each.issued for one, each in seen.items()}
+            graphs = dict[str, Work]()
+            for one, work in works.items():
+                with log.part(f"{name}, capture of {one}"):
+                    log.need_card()
+                    graphs[one] = recorded(work).replay
             with log.part(f"{name}, graph") as found:
                 log.need_card()
-                graphs: dict[str, Work] = {one: recorded(work).replay for one, work in works.items()}
                 found |= {**facts, "done": {one: each.done for one, each in medians(log, graphs).items()}}
 
     return unit

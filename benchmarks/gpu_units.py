@@ -184,7 +184,7 @@ def _ended(one: _Running) -> bool:
         reason = f"ended with status {os.waitstatus_to_exitcode(status)}"
     else:
         return True
-    one.log.write(WHOLE, "failed", error=f"{reason}; the end of its output:\n{text[-TAIL:]}")
+    one.log.write(WHOLE, "failed", error=f"{text[-TAIL:]}\n{reason}, after this output")
     return True
 
 
