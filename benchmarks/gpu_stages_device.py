@@ -60,7 +60,7 @@ def waits_unit(name: str, *, fuse: bool) -> Unit:
 def launches(log: Log) -> None:
     """What one layer of ``sync_bn`` launches, by the profiler."""
     start_group(log)
-    shape = (64, 256, 56, 56) if log.card else (2, 3, 4, 4)
+    shape = (64, 256, 56, 56) if log.card else (2, 1, 4, 4)
     with kernels(log):
         layer = distnorm.convert(nn.Sequential(nn.BatchNorm2d(shape[1])).to(log.device), SYNC)
         x = torch.randn(shape, device=log.device, requires_grad=True)

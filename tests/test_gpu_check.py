@@ -27,7 +27,7 @@ Record = Mapping[str, Any]
 
 # Of each stage a unit or two: the whole of it takes a minute.
 SOME = "versions|bandwidth|collectives|windows|4x2x4x4 float32|^local_bn$|launches|gloo|: sync_bn$"
-SOME += "|batch 2 float32|^kernels$|host|compiled"
+SOME += "|batch 2 float32|^kernels$|host|compiled: local_bn"
 FORCED = """
 import torch
 import torch.distributed as dist
