@@ -32,7 +32,9 @@ MOST_LAUNCHES = 4
 
 def trainer_of(log: Log, recipe: Recipe, *, fuse: bool) -> Trainer:
     """A ResNet-18 in training."""
-    return Trainer(distnorm.convert(model_of(log, 18), recipe, fuse=fuse), batch_of(log, 8, 32), 0.01)
+    return Trainer(
+        distnorm.convert(model_of(log, 18), recipe, fuse=fuse), batch_of(log, 16 if log.card else 4, 32), 0.01
+    )
 
 
 def waits_unit(name: str, *, fuse: bool) -> Unit:

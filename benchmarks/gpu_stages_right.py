@@ -77,14 +77,19 @@ SHAPES = [(64, 64, 56, 56), (33, 67, 7, 7), (4, 2048, 7, 7)]
 SMALL = [(2, 3, 48, 48), (3, 5, 7, 7), (4, 2, 4, 4)]
 
 
-def kernel_unit(shape: tuple[int, ...], dtype: str, layout: str) -> Unit:
-    """Batch norm as it is, and either with a residual and a ReLU, or RMS with a ReLU."""
+Kind = tuple[ChannelAffine, bool, bool]
+"""A method, whether a residual is added, and whether there is a ReLU."""
+
+PLAIN: Kind = (BatchNorm(), False, False)
+OTHERS: tuple[Kind, Kind] = ((BatchNorm(), True, True), (RMS(), False, True))
+
+
+def kernel_unit(shape: tuple[int, ...], dtype: str, layout: str, other: Kind) -> Unit:
+    """Batch norm as it is, and another kind."""
 
     def unit(log: Log) -> None:
         case = Case(shape, layout, layout, mean=5.0, dtype=DTYPES[dtype])
-        other = [(BatchNorm(), True, True), (RMS(), False, True)][sum(map(ord, dtype + layout)) % 2]
-        kinds: list[tuple[ChannelAffine, bool, bool]] = [(BatchNorm(), False, False), other]
-        for method, adds, relu in kinds:
+        for method, adds, relu in (PLAIN, other):
             name = f"{type(method).__name__}{' + residual' * adds}{', ReLU' * relu}"
             with log.part(name):
                 judge(case._replace(method=method), log.device, adds=adds, relu=relu)
@@ -168,11 +173,11 @@ def windows(log: Log) -> None:
 
 def stage_b(card: bool) -> list[Phase]:
     """Every kernel compiled and compared with float64: three shapes, three dtypes, both layouts."""
-    cases = itertools.product(SHAPES if card else SMALL, DTYPES, FORMATS)
-    units: dict[str, Unit] = {
-        f"{'x'.join(map(str, shape))} {dtype} {layout}": kernel_unit(shape, dtype, layout)
-        for shape, dtype, layout in cases
-    }
+    units: dict[str, Unit] = {}
+    for row, (shape, dtype) in enumerate(itertools.product(SHAPES if card else SMALL, DTYPES)):
+        for column, layout in enumerate(FORMATS):
+            name = f"{'x'.join(map(str, shape))} {dtype} {layout}"
+            units[name] = kernel_unit(shape, dtype, layout, OTHERS[(row + column) % 2])
     # Side by side: the compiler takes a second or more for each variant of each kernel.
     return [Phase({"windows": windows, **units}, width=len(units) + 1 if card else 2, limit=50)]
 

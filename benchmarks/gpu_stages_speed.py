@@ -30,7 +30,7 @@ from gpu_stages import (
     recorded,
     start_group,
 )
-from gpu_units import Log, NotRunError, Phase, Unit, records
+from gpu_units import RESULTS, Log, NotRunError, Phase, Unit, records
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -166,7 +166,7 @@ def compiled_unit(name: str, together: Barrier) -> Unit:
                 log.synchronize()
                 with suppress(threading.BrokenBarrierError):  # another one has failed, or is too slow to wait for
                     together.wait(60 if log.card else 1)
-                with (log.folder / "results.jsonl").open() as file:
+                with (log.folder / RESULTS).open() as file:
                     fcntl.flock(file, fcntl.LOCK_EX)
                     found |= {"batch": batch, "done": medians(log, {name: trainer.step}, 5)[name].done}
 
