@@ -216,6 +216,21 @@ def test_the_share_of_the_bandwidth(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert rows["layers, batch 64: share of the copy's bandwidth"][2:] == ["0.800 (float32, contiguous)", "met"]
 
 
+def test_the_slowest_layers_are_those_beyond_their_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The largest ones take longest because they are large; what is profiled is what could be quicker."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import gpu_stages_speed
+    import gpu_units
+
+    log = gpu_units.Log(tmp_path, None, "e", "u")
+    assert gpu_stages_speed.slowest(log)["part"] == "contiguous 256 x 56 x 56, graph"  # nothing is known yet
+    log.write("copy", "ok", bytes_per_second=1e12)
+    for side, spent, batch in ((112, 10.0, 64), (56, 8.0, 64), (28, 9.0, 8)):
+        facts = {"batch": batch, "dtype": "float32", "layout": "contiguous", "times": 1, "done": {"local_bn": spent}}
+        log.write(f"contiguous 64 x {side} x {side}, graph", "ok", moved=9_000_000_000 * side // 112, **facts)
+    assert gpu_stages_speed.slowest(log)["part"] == "contiguous 64 x 56 x 56, graph"
+
+
 def test_errors_are_in_the_report_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     failed = {"stage": "b", "unit": "u", "part": "p", "state": "failed", "card": "a card", "error": "line 1\nline 2"}
     report(tmp_path, [failed, {**failed, "unit": "v"}, {**failed, "state": "ok"}], monkeypatch)
