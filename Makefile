@@ -16,11 +16,11 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Another torch lies in an environment of its own: its full wheel, with what it brings along, takes 5 to 7 GB.
 TORCH := .venv-torch-$(VERSION)
 UNITS := $(wildcard tests/test_*.py)
-CORE := $(filter-out $(addprefix tests/test_,bench.py cli.py docs.py gpu_bench.py plan.py plan_command.py quality.py suite.py),$(UNITS)) \
+CORE := $(filter-out $(addprefix tests/test_,bench.py cli.py docs.py gpu_check.py plan.py plan_command.py quality.py suite.py),$(UNITS)) \
 	tests/laws tests/moving $(addprefix tests/distributed/test_,backends.py ddp_buffers.py sync_batch_norm_ddp.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-full test test-all test-torch check bench bench-gpu docs integrations clean
+.PHONY: help demo demo-full test test-all test-torch check bench gpu-check docs integrations clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -65,8 +65,8 @@ test-torch: $(TORCH)/.installed ## run the core tests against another torch: mak
 bench: $(STAMP) ## measure every figure of docs/performance.md, in under 15 minutes, and write its tables
 	$(BIN)/python benchmarks/suite.py
 
-bench-gpu: ## measure norms on an NVIDIA card, with a Python that has torch and Triton; says so where there is no card
-	PYTHONPATH=. $(firstword $(wildcard $(BIN)/python) $(PYTHON)) benchmarks/gpu.py
+gpu-check: ## check and time norms on an NVIDIA card, with a Python that has torch and Triton: ARGS="--stages abcd"
+	$(firstword $(wildcard $(BIN)/python) $(PYTHON)) benchmarks/gpu_check.py $(ARGS)
 
 docs: $(STAMP) ## write the generated tables of the documentation anew
 	$(BIN)/python docs/generate.py

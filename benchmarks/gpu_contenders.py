@@ -1,4 +1,4 @@
-"""Who takes part in ``gpu.py``: torch's norms, ours, and what makes a single rank use its collectives."""
+"""Who takes part in ``gpu_check.py``: torch's norms, ours, and what makes a single rank use its collectives."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from typing import Any, final
 
 import torch.distributed as dist
-from models import resnet50
 from torch import Tensor, nn
 from torch.nn.modules._functions import SyncBatchNorm
 
@@ -15,41 +14,42 @@ import distnorm
 from distnorm import recipes
 from distnorm.diagnostics.bench_steps import steady
 from distnorm.grid import Recipe
-from distnorm.methods import BatchNorm
 from distnorm.policies import Facts, Local, Policy
 from distnorm.policies.base import Reducer
 from distnorm.transport import Topology
 from distnorm.transport.group import TorchGroup
-from distnorm.types import Layout, Slot
+from distnorm.types import Layout
 
 
-class _Sum(Reducer):
-    def __init__(self, group: TorchGroup) -> None:
-        super().__init__(group.size)
-        self.group = group
+class _OneOfTwo(Topology):
+    """Of one rank, whose groups pass for groups of two: they would not send anything otherwise."""
 
-    def reduce(self, wire: Tensor, slot: Slot) -> Tensor:
-        return self.group.sum(wire, slot)
-
-    def start(self, wire: Tensor, slot: Slot) -> Callable[[], Tensor]:
-        return self.group.start(wire, slot).wait
+    def _group(self, ranks: tuple[int, ...], background: bool = False) -> TorchGroup:
+        group = TorchGroup(dist.group.WORLD, ranks, exchange_limit_bytes=-1)  # by all_reduce
+        group.size = 2
+        return group
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
-class ForcedAllReduce(Policy):
-    """``AllReduce`` whose group passes for one of two ranks: it would not send anything otherwise."""
+class Forced(Policy):
+    """``policy`` in the job's own group, whose one rank issues every collective."""
+
+    policy: Policy
 
     def bind(self, topology: Topology, layout: Layout) -> Reducer:
-        """The job's own group."""
-        group = TorchGroup(dist.group.WORLD, (0,), exchange_limit_bytes=-1)  # by all_reduce
-        group.size = 2
-        return _Sum(group)
+        """As one of two ranks."""
+        return self.policy.bind(_OneOfTwo(topology.ranks), layout)
 
     @property
     def facts(self) -> Facts:
-        """One collective."""
-        return Facts(collectives=1.0)
+        """Those of the policy."""
+        return self.policy.facts
+
+
+def forced(recipe: Recipe) -> Recipe:
+    """``recipe``, with collectives of one rank."""
+    return replace(recipe, policy=Forced(policy=recipe.policy), name=None)
 
 
 class TorchSync(nn.BatchNorm2d):
@@ -73,28 +73,41 @@ def _with_torch_sync(model: nn.Module) -> nn.Module:
     return model
 
 
-SYNC = Recipe(method=BatchNorm(), policy=ForcedAllReduce())
-MAKERS: dict[str, Callable[[nn.Module], Any]] = {
+def _by(recipe: Recipe, *, fuse: bool = False) -> Callable[[nn.Module], Any]:
+    return lambda model: distnorm.convert(model, recipe, fuse=fuse)
+
+
+SYNC = forced(recipes.sync_bn())
+WINDOWED = steady(recipes.mabn())
+Makers = dict[str, Callable[[nn.Module], Any]]
+LAYERS: Makers = {
     "SyncBatchNorm": _with_torch_sync,
     "BatchNorm2d": lambda model: model,
-    "local_bn": lambda model: distnorm.convert(model, "local_bn"),
-    "sync_bn": lambda model: distnorm.convert(model, SYNC),
+    "local_bn": _by(recipes.local_bn()),
+    "sync_bn": _by(SYNC),
 }
-FUSED: dict[str, Callable[[nn.Module], Any]] = {
-    "local_bn, fused": lambda model: distnorm.convert(model, "local_bn", fuse=True),
-    "sync_bn, fused": lambda model: distnorm.convert(model, SYNC, fuse=True),
+STEPS: Makers = {
+    **LAYERS,
+    "local_bn, fused": _by(recipes.local_bn(), fuse=True),
+    "sync_bn, fused": _by(SYNC, fuse=True),
+    "mabn": _by(forced(WINDOWED)),
+    "mabn, Local": _by(replace(WINDOWED, policy=Local(), name=None)),
 }
-MOVING: dict[str, Callable[[nn.Module], Any]] = {
-    "mabn": lambda model: distnorm.convert(model, steady(recipes.mabn())),
-    "mabn, Local": lambda model: distnorm.convert(model, replace(recipes.mabn(), policy=Local(), name=None)),
+RECIPES = {
+    "sync_bn": SYNC,
+    "local_bn": recipes.local_bn(),
+    "mabn": forced(recipes.mabn(window=3, warmup=4)),
+    "lazy_bn": forced(recipes.lazy_bn(warmup=3)),
 }
+"""With warm-ups that ten steps leave behind."""
 
 
-def layers(channels: int) -> dict[str, nn.Module]:
-    """One norm layer of each contender."""
-    return {name: make(nn.Sequential(nn.BatchNorm2d(channels)).cuda())[0] for name, make in MAKERS.items()}
+def can_run(name: str, *, grouped: bool, card: bool) -> bool:
+    """Whether this contender can: most need a group, and torch's SyncBatchNorm has no kernels for a CPU."""
+    alone = name == "BatchNorm2d" or name.startswith("local_bn") or name.endswith("Local")
+    return (grouped or alone) and (card or name != "SyncBatchNorm")
 
 
-def resnets(width: int) -> dict[str, nn.Module]:
-    """A ResNet-50 of each contender, equal weights."""
-    return {name: make(resnet50(width).cuda()) for name, make in (MAKERS | FUSED | MOVING).items()}
+def at_hand(makers: Makers, *, grouped: bool, card: bool) -> Makers:
+    """Those that can run."""
+    return {name: make for name, make in makers.items() if can_run(name, grouped=grouped, card=card)}
