@@ -16,7 +16,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Another torch lies in an environment of its own: its full wheel, with what it brings along, takes 5 to 7 GB.
 TORCH := .venv-torch-$(VERSION)
 UNITS := $(wildcard tests/test_*.py)
-CORE := $(filter-out $(addprefix tests/test_,bench.py cli.py docs.py gpu_bench.py plan.py plan_command.py quality.py suite.py),$(UNITS)) \
+CORE := $(filter-out $(addprefix tests/test_,bench.py cli.py docs.py gpu_bench.py plan.py plan_command.py quality.py quality_images.py suite.py),$(UNITS)) \
 	tests/laws tests/moving $(addprefix tests/distributed/test_,backends.py ddp_buffers.py sync_batch_norm_ddp.py)
 
 .DEFAULT_GOAL := help
