@@ -8,6 +8,7 @@ import math
 import os
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +23,15 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 import quality_images
 import quality_images_report
+import staleness
 from pictures import load_pictures
 from quality_images import Cell, contender_of
+
+import distnorm
+from distnorm import Recipe
+from distnorm.methods import RMS
+from distnorm.policies import AllReduce
+from tests.support.threads import run_threads
 
 ROOT = Path(__file__).parent.parent
 JOB = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -44,12 +52,15 @@ def write_arrays(path: Path, **changed: np.ndarray) -> Path:
     return path
 
 
-def study(*options: str) -> str:
-    command = [*JOB, "benchmarks/quality_images.py", *options]
+def job(*command: str) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    ran = subprocess.run([*JOB, *command], cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr[-4000:]
-    return ran.stderr
+    return ran
+
+
+def study(*options: str) -> str:
+    return job("benchmarks/quality_images.py", *options).stderr
 
 
 @pytest.fixture(scope="module")
@@ -178,3 +189,39 @@ def test_equal_seeds_give_equal_weights():
     assert not torch.equal(one[0].weight, other[0].weight)
     norms = [layer.num_features for layer in one if isinstance(layer, nn.BatchNorm2d)]
     assert norms == [16, 16, 32, 32, 64, 64] and one(torch.zeros(2, 3, 32, 32)).shape == (2, 5)
+
+
+def test_staleness_is_told_layer_by_layer(tmp_path):
+    data = write_arrays(tmp_path / "noise.npz")
+    options = ["--data", str(data), "--contender", "mabn(window=2, warmup=1)", "--steps", "8", "--every", "2"]
+    rows = [line.strip("| ").split(" | ") for line in job("benchmarks/staleness.py", *options).stdout.splitlines()]
+    assert [row[0] for row in rows[2:]] == ["1", "2", "3", "4", "5", "6"]
+    for statistics, cosine, size, radial, *_ in [[float(each) for each in row[1:]] for row in rows[2:]]:
+        assert statistics > 0 and -1 <= cosine < 1 and size > 0 and 0 < radial < 1
+
+
+def test_gradients_of_exact_statistics_are_those_of_their_twin():
+    exact = staleness.exact(distnorm.recipes.parse("mabn(weights='none')"))
+    assert exact == Recipe(method=RMS(), policy=AllReduce(), momentum=0.02)
+    assert staleness.exact(distnorm.recipes.parse("sync_bn")) == distnorm.recipes.parse("sync_bn")
+    assert staleness.warmup_of(distnorm.recipes.parse("mabn(window=4, warmup=10)")) == 9
+
+
+def test_what_is_compared_are_averages_over_ranks():
+    def on_rank(rank):
+        network, twin = (quality_images.build_network(0, 3, 2) for _ in range(2))
+        convert = distnorm.convert(network, "mabn(window=2, warmup=1)"), distnorm.convert(twin, "sync_bn")
+        for each in convert:
+            each(torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(rank))).sum().backward()
+        for ours, theirs in zip(*map(staleness.convolutions, convert), strict=True):
+            ours.weight.grad = ours.weight.detach() * 2 + 0.0
+            theirs.weight.grad = ours.weight.detach() * (rank + 0.5)  # on average the weight itself
+        found = defaultdict(list)
+        staleness.compare(*convert, found)
+        return found
+
+    for found in run_threads(2, on_rank):
+        for layer in range(6):
+            assert found["cosine", layer] == pytest.approx([1.0])
+            assert found["size", layer] == pytest.approx([2.0], rel=1e-5)
+            assert found["radial", layer] == pytest.approx([1.0])
