@@ -208,16 +208,18 @@ def test_gradients_of_exact_statistics_are_those_of_their_twin():
 
 
 def test_what_is_compared_are_averages_over_ranks():
+    networks = [[quality_images.build_network(0, 3, 2) for _ in range(2)] for _ in range(2)]
+
     def on_rank(rank):
-        network, twin = (quality_images.build_network(0, 3, 2) for _ in range(2))
-        convert = distnorm.convert(network, "mabn(window=2, warmup=1)"), distnorm.convert(twin, "sync_bn")
-        for each in convert:
+        network, twin = networks[rank]
+        both = distnorm.convert(network, "mabn(window=2, warmup=1)"), distnorm.convert(twin, "sync_bn")
+        for each in both:
             each(torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(rank))).sum().backward()
-        for ours, theirs in zip(*map(staleness.convolutions, convert), strict=True):
-            ours.weight.grad = ours.weight.detach() * 2 + 0.0
+        for ours, theirs in zip(*map(staleness.convolutions, both), strict=True):
+            ours.weight.grad = ours.weight.detach() * 2
             theirs.weight.grad = ours.weight.detach() * (rank + 0.5)  # on average the weight itself
         found = defaultdict(list)
-        staleness.compare(*convert, found)
+        staleness.compare(*both, found)
         return found
 
     for found in run_threads(2, on_rank):
