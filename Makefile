@@ -16,7 +16,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Another torch lies in an environment of its own: its full wheel, with what it brings along, takes 5 to 7 GB.
 TORCH := .venv-torch-$(VERSION)
 UNITS := $(wildcard tests/test_*.py)
-CORE := $(filter-out $(addprefix tests/test_,bench.py cli.py docs.py gpu_check.py plan.py plan_command.py quality.py suite.py),$(UNITS)) \
+STUDIES := bench cli docs gpu_check plan plan_command quality quality_images suite
+CORE := $(filter-out $(STUDIES:%=tests/test_%.py),$(UNITS)) \
 	tests/laws tests/moving $(addprefix tests/distributed/test_,backends.py ddp_buffers.py sync_batch_norm_ddp.py)
 
 .DEFAULT_GOAL := help

@@ -10,13 +10,11 @@ stopped. After a change to the study, delete the file.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from datetime import date, timedelta
-from functools import lru_cache
+from datetime import timedelta
+from functools import lru_cache, partial
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
@@ -40,7 +38,7 @@ from digits_task import (
     split_digits,
     validation_views,
 )
-from tqdm import tqdm
+from study import pending, run_all
 
 import distnorm
 from distnorm.integrations import mpi
@@ -142,42 +140,13 @@ def main() -> None:
     mpi.init_process_group("gloo", timeout=timedelta(hours=1))
     try:
         cells = [cell for study in options.study for cell in STUDIES[study]()]
-        run_all(pending(cells, options.output)[: options.limit], options.output, options.steps)
+        run_all(pending(cells, options.output)[: options.limit], options.output, partial(run, steps=options.steps))
         dist.barrier()
     finally:
         dist.destroy_process_group()
 
 
-def pending(cells: Sequence[Cell], path: Path) -> list[Cell]:
-    """Those of ``cells`` without a line in ``path``; rank 0's view, as the file may grow while others still read."""
-    found: list[list[Cell]] = [[]]
-    if dist.get_rank() == 0:
-        done = {cell for cell, _ in read_results(path)}
-        found = [[cell for cell in dict.fromkeys(cells) if cell not in done]]
-        print(f"{len(found[0])} of {len(cells)} runs are to be done; results: {path}", file=sys.stderr)
-    dist.broadcast_object_list(found)
-    return [Cell(*cell) for cell in found[0]]
-
-
-def read_results(path: Path) -> Iterator[tuple[Cell, dict[str, float]]]:
-    """Runs and what they measured."""
-    for line in path.read_text().splitlines() if path.exists() else ():
-        entry = json.loads(line)
-        yield Cell(*(entry[name] for name in Cell._fields)), entry
-
-
-def run_all(cells: Iterable[Cell], path: Path, steps: int) -> None:
-    """Run ``cells`` one after the other; rank 0 adds a line to ``path`` after each."""
-    for cell in tqdm(cells, disable=dist.get_rank() != 0, unit="run", mininterval=10.0, file=sys.stderr):
-        accuracy, loss = run(cell, steps)
-        if dist.get_rank() == 0:
-            found = {"accuracy": round(accuracy, 2), "final_loss": round(loss, 4), "steps": steps}
-            entry = cell._asdict() | found | {"date": date.today().isoformat(), "torch": torch.__version__}
-            with path.open("a") as file:
-                file.write(json.dumps(entry, separators=(",", ":")) + "\n")
-
-
-def run(cell: Cell, steps: int) -> tuple[float, float]:
+def run(cell: Cell, steps: int) -> dict[str, float]:
     """Train and evaluate; accuracy in percent and the final loss, the same on all ranks."""
     task = prepare(cell.difficulty, cell.batch, cell.seed, steps)
     network = normalized(build_network(cell.seed, DEPTH, GRID), cell.contender)
@@ -185,9 +154,10 @@ def run(cell: Cell, steps: int) -> tuple[float, float]:
     if any(isinstance(each, distnorm.DistNorm) for each in network.modules()):
         distnorm.sync_running_stats(network)
     # Stock running statistics are rank 0's, by DDP's broadcasts in training; and so it is rank 0 who evaluates.
-    outcome = torch.tensor([accuracy_of(network, task.validation) if dist.get_rank() == 0 else 0.0, loss])
+    outcome = torch.tensor([accuracy_of(network, *task.validation) if dist.get_rank() == 0 else 0.0, loss])
     dist.all_reduce(outcome)
-    return float(outcome[0]), float(outcome[1]) / dist.get_world_size()
+    accuracy, losses = outcome.tolist()
+    return {"accuracy": round(accuracy, 2), "final_loss": round(losses / dist.get_world_size(), 4), "steps": steps}
 
 
 @lru_cache(maxsize=1)
@@ -235,10 +205,11 @@ def train(network: nn.Module, task: Task, rate: float) -> float:
 
 
 @torch.no_grad()
-def accuracy_of(network: nn.Module, digits: Digits) -> float:
-    """How many of ``digits`` the network reads correctly, in percent. One rank calls this alone: no collective."""
+def accuracy_of(network: nn.Module, images: Tensor, labels: Tensor) -> float:
+    """How many of ``images`` the network reads correctly, in percent. One rank calls this alone: no collective."""
     network.eval()
-    return 100 * float((network(digits.images).argmax(dim=1) == digits.labels).float().mean())
+    answers = torch.cat([network(part).argmax(dim=1) for part in images.split(1000)])
+    return 100 * float((answers == labels).float().mean())
 
 
 if __name__ == "__main__":

@@ -20,7 +20,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "docs"))
 
 from generate import filled
 from measure import markdown
-from quality import BATCHES, CONTENDERS, DIFFICULTIES, RESULTS, SEEDS, Cell, rates, read_results, tuning
+from quality import BATCHES, CONTENDERS, DIFFICULTIES, RESULTS, SEEDS, Cell, rates, tuning
+from study import read_results
 
 PAGE = RESULTS.with_suffix(".md")
 CONFIDENCE = 0.95
@@ -181,7 +182,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--page", type=Path, default=PAGE)
     options = parser.parse_args()
-    accuracies = {cell: entry["accuracy"] for cell, entry in read_results(options.results)}
+    accuracies = {cell: entry["accuracy"] for cell, entry in read_results(options.results, Cell)}
     options.page.write_text(page_of(options.page.read_text(), accuracies))
 
 

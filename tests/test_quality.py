@@ -20,7 +20,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 import quality
 import quality_report
-from digits_task import DEMO, Digits, build_network, distort, scanner_of, seeded
+import study
+from digits_task import DEMO, build_network, distort, scanner_of, seeded
 from quality import CONTENDERS, Cell
 
 ROOT = Path(__file__).parent.parent
@@ -124,8 +125,7 @@ def test_accuracy_counts_correct_answers():
     with torch.no_grad():
         answers[1].weight.zero_()
         answers[1].bias.copy_(torch.tensor([0.0, 1.0, 0.0]))
-    digits = Digits(torch.zeros(4, 1, 8, 8), torch.tensor([1, 0, 1, 1]))
-    assert quality.accuracy_of(answers, digits) == 75
+    assert quality.accuracy_of(answers, torch.zeros(4, 1, 8, 8), torch.tensor([1, 0, 1, 1])) == 75
 
 
 ONE, OTHER = [91.5, 90.0, 93.25, 88.0, 95.5], [90.0, 91.0, 91.25, 85.5, 92.0]
@@ -166,6 +166,6 @@ def test_the_goal_is_judged_by_the_interval(shift, spread, word):
 
 
 def test_the_page_shows_the_recorded_runs():
-    recorded = {cell: entry["accuracy"] for cell, entry in quality.read_results(quality.RESULTS)}
+    recorded = {cell: entry["accuracy"] for cell, entry in study.read_results(quality.RESULTS, Cell)}
     page = quality_report.PAGE.read_text()
     assert quality_report.page_of(page, recorded) == page
