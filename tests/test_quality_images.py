@@ -77,6 +77,7 @@ def results(tmp_path_factory):
     return output
 
 
+@pytest.mark.slow
 def test_every_run_has_one_line_that_says_what_ran(results):
     entries = [json.loads(line) for line in results.read_text().splitlines()]
     mabn = "mabn(window=2, warmup=1, weights='none')"
@@ -94,6 +95,7 @@ def test_every_run_has_one_line_that_says_what_ran(results):
     assert len({tuple(entry["losses"]) for entry in entries}) == len(entries)
 
 
+@pytest.mark.slow
 def test_the_report_has_a_table_per_setting(results):
     script = [sys.executable, "benchmarks/quality_images_report.py", str(results), "--reference", "stock"]
     ran = subprocess.run(script, cwd=ROOT, capture_output=True, text=True, check=True)
@@ -191,6 +193,7 @@ def test_equal_seeds_give_equal_weights():
     assert norms == [16, 16, 32, 32, 64, 64] and one(torch.zeros(2, 3, 32, 32)).shape == (2, 5)
 
 
+@pytest.mark.slow
 def test_staleness_is_told_layer_by_layer(tmp_path):
     data = write_arrays(tmp_path / "noise.npz")
     options = ["--data", str(data), "--contender", "mabn(window=2, warmup=1)", "--steps", "8", "--every", "2"]

@@ -194,7 +194,7 @@ def test_what_cannot_be_scripted_says_so() -> None:
 @KINDS
 @FUSE
 @MODES
-@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_export(kind: type[nn.Module], fuse: bool, mode: bool, strict: bool) -> None:
     model, other = block(kind, fuse).train(mode), block(kind, False).train(mode)
     exported = torch.export.export(model, (X[0],), strict=strict).module()
