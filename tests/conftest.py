@@ -15,7 +15,7 @@ import pytest
 from tests.support.pool import Pool
 
 NOT_EVERYWHERE = (
-    *("accelerate", "deepspeed", "hypothesis", "lightning", "matplotlib", "mpi4py", "scipy", "sklearn", "tqdm"),
+    *("PIL", "accelerate", "deepspeed", "hypothesis", "lightning", "matplotlib", "mpi4py", "scipy", "sklearn", "tqdm"),
     *("transformers", "triton", "yaml"),
 )
 """Modules of tests that import one of these are skipped where it is missing."""
