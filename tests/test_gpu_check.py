@@ -141,6 +141,7 @@ def test_what_ended_is_not_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyP
         gpu_check.wanted(tmp_path, "az", list(made))
 
 
+@pytest.mark.slow
 def test_whatever_becomes_of_a_unit_the_others_go_on(tmp_path: Path) -> None:
     done = run("-c", UNITS, str(tmp_path))
     assert not done.returncode, done.stderr

@@ -74,6 +74,7 @@ def test_operators_say_what_they_do(device: str, mask: int) -> None:
         torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
+@pytest.mark.slow
 def test_every_kernel_compiles_for_a_card(tmp_path: Path) -> None:
     """By Triton's compiler and NVIDIA's assembler, which need no card and take less than the interpreter does."""
     environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
