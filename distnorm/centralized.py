@@ -213,6 +213,7 @@ class _CentralizedConvTranspose(Centralized):
             return self._forward(input, output_size)
 
     def _scripted(self, input: Tensor) -> Tensor:
+        """What a script runs, which can look up no function by the number of dimensions: each class has its own."""
         raise NotImplementedError
 
     def _forward(self, input: Tensor, output_size: list[int] | None) -> Tensor:
