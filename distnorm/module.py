@@ -23,7 +23,7 @@ from distnorm.operators import NOW, absorb_unseen
 from distnorm.policies import Local
 from distnorm.share import KeepLocal, LayerShare
 from distnorm.site import Site
-from distnorm.surroundings import are_own, are_plain, is_fake, transforming
+from distnorm.surroundings import are_own, are_plain, exporting, is_fake, transforming
 from distnorm.tracing import is_traced, leaf
 from distnorm.transport import LostGroup
 from distnorm.types import Affine, Running, Tail
@@ -108,7 +108,7 @@ class DistNorm(_BatchNorm):
 
     def _share(self, input: Tensor, plain: bool) -> LayerShare | KeepLocal:
         if torch.compiler.is_compiling():
-            if isinstance(self.recipe.policy, Local) and torch.compiler.is_exporting():  # it needs no model to run
+            if isinstance(self.recipe.policy, Local) and exporting():  # it needs no model to run
                 self._site.refuse_one_value(input)
                 return KeepLocal()
             return LayerShare(self._site, NOW, opaque=True)
@@ -166,7 +166,7 @@ class DistNorm(_BatchNorm):
     def _running_statistics(self, state: Running) -> tuple[Tensor | None, Tensor | None]:
         """With what is in flight, if an asynchronous policy has sent statistics that no step's end has absorbed yet."""
         mean_C, var_C = state[:2]
-        if self._site.conversion.facts.always_lands or torch.compiler.is_exporting() or mean_C is None or var_C is None:
+        if self._site.conversion.facts.always_lands or exporting() or mean_C is None or var_C is None:
             return mean_C, var_C
         if torch.compiler.is_compiling():
             ahead_of: tuple[Tensor, Tensor] = torch.ops.distnorm.running(mean_C, var_C, self._site.number)

@@ -127,17 +127,18 @@ def hierarchical_mabn(
     return _mabn(policy, window, warmup, clip, "centralized")
 
 
-def lazy_bn(*, warmup: int = 16, weights: Weights = "centralized") -> Recipe:
-    """Batch norm with one asynchronous collective per step: other ranks as they were two steps ago, this one as it is.
+def lazy_bn(*, window: int = 8, warmup: int = 16, weights: Weights = "centralized") -> Recipe:
+    """Batch norm with one asynchronous collective per step: other ranks by their last steps, this one as it is.
 
     Exact synchronization for ``warmup`` steps. Running statistics are global and equal on all ranks. Our own
     construction: docs/moving.md, which also says why weights are centralized.
 
     Args:
+        window: steps of the other ranks, whose mean stands for them; with 1 training suffers on natural images.
         warmup: synchronous steps at the start.
         weights: "centralized", or "none" to leave them alone.
     """
-    return Recipe(method=BatchNorm(), policy=Warmup(then=StaleMix(), steps=warmup), weights=weights)
+    return Recipe(method=BatchNorm(), policy=Warmup(then=StaleMix(window=window), steps=warmup), weights=weights)
 
 
 def _mabn(policy: Policy, window: int, warmup: int, clip: float, weights: Weights) -> Recipe:

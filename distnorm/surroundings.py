@@ -1,8 +1,8 @@
 """Who looks on while a layer runs: what decides whether kernels may read and write its tensors by address.
 
 The only user of torch's private counts of dispatch modes and of functorch levels, of the level of forward-mode
-differentiation, of the hooks on all modules, and of the switches that hide work from modes and transforms (torch 2.13;
-see tests/test_private_apis.py).
+differentiation, of the hooks on all modules, of the flag of ``torch.export``, and of the switches that hide work from
+modes and transforms (torch 2.13; see tests/test_private_apis.py).
 """
 
 from __future__ import annotations
@@ -24,6 +24,11 @@ def transforming() -> bool:
     """Whether tensors are replaced or recorded: by functorch, forward-mode derivatives or ``torch.jit.trace``."""
     differentiating = torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
     return differentiating or torch.jit.is_tracing()
+
+
+def exporting() -> bool:
+    """Whether ``torch.export`` runs. Under torch 2.11 ``torch.compiler.is_exporting()`` is true in any graph."""
+    return torch.compiler._is_exporting_flag
 
 
 def watched() -> bool:

@@ -25,6 +25,7 @@ PRIVATE = (
     "autograd.forward_ad._current_level",
     "autograd.function.BackwardCFunction.apply",
     "autograd.graph._engine_run_backward",
+    "compiler._is_exporting_flag",
     "nn.modules.batchnorm._BatchNorm._check_input_dim",
     "nn.parallel.DistributedDataParallel._active_ddp_module",
     "nn.parallel.DistributedDataParallel._assign_modules_buffers",

@@ -26,7 +26,7 @@ def test_recipes_lists_all(capsys: pytest.CaptureFixture[str]) -> None:
         "weights: Weights = 'centralized')",
         "hierarchical_mabn(local: str = 'local', node: str = 'node', window: int = 16, warmup: int = 100, "
         "clip: float = 5.0)",
-        "lazy_bn(warmup: int = 16, weights: Weights = 'centralized')",
+        "lazy_bn(window: int = 8, warmup: int = 16, weights: Weights = 'centralized')",
     ]
     assert lines[1::2] == [f"    {each.summary}" for each in recipes.available()]
 

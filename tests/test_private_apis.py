@@ -209,6 +209,20 @@ def test_transforms_are_known_and_can_be_hidden() -> None:
     assert not surroundings.transforming()
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_exports_are_known(strict: bool) -> None:
+    """And told from other compilation."""
+
+    class Layer(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x + 1 if surroundings.exporting() else x + 2
+
+    x = torch.zeros(2)
+    assert torch.export.export(Layer(), (x,), strict=strict).module()(x).tolist() == [1, 1]
+    assert torch.compile(Layer(), backend="eager", fullgraph=True)(x).tolist() == [2, 2]
+    assert not surroundings.exporting()
+
+
 def test_batches_of_gradients_are_known() -> None:
     seen: list[bool] = []
     x = torch.ones(2, requires_grad=True)

@@ -51,7 +51,7 @@ MOVING: dict[str, Policy] = {
     "Moving-sum": Moving(window=3, loss_reduction="sum"),
     "Moving-blocking": Moving(window=2, staleness=0),
     "Moving-exact": Moving(window=1, staleness=0),
-    "StaleMix": StaleMix(),
+    "StaleMix": StaleMix(window=2),
     "Warmup": Warmup(then=Moving(window=2), steps=2),
     "Warmup-StaleMix": Warmup(first=Chain(AllReduce(axis="local"), AllReduce(axis="node")), then=StaleMix(), steps=1),
     "Chain-Warmup": Chain(

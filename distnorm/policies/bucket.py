@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import logging
 from itertools import accumulate
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from distnorm.kernels import gpu
-from distnorm.policies.base import Reducer
 from distnorm.transport import Group
 from distnorm.transport.group import Pending, moved
 from distnorm.types import EVERY_LAYER, Direction, Landed, Layout, Slot
@@ -211,22 +210,3 @@ class Bucket:
             vector = in_flight.to(self.outbox.device, copy=True)
             slot = Slot(EVERY_LAYER, "forward", -1)
             self._pending = Pending(vector, None, slot)
-
-
-class Remembering(Reducer):
-    """A reducer with a bucket and tensors beside it, all on the device of the layers: they follow when these move."""
-
-    kept: ClassVar[tuple[str, ...]]
-    """Names of these tensors."""
-    bucket: Bucket
-
-    def follow(self, values: Tensor) -> None:
-        """Go on where the ``values`` of a layer are now. Waits for the vector in flight, if that is elsewhere."""
-        device = values.device
-        if device == self.bucket.outbox.device:
-            return
-        with torch.inference_mode(False):
-            self.bucket.to(device)
-            for name in self.kept:
-                value = getattr(self, name)
-                setattr(self, name, None if value is None else moved(value, device))

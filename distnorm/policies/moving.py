@@ -18,7 +18,8 @@ from torch import Tensor
 
 from distnorm.compiled import library
 from distnorm.policies.base import Policy, Reducer
-from distnorm.policies.bucket import DOUBLE, Bucket, Remembering, at_or_number, loss_scale_of
+from distnorm.policies.bucket import DOUBLE, Bucket, at_or_number, loss_scale_of
+from distnorm.policies.entries import Entries, Remembering
 from distnorm.policies.facts import Facts
 from distnorm.policies.routes import Routes
 from distnorm.transport import Group, Topology
@@ -28,8 +29,6 @@ LossReduction = Literal["mean", "sum"]
 
 
 class _Window(Remembering):
-    kept = ("ring", "filled", "position", "sums")
-
     def __init__(self, policy: Moving, blocking: Group, background: Group, layout: Layout) -> None:
         super().__init__(blocking.size)
         self.policy = policy
@@ -37,11 +36,7 @@ class _Window(Remembering):
         self.blocking = blocking
         self.bucket = Bucket(layout, background)
         # The newest entry never enters the ring before it is global: the window is the ring and the newest.
-        self.depth = policy.window - 1
-        self.ring = torch.zeros(self.depth, self.bucket.values, dtype=torch.float64, device=layout.device)
-        self.filled = torch.zeros(self.bucket.slots, dtype=torch.int64, device=layout.device)
-        self.position = torch.zeros_like(self.filled)
-        self.sums = torch.zeros(self.bucket.values, dtype=torch.float64, device=layout.device)
+        self.entries = Entries(self.bucket, policy.window - 1)
 
     def routes(self) -> Routes:
         return [(self.blocking.ranks,)]
@@ -83,9 +78,9 @@ class _Window(Remembering):
 
     def _windowed(self, key: tuple[str, Direction], values: Tensor, weight: Tensor) -> Tensor:
         """Mean over the landed entries and the newest, if it has any weight."""
-        entries = self.filled[self.bucket.index[key]] + (weight > 0)
+        entries = self.entries.filled[self.bucket.index[key]] + (weight > 0)
         own = torch.where(weight > 0, values / weight, 0)
-        return (self.sums[self.bucket.span[key]] + own) / entries.clamp_min(1)
+        return (self.entries.sums[self.bucket.span[key]] + own) / entries.clamp_min(1)
 
     def _enter_in_triton(self, newest: Tensor, weight: Tensor | None, slot: Slot) -> Tensor:
         from distnorm.kernels.gpu.entries import window  # imports Triton
@@ -93,7 +88,13 @@ class _Window(Remembering):
         key = slot.layer, slot.direction
         span, number = self.bucket.span[key], self.bucket.index[key]
         out: Tensor = window(
-            *(newest.contiguous(), weight, *at_or_number(loss_scale_of(slot, newest)), self.sums, self.filled),
+            *(
+                newest.contiguous(),
+                weight,
+                *at_or_number(loss_scale_of(slot, newest)),
+                self.entries.sums,
+                self.entries.filled,
+            ),
             *(self.bucket.outbox, span.start, span.stop - span.start, number, slot.direction == "forward"),
         )
         return out
@@ -107,7 +108,7 @@ class _Window(Remembering):
             out[-1] = own
         compiled.entries_window(
             *(newest.data_ptr(), span.stop - span.start, scale, own, own * scale),
-            *(self.sums.data_ptr() + DOUBLE * span.start, self.filled.data_ptr() + DOUBLE * number),
+            *(self.entries.sums.data_ptr() + DOUBLE * span.start, self.entries.filled.data_ptr() + DOUBLE * number),
             *(*self.bucket.addresses(key), out.data_ptr()),
         )
         return out
@@ -128,15 +129,15 @@ class _Window(Remembering):
 
     def end_step(self, slot: Slot, *, observed: bool = False) -> list[Landed]:
         if observed or self.policy.staleness == 0:
-            self._push(self.bucket.take())
+            self.entries.push(self.bucket.take())
             return []
         landed, _ = self.bucket.exchange(slot)
         if landed is None:
             return []
-        usable = self._push(landed)
+        usable = self.entries.push(landed)
         weights = self.bucket.parts(landed)[1]
         # A window of one keeps no entry: what landed is all there is.
-        shared = self.sums / self.filled[self.bucket.slot_of].clamp_min(1) if self.depth else self.bucket.means(landed)
+        shared = self.entries.mean() if self.entries.depth else self.bucket.means(landed)
         return self.bucket.landed(shared, weights, usable)
 
     def in_flight(self) -> list[Landed]:
@@ -144,76 +145,30 @@ class _Window(Remembering):
         if landed is None:
             return []
         usable = self.bucket.judge(landed)[1]
-        values, weights = self.bucket.parts(landed)
-        if not self.depth:
-            return self.bucket.landed(self.bucket.means(landed), weights, usable)
-        slot_of = self.bucket.slot_of
-        oldest = self.ring[self.position[slot_of], torch.arange(self.bucket.values, device=slot_of.device)]
-        sums = self.sums + torch.where(usable[slot_of], values / weights[slot_of] - oldest, 0.0)
-        filled = (self.filled + usable).clamp_max(self.depth)
-        return self.bucket.landed(sums / filled[slot_of].clamp_min(1), weights, usable)
+        means = self.bucket.means(landed)
+        shared = self.entries.mean_after(means, usable) if self.entries.depth else means
+        return self.bucket.landed(shared, self.bucket.parts(landed)[1], usable)
 
     def watch(self, slot: Slot, *, exact: bool) -> dict[str, Watch]:
         local = self.bucket.means(self.bucket.last)
         shared = self.bucket.means(self.blocking.sum(self.bucket.last, slot)) if exact else None
-        used = self.sums / self.filled[self.bucket.slot_of].clamp_min(1)
+        used = self.entries.mean()
         found = {}
         for (layer, direction), number in self.bucket.index.items():
             span = self.bucket.span[layer, direction]
             if direction == "forward":
-                entries, dropped = int(self.filled[number]), int(self.bucket.dropped[number])
+                entries, dropped = int(self.entries.filled[number]), int(self.bucket.dropped[number])
                 found[layer] = Watch(
                     local[span], used[span], None if shared is None else shared[span], entries, dropped
                 )
         return found
 
-    def _push(self, vector: Tensor) -> Tensor:
-        """Put the entry that ``vector`` holds into the ring; return which slots it had."""
-        if self.depth and self.bucket.in_triton(vector):
-            return self._push_in_triton(vector)
-        if self.depth and vector.is_cpu and (compiled := library()) is not None:
-            return self._push_in_c(compiled, vector.contiguous())
-        usable = self.bucket.usable(vector)
-        if not self.depth:
-            return usable
-        values, weights = self.bucket.parts(vector)
-        slot_of = self.bucket.slot_of
-        row = self.position[slot_of]
-        column = torch.arange(self.bucket.values, device=row.device)
-        entry = torch.where(usable[slot_of], values / weights[slot_of], self.ring[row, column])
-        self.ring[row, column] = entry
-        self.position = torch.where(usable, (self.position + 1) % self.depth, self.position)
-        # In place, as ``Bucket.take`` says.
-        self.filled.add_(usable).clamp_max_(self.depth)
-        torch.sum(self.ring, 0, out=self.sums)
-        return usable
-
-    def _push_in_triton(self, vector: Tensor) -> Tensor:
-        from distnorm.kernels.gpu.entries import push  # imports Triton
-
-        ring = self.ring, self.filled, self.position, self.sums
-        usable: Tensor
-        usable, self.position = push(vector.contiguous(), self.bucket.starts, *ring, self.bucket.dropped)
-        return usable
-
-    def _push_in_c(self, compiled: CDLL, vector: Tensor) -> Tensor:
-        bucket, usable = self.bucket, torch.empty(self.bucket.slots, dtype=torch.bool, device="cpu")
-        ring = self.ring, self.filled, self.position, self.sums
-        compiled.entries_push(
-            *(vector.data_ptr(), bucket.starts.data_ptr(), bucket.slots, self.depth),
-            *(each.data_ptr() for each in (*ring, bucket.dropped, usable)),
-        )
-        return usable
-
     def state_dict(self) -> dict[str, Any]:
         self.bucket.warn_of_drops()
-        window = {name: getattr(self, name).clone() for name in ("ring", "filled", "position")}
-        return {"window": window, "bucket": self.bucket.state_dict()}
+        return {"window": self.entries.state_dict(), "bucket": self.bucket.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any], *, own: bool) -> None:
-        for name, value in state["window"].items():
-            getattr(self, name).copy_(value)
-        torch.sum(self.ring, 0, out=self.sums)
+        self.entries.load_state_dict(state["window"])
         self.bucket.load_state_dict(state["bucket"], own=own)
 
 
@@ -243,7 +198,7 @@ class Moving(Policy):
 
     def __post_init__(self) -> None:
         """Validate."""
-        if not isinstance(self.window, int) or self.window < 1:
+        if type(self.window) is not int or self.window < 1:
             raise ValueError(f"Moving(window={self.window!r}): need a whole number of steps, at least 1.")
         if self.staleness not in (0, 1):
             raise ValueError(f"Moving(staleness={self.staleness!r}): need 0 (blocking) or 1 (one step in flight).")

@@ -1,9 +1,9 @@
-"""StaleMix: the other ranks' last landed step and this rank's current one; one asynchronous collective per step.
+"""StaleMix: the other ranks' newest landed steps and this rank's current one; one asynchronous collective per step.
 
-Timeline: as ``Moving`` with staleness 1 and no window: in step t the other ranks are represented by step t - 2.
-Variance nearly that of exact synchronization, at the price of a bias under drift (docs/moving.md). Our own
-construction, after the displaced statistics of Li et al., "DistriFusion", CVPR 2024, in the form that suits
-independent batches.
+Timeline: as ``Moving`` with staleness 1: in step t the other ranks are represented by their mean over the ``window``
+steps up to t - 2. This rank keeps the weight of one among K, whatever the window (docs/moving.md). Our own
+construction, after the displaced statistics of Li et al., "DistriFusion", CVPR 2024, in the form that suits independent
+batches.
 """
 
 from __future__ import annotations
@@ -17,23 +17,25 @@ from torch import Tensor
 
 from distnorm.compiled import library
 from distnorm.policies.base import Policy, Reducer
-from distnorm.policies.bucket import DOUBLE, Bucket, Remembering, at_or_number, loss_scale_of
+from distnorm.policies.bucket import DOUBLE, Bucket, at_or_number, loss_scale_of
+from distnorm.policies.entries import Entries, Remembering
 from distnorm.policies.facts import Facts
 from distnorm.policies.routes import Routes
 from distnorm.transport import Group, Topology
+from distnorm.transport.group import moved
 from distnorm.types import Landed, Layout, Slot, Watch
 
 
 class _Mix(Remembering):
-    kept = ("others", "_sent")
     late = True
 
-    def __init__(self, blocking: Group, background: Group, layout: Layout) -> None:
+    def __init__(self, window: int, blocking: Group, background: Group, layout: Layout) -> None:
         super().__init__(blocking.size)
         self.blocking = blocking
         # Counts are values here, to be mixed like sums; weights count contributions.
         self.bucket = Bucket(layout, background, extra=1)
-        self.others = torch.zeros(self.bucket.values, dtype=torch.float64, device=layout.device)
+        self.entries = Entries(self.bucket, window)
+        self.others = torch.zeros_like(self.entries.sums)
         """Per slot, what one other rank contributes on average; 0 before anything landed."""
         self._sent: Tensor | None = None
 
@@ -84,23 +86,22 @@ class _Mix(Remembering):
     def end_step(self, slot: Slot, *, observed: bool = False) -> list[Landed]:
         if observed:
             # Another policy has shared this step: what one rank contributes on average is known without a collective.
-            vector = self.bucket.take()
-            self._represent(vector, torch.zeros_like(vector), self.bucket.usable(vector))
+            self._represent(self.bucket.take())
             return []
         landed, sent = self.bucket.exchange(slot)
         own, self._sent = self._sent, sent
         if landed is None:
             return []
-        usable = self.bucket.usable(landed)
-        self._represent(landed, torch.zeros_like(landed) if own is None else own, usable)
-        return self._landed(self.bucket.parts(landed)[0], usable)
+        self._represent(landed if own is None else landed - own)
+        return self._landed(landed)
 
     def in_flight(self) -> list[Landed]:
         landed = self.bucket.in_flight()
-        return [] if landed is None else self._landed(self.bucket.parts(landed)[0], self.bucket.judge(landed)[1])
+        return [] if landed is None else self._landed(landed)
 
-    def _landed(self, values: Tensor, usable: Tensor) -> list[Landed]:
+    def _landed(self, vector: Tensor) -> list[Landed]:
         """Of all slots at once, of which the forward ones end with their counts."""
+        values, usable = self.bucket.parts(vector)[0], self.bucket.judge(vector)[1]
         counts = values[self.bucket.starts[1:] - 1]
         means = values / counts.clamp_min(1)[self.bucket.slot_of]
         landed = self.bucket.landed(means, counts, usable & (counts > 0))
@@ -115,26 +116,29 @@ class _Mix(Remembering):
             if direction == "forward":
                 span = self.bucket.span[layer, direction]
                 shared = None if total is None else _mean(total[span])
-                present = int(bool(self.others[span][-1] > 0))
-                dropped = int(self.bucket.dropped[number])
-                found[layer] = Watch(_mean(last[span]), _mean(used[span]), shared, present, dropped)
+                entries, dropped = int(self.entries.filled[number]), int(self.bucket.dropped[number])
+                found[layer] = Watch(_mean(last[span]), _mean(used[span]), shared, entries, dropped)
         return found
 
-    def _represent(self, total: Tensor, own: Tensor, usable: Tensor) -> None:
-        values, weights = (all_ - mine for all_, mine in zip(*map(self.bucket.parts, (total, own)), strict=True))
-        slot_of = self.bucket.slot_of
-        present = (usable & (weights > 0))[slot_of]
-        kept = torch.where(usable[slot_of], 0.0, self.others)
-        torch.where(present, values / weights[slot_of], kept, out=self.others)  # in place, as ``Bucket.take`` says
+    def _represent(self, vector: Tensor) -> None:
+        """Let ``vector``, of other ranks, speak for them."""
+        self.entries.push(vector)
+        self.others.copy_(self.entries.mean())  # in place, as ``Bucket.take`` says
+
+    def move(self, device: torch.device) -> None:
+        super().move(device)
+        self.others = moved(self.others, device)
+        self._sent = None if self._sent is None else moved(self._sent, device)
 
     def state_dict(self) -> dict[str, Any]:
         self.bucket.warn_of_drops()
-        state = {"others": self.others.clone(), "bucket": self.bucket.state_dict()}
+        state = {"others": self.entries.state_dict(), "bucket": self.bucket.state_dict()}
         return state if self._sent is None else {**state, "sent": self._sent.clone()}
 
     def load_state_dict(self, state: dict[str, Any], *, own: bool) -> None:
         self.bucket.load_state_dict(state["bucket"], own=own)
-        self.others.copy_(state["others"])
+        self.entries.load_state_dict(state["others"])
+        self.others.copy_(self.entries.mean())
         self._sent = state["sent"].to(self.others.device) if own and "sent" in state else None
 
 
@@ -145,20 +149,27 @@ def _mean(wire: Tensor) -> Tensor:
 @final
 @dataclass(frozen=True, kw_only=True)
 class StaleMix(Policy):
-    """``reduce(wire) = own wire + (K - 1) * what one other rank contributed to the last landed step``.
+    """``reduce(wire) = own wire + (K - 1) * what one other rank contributed on average to the landed steps``.
 
     Args:
+        window: how many of them, the newest ones.
         axis: share along this axis only, as ``AllReduce(axis=...)``; None for all data-parallel ranks.
 
     Training-mode forwards under ``no_grad`` share synchronously.
     """
 
+    window: int = 1
     axis: str | None = None
+
+    def __post_init__(self) -> None:
+        """Validate."""
+        if type(self.window) is not int or self.window < 1:
+            raise ValueError(f"StaleMix(window={self.window!r}): need a whole number of steps, at least 1.")
 
     def bind(self, topology: Topology, layout: Layout) -> Reducer:
         """Make one group for blocking sums and one for the bucket."""
         blocking, background = topology.pair(self.axis)
-        return _Mix(blocking, background, layout)
+        return _Mix(self.window, blocking, background, layout)
 
     @property
     def facts(self) -> Facts:

@@ -8,6 +8,7 @@ from threading import Lock
 
 import pytest
 
+from distnorm.policies import entries as remembered
 from distnorm.policies import moving, stale_mix
 from distnorm.policies.bucket import Bucket
 from tests.support.interpreter import INTERPRETED
@@ -22,7 +23,7 @@ def entries(request: pytest.FixtureRequest) -> Iterator[None]:
     """Policies that remember steps do their arithmetic in C, in torch or in Triton."""
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "torch":
-            for module in (moving, stale_mix):
+            for module in (remembered, moving, stale_mix):
                 patch.setattr(module, "library", lambda: None)
         if request.param == "triton":
             interpret(patch)

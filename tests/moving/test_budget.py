@@ -20,7 +20,7 @@ from tests.moving.models import batch, build, loss_of, same, train
 from tests.support.fake import fake_world
 from tests.support.threads import run_threads
 
-ASYNCHRONOUS: dict[str, Policy] = {"Moving": Moving(window=3), "StaleMix": StaleMix()}
+ASYNCHRONOUS: dict[str, Policy] = {"Moving": Moving(window=3), "StaleMix": StaleMix(window=2)}
 EVERY = pytest.mark.parametrize("policy", ASYNCHRONOUS.values(), ids=ASYNCHRONOUS.keys())
 STEPS = 5
 
@@ -116,7 +116,7 @@ def _landed(state: dict[str, Any]) -> Any:
     return state.get("window", {}), state["bucket"].get("in_flight"), state["bucket"]["dropped"]
 
 
-@pytest.mark.parametrize("policy", [Moving(window=3), Moving(window=1), StaleMix()], ids=repr)
+@pytest.mark.parametrize("policy", [Moving(window=3), Moving(window=1), StaleMix(), StaleMix(window=3)], ids=repr)
 @settings(max_examples=10)
 @given(world_size=st.integers(2, 4), seed=st.integers(1, 2**16))
 def test_landed_state_is_equal_bit_for_bit(policy, world_size, seed):

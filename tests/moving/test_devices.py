@@ -21,7 +21,7 @@ POLICIES: dict[str, Policy] = {
     "Moving": Moving(window=3),
     "Moving-1": Moving(window=1),
     "blocking": Moving(window=3, staleness=0),
-    "StaleMix": StaleMix(),
+    "StaleMix": StaleMix(window=2),
     "Warmup": Warmup(then=Moving(window=3), steps=2),
     "Warmup-StaleMix": Warmup(then=StaleMix(), steps=20),
     "Chain": Chain(AllReduce(), Moving(window=3)),

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is made for Linux only")
 
 from distnorm import Recipe
-from distnorm.policies import Moving, StaleMix, moving, stale_mix
+from distnorm.policies import Moving, StaleMix, entries, moving, stale_mix
 from distnorm.transport.group import Pending
 from distnorm.types import EVERY_LAYER, Direction, Landed, Layout, Slot
 from tests.moving import test_scaling, test_stale_mix
@@ -39,6 +40,7 @@ POLICIES: dict[str, Policy] = {
     "blocking": Moving(window=2, staleness=0),
     "blocking sum": Moving(window=2, staleness=0, loss_reduction="sum"),
     "mix": StaleMix(),
+    "mix of 3": StaleMix(window=3),
 }
 EVERY = pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES.keys())
 WAYS = ["triton", "torch"]
@@ -48,7 +50,7 @@ def take(way: str, patch: pytest.MonkeyPatch) -> None:
     if way == "triton":
         interpret(patch)
     else:
-        for module in (moving, stale_mix):
+        for module in (entries, moving, stale_mix):
             patch.setattr(module, "library", lambda: None)
 
 
@@ -133,31 +135,32 @@ class Window:
 
 @dataclass
 class Mix:
-    """Per slot, what the other rank contributed to the step that landed."""
+    """Per slot, what the other rank contributed on average to the steps that landed."""
 
     size: int
+    window: int
     flying: Sum | None = None
     dropped: int = 0
 
     def __post_init__(self) -> None:
-        self.step, self.others = nothing(self.size), nothing(self.size).values
+        self.step, self.others = nothing(self.size), list[Tensor]()
 
     def call(self, values: Tensor, weight: float, scale: float) -> Tensor:
         self.step = Sum(self.step.values + values / scale, self.step.weight + 1)
-        return values + scale * self.others
+        return values + scale * (torch.stack(self.others).mean(0) if self.others else 0.0)
 
     def end(self) -> None:
         landed, self.flying, self.step = self.flying, self.step, nothing(self.size)
         if landed is not None:
             self.dropped += not landed.values.isfinite().all()
             if landed.good():
-                self.others = landed.values * OTHER / (landed.weight * OTHER)
+                self.others = [*self.others, landed.values * OTHER / (landed.weight * OTHER)][-self.window :]
 
 
 def written(policy: Policy) -> dict[tuple[str, Direction], Window | Mix]:
     if isinstance(policy, Moving):
         return {key: Window(policy, size) for key, size in SIZES.items()}
-    return {key: Mix(size + (key[1] == "forward")) for key, size in SIZES.items()}
+    return {key: Mix(size + (key[1] == "forward"), policy.window) for key, size in SIZES.items()}
 
 
 class Case:
@@ -274,9 +277,9 @@ def test_layers_of_several_ranks_move_as_is_written_out(staleness, method, reduc
 
 @pytest.mark.usefixtures("interpreted")
 @SMALL
-@given(method=test_scaling.METHODS, seed=test_scaling.SEEDS)
-def test_layers_of_several_ranks_mix_as_is_written_out(method, seed):
+@given(method=test_scaling.METHODS, seed=test_scaling.SEEDS, window=st.sampled_from([1, 3]))
+def test_layers_of_several_ranks_mix_as_is_written_out(method, seed, window):
     plan = make_plan(seed, 3, together=False)
     plan = plan._replace(extras=[None] * len(plan.steps))
-    found = run_threads(3, follow, plan, Recipe(method=method, policy=StaleMix()))
-    assert_all_close(found, test_stale_mix.write_out(plan, 3, method), 1e-8)
+    found = run_threads(3, follow, plan, Recipe(method=method, policy=StaleMix(window=window)))
+    assert_all_close(found, test_stale_mix.write_out(plan, 3, method, window), 1e-8)

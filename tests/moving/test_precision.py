@@ -24,7 +24,7 @@ POLICIES: dict[str, Policy] = {
     "Moving": Moving(window=3),
     "blocking": Moving(window=3, staleness=0),
     "sum": Moving(window=3, loss_reduction="sum"),
-    "StaleMix": StaleMix(),
+    "StaleMix": StaleMix(window=2),
     "Warmup": Warmup(then=Moving(window=3), steps=3),
     "Chain": Chain(AllReduce(), Moving(window=3, axis="local")),
 }

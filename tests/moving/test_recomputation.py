@@ -19,7 +19,7 @@ from tests.support.threads import run_threads
 POLICIES: dict[str, Policy] = {
     "Moving": Moving(window=3),
     "blocking": Moving(window=3, staleness=0),
-    "StaleMix": StaleMix(),
+    "StaleMix": StaleMix(window=2),
     "Warmup": Warmup(then=Moving(window=3), steps=3),
     "Chain": Chain(AllReduce(), Moving(window=3, axis="local")),
 }

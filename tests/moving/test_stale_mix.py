@@ -1,4 +1,4 @@
-"""StaleMix: the other ranks' last landed step and this rank's current one, against the written-out formula."""
+"""StaleMix: the other ranks' newest landed steps and this rank's current one, against the written-out formula."""
 
 from __future__ import annotations
 
@@ -56,17 +56,27 @@ class Part:
             self.calls + sign * other.calls,
         )
 
+    def over(self, many: int) -> Part:
+        return Part(self.sums / many, self.n / many, self.cotangents / many, 1)
+
 
 def nothing() -> Part:
     return Part(_zero(), 0, _zero(), 0)
 
 
-class Mix:
-    """A layer under ``StaleMix`` on all ranks: total - own + own now, per contribution where layers are skipped."""
+def mean_of(parts: list[Part]) -> Part:
+    total = nothing()
+    for part in parts:
+        total = total.plus(part)
+    return total.over(max(len(parts), 1))
 
-    def __init__(self, method: Method, ranks: int, weight: Tensor, bias: Tensor) -> None:
-        self.method, self.ranks, self.weight, self.bias = method, ranks, weight, bias
-        self.others = [nothing() for _ in range(ranks)]
+
+class Mix:
+    """A layer under ``StaleMix`` on all ranks: mean of total - own, per contribution, and own now."""
+
+    def __init__(self, method: Method, ranks: int, window: int, weight: Tensor, bias: Tensor) -> None:
+        self.method, self.ranks, self.window, self.weight, self.bias = method, ranks, window, weight, bias
+        self.others: list[list[Part]] = [[] for _ in range(ranks)]
         self.in_flight: list[Part] | None = None
         self.running = Running(torch.zeros(C).double(), torch.ones(C).double())
 
@@ -75,7 +85,7 @@ class Mix:
         answers: list[list[Answer]] = [[] for _ in calls]
         for rank, mine in enumerate(calls):
             for call in mine:
-                answer, part = self._call(call, self.others[rank])
+                answer, part = self._call(call, mean_of(self.others[rank]))
                 answers[rank].append(answer)
                 parts[rank] = parts[rank].plus(part)
         landed, self.in_flight = self.in_flight, parts
@@ -102,17 +112,16 @@ class Mix:
             return
         for rank, own in enumerate(landed):
             rest = total.plus(own, -1)
-            share = max(rest.calls, 1)
-            self.others[rank] = (
-                Part(rest.sums / share, rest.n / share, rest.cotangents / share, 1) if rest.calls else nothing()
-            )
+            if rest.calls:
+                self.others[rank].append(rest.over(rest.calls))
+                del self.others[rank][: -self.window]
         if total.n:
             self.running.absorb(self.method, total.sums / total.n, total.n)
 
 
-def write_out(plan: Plan, ranks: int, method: Method) -> list[Seen]:
-    model = make_layer(Recipe(method=method, policy=StaleMix()))
-    mix = Mix(method, ranks, model.weight.detach(), model.bias.detach())
+def write_out(plan: Plan, ranks: int, method: Method, window: int) -> list[Seen]:
+    model = make_layer(Recipe(method=method, policy=StaleMix(window=window)))
+    mix = Mix(method, ranks, window, model.weight.detach(), model.bias.detach())
     seen = [Seen([], [], []) for _ in range(ranks)]
     for calls in plan.steps:
         for mine, answers in zip(seen, mix.step(calls), strict=True):
@@ -130,13 +139,13 @@ def _constant(seed: int, ranks: int, steps: int) -> Plan:
 
 
 @settings(max_examples=40)
-@given(method=METHODS, seed=SEEDS, ranks=WORLDS)
-def test_the_mix_is_what_is_written_out(method, seed, ranks):
+@given(method=METHODS, seed=SEEDS, ranks=WORLDS, window=st.integers(1, 3))
+def test_the_mix_is_what_is_written_out(method, seed, ranks, window):
     """Skipped layers, several calls, empty and unequal batches."""
     plan = make_plan(seed, ranks, together=False)
     plan = plan._replace(extras=[None] * len(plan.steps))
-    found = run_threads(ranks, follow, plan, Recipe(method=method, policy=StaleMix()))
-    assert_all_close(found, write_out(plan, ranks, method), 1e-8)
+    found = run_threads(ranks, follow, plan, Recipe(method=method, policy=StaleMix(window=window)))
+    assert_all_close(found, write_out(plan, ranks, method, window), 1e-8)
 
 
 @settings(max_examples=15)
@@ -156,12 +165,12 @@ def test_without_drift_it_is_exact_once_something_landed(method, seed, ranks):
 
 
 @settings(max_examples=15)
-@given(method=METHODS, seed=SEEDS, ranks=WORLDS, steps=st.integers(1, 3))
-def test_warmup_starts_it_warm(method, seed, ranks, steps):
+@given(method=METHODS, seed=SEEDS, ranks=WORLDS, window=st.integers(1, 3), steps=st.integers(1, 3))
+def test_warmup_starts_it_warm(method, seed, ranks, window, steps):
     """Equal batches on all ranks: not one step differs from exact synchronization."""
     call = draw(torch.Generator().manual_seed(seed), 3, C, 0.5)
     plan = Plan([[[call]] * ranks] * (steps + 4), [None] * (steps + 4))
-    policies: list[Policy] = [Warmup(then=StaleMix(), steps=steps), AllReduce()]
+    policies: list[Policy] = [Warmup(then=StaleMix(window=window), steps=steps), AllReduce()]
     found, exact = (run_threads(ranks, follow, plan, Recipe(method=method, policy=policy)) for policy in policies)
     for mine, right in zip(found, exact, strict=True):
         assert_all_close(mine.answers, right.answers)
@@ -226,9 +235,28 @@ def test_a_step_that_nobody_used_keeps_what_landed_before():
     assert_all_close([mine.answers[-1][0].y for mine in found], [right.answers[-1][0].y for right in exact])
 
 
+def test_a_mean_of_several_steps_stands_for_the_others():
+    """A window of 3 in step 5: steps 1 to 3 have landed. This rank's batch keeps the weight of one of two."""
+    generator = torch.Generator().manual_seed(3)
+    steps = [[[draw(generator, 4, C, rank + at / 2)] for rank in range(2)] for at in range(6)]
+    recipe = Recipe(method=RMS(), policy=StaleMix(window=3))
+    found = run_threads(2, follow, Plan(steps, [None] * 6), recipe)
+    x, old = steps[5][0][0].x, torch.cat([steps[at][1][0].x for at in (1, 2, 3)])
+    square = (x.square().mean(0) + old.square().mean(0)) / 2
+    layer = make_layer(recipe)
+    expected = x / (square + 1e-5).sqrt() * layer.weight.detach() + layer.bias.detach()
+    assert_all_close(found[0].answers[5][0].y, expected)
+
+
+@pytest.mark.parametrize("window", [0, -1, 2.0, True, "8"], ids=repr)
+def test_a_window_is_a_whole_number(window):
+    with pytest.raises(ValueError, match="window"):
+        distnorm.recipes.build("lazy_bn", window=window)
+
+
 def test_the_named_recipe():
-    policy = Warmup(first=AllReduce(), then=StaleMix(), steps=4)
+    policy = Warmup(first=AllReduce(), then=StaleMix(window=8), steps=4)
     recipe = distnorm.recipes.build("lazy_bn", warmup=4)
     assert recipe == Recipe(method=BatchNorm(), policy=policy, weights="centralized")
-    plain = distnorm.recipes.build("lazy_bn", warmup=4, weights="none")
-    assert plain == Recipe(method=BatchNorm(), policy=policy)
+    plain = distnorm.recipes.build("lazy_bn", window=1, warmup=4, weights="none")
+    assert plain == Recipe(method=BatchNorm(), policy=Warmup(then=StaleMix(), steps=4))

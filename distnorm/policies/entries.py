@@ -1,0 +1,117 @@
+"""Entries: what landed in the newest steps, for each slot of a bucket, and the sum of it.
+
+An entry is a landed value over its weight. Slots go on by themselves: one that was not used, or came back with NaN or
+Inf, keeps the entries that it has.
+"""
+
+from __future__ import annotations
+
+from ctypes import CDLL
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distnorm.compiled import library
+from distnorm.policies.base import Reducer
+from distnorm.policies.bucket import Bucket
+from distnorm.transport.group import moved
+
+_STORED = ("ring", "filled", "position")
+
+
+class Entries:
+    """Up to ``depth`` entries for each slot of ``bucket``."""
+
+    def __init__(self, bucket: Bucket, depth: int) -> None:
+        self.bucket = bucket
+        self.depth = depth
+        device = bucket.outbox.device
+        self.ring = torch.zeros(depth, bucket.values, dtype=torch.float64, device=device)
+        self.filled = torch.zeros(bucket.slots, dtype=torch.int64, device=device)
+        """How many entries each slot has."""
+        self.position = torch.zeros_like(self.filled)
+        """The row of each slot's next entry."""
+        self.sums = torch.zeros(bucket.values, dtype=torch.float64, device=device)
+
+    def push(self, vector: Tensor) -> Tensor:
+        """Make an entry of each usable slot of ``vector``; return which these are. Counts those that are broken."""
+        if self.depth and self.bucket.in_triton(vector):
+            return self._push_in_triton(vector)
+        if self.depth and vector.is_cpu and (compiled := library()) is not None:
+            return self._push_in_c(compiled, vector.contiguous())
+        usable = self.bucket.usable(vector)
+        if not self.depth:
+            return usable
+        values, weights = self.bucket.parts(vector)
+        slot_of = self.bucket.slot_of
+        row = self.position[slot_of]
+        column = torch.arange(self.bucket.values, device=row.device)
+        entry = torch.where(usable[slot_of], values / weights[slot_of], self.ring[row, column])
+        self.ring[row, column] = entry
+        self.position = torch.where(usable, (self.position + 1) % self.depth, self.position)
+        # In place, as ``Bucket.take`` says.
+        self.filled.add_(usable).clamp_max_(self.depth)
+        torch.sum(self.ring, 0, out=self.sums)
+        return usable
+
+    def _push_in_triton(self, vector: Tensor) -> Tensor:
+        from distnorm.kernels.gpu.entries import push  # imports Triton
+
+        ring = self.ring, self.filled, self.position, self.sums
+        usable: Tensor
+        usable, self.position = push(vector.contiguous(), self.bucket.starts, *ring, self.bucket.dropped)
+        return usable
+
+    def _push_in_c(self, compiled: CDLL, vector: Tensor) -> Tensor:
+        bucket, usable = self.bucket, torch.empty(self.bucket.slots, dtype=torch.bool, device="cpu")
+        ring = self.ring, self.filled, self.position, self.sums
+        compiled.entries_push(
+            *(vector.data_ptr(), bucket.starts.data_ptr(), bucket.slots, self.depth),
+            *(each.data_ptr() for each in (*ring, bucket.dropped, usable)),
+        )
+        return usable
+
+    def mean(self) -> Tensor:
+        """Of the entries of each slot; 0 where there is none."""
+        return self.sums / self.filled[self.bucket.slot_of].clamp_min(1)
+
+    def mean_after(self, entry: Tensor, usable: Tensor) -> Tensor:
+        """What ``mean`` would be with ``entry`` pushed into the ``usable`` slots."""
+        slot_of = self.bucket.slot_of
+        oldest = self.ring[self.position[slot_of], torch.arange(self.bucket.values, device=slot_of.device)]
+        sums = self.sums + torch.where(usable[slot_of], entry - oldest, 0.0)
+        return sums / (self.filled + usable).clamp_max(self.depth)[slot_of].clamp_min(1)
+
+    def to(self, device: torch.device) -> None:
+        """Go on there."""
+        for name in (*_STORED, "sums"):
+            setattr(self, name, moved(getattr(self, name), device))
+
+    def state_dict(self) -> dict[str, Any]:
+        """All but the sum."""
+        return {name: getattr(self, name).clone() for name in _STORED}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Resume."""
+        for name in _STORED:
+            getattr(self, name).copy_(state[name])
+        torch.sum(self.ring, 0, out=self.sums)
+
+
+class Remembering(Reducer):
+    """A reducer with a bucket and entries, on the device of the layers: they follow when these move."""
+
+    bucket: Bucket
+    entries: Entries
+
+    def follow(self, values: Tensor) -> None:
+        """Go on where the ``values`` of a layer are now. Waits for the vector in flight, if that is elsewhere."""
+        if values.device != self.bucket.outbox.device:
+            with torch.inference_mode(False):
+                self.move(values.device)
+
+    def move(self, device: torch.device) -> None:
+        """Go on there."""
+        self.bucket.to(device)
+        self.entries.to(device)
