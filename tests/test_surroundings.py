@@ -27,7 +27,6 @@ from distnorm import Ledger
 from tests.support.threads import run_threads
 
 # torch 2.13 compiles its own formulas of forward-mode derivatives by a function that it has deprecated.
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 
 RECIPES = ["local_bn", "sync_bn", "mabn", "lazy_bn"]
 
@@ -356,7 +355,7 @@ def test_transforms_before_the_first_step_are_refused_by_name(recipe: str) -> No
     model(images()).sum().backward()
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_traces_of_training(recipe: str, dtype: torch.dtype) -> None:

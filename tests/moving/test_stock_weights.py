@@ -413,7 +413,6 @@ def test_parametrized_after_convert(tool: Callable[[nn.Module], Any], trained: b
     torch.testing.assert_close(stock.eval()(batch(99)), evaluated(model), rtol=0, atol=1e-9)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
 def test_layers_can_be_scripted_for_evaluation() -> None:
     model = RECIPES["rms"](net())
     train(model, OPTIMIZERS["Adam"](model.parameters()), range(3))
