@@ -152,8 +152,10 @@ class _Uses(TorchFunctionMode):
 
     def _produced(self, name: str) -> Callable[..., None]:
         def note(module: nn.Module, _: Any, output: Any) -> None:
-            self._ran.add(name)
-            for each in _tensors(output):
+            made = [each for each in _tensors(output) if each.numel()]  # an empty one has no memory to be known by
+            if made:
+                self._ran.add(name)
+            for each in made:
                 self._seen[_key(each)] = name, each
 
         return note

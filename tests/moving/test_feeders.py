@@ -269,6 +269,33 @@ def test_ranks_decide_alike() -> None:
     assert run_threads(3, run) == [{"two"}] * 3
 
 
+@pytest.mark.parametrize("sizes", [(3, 0), (0, 0)], ids=str)
+def test_outputs_without_values_tell_nothing(sizes: tuple[int, int]) -> None:
+    """Where an engine hands on other tensors than layers return, empty ones have nothing to be known by."""
+
+    class Through(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, y: Tensor) -> Tensor:
+            return y.detach()  # as DeepSpeed's ZeRO 3 does (0.19.8)
+
+        @staticmethod
+        def backward(ctx: Any, dy: Tensor) -> Tensor:
+            return dy
+
+    def run(rank: int) -> set[str]:
+        model = distnorm.convert(made(plain), SHARED)
+        for norm in (model.norm1, model.norm2):
+            norm.register_forward_pre_hook(lambda module, args: (Through.apply(*args),))
+        optimizer = torch.optim.Adam(model.parameters(), 0.01)
+        for step in range(2):
+            optimizer.zero_grad()
+            loss_of(model(batch(step, sizes[rank]))).nan_to_num().backward()
+            optimizer.step()
+        return centred(model)
+
+    assert run_threads(2, run) == [BOTH] * 2
+
+
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize("way", ["parts", "compiled", "compiled part"])
 def test_models_that_cannot_be_watched_keep_the_guess(way: str) -> None:
