@@ -69,7 +69,7 @@ def test_sync_bn(pool: Pool, backend: str) -> None:
     x_TWNCS, _ = jobs.batches(STEPS, 2)
     stock = start(0)
     expected, _ = steps(stock, x_TWNCS.flatten(1, 2))
-    for seen in pool.run(2, train, x_TWNCS, "sync_bn", {}, backend, timeout=110.0):
+    for seen in pool.run(2, train, x_TWNCS, "sync_bn", {}, backend):
         torch.testing.assert_close(seen.gradients, expected, rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(seen.running, jobs.running_statistics(stock), rtol=1e-9, atol=1e-9)
         assert seen.collectives == {step: dict.fromkeys(LAYERS, 2) for step in range(STEPS)}
@@ -80,7 +80,7 @@ def test_sync_bn(pool: Pool, backend: str) -> None:
 def test_periodic_bn(pool: Pool, backend: str) -> None:
     arguments = (jobs.batches(STEPS, 2)[0], "periodic_bn", {"every": 2})
     plain = pool.run(2, train, *arguments, None)
-    for seen, expected in zip(pool.run(2, train, *arguments, backend, timeout=110.0), plain, strict=True):
+    for seen, expected in zip(pool.run(2, train, *arguments, backend), plain, strict=True):
         torch.testing.assert_close(seen.gradients, expected.gradients, rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(seen.running, expected.running, rtol=1e-9, atol=1e-9)
         assert seen.collectives == {0: dict.fromkeys(LAYERS, 2), 1: {}, 2: dict.fromkeys(LAYERS, 2)}
