@@ -172,7 +172,7 @@ def _running_statistics_agree(ranks: tuple[int, ...], recipe: Recipe, reducer: R
     landing, *handovers = (_joined(ranks, [each[at] for each in told]) for at in range(len(own)))
     for first, then in zip(handovers[::2], handovers[1::2], strict=True):
         _check_handover(recipe, first, then)
-    return landing is not None and all(sums == next(iter(each.values())) for each in landing for sums in each.values())
+    return landing is not None and all(map(_all_equal, landing))
 
 
 Joined = dict[int, Counter[int]]
@@ -184,15 +184,21 @@ def _joined(ranks: tuple[int, ...], told: list[Routes]) -> list[Joined] | None:
     return None if None in told else [joined(dict(zip(ranks, each, strict=True))) for each in by_route]
 
 
+def _all_equal(joined: Joined) -> bool:
+    distinct = list({id(sums): sums for sums in joined.values()}.values())  # comparing P counters takes P^2
+    return all(sums == distinct[0] for sums in distinct)
+
+
 def _check_handover(recipe: Recipe, first: list[Joined] | None, then: list[Joined] | None) -> None:
     if first is None or then is None:
         raise ValueError(
             f"{recipe}: a policy of your own in a warm-up must say which ranks it joins. Define its reducer's routes()."
         )
     for given in (*first, *then):
-        for rank, sums in given.items():
-            if sums != first[0][rank]:
-                expected, found = (sorted(each.elements()) for each in (first[0][rank], sums))
+        distinct = {(id(sums), id(first[0][rank])): rank for rank, sums in reversed(given.items())}
+        for rank in sorted(distinct.values()):
+            if given[rank] != first[0][rank]:
+                expected, found = (sorted(each.elements()) for each in (first[0][rank], given[rank]))
                 raise ValueError(
                     f"{recipe}: moving statistics go on from what the warm-up shared, but rank {rank} is joined with "
                     f"{expected} in one step and with {found} in another. Let both policies share among the same ranks."
