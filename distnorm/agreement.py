@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -17,6 +18,7 @@ from distnorm.grid import Recipe
 from distnorm.layout import layout_of
 from distnorm.policies import Reducer
 from distnorm.policies.routes import Routes, joined
+from distnorm.running import BUFFERS
 from distnorm.transport import LostGroup, Topology, mpi
 from distnorm.transport.rendezvous import connected, group_timeout, tell_and_collect
 from distnorm.transport.topology import node_id
@@ -86,12 +88,16 @@ def _agree(
     """Compare what ``ranks`` converted."""
     place = mpi.place(layout.device) if transport == "mpi" else None
     groups = ranks_of(recipe.policy.facts.groups)
-    converted, device = _fingerprint(recipe, transport, layers), layout.device.type
-    mine = {"node": node_id(), "converted": converted, "device": device, "mpi": place, "groups": groups}
+    lines = _fingerprint(recipe, transport, layers)
+    digest = hashlib.sha256(json.dumps(lines).encode()).hexdigest()
+    mine = {
+        **{"node": node_id(), "converted": digest, "device": layout.device.type, "mpi": place},
+        "groups": [None if group == ranks else group for group in groups],
+    }
     told = [json.loads(text) for text in tell_and_collect(ranks, json.dumps(mine), timeout)]
-    for rank, other in zip(ranks, told, strict=True):
-        _compare(ranks[0], told[0]["converted"], rank, other["converted"])
-    _compare_groups({rank: other["groups"] for rank, other in zip(ranks, told, strict=True)})
+    _compare_all({rank: other["converted"] for rank, other in zip(ranks, told, strict=True)}, lines, timeout)
+    named = {rank: other["groups"] for rank, other in zip(ranks, told, strict=True)}
+    _compare_groups({rank: [list(ranks) if one is None else one for one in each] for rank, each in named.items()})
     nodes = tuple(other["node"] for other in told)
     places = mpi.check_places(ranks, [other["mpi"] for other in told]) if transport == "mpi" else None
     on_cpu = all(other["device"] in ("cpu", "meta") for other in told)
@@ -99,14 +105,41 @@ def _agree(
 
 
 def _fingerprint(recipe: Recipe, transport: Transport, layers: Sequence[tuple[str, _BatchNorm]]) -> list[str]:
-    """Lines that are equal on ranks that converted alike; which ranks explicit groups have may differ."""
+    """Lines that are equal on ranks that converted alike; which ranks explicit groups have may differ.
+
+    They say all that is taken for granted later on: what is shared, and which running statistics rank 0 broadcasts.
+    """
     text = repr(recipe)
     for ranks in ranks_of(recipe.policy.facts.groups):
         text = text.replace(f"process_group={list(ranks)}", "process_group=given")
     lines = [text, f"transport={transport!r}"]
     for name, layer in layers:
-        lines.append(f"{name}: {layer.num_features} features, eps={layer.eps}, momentum={layer.momentum}")
+        lines.append(
+            f"{name}: {layer.num_features} features, eps={layer.eps}, momentum={layer.momentum}, {_tracked(layer)}"
+        )
     return lines
+
+
+def _tracked(layer: _BatchNorm) -> str:
+    buffers = [(name, getattr(layer, name)) for name in BUFFERS]
+    found = [f"{name} {each.dtype} on {each.device.type}" for name, each in buffers if each is not None]
+    return ", ".join(found).replace("torch.", "") or "no running statistics"
+
+
+def _compare_all(digests: dict[int, str], lines: list[str], timeout: timedelta) -> None:
+    """Whether ``lines`` are the same on all ranks; only where their digests differ are they told.
+
+    Raises:
+        RuntimeError: on all ranks; they differ.
+    """
+    if len(set(digests.values())) == 1:
+        return
+    firsts = {digest: rank for rank, digest in reversed(digests.items())}
+    mine = lines if dist.get_rank() in firsts.values() else None
+    ranks = tuple(digests)
+    told = dict(zip(ranks, map(json.loads, tell_and_collect(ranks, json.dumps(mine), timeout)), strict=True))
+    for rank in sorted(firsts.values(), key=ranks.index):
+        _compare(ranks[0], told[ranks[0]], rank, told[rank])
 
 
 def _compare(first: int, expected: list[str], rank: int, given: list[str]) -> None:
@@ -139,7 +172,7 @@ def _running_statistics_agree(ranks: tuple[int, ...], recipe: Recipe, reducer: R
     landing, *handovers = (_joined(ranks, [each[at] for each in told]) for at in range(len(own)))
     for first, then in zip(handovers[::2], handovers[1::2], strict=True):
         _check_handover(recipe, first, then)
-    return landing is not None and all(sums == next(iter(each.values())) for each in landing for sums in each.values())
+    return landing is not None and all(map(_all_equal, landing))
 
 
 Joined = dict[int, Counter[int]]
@@ -151,15 +184,21 @@ def _joined(ranks: tuple[int, ...], told: list[Routes]) -> list[Joined] | None:
     return None if None in told else [joined(dict(zip(ranks, each, strict=True))) for each in by_route]
 
 
+def _all_equal(joined: Joined) -> bool:
+    distinct = list({id(sums): sums for sums in joined.values()}.values())  # comparing P counters takes P^2
+    return all(sums == distinct[0] for sums in distinct)
+
+
 def _check_handover(recipe: Recipe, first: list[Joined] | None, then: list[Joined] | None) -> None:
     if first is None or then is None:
         raise ValueError(
             f"{recipe}: a policy of your own in a warm-up must say which ranks it joins. Define its reducer's routes()."
         )
     for given in (*first, *then):
-        for rank, sums in given.items():
-            if sums != first[0][rank]:
-                expected, found = (sorted(each.elements()) for each in (first[0][rank], sums))
+        distinct = {(id(sums), id(first[0][rank])): rank for rank, sums in reversed(given.items())}
+        for rank in sorted(distinct.values()):
+            if given[rank] != first[0][rank]:
+                expected, found = (sorted(each.elements()) for each in (first[0][rank], given[rank]))
                 raise ValueError(
                     f"{recipe}: moving statistics go on from what the warm-up shared, but rank {rank} is joined with "
                     f"{expected} in one step and with {found} in another. Let both policies share among the same ranks."

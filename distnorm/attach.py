@@ -24,11 +24,11 @@ class Attachment:
 
     def remove(self) -> None:
         """Steps end with backward passes again, and no loss scale is known."""
-        for undo in self._undo:
-            undo()
         for conversion in self._conversions:
             conversion.ends_with_backward = True
             conversion.loss_scale = None
+        for undo in self._undo:
+            undo()
 
 
 def attach(
@@ -62,7 +62,8 @@ def attach(
     conversions = conversions_of(model)
     undo = []
     for conversion in conversions:
-        conversion.bind(process_group)
+        conversion.bind(process_group)  # all of them, before anything is said of steps: a bind may be refused
+    for conversion in conversions:
         conversion.ends_with_backward = optimizer is None and not manual
         conversion.loss_scale = loss_scale
         if optimizer is not None:
@@ -73,11 +74,11 @@ def attach(
 
 def _end_steps(conversion: Conversion, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
     """Let ``optimizer`` end the steps of ``conversion``, once each, however often it is told so."""
-    known = conversion.optimizers.pop(optimizer, None)
-    if known is not None:
-        known.remove()
+    known = conversion.optimizers.get(optimizer)
     handle = optimizer.register_step_post_hook(lambda *_: conversion.bound().end_step())
     conversion.optimizers[optimizer] = handle
+    if known is not None:
+        known.remove()
     return handle.remove
 
 
@@ -107,17 +108,32 @@ def load_state_dict(model: nn.Module, state: list[dict[str, Any]]) -> None:
     """Resume from ``state_dict``. No collective.
 
     With this rank's own state and the same number of ranks the trajectory goes on bit for bit; with another rank's, or
-    at another world size, windows start warm and a log line says so.
+    at another world size, windows start warm and a log line says so. A window of another size takes over the newest
+    entries that there are and fit.
 
     Raises:
-        ValueError: the model was converted by another number of calls.
+        ValueError: as ``check_state_dict``; nothing has changed then.
     """
+    check_state_dict(model, state)
     conversions = conversions_of(model)
-    if len(conversions) != len(state):
-        raise ValueError(f"state of {len(state)} conversions given; the model has {len(conversions)}.")
     for conversion, each in zip(conversions, state, strict=True):
         conversion.load_state_dict(each)
     weights.goes_on(model)
+
+
+def check_state_dict(model: nn.Module, state: object) -> None:
+    """Whether ``load_state_dict`` can take ``state``. No collective; nothing changes.
+
+    Raises:
+        ValueError: it is no ``state_dict``, or of a newer version, another recipe than one that differs in its window
+            or warm-up, other layers or another number of conversions; the message says which.
+    """
+    conversions = conversions_of(model)
+    if not isinstance(state, list) or len(state) != len(conversions):
+        given = f"{len(state)} conversions" if isinstance(state, list) else f"another kind, a {type(state).__name__},"
+        raise ValueError(f"distnorm: state of {given} given; the model has {len(conversions)}.")
+    for conversion, each in zip(conversions, state, strict=True):
+        conversion.check_state(each)
 
 
 def sync_running_stats(model: nn.Module) -> None:

@@ -84,13 +84,12 @@ class Binding:
 
         Asked once after every backward pass, as in ``loss_scale_of_pass``.
         """
-        scale, judged = self.conversion.loss_scale, self._judged_pass
+        scale = self.conversion.loss_scale
+        if scale is not None and not self.conversion.ends_with_backward and self._judged_pass != self._scaled_pass:
+            with unseen():
+                if scale() < self.loss_scale:
+                    self.end_step()
         self._judged_pass = self._scaled_pass
-        if scale is None or self.conversion.ends_with_backward or judged == self._scaled_pass:
-            return
-        with unseen():
-            if scale() < self.loss_scale:
-                self.end_step()
 
     def note_use(self, layer: str) -> None:
         """Watch for a second forward of ``layer`` in one step, which a window cannot tell from a missed step."""
@@ -123,13 +122,13 @@ class Binding:
             RuntimeError: another rank did not take part within the timeout.
         """
         self._boundary_queued = False
-        self._used.clear()
         passes = self._passes if self.conversion.ends_with_backward else 0
         observers = tuple(self.conversion.observers)
         slot = Slot(EVERY_LAYER, "forward", self.step, observers=observers, passes=passes)
         with torch.inference_mode(False):
             landed = self.reducer.end_step(slot)
         self.step += 1
+        self._used.clear()
         self._in_flight = None
         running.absorb_all(dict(self.conversion.layers()), landed, self.conversion.recipe.method)
 

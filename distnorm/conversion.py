@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from distnorm import agreement, running
+from distnorm import agreement, running, saved
 from distnorm.binding import Binding
 from distnorm.grid import Recipe
 from distnorm.surroundings import transforming, unseen
@@ -113,11 +113,11 @@ class Conversion:
 
     def training_goes_on(self) -> None:
         """Running statistics that were loaded must now be what this process had, and mean what the method tracks."""
-        self.means_to_fold = False
         running.restore(self.layers(), self._live)
         self._live = {}
         if not self.recipe.method.centred:
             running.fold_means(layer for _, layer in self.layers())
+        self.means_to_fold = False
 
     def ahead(self, name: str) -> Landed | None:
         """What running statistics of layer ``name`` have yet to absorb of the steps that ended, if training goes on."""
@@ -168,11 +168,12 @@ class Conversion:
             mesh = self.mesh if isinstance(self.mesh, DeviceMesh) else None
             met = agreement.meet(world, ranks, self.recipe, list(self.layers()), mesh, self.transport)
             running.take_over((layer for _, layer in self.layers()), met.topology.everyone())
-        self._binding = Binding(self, world, met)
+        binding = Binding(self, world, met)
         if self._resumed is not None:
-            self._resume(self._binding, self._resumed)
+            self._resume(binding, self._resumed)
         elif self.facts.keeps_cotangents:
             logger.info("distnorm: moving statistics start cold")
+        self._binding = binding
 
     def state_dict(self) -> dict[str, Any]:
         """What the policy needs to go on as if nothing had happened, of this rank. Waits for what is in flight."""
@@ -184,10 +185,15 @@ class Conversion:
         if not self.facts.always_lands:
             # A model's state_dict may have absorbed what a run that goes on from here has yet to absorb.
             kept["running"] = running.snapshot(self.layers())
-        return {**place, **kept, "step": binding.step, "reducer": binding.reducer.state_dict()}
+        belonging = saved.belonging(self.recipe, list(self.layers()))
+        return {**belonging, **place, **kept, "step": binding.step, "reducer": binding.reducer.state_dict()}
+
+    def check_state(self, state: object) -> None:
+        """Raise a ValueError that says where ``state`` does not fit, unless ``load_state_dict`` can take it."""
+        saved.check(state, self.recipe, list(self.layers()))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from ``state``, now or when the layers are bound."""
+        """Go on from ``state``, which ``check_state`` has passed, now or when the layers are bound."""
         self._resumed = state
         if "feeders" in state:
             left, feeds = state["feeders"]

@@ -161,11 +161,13 @@ def take_over(layers: Iterable[_BatchNorm], group: Group) -> None:
     for buffer in _buffers(layers):
         by_dtype.setdefault(buffer.dtype, []).append(buffer)
     for buffers in by_dtype.values():
-        flat = torch.cat([buffer.flatten() for buffer in buffers])
+        device = buffers[0].device  # where layers lie on several, their statistics travel from the first one's
+        flat = torch.cat([buffer.flatten().to(device) for buffer in buffers])
         group.broadcast(flat)
         for buffer, values in zip(buffers, flat.split([buffer.numel() for buffer in buffers]), strict=True):
-            if not torch.equal(buffer, values.view_as(buffer)):
-                buffer.copy_(values.view_as(buffer))
+            values = values.view_as(buffer).to(buffer.device)
+            if not torch.equal(buffer, values):
+                buffer.copy_(values)
 
 
 @torch.no_grad()

@@ -247,6 +247,8 @@ def test_the_default_store_keeps_texts(world: dist.ProcessGroup) -> None:
     store.set("key", "text")
     store.wait(["key", "serial"], timedelta(seconds=1))
     assert store.get("key") == b"text"
+    store.set("other key", "other text")
+    assert store.multi_get(["other key", "key"]) == [b"other text", b"text"]
     assert store.check(["key"]) and not store.check(["other"])
     with pytest.raises(RuntimeError, match=r"(?i)time"):
         store.wait(["other"], timedelta(milliseconds=10))

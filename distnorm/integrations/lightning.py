@@ -16,7 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import distnorm
 from distnorm import recipes
-from distnorm.attach import Attachment, conversions_of
+from distnorm.attach import Attachment, check_state_dict
 from distnorm.convert import Where
 from distnorm.grid import Recipe
 from distnorm.integrations.checkpoint import is_converted
@@ -179,14 +179,10 @@ def _loss_scale(trainer: Trainer) -> Callable[[], Tensor | float] | None:
 
 
 def _own_state(model: nn.Module) -> dict[str, Any]:
-    """What this rank needs to go on, on the CPU, and what it belongs to."""
+    """What this rank needs to go on, on the CPU."""
     state = distnorm.state_dict(model)
     leaves = {path: leaf.cpu() for path, leaf in _leaves(state).items() if isinstance(leaf, Tensor)}
-    return {"converted": _converted(model), "state": _with_leaves(state, leaves)}
-
-
-def _converted(model: nn.Module) -> list[list[str]]:
-    return [[repr(each.recipe), *(name for name, _ in each.layers())] for each in conversions_of(model)]
+    return {"state": _with_leaves(state, leaves)}
 
 
 def _join(own: dict[str, Any]) -> dict[str, Any]:
@@ -203,16 +199,21 @@ def _join(own: dict[str, Any]) -> dict[str, Any]:
 
 
 def _resume(model: nn.Module, section: Mapping[str, Any], rank: int, world_size: int) -> None:
-    if section["converted"] != _converted(model):
-        rank_zero_warn(
-            f"distnorm: the checkpoint's moving statistics belong to {section['converted']}; the model was converted "
-            f"to {_converted(model)}. They are left aside."
+    if not {"state", "differences"} <= section.keys():
+        raise ValueError(
+            f'distnorm: section "{_SECTION}" of the checkpoint has {sorted(section)}, which is not what '
+            "DistNormCallback writes. Take it out of the checkpoint to start cold."
         )
-        return
     differences = section["differences"]
     # At another world size: rank 0's, which load_state_dict reports.
     mine = differences[rank] if len(differences) == world_size else {}
-    distnorm.load_state_dict(model, _with_leaves(section["state"], mine))
+    state = _with_leaves(section["state"], mine)
+    try:
+        check_state_dict(model, state)
+    except ValueError as error:  # on all ranks alike: they read one file
+        rank_zero_warn(f"{error} The checkpoint's moving statistics are left aside.")
+        return
+    distnorm.load_state_dict(model, state)
 
 
 def _branches(tree: object, path: str) -> Iterable[tuple[Any, object, str]] | None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from distnorm.policies.base import Policy, Reducer
 from distnorm.policies.facts import Facts
 from distnorm.policies.routes import Routes
+from distnorm.policies.stored import Check, fields
 from distnorm.transport import Group, LostGroup, Topology, check_group, lost
 from distnorm.types import Layout, Slot
 
@@ -100,6 +101,10 @@ class AllReduce(Policy):
         """One collective."""
         named = () if self.process_group is None else (self.process_group,)
         return Facts(collectives=1.0, groups=named, bounded=bool(named))
+
+    def stores(self, layout: Layout) -> Check:
+        """Nothing."""
+        return fields({})
 
 
 def _rebuild(axis: str | None, group_size: int | None, process_group: LostGroup | None) -> AllReduce:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from distnorm.policies.facts import Facts
 from distnorm.policies.routes import Routes
+from distnorm.policies.stored import Check, anything
 from distnorm.transport import Topology
 from distnorm.types import Landed, Layout, Slot, Watch
 
@@ -78,7 +79,7 @@ class Reducer(ABC):
         return {}
 
     def load_state_dict(self, state: dict[str, Any], *, own: bool) -> None:  # noqa: B027
-        """Take over ``state``; ``own`` says that this very rank wrote it, in a job of this size."""
+        """Take over ``state``, which ``Policy.stores`` has checked; ``own``: this very rank wrote it, in such a job."""
 
 
 class Policy(ABC):
@@ -92,3 +93,12 @@ class Policy(ABC):
     @abstractmethod
     def facts(self) -> Facts:
         """What is known of it before ranks are."""
+
+    @property
+    def memory(self) -> str:
+        """What its reducers remember, in words: policies of equal ones can go on from each other's state."""
+        return repr(self) if self.facts.keeps_cotangents else ""
+
+    def stores(self, layout: Layout) -> Check:
+        """What checks a state for its reducers among layers of ``layout``. By default everything passes."""
+        return anything

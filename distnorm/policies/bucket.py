@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from distnorm.kernels import gpu
+from distnorm.policies.stored import sizes_of
 from distnorm.transport import Group
 from distnorm.transport.group import Pending, moved
 from distnorm.types import EVERY_LAYER, Direction, Landed, Layout, Slot
@@ -41,7 +42,7 @@ class Bucket:
         """Room for ``layout``, with ``extra`` more values per forward slot."""
         self.group = group
         self.index = {slot: number for number, slot in enumerate(layout.sizes)}
-        sizes = [size + extra * (slot[1] == "forward") for slot, size in layout.sizes.items()]
+        sizes = sizes_of(layout, extra)
         self._starts = starts = list(accumulate(sizes, initial=0))
         self.span = {slot: slice(*starts[number : number + 2]) for slot, number in self.index.items()}
         self.values = starts[-1]
@@ -116,19 +117,26 @@ class Bucket:
         return None if "phase" in self._warned else self._wait()
 
     def exchange(self, slot: Slot) -> tuple[Tensor | None, Tensor]:
-        """End a step: wait for the last one's sum, and send this one's. Returns that sum, if any, and what was sent."""
+        """End a step: wait for the last one's sum, and send this one's. Returns that sum, if any, and what was sent.
+
+        What is interrupted before this step's vector has been sent has changed nothing, and can be repeated.
+        """
         landed = self._wait()
         if landed is not None and self._passes is not None:
             self._check_phase(landed, self._passes)
-        sent = self.take()
-        travelling = sent.clone()
-        self._passes = slot.passes
+        travelling = self.outbox.clone()
         travelling[-1].fill_(slot.passes)  # to assign a number copies it to a GPU, which waits
         try:
             self._pending = self.group.sum_async(travelling, slot._replace(layer=EVERY_LAYER))
         except RuntimeError as error:
             raise self._missed(slot.step, error) from error
-        return landed, sent
+        self._passes = slot.passes
+        return landed, self.take()
+
+    def land(self) -> Tensor | None:
+        """The sum that is under way, if any, waited for and under way no more."""
+        landed, self._pending = self._wait(), None
+        return landed
 
     def _wait(self) -> Tensor | None:
         if self._pending is None:

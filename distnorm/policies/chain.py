@@ -16,6 +16,7 @@ from torch import Tensor
 from distnorm.policies.base import Policy, Reducer
 from distnorm.policies.facts import Facts, in_sequence
 from distnorm.policies.routes import Routes, either, followed_by
+from distnorm.policies.stored import Check, fields
 from distnorm.transport import Topology
 from distnorm.types import Landed, Layout, Slot, Watch
 
@@ -82,7 +83,7 @@ class _Sequence(Reducer):
 
     def load_state_dict(self, state: dict[str, Any], *, own: bool) -> None:
         for index, part in enumerate(self.parts):
-            part.load_state_dict(state[str(index)], own=own)
+            part.load_state_dict(state.get(str(index), {}), own=own)
 
 
 @final
@@ -114,3 +115,14 @@ class Chain(Policy):
     def facts(self) -> Facts:
         """Those of all parts together."""
         return in_sequence(*(part.facts for part in self.parts))
+
+    @property
+    def memory(self) -> str:
+        """That of its parts."""
+        return f"Chain({', '.join(part.memory for part in self.parts)})" if self.facts.keeps_cotangents else ""
+
+    def stores(self, layout: Layout) -> Check:
+        """What its parts store, by number."""
+        checks = {str(index): part.stores(layout) for index, part in enumerate(self.parts)}
+        kept = {str(index) for index, part in enumerate(self.parts) if part.memory}
+        return fields({name: checks.pop(name) for name in sorted(kept)}, **checks)

@@ -93,10 +93,21 @@ class Entries:
         return {name: getattr(self, name).clone() for name in _STORED}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Resume."""
+        """Resume, from another number of entries than ``depth`` with the newest ones that there are and fit."""
+        kept = state if len(state["ring"]) == self.depth else self._newest(**state)
         for name in _STORED:
-            getattr(self, name).copy_(state[name])
+            getattr(self, name).copy_(kept[name])
         torch.sum(self.ring, 0, out=self.sums)
+
+    def _newest(self, ring: Tensor, filled: Tensor, position: Tensor) -> dict[str, Tensor]:
+        """Entries of another depth in rows of this one's, the oldest first."""
+        slot_of, columns = self.bucket.slot_of.to(ring.device), torch.arange(ring.shape[1], device=ring.device)
+        kept = filled.clamp_max(self.depth)
+        rows = ring.new_zeros(self.depth, ring.shape[1])
+        for row in range(min(self.depth, len(ring))):
+            source = (position - kept + row) % len(ring)
+            rows[row] = torch.where((row < kept)[slot_of], ring[source[slot_of], columns], 0.0)
+        return {"ring": rows, "filled": kept, "position": kept % max(self.depth, 1)}
 
 
 class Remembering(Reducer):

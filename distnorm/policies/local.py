@@ -14,6 +14,7 @@ from torch import Tensor
 from distnorm.policies.base import Policy, Reducer
 from distnorm.policies.facts import Facts
 from distnorm.policies.routes import Routes
+from distnorm.policies.stored import Check, fields
 from distnorm.transport import Topology
 from distnorm.types import Layout, Slot
 
@@ -43,3 +44,7 @@ class Local(Policy):
     def facts(self) -> Facts:
         """No collective, with nobody."""
         return Facts(bounded=True)
+
+    def stores(self, layout: Layout) -> Check:
+        """Nothing."""
+        return fields({})

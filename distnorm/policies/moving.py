@@ -10,7 +10,7 @@ is our construction.
 from __future__ import annotations
 
 from ctypes import CDLL
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, final
 
 import torch
@@ -22,6 +22,7 @@ from distnorm.policies.bucket import DOUBLE, Bucket, at_or_number, loss_scale_of
 from distnorm.policies.entries import Entries, Remembering
 from distnorm.policies.facts import Facts
 from distnorm.policies.routes import Routes
+from distnorm.policies.stored import Check, bucket, entries, fields, sizes_of
 from distnorm.transport import Group, Topology
 from distnorm.types import Direction, Landed, Layout, Slot, Watch
 
@@ -129,9 +130,12 @@ class _Window(Remembering):
 
     def end_step(self, slot: Slot, *, observed: bool = False) -> list[Landed]:
         if observed or self.policy.staleness == 0:
+            landed = self._land(self.bucket.land())  # sent before a state was loaded into a longer warm-up
             self.entries.push(self.bucket.take())
-            return []
-        landed, _ = self.bucket.exchange(slot)
+            return landed
+        return self._land(self.bucket.exchange(slot)[0])
+
+    def _land(self, landed: Tensor | None) -> list[Landed]:
         if landed is None:
             return []
         usable = self.entries.push(landed)
@@ -220,3 +224,13 @@ class Moving(Policy):
             always_lands=self.staleness == 0,
             keeps_cotangents=True,
         )
+
+    @property
+    def memory(self) -> str:
+        """Entries mean the same in a window of any size."""
+        return repr(replace(self, window=1))
+
+    def stores(self, layout: Layout) -> Check:
+        """A window of any size, and a bucket."""
+        sizes = sizes_of(layout)
+        return fields({"window": entries(len(sizes), sum(sizes)), "bucket": bucket(len(sizes), sum(sizes))})

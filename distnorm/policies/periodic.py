@@ -15,6 +15,7 @@ from distnorm.policies.all_reduce import AllReduce
 from distnorm.policies.base import Policy, Reducer
 from distnorm.policies.facts import Facts, every_kth
 from distnorm.policies.routes import Routes, either
+from distnorm.policies.stored import Check, fields
 from distnorm.transport import Topology
 from distnorm.types import Layout, Slot
 
@@ -73,3 +74,7 @@ class Periodic(Policy):
     def facts(self) -> Facts:
         """The inner policy's, spread over ``every`` steps."""
         return every_kth(self.policy.facts, self.every)
+
+    def stores(self, layout: Layout) -> Check:
+        """Nothing."""
+        return fields({})

@@ -31,6 +31,8 @@ def joined(by_rank: Mapping[int, Route]) -> dict[int, Counter[int]]:
         totals: dict[tuple[int, ...], Counter[int]] = {}
         for route in by_rank.values():
             if route[hop] not in totals:
-                totals[route[hop]] = sum((held[rank] for rank in route[hop] if rank in held), Counter())
+                total = totals[route[hop]] = Counter()
+                for rank in route[hop]:
+                    total.update(held.get(rank, ()))  # in place: adding P counters up would take P^2
         held = {rank: totals[route[hop]] for rank, route in by_rank.items()}
     return held

@@ -9,7 +9,7 @@ batches.
 from __future__ import annotations
 
 from ctypes import CDLL
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, final
 
 import torch
@@ -21,6 +21,7 @@ from distnorm.policies.bucket import DOUBLE, Bucket, at_or_number, loss_scale_of
 from distnorm.policies.entries import Entries, Remembering
 from distnorm.policies.facts import Facts
 from distnorm.policies.routes import Routes
+from distnorm.policies.stored import Check, array, bucket, entries, fields, sizes_of
 from distnorm.transport import Group, Topology
 from distnorm.transport.group import moved
 from distnorm.types import Landed, Layout, Slot, Watch
@@ -85,10 +86,13 @@ class _Mix(Remembering):
 
     def end_step(self, slot: Slot, *, observed: bool = False) -> list[Landed]:
         if observed:
+            landed = self._land(self.bucket.land(), None)  # sent before a state was loaded into a longer warm-up
             # Another policy has shared this step: what one rank contributes on average is known without a collective.
             self._represent(self.bucket.take())
-            return []
-        landed, sent = self.bucket.exchange(slot)
+            return landed
+        return self._land(*self.bucket.exchange(slot))
+
+    def _land(self, landed: Tensor | None, sent: Tensor | None) -> list[Landed]:
         own, self._sent = self._sent, sent
         if landed is None:
             return []
@@ -137,9 +141,16 @@ class _Mix(Remembering):
 
     def load_state_dict(self, state: dict[str, Any], *, own: bool) -> None:
         self.bucket.load_state_dict(state["bucket"], own=own)
-        self.entries.load_state_dict(state["others"])
+        others = state["others"]
+        self.entries.load_state_dict(self._one_entry(others) if isinstance(others, Tensor) else others)
         self.others.copy_(self.entries.mean())
         self._sent = state["sent"].to(self.others.device) if own and "sent" in state else None
+
+    def _one_entry(self, others: Tensor) -> dict[str, Tensor]:
+        """As entries, what states without a version hold: what one other rank contributed to the last landed step."""
+        filled = torch.zeros_like(self.bucket.dropped, device=others.device)
+        filled.index_add_(0, self.bucket.slot_of.to(others.device), (others != 0).long()).clamp_max_(1)
+        return {"ring": others[None], "filled": filled, "position": torch.zeros_like(filled)}
 
 
 def _mean(wire: Tensor) -> Tensor:
@@ -175,3 +186,18 @@ class StaleMix(Policy):
     def facts(self) -> Facts:
         """One asynchronous collective; cotangents of an earlier step come back."""
         return Facts(background=1.0, staleness=1, always_lands=False, keeps_cotangents=True)
+
+    @property
+    def memory(self) -> str:
+        """Entries mean the same in a window of any size."""
+        return repr(replace(self, window=1))
+
+    def stores(self, layout: Layout) -> Check:
+        """Entries of any number, or the one that states without a version hold; and a bucket."""
+        slots, values = len(layout.sizes), sum(sizes_of(layout, extra=1))
+        ring, one = entries(slots, values), array(values)
+
+        def others(where: str, given: object) -> None:
+            (one if isinstance(given, Tensor) else ring)(where, given)
+
+        return fields({"others": others, "bucket": bucket(slots, values)}, sent=array(values + slots + 1))

@@ -15,6 +15,7 @@ from distnorm.policies.all_reduce import AllReduce
 from distnorm.policies.base import Policy, Reducer
 from distnorm.policies.facts import Facts, first_then
 from distnorm.policies.routes import Routes, either
+from distnorm.policies.stored import Check, fields
 from distnorm.transport import Topology
 from distnorm.types import Landed, Layout, Slot, Watch
 
@@ -60,7 +61,7 @@ class _Relay(Reducer):
     def end_step(self, slot: Slot, *, observed: bool = False) -> list[Landed]:
         warming = slot.step < self.steps
         landed = self.then.end_step(slot, observed=observed or warming)
-        return self.first.end_step(slot) if warming else landed
+        return [*landed, *self.first.end_step(slot)] if warming else landed
 
     def in_flight(self) -> list[Landed]:
         return [*self.first.in_flight(), *self.then.in_flight()]
@@ -72,8 +73,8 @@ class _Relay(Reducer):
         return {"first": self.first.state_dict(), "then": self.then.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any], *, own: bool) -> None:
-        self.first.load_state_dict(state["first"], own=own)
-        self.then.load_state_dict(state["then"], own=own)
+        self.first.load_state_dict(state.get("first", {}), own=own)
+        self.then.load_state_dict(state.get("then", {}), own=own)
 
 
 @final
@@ -110,3 +111,14 @@ class Warmup(Policy):
     def facts(self) -> Facts:
         """Those of the policy that stays, within the groups of either."""
         return first_then(self.first.facts, self.then.facts)
+
+    @property
+    def memory(self) -> str:
+        """That of the policy that stays, however long the warm-up."""
+        return f"Warmup(then={self.then.memory})" if self.then.memory else ""
+
+    def stores(self, layout: Layout) -> Check:
+        """What both store; the first one may have nothing."""
+        then = {"then": self.then.stores(layout)}
+        first = self.first.stores(layout)
+        return fields(then, first=first) if self.then.memory else fields({}, first=first, **then)

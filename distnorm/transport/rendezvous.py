@@ -28,12 +28,26 @@ def group_timeout(process_group: dist.ProcessGroup) -> timedelta:
 def tell_and_collect(ranks: tuple[int, ...], text: str, timeout: timedelta) -> list[str]:
     """Publish ``text`` and return every rank's, in the order of ``ranks``. Collective over ``ranks``; no tensors move.
 
+    The first rank reads them one by one and publishes all, equal ones once: P ranks make 2 P reads of one store.
+
     Raises:
         RuntimeError: some ranks published nothing within ``timeout``; the message names them.
     """
     room = _enter(ranks)
-    _store().set(f"{room}/{dist.get_rank()}", text)
-    return _collect([(f"{room}/{rank}", rank) for rank in ranks], timeout)
+    store, own, every = _store(), dist.get_rank(), f"{room}/all"
+    places = [(f"{room}/{rank}", rank) for rank in ranks]
+    store.set(f"{room}/{own}", text)
+    if own == ranks[0]:
+        texts = _collect(places, timeout)
+        number = {each: at for at, each in enumerate(dict.fromkeys(texts))}
+        store.set(every, json.dumps([list(number), [number[each] for each in texts]]))
+        return texts
+    try:
+        store.wait([every], timeout)
+    except RuntimeError as error:
+        raise _absent(places, timeout) from error
+    distinct, numbers = json.loads(store.get(every))
+    return [distinct[at] for at in numbers]
 
 
 def connected(groups: list[tuple[int, ...]], timeout: timedelta) -> tuple[int, ...]:
@@ -76,10 +90,15 @@ def _collect(places: list[tuple[str, int]], timeout: timedelta) -> list[str]:
     try:
         store.wait([key for key, _ in places], timeout)
     except RuntimeError as error:
-        missing = [rank for key, rank in places if not store.check([key])]
-        raise RuntimeError(
-            f"rank {dist.get_rank()} waited {timeout.total_seconds():.0f} s for ranks {missing} to start training "
-            "their distnorm layers. All ranks must convert the same model and reach its first training forward; look "
-            "at what those ranks do instead."
-        ) from error
-    return [store.get(key).decode() for key, _ in places]
+        raise _absent(places, timeout) from error
+    return [text.decode() for text in store.multi_get([key for key, _ in places])]
+
+
+def _absent(places: list[tuple[str, int]], timeout: timedelta) -> RuntimeError:
+    """What says which ranks have written nothing: or else the first one, which has not read what the others wrote."""
+    missing = [rank for key, rank in places if not _store().check([key])] or [places[0][1]]
+    return RuntimeError(
+        f"rank {dist.get_rank()} waited {timeout.total_seconds():.0f} s for ranks {missing} to start training "
+        "their distnorm layers. All ranks must convert the same model and reach its first training forward; look "
+        "at what those ranks do instead."
+    )

@@ -40,6 +40,10 @@ class EchoStore(dist.Store):
             raise KeyError(f"{key!r} was never written, and neither was {echo!r}; present: {sorted(self.values)}")
         return self.values[echo]
 
+    def multi_get(self, keys: list[str]) -> list[bytes]:
+        """Read several."""
+        return [self.get(key) for key in keys]
+
     def add(self, key: str, amount: int) -> int:
         """Count."""
         total = int(self.values.get(key, b"0")) + amount

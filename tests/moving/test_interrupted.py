@@ -1,0 +1,170 @@
+"""A KeyboardInterrupt between two lines leaves no rank out of step, and no state half changed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import distnorm
+from distnorm import Recipe
+from distnorm.attach import conversions_of
+from distnorm.methods import RMS, BatchNorm
+from distnorm.policies import Moving, StaleMix
+from distnorm.policies.bucket import Bucket
+from tests.moving.models import batch, build, loss_of, same, shared_state, train
+from tests.support.threads import run_threads
+
+RECIPES = {
+    "Moving": Recipe(method=RMS(), policy=Moving(window=3)),
+    "StaleMix": Recipe(method=BatchNorm(), policy=StaleMix(window=2)),
+}
+EVERY = pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+
+
+def once(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, *, after: bool = False) -> None:
+    """Interrupt the next call of a method, before or after what it does; later calls are plain."""
+    original = getattr(owner, name)
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        monkeypatch.setattr(owner, name, original)
+        if after:
+            original(*args, **kwargs)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(owner, name, interrupted)
+
+
+@EVERY
+@pytest.mark.parametrize(("name", "after"), [("_wait", False), ("_wait", True), ("_check_phase", False)])
+def test_a_step_whose_end_was_interrupted_can_be_ended_again(recipe, name, after, monkeypatch):
+    """While it waited for what landed: nothing is lost, neither that nor this step's own vector."""
+    interrupted, plain = build(recipe), build(recipe)
+    for model in (interrupted, plain):
+        distnorm.attach(model, manual=True)
+        for step in range(5):
+            loss_of(model(batch(step, 0))).backward()
+            if step == 4 and model is interrupted:
+                once(monkeypatch, Bucket, name, after=after)
+                with pytest.raises(KeyboardInterrupt):
+                    distnorm.end_step(model)
+            distnorm.end_step(model)
+    same(shared_state(interrupted), shared_state(plain))
+    same(dict(interrupted.named_buffers()), dict(plain.named_buffers()))
+
+
+@EVERY
+def test_a_vector_that_was_not_sent_is_sent_by_the_next_end(recipe):
+    """On two ranks, interrupted before the collective on one of them: both stay in step."""
+
+    def run(rank: int, interrupt: bool) -> Any:
+        model = build(recipe)
+        distnorm.attach(model, manual=True)
+        group = conversions_of(model)[0].bound().reducer.bucket.group
+        for step in range(5):
+            loss_of(model(batch(step, rank))).backward()
+            if step == 3 and rank == 1 and interrupt:
+                plain = group.sum_async
+
+                def fail(*_: Any) -> None:
+                    raise KeyboardInterrupt
+
+                group.sum_async = fail
+                with pytest.raises(KeyboardInterrupt):
+                    distnorm.end_step(model)
+                group.sum_async = plain
+            distnorm.end_step(model)
+        return shared_state(model), dict(model.named_buffers())
+
+    same(run_threads(2, run, True), run_threads(2, run, False))
+
+
+def test_a_skipped_step_ends_though_asking_for_the_loss_scale_was_interrupted():
+    scales, asked = [4.0], []
+
+    def scale() -> float:
+        asked.append(scales[-1])
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return scales[-1]
+
+    model = build(RECIPES["Moving"])
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    distnorm.attach(model, optimizer=optimizer, loss_scale=scale)
+    loss_of(model(batch(0, 0))).backward()
+    scales.append(2.0)  # Inf was found: the scaler skips the step, and its scale falls
+    with pytest.raises(KeyboardInterrupt):
+        model(batch(1, 0))
+    model(batch(1, 0))
+    assert distnorm.state_dict(model)[0]["step"] == 1
+
+
+def test_attaching_all_conversions_or_none():
+    """The second of two cannot be bound: the first one's steps end as before."""
+    model = nn.Sequential(build(RECIPES["Moving"]), build(RECIPES["Moving"]))
+    first, second = conversions_of(model)
+
+    def fail(_: Any) -> None:
+        raise KeyboardInterrupt
+
+    second.bind = fail
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with pytest.raises(KeyboardInterrupt):
+        distnorm.attach(model, optimizer=optimizer, loss_scale=lambda: 3.0)
+    assert first.ends_with_backward and first.loss_scale is None and not first.optimizers
+    assert not optimizer._optimizer_step_post_hooks
+
+
+def test_an_optimizer_goes_on_ending_steps_if_attaching_it_again_is_interrupted(monkeypatch):
+    model = build(RECIPES["Moving"])
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    distnorm.attach(model, optimizer=optimizer)
+    once(monkeypatch, torch.optim.Optimizer, "register_step_post_hook")
+    with pytest.raises(KeyboardInterrupt):
+        distnorm.attach(model, optimizer=optimizer)
+    loss_of(model(batch(0, 0))).backward()
+    optimizer.step()
+    assert distnorm.state_dict(model)[0]["step"] == 1
+
+
+def test_steps_end_with_backward_passes_if_taking_hooks_off_is_interrupted():
+    model = build(RECIPES["Moving"])
+    attachment = distnorm.attach(model, optimizer=torch.optim.SGD(model.parameters(), 0.1), loss_scale=lambda: 2.0)
+
+    def fail() -> None:
+        raise KeyboardInterrupt
+
+    attachment._undo.insert(0, fail)
+    with pytest.raises(KeyboardInterrupt):
+        attachment.remove()
+    train(model, 0, range(2))
+    assert distnorm.state_dict(model)[0]["step"] == 2
+
+
+def test_what_was_loaded_is_not_forgotten_if_binding_is_interrupted(monkeypatch):
+    trained = build(RECIPES["Moving"])
+    train(trained, 0, range(4))
+    model = build(RECIPES["Moving"])
+    distnorm.load_state_dict(model, distnorm.state_dict(trained))
+    once(monkeypatch, distnorm.binding.Binding, "load")
+    with pytest.raises(KeyboardInterrupt):
+        model(batch(4, 0))
+    model(batch(4, 0))
+    assert distnorm.state_dict(model)[0]["step"] == 4
+
+
+@pytest.mark.parametrize("place", ["restore", "fold_means"])
+def test_stock_running_statistics_are_folded_though_that_was_interrupted(place, monkeypatch):
+    layer = distnorm.convert(nn.BatchNorm1d(2).double(), "mabn")
+    layer.running_mean.fill_(3.0)
+    once(monkeypatch, distnorm.running, place)
+    x = torch.ones(4, 2, dtype=torch.float64)
+    with pytest.raises(KeyboardInterrupt):
+        layer(x)
+    with torch.no_grad():
+        layer(x)
+    assert not layer.running_mean.any()
+    momentum = 0.02
+    torch.testing.assert_close(layer.running_var, torch.full_like(layer.running_var, (1 - momentum) * 10 + momentum))
