@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 from torch import Tensor
 
@@ -12,6 +12,7 @@ from distnorm.policies.facts import Facts
 from distnorm.policies.routes import Routes
 from distnorm.transport import Topology
 from distnorm.types import Landed, Layout, Slot, Watch
+from distnorm.validation import kind
 
 
 class Reducer(ABC):
@@ -92,3 +93,6 @@ class Policy(ABC):
     @abstractmethod
     def facts(self) -> Facts:
         """What is known of it before ranks are."""
+
+
+APolicy = Annotated[Policy, kind(Policy, "a distnorm policy, such as AllReduce()")]
