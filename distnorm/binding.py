@@ -12,7 +12,7 @@ from torch import Tensor
 
 from distnorm import agreement, running
 from distnorm.boundary import NO_BACKWARD, at_end_of_backward, graph_task
-from distnorm.ddp import Broadcasts
+from distnorm.ddp import Broadcasts, refuse_join
 from distnorm.surroundings import unseen
 from distnorm.transport.rendezvous import tell_and_collect
 from distnorm.types import EVERY_LAYER, Landed, Slot
@@ -59,10 +59,15 @@ class Binding:
         """Outside of a backward pass nothing can be queued; a queue left by a pass that raised is forgotten.
 
         Training goes on, so stock running statistics that were loaded must now mean what the method tracks.
+
+        Raises:
+            RuntimeError: as ``refuse_join``.
         """
         self._boundary_queued = False
         if layer in self._used:
             self._end_skipped_step()
+        if not self.reducer.alone:
+            refuse_join(layer)
         self._broadcasts.forward_begins(layer)
         if self.conversion.means_to_fold:
             with unseen():  # by modes: no part of the forward

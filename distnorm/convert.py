@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import TypeVar, get_args
+from typing import TypeVar
 
 import torch.distributed as dist
 from torch import nn
@@ -33,6 +33,7 @@ from distnorm.transport import LostGroup, check_group
 from distnorm.transport.mpi import load_mpi
 from distnorm.transport.topology import mesh_ranks
 from distnorm.types import Transport
+from distnorm.validation import check, hints_of, shown
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 Layers = list[tuple[str, _BatchNorm]]
@@ -105,8 +106,7 @@ def convert(
             nothing to ``fuse``.
     """
     wanted = _recipe(recipe, options)
-    if transport not in get_args(Transport):
-        raise ValueError(f"convert(transport={transport!r}): allowed are {', '.join(get_args(Transport))}.")
+    check("convert", hints_of(convert), {"transport": transport, "fuse": fuse})
     if transport == "mpi":
         load_mpi("transport='mpi'")
     layers = _select(model, wanted, where)
@@ -232,7 +232,7 @@ def _recipe(recipe: Recipe | str, options: dict[str, object]) -> Recipe:
     if isinstance(recipe, str):
         return recipes.build(recipe, **options)
     if not isinstance(recipe, Recipe):
-        raise ValueError(f"convert(recipe={recipe!r}): need a Recipe or the name of one.")
+        raise ValueError(f"convert(recipe={shown(recipe)}): need a Recipe or the name of one.")
     if options:
         raise ValueError(f"convert: options {sorted(options)} belong to named recipes; this Recipe is complete.")
     return recipe

@@ -5,8 +5,8 @@ DDP gives every rank rank 0's buffers when it wraps a model, which users rely on
 ranks saw. So buffers leave a DDP module's list during the first training forward of their layers inside of it: that
 forward's broadcast has come before the layers ran, and there is none in the next.
 
-The only user of DDP's private ``_active_ddp_module``, ``_run_ddp_forward``, ``parameters_to_ignore`` and
-``_assign_modules_buffers`` (torch 2.13; see tests/test_private_apis.py).
+The only user of DDP's private ``_active_ddp_module``, ``_join_config``, ``_run_ddp_forward``, ``parameters_to_ignore``
+and ``_assign_modules_buffers`` (torch 2.13; see tests/test_private_apis.py).
 """
 
 from __future__ import annotations
@@ -56,6 +56,24 @@ class Broadcasts:
             if fresh and self._ranks.issuperset(dist.get_process_group_ranks(module.process_group)):
                 _unlist(module, fresh)
             settled.update(training)
+
+
+def refuse_join(layer: str) -> None:
+    """Raise where DDP has promised to stand in for ranks without data: it does not know of sums inside of a forward.
+
+    Raises:
+        RuntimeError: this forward runs under ``Join(..., throw_on_early_termination=False)``.
+    """
+    active = DistributedDataParallel._active_ddp_module
+    if active is None:
+        return
+    config = active._join_config
+    if config.enable and not config.throw_on_early_termination:
+        raise RuntimeError(
+            f"{layer}: Join(throw_on_early_termination=False) stands in for the gradients of a rank that ran out of "
+            "data, but not for its statistics: the others would wait for them. Pass throw_on_early_termination=True, "
+            "which ends all ranks together, or let ranks without data go on with empty batches."
+        )
 
 
 def relist(model: nn.Module, layers: Iterable[nn.Module]) -> None:

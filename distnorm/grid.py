@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal, final
+from typing import Annotated, Literal, final
 
 from distnorm.methods import Method
-from distnorm.policies import Policy
+from distnorm.policies.base import APolicy
+from distnorm.validation import Momentum, check_fields, kind
 
 Weights = Literal["none", "centralized"]
 
@@ -29,22 +30,13 @@ class Recipe:
         ValueError: a field of another kind; the message names it.
     """
 
-    method: Method
-    policy: Policy
+    method: Annotated[Method, kind(Method, "a distnorm method, such as BatchNorm()")]
+    policy: APolicy
     weights: Weights = "none"
-    momentum: float | None = None
+    momentum: Momentum | None = None
     overlap: bool = False
     name: str | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         """Validate."""
-        if not isinstance(self.method, Method):
-            raise ValueError(f"Recipe(method={self.method!r}): need a distnorm method, such as BatchNorm().")
-        if not isinstance(self.policy, Policy):
-            raise ValueError(f"Recipe(policy={self.policy!r}): need a distnorm policy, such as AllReduce().")
-        if self.weights not in ("none", "centralized"):
-            raise ValueError(f'Recipe(weights={self.weights!r}): allowed are "none" and "centralized".')
-        if not isinstance(self.overlap, bool):
-            raise ValueError(f"Recipe(overlap={self.overlap!r}): allowed are True and False.")
-        if self.momentum is not None and not 0 < self.momentum <= 1:
-            raise ValueError(f"Recipe(momentum={self.momentum!r}): need a weight of the newest value in (0, 1].")
+        check_fields(self)

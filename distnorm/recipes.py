@@ -12,8 +12,25 @@ from distnorm.methods import RMS, BatchNorm
 from distnorm.policies import AllReduce, Chain, Local, Moving, Periodic, Policy, StaleMix, Warmup
 from distnorm.policies.moving import LossReduction
 from distnorm.suggest import suggest
+from distnorm.validation import (
+    Axis,
+    Clip,
+    Period,
+    Ranks,
+    Steps,
+    Window,
+    checked,
+    hints_of,
+    refuse_twins,
+    shown,
+    written,
+)
+
+LONGEST = 1000
+"""Characters that a recipe with its options may take."""
 
 
+@checked
 def local_bn(*, weights: Weights = "none") -> Recipe:
     """Every rank normalizes by its own batch, as nn.BatchNorm does under DistributedDataParallel.
 
@@ -26,6 +43,7 @@ def local_bn(*, weights: Weights = "none") -> Recipe:
     return Recipe(method=BatchNorm(), policy=Local(), weights=weights)
 
 
+@checked
 def sync_bn(*, weights: Weights = "none", overlap: bool = False) -> Recipe:
     """Batch norm over the joined batch of all ranks, exactly.
 
@@ -40,7 +58,8 @@ def sync_bn(*, weights: Weights = "none", overlap: bool = False) -> Recipe:
     return Recipe(method=BatchNorm(), policy=AllReduce(), weights=weights, overlap=overlap)
 
 
-def group_bn(*, size: int | None = None, axis: str | None = None) -> Recipe:
+@checked
+def group_bn(*, size: Ranks | None = None, axis: Axis | None = None) -> Recipe:
     """Batch norm over groups of ranks: ``size`` neighbours, or all along a mesh ``axis``.
 
     One collective per layer and direction among fewer ranks. Running statistics are each group's own:
@@ -56,7 +75,8 @@ def group_bn(*, size: int | None = None, axis: str | None = None) -> Recipe:
     return Recipe(method=BatchNorm(), policy=AllReduce(group_size=size, axis=axis))
 
 
-def hierarchical_bn(*, local: str = "local", node: str = "node") -> Recipe:
+@checked
+def hierarchical_bn(*, local: Axis = "local", node: Axis = "node") -> Recipe:
     """Batch norm over all ranks, exactly, in two hops: within each node, then between nodes.
 
     Two collectives per layer and direction, each among few ranks. Equal to ``sync_bn`` to rounding.
@@ -65,12 +85,11 @@ def hierarchical_bn(*, local: str = "local", node: str = "node") -> Recipe:
         local: the axis of ranks that are near; ``"local"`` needs no mesh.
         node: the axis across them; ``"node"`` needs no mesh.
     """
-    if local is None or node is None:
-        raise ValueError(f"hierarchical_bn takes the names of two axes; given are local={local!r}, node={node!r}.")
     return Recipe(method=BatchNorm(), policy=Chain(AllReduce(axis=local), AllReduce(axis=node)))
 
 
-def periodic_bn(*, every: int = 8) -> Recipe:
+@checked
+def periodic_bn(*, every: Period = 8) -> Recipe:
     """Batch norm over all ranks in every ``every``-th step, over the local batch in between.
 
     In between, each rank normalizes by its own batch's statistics, forward and backward, without any collective;
@@ -83,11 +102,12 @@ def periodic_bn(*, every: int = 8) -> Recipe:
     return Recipe(method=BatchNorm(), policy=Periodic(every=every))
 
 
+@checked
 def mabn(
     *,
-    window: int = 16,
-    warmup: int = 100,
-    clip: float = 5.0,
+    window: Window = 16,
+    warmup: Steps = 100,
+    clip: Clip = 5.0,
     loss_reduction: LossReduction = "mean",
     weights: Weights = "centralized",
 ) -> Recipe:
@@ -109,8 +129,9 @@ def mabn(
     return _mabn(moving, window, warmup, clip, weights)
 
 
+@checked
 def hierarchical_mabn(
-    *, local: str = "local", node: str = "node", window: int = 16, warmup: int = 100, clip: float = 5.0
+    *, local: Axis = "local", node: Axis = "node", window: Window = 16, warmup: Steps = 100, clip: Clip = 5.0
 ) -> Recipe:
     """``mabn`` between nodes, exact within each.
 
@@ -127,7 +148,8 @@ def hierarchical_mabn(
     return _mabn(policy, window, warmup, clip, "centralized")
 
 
-def lazy_bn(*, window: int = 8, warmup: int = 16, weights: Weights = "centralized") -> Recipe:
+@checked
+def lazy_bn(*, window: Window = 8, warmup: Steps = 16, weights: Weights = "centralized") -> Recipe:
     """Batch norm with one asynchronous collective per step: other ranks by their last steps, this one as it is.
 
     Exact synchronization for ``warmup`` steps. Running statistics are global and equal on all ranks. Our own
@@ -173,7 +195,8 @@ def describe(name: str) -> Description:
     builder = _builder(name)
     text = inspect.getdoc(builder) or ""
     parameters = inspect.signature(builder).parameters.values()
-    options = {each.name: f"{each.annotation} = {each.default!r}" for each in parameters}
+    hints = hints_of(builder)
+    options = {each.name: f"{written(hints[each.name])} = {each.default!r}" for each in parameters}
     return Description(name=name, summary=text.partition("\n")[0], text=text, options=options)
 
 
@@ -182,7 +205,7 @@ def available() -> list[Description]:
     return [describe(name) for name in _BUILDERS]
 
 
-def build(name: str, **options: object) -> Recipe:
+def build(name: str, /, **options: object) -> Recipe:
     """The recipe ``name`` with ``options``, as a config file would give them; or what ``parse`` takes, alone.
 
     Raises:
@@ -192,8 +215,8 @@ def build(name: str, **options: object) -> Recipe:
     if "(" in name:
         if options:
             raise ValueError(
-                f"recipe {name!r} has options in its name, and more are given apart: {', '.join(options)}. Write all "
-                "of them in one place."
+                f"recipe {shown(name)} has options in its name, and more are given apart: {', '.join(options)}. Write "
+                "all of them in one place."
             )
         return parse(name)
     builder = _builder(name)
@@ -216,16 +239,26 @@ def parse(text: str) -> Recipe:
         ValueError: not of this form, or as ``build``.
     """
     try:
+        if len(text) > LONGEST:
+            raise SyntaxError
         call = ast.parse(text if "(" in text else f"{text}()", mode="eval").body
         if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:
             raise SyntaxError
+        if any(each.arg is None for each in call.keywords):
+            raise SyntaxError
         options = {str(each.arg): ast.literal_eval(each.value) for each in call.keywords}
-    except (SyntaxError, ValueError):
-        raise ValueError(f"recipe {text!r}: write a name, or a name with options such as group_bn(size=4).") from None
+    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
+        raise ValueError(
+            f"recipe {shown(text)}: write a name, or a name with options such as group_bn(size=4)."
+        ) from None
+    try:
+        refuse_twins([str(each.arg) for each in call.keywords])
+    except ValueError as error:
+        raise ValueError(f"recipe {shown(text)}: {error}.") from None
     return build(call.func.id, **options)
 
 
 def _builder(name: str) -> Callable[..., Recipe]:
     if name not in _BUILDERS:
-        raise ValueError(f"unknown recipe {name!r}{suggest(name, _BUILDERS)}; there are {', '.join(_BUILDERS)}.")
+        raise ValueError(f"unknown recipe {shown(name)}{suggest(name, _BUILDERS)}; there are {', '.join(_BUILDERS)}.")
     return _BUILDERS[name]

@@ -7,7 +7,6 @@ torchrun, ``accelerate launch -m``, ``deepspeed --module``, ``mpirun python -m``
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -17,8 +16,9 @@ from distnorm.integrations.launchers import read_launcher
 from distnorm.integrations.mpi import export_environment
 from distnorm.integrations.script import run_module, run_script
 from distnorm.integrations.wrapping import install
-from distnorm.settings import from_environment
+from distnorm.settings import OPTIONS_EXAMPLE, from_environment
 from distnorm.transport.mpi import end_job_after
+from distnorm.validation import read_json
 
 _TAKES_VALUE = ("--recipe", "--options", "--where", "--transport")
 _LAUNCHER_FLAGS = ("--local_rank", "--local-rank")
@@ -38,6 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error("name the script to run, or -m and a module.")
     try:
         flags = {key: getattr(options, key) for key in ("recipe", "options", "where", "fuse", "ledger", "transport")}
+        if options.options is not None:
+            flags["options"] = read_json(options.options, "flag --options", OPTIONS_EXAMPLE)
         settings = from_environment(os.environ, flags)
     except ValueError as error:
         _refuse(str(error))
@@ -97,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--recipe", help="a recipe's name, or with options: 'group_bn(size=4)'; sync_bn by default")
-    parser.add_argument("--options", type=_mapping, metavar="JSON", help="the recipe's options: '{\"size\": 4}'")
+    parser.add_argument("--options", metavar="JSON", help="the recipe's options: '{\"size\": 4}'")
     parser.add_argument("--where", metavar="PATTERNS", help="layers to convert: 'backbone.*,neck.*'; all by default")
     parser.add_argument(
         "--fuse", action=argparse.BooleanOptionalAction, default=None, help="norms take over what follows them"
@@ -107,13 +109,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--transport", help="who carries statistics: torch or mpi")
     return parser
-
-
-def _mapping(text: str) -> object:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise argparse.ArgumentTypeError(f"need JSON such as '{{\"size\": 4}}'; got {text!r} ({error}).") from None
 
 
 def _check(path: str) -> None:

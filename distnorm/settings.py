@@ -6,10 +6,9 @@ of ``distnorm.run`` and environment variables ``DISTNORM_*`` say the same and co
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Self, get_args
+from typing import Any, Self
 
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -20,10 +19,26 @@ from distnorm.grid import Recipe
 from distnorm.module import DistNorm
 from distnorm.suggest import suggest
 from distnorm.types import Transport
+from distnorm.validation import Options, Patterns, RecipeName, admits, hints_of, read_json, shown, words
 
 SECTION_VARIABLE = "DISTNORM_CONFIG"
 """Carries a config file's section from the launcher to its workers, as JSON: ``{"source": ..., "section": {...}}``."""
 
+VARIABLES = (
+    "DISTNORM_RECIPE",
+    "DISTNORM_OPTIONS",
+    "DISTNORM_WHERE",
+    "DISTNORM_FUSE",
+    "DISTNORM_LEDGER",
+    "DISTNORM_TRANSPORT",
+    "DISTNORM_CHECK",
+    "DISTNORM_KERNELS",
+    SECTION_VARIABLE,
+)
+"""All that there are: another one is a misspelt one."""
+
+OPTIONS_EXAMPLE = '{"size": 4}'
+_CARRIED = '{"source": "cfg.yaml", "section": {"recipe": "sync_bn"}}'
 _SWITCHES = ("fuse", "ledger")
 _WORDS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 
@@ -45,9 +60,9 @@ class Settings:
         ValueError: a value that is not allowed; the message names source, key, what was given and what is allowed.
     """
 
-    recipe: str = "sync_bn"
-    options: Mapping[str, object] = field(default_factory=dict)
-    where: tuple[str, ...] = ()
+    recipe: RecipeName = "sync_bn"
+    options: Options = field(default_factory=dict)
+    where: Patterns = ()
     fuse: bool = False
     ledger: bool = False
     transport: Transport = "torch"
@@ -55,20 +70,14 @@ class Settings:
 
     def __post_init__(self) -> None:
         """Validate."""
-        if not isinstance(self.recipe, str):
-            raise self._wrong("recipe", self.recipe, "a recipe's name, such as sync_bn")
-        if not isinstance(self.options, Mapping):
-            raise self._wrong("options", self.options, "a mapping of option names to values")
-        if not isinstance(self.where, tuple) or not all(isinstance(each, str) for each in self.where):
-            raise self._wrong("where", self.where, "a list of patterns of layer names")
-        for key in _SWITCHES:
-            if not isinstance(getattr(self, key), bool):
-                raise self._wrong(key, getattr(self, key), "true or false")
-        if self.transport not in get_args(Transport):
-            raise self._wrong("transport", self.transport, " or ".join(get_args(Transport)))
+        hints = hints_of(Settings)
+        for key in (each.name for each in fields(Settings)):
+            value = getattr(self, key)
+            if not admits(hints[key], value):
+                raise ValueError(f"{self.source}: {key} must be {words(hints[key])}; got {shown(value)}.")
         try:
             self.build()
-        except (ValueError, TypeError) as error:
+        except ValueError as error:
             raise ValueError(f"{self.source}: {error}") from None
 
     @classmethod
@@ -84,11 +93,13 @@ class Settings:
         """
         allowed = [each.name for each in fields(cls) if each.name != "source"]
         if not isinstance(section, Mapping):
-            raise ValueError(f"{source}: expected a mapping with keys out of {', '.join(allowed)}; got {section!r}.")
+            raise ValueError(
+                f"{source}: expected a mapping with keys out of {', '.join(allowed)}; got {shown(section)}."
+            )
         for key in section:
             if key not in allowed:
                 raise ValueError(
-                    f"{source}: unknown key {key!r}{suggest(str(key), allowed)}; allowed are {', '.join(allowed)}."
+                    f"{source}: unknown key {shown(key)}{suggest(str(key), allowed)}; allowed are {', '.join(allowed)}."
                 )
         values: dict[str, Any] = {key: _value_of(key, value) for key, value in section.items()}
         return cls(**values, source=source)
@@ -122,9 +133,6 @@ class Settings:
         convert(model, self.build(), where=self.where or None, mesh=mesh, transport=self.transport, fuse=self.fuse)
         return True
 
-    def _wrong(self, key: str, given: object, allowed: str) -> ValueError:
-        return ValueError(f"{self.source}: {key} must be {allowed}; got {given!r}.")
-
 
 def from_environment(environment: Mapping[str, str], flags: Mapping[str, object] | None = None) -> Settings | None:
     """Settings of this process: ``flags``, then ``DISTNORM_*``, then the section that a launcher handed on.
@@ -134,10 +142,10 @@ def from_environment(environment: Mapping[str, str], flags: Mapping[str, object]
     if no source says anything.
 
     Raises:
-        ValueError: as ``Settings.of``.
+        ValueError: as ``Settings.of``; a variable DISTNORM_* that there is not.
     """
-    carried = json.loads(environment[SECTION_VARIABLE]) if SECTION_VARIABLE in environment else {}
-    layers = [(carried.get("source", ""), carried.get("section", {}))]
+    _refuse_unknown(environment)
+    layers = [_read_carried(environment)] if SECTION_VARIABLE in environment else []
     layers.append(("environment DISTNORM_*", _read_variables(environment)))
     layers.append(("flags of distnorm.run", {key: value for key, value in (flags or {}).items() if value is not None}))
     sources: list[str] = []
@@ -151,6 +159,27 @@ def from_environment(environment: Mapping[str, str], flags: Mapping[str, object]
     return Settings.of(merged, ", ".join(sources)) if sources else None
 
 
+def _refuse_unknown(environment: Mapping[str, str]) -> None:
+    for name in environment:
+        if name.startswith("DISTNORM_") and name not in VARIABLES:
+            raise ValueError(
+                f"environment: unknown variable {shown(name)}{suggest(name, VARIABLES)}; there are "
+                f"{', '.join(VARIABLES)}."
+            )
+
+
+def _read_carried(environment: Mapping[str, str]) -> tuple[str, Mapping[str, object]]:
+    """What a launcher hands on: where a section comes from, and the section."""
+    source = f"environment {SECTION_VARIABLE}"
+    match read_json(environment[SECTION_VARIABLE], source, _CARRIED):
+        case {"source": str(named), "section": dict(section), **others} if not others:
+            return named, section
+    raise ValueError(
+        f"{source}: need JSON such as '{_CARRIED}', as `distnorm launch` writes it; got "
+        f"{shown(environment[SECTION_VARIABLE])}."
+    )
+
+
 def _read_variables(environment: Mapping[str, str]) -> dict[str, object]:
     section: dict[str, object] = {}
     for key in ("recipe", "transport", "where"):
@@ -161,13 +190,7 @@ def _read_variables(environment: Mapping[str, str]) -> dict[str, object]:
             word = environment[f"DISTNORM_{key.upper()}"]
             section[key] = _WORDS.get(word.lower(), word)
     if "DISTNORM_OPTIONS" in environment:
-        try:
-            section["options"] = json.loads(environment["DISTNORM_OPTIONS"])
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"environment DISTNORM_OPTIONS: need JSON such as '{{\"size\": 4}}'; "
-                f"got {environment['DISTNORM_OPTIONS']!r} ({error})."
-            ) from None
+        section["options"] = read_json(environment["DISTNORM_OPTIONS"], "environment DISTNORM_OPTIONS", OPTIONS_EXAMPLE)
     return section
 
 

@@ -49,7 +49,8 @@ class Site:
     def _open(self) -> None:
         self.key, self.number = open_channel(self)
         self.records = Records()
-        self._starved: Tensor | None = None
+        self._starved: dict[int, Tensor] = {}
+        """Whether a GPU has seen 1 value per channel, by the number of ranks that shared it."""
         self._ahead: tuple[Landed, list[object], Running] | None = None
         """What running statistics will be, and what that was made of."""
 
@@ -136,7 +137,8 @@ class Site:
         except RuntimeError as error:
             raise self._failed(binding, slot, error) from error
         if not enough and binding.reducer.counts(slot):
-            self._check_count(shared[-1], binding.reducer.size)
+            # A policy that shares nothing in this step gives the wire back.
+            self._check_count(shared[-1], 1 if shared is wire else binding.reducer.size)
         record = Record(wire, shared, slot.step, held=held)
         self.records.note(record)
         return record
@@ -194,8 +196,8 @@ class Site:
     def _failed(self, binding: Binding, slot: Slot, error: RuntimeError) -> RuntimeError:
         return RuntimeError(
             f"{self.name}: sharing {slot.direction} statistics ({self.conversion.recipe.policy}) among ranks "
-            f"{list(binding.topology.ranks)} failed. Another rank has probably stopped, or runs other layers; its "
-            f"own message says more. Cause: {error}"
+            f"{list(binding.topology.ranks)} failed. Another rank has probably stopped, ran out of data, or runs "
+            f"other layers; its own message says more. Cause: {error}"
         )
 
     def _check_count(self, count: Tensor, size: int) -> None:
@@ -208,7 +210,7 @@ class Site:
         # Asking a GPU for the count would stall the host in every layer: remember it there, ask at the next switch
         # between training and evaluation, or save.
         starved = count == 1
-        self._starved = starved if self._starved is None else self._starved | starved
+        self._starved[size] = self._starved[size] | starved if size in self._starved else starved
 
     def running(self, layer: _BatchNorm) -> Running | None:
         """The running statistics of ``layer`` with what is in flight; None if it tracks none."""
@@ -239,9 +241,10 @@ class Site:
         Raises:
             ValueError: there was one. Its statistics were not absorbed.
         """
-        starved, self._starved = self._starved, None
-        if starved is not None and bool(starved):
-            raise self._too_few(self.conversion.bound().reducer.size)
+        starved, self._starved = self._starved, {}
+        for size, found in starved.items():
+            if bool(found):
+                raise self._too_few(size)
 
     def _too_few(self, size: int) -> ValueError:
         return ValueError(

@@ -1,11 +1,8 @@
-"""The C: that it is built here, kept, and done without where it cannot be; its loops against float64."""
+"""The C: its loops against float64, and doing without it. How it is built and kept: test_kernel_cache.py."""
 
 from __future__ import annotations
 
-import logging
-import re
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -117,42 +114,11 @@ def test_running_statistics_that_autograd_needs_are_not_changed_unseen() -> None
         y.sum().backward()
 
 
-# --- building it ---------------------------------------------------------------------------------
+# --- doing without it -----------------------------------------------------------------------------
 
 
 def build() -> object:
     return compiled.library.__wrapped__()
-
-
-def test_it_is_built_once_and_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert build() is not None
-    (kept,) = (tmp_path / "distnorm").iterdir()
-    assert re.fullmatch(r"kernels-[0-9a-f]{16}\.so", kept.name)
-    written = kept.stat().st_mtime_ns
-    assert build() is not None
-    assert kept.stat().st_mtime_ns == written
-
-
-def test_a_cache_that_cannot_be_written_is_done_without(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def refuse(*args: object, **options: object) -> None:
-        raise PermissionError("read-only")
-
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(Path, "mkdir", refuse)
-    assert build() is not None
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("compiler", ["false", "no-such-compiler"])
-def test_without_a_compiler_aten_serves(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture, compiler: str
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setenv("CC", compiler)
-    with caplog.at_level(logging.INFO, "distnorm"):
-        assert build() is None
-    assert "could not be compiled; ATen's serve" in caplog.text
 
 
 def test_the_environment_chooses(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import Variable, forward_ad
 from torch.distributed import distributed_c10d
+from torch.distributed.algorithms.join import Join
 from torch.jit._script import call_prepare_scriptable_func
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
@@ -299,6 +300,17 @@ def test_the_ddp_modules_of_a_forward_are_known(world: dist.ProcessGroup) -> Non
         module(torch.ones(2, 1))
     assert look.seen == [[inner, inner], [inner, inner, outer], [inner, inner, outer]]
     assert DistributedDataParallel._active_ddp_module is None
+
+
+@pytest.mark.parametrize("throw", [False, True])
+def test_ddp_says_under_which_join_it_runs(world: dist.ProcessGroup, throw: bool) -> None:
+    wrapped = DistributedDataParallel(nn.Linear(1, 1))
+    assert not wrapped._join_config.enable
+    Join([wrapped], throw_on_early_termination=throw)
+    assert wrapped._join_config.enable
+    assert wrapped._join_config.throw_on_early_termination is throw
+    wrapped.join(enable=False)
+    assert not wrapped._join_config.enable
 
 
 def test_names_that_ddp_ignores_can_be_added_and_taken_away(world: dist.ProcessGroup) -> None:

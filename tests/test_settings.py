@@ -46,7 +46,7 @@ def carried(**section: object) -> dict[str, str]:
         ({"where": 3}, ["where must be a list of patterns", "got 3"]),
         ({"where": ["a", 3]}, ["where must be a list of patterns", "got ('a', 3)"]),
         ({"ledger": "perhaps"}, ["ledger must be true or false", "got 'perhaps'"]),
-        ({"transport": "smoke"}, ["transport must be torch or mpi", "got 'smoke'"]),
+        ({"transport": "smoke"}, ['transport must be "torch" or "mpi"', "got 'smoke'"]),
     ],
 )
 def test_what_is_not_allowed_is_named_with_its_source(section: object, words: list[str]) -> None:
@@ -132,7 +132,7 @@ def test_words_for_yes(word: str) -> None:
         ({"DISTNORM_OPTIONS": "{size: 4}"}, {}, "environment DISTNORM_OPTIONS: need JSON such as '{\"size\": 4}'"),
         ({"DISTNORM_OPTIONS": "[4]", "DISTNORM_RECIPE": "mabn"}, {}, "environment DISTNORM_*: options must be"),
         ({"DISTNORM_RECIPE": "group_bn(size=4)"}, {"options": {"size": 2}}, "has options in its name"),
-        ({"DISTNORM_TRANSPORT": "smoke"}, {}, "environment DISTNORM_*: transport must be torch or mpi"),
+        ({"DISTNORM_TRANSPORT": "smoke"}, {}, 'environment DISTNORM_*: transport must be "torch" or "mpi"'),
     ],
 )
 def test_what_is_wrong_is_named_with_all_sources(

@@ -15,6 +15,7 @@ from typing import Any, Self
 
 from distnorm.settings import Settings
 from distnorm.suggest import suggest
+from distnorm.validation import refuse_twins, shown, without_twins
 
 SECTION = "distnorm_config"
 
@@ -125,23 +126,29 @@ class ConfigFile:
             hint = suggest(str(key), [SECTION])
             if key not in known and hint:
                 raise ValueError(f"{self.path}: unknown key {key!r}{hint}.")
+        if SECTION in self.values and not _is_json(self.path):
+            root = _yaml().compose(self.text, Loader=_yaml().SafeLoader)
+            _refuse_yaml_twins(self.source, next(value for key, value in root.value if key.value == SECTION))
 
 
 def read_options(pairs: Sequence[str]) -> dict[str, object]:
     """Options written as ``key=value``, with values as a YAML file would hold them.
 
     Raises:
-        ValueError: not of this form.
+        ValueError: not of this form, or one option twice.
     """
     options: dict[str, object] = {}
+    refuse_twins([pair.partition("=")[0] for pair in pairs])
     for pair in pairs:
         key, equals, text = pair.partition("=")
         if not (key and equals):
             raise ValueError(f"option {pair!r}: write key=value, such as size=4.")
         try:
             options[key] = _yaml().safe_load(text)
-        except _yaml().YAMLError:
-            raise ValueError(f"option {pair!r}: {text!r} is no value that YAML can hold; put it in quotes.") from None
+        except (_yaml().YAMLError, ValueError, RecursionError):
+            raise ValueError(
+                f"option {shown(pair)}: {shown(text)} is no value that YAML can hold; put it in quotes."
+            ) from None
     return options
 
 
@@ -170,14 +177,27 @@ def _whole_lines(text: str, start: int, end: int) -> _Span:
 def _parse(path: str, text: str) -> dict[str, Any]:
     yaml = _yaml()
     try:
-        values = json.loads(text) if _is_json(path) else yaml.safe_load(text)
+        values = json.loads(text, object_pairs_hook=without_twins) if _is_json(path) else yaml.safe_load(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}, line {error.lineno}: {error.msg}.") from None
     except yaml.YAMLError as error:
         raise ValueError(_where_yaml_stops(path, error)) from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: {error}.") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected a mapping of keys to values, as `accelerate config` writes it.")
     return values
+
+
+def _refuse_yaml_twins(source: str, node: Any) -> None:
+    """Of two equal keys YAML's loader takes the last one in silence."""
+    if isinstance(node, _yaml().MappingNode):
+        try:
+            refuse_twins([key.value for key, _ in node.value])
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}.") from None
+        for _, value in node.value:
+            _refuse_yaml_twins(source, value)
 
 
 def _where_yaml_stops(path: str, error: Any) -> str:

@@ -18,6 +18,7 @@ from torch import Tensor
 from distnorm.kernels.arithmetic import Formula
 from distnorm.methods.base import ChannelAffine
 from distnorm.types import Affine, Moments
+from distnorm.validation import Clip, Steps, check_fields
 
 
 @final
@@ -33,15 +34,12 @@ class RMS(ChannelAffine):
 
     centred: ClassVar[bool] = False
     raw: ClassVar[slice] = slice(1, 2)
-    clip: float | None = None
-    clip_after: int = 1000
+    clip: Clip | None = None
+    clip_after: Steps = 1000
 
     def __post_init__(self) -> None:
         """Validate."""
-        if self.clip is not None and self.clip < 1:
-            raise ValueError(f"RMS(clip={self.clip!r}): need a bound of at least 1, or None.")
-        if self.clip_after < 0:
-            raise ValueError(f"RMS(clip_after={self.clip_after!r}): need a number of updates, at least 0.")
+        check_fields(self)
 
     @property
     def follows(self) -> bool:

@@ -19,6 +19,7 @@ from distnorm.policies.routes import Routes
 from distnorm.policies.stored import Check, fields
 from distnorm.transport import Group, LostGroup, Topology, check_group, lost
 from distnorm.types import Layout, Slot
+from distnorm.validation import Axis, Ranks, check_fields
 
 
 class _GroupSum(Reducer):
@@ -53,8 +54,8 @@ class AllReduce(Policy):
     With none of them the set is all data-parallel ranks.
     """
 
-    axis: str | None = None
-    group_size: int | None = None
+    axis: Axis | None = None
+    group_size: Ranks | None = None
     process_group: dist.ProcessGroup | LostGroup | None = None
 
     def __post_init__(self) -> None:
@@ -62,11 +63,8 @@ class AllReduce(Policy):
         given = [name for name in ("axis", "group_size", "process_group") if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"AllReduce takes one of axis, group_size, process_group; given are {given}.")
-        if self.axis is not None and not isinstance(self.axis, str):
-            raise ValueError(f"AllReduce(axis={self.axis!r}): need the name of an axis.")
-        if self.group_size is not None and (not isinstance(self.group_size, int) or self.group_size < 1):
-            raise ValueError(f"AllReduce(group_size={self.group_size!r}): need a whole number of ranks, at least 1.")
         check_group(self.process_group, "AllReduce")
+        check_fields(self)
 
     def __repr__(self) -> str:
         """Name the ranks of an explicit group, so that equal text means equal sharing."""

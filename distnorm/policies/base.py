@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 from torch import Tensor
 
@@ -13,6 +13,7 @@ from distnorm.policies.routes import Routes
 from distnorm.policies.stored import Check, anything
 from distnorm.transport import Topology
 from distnorm.types import Landed, Layout, Slot, Watch
+from distnorm.validation import kind
 
 
 class Reducer(ABC):
@@ -102,3 +103,6 @@ class Policy(ABC):
     def stores(self, layout: Layout) -> Check:
         """What checks a state for its reducers among layers of ``layout``. By default everything passes."""
         return anything
+
+
+APolicy = Annotated[Policy, kind(Policy, "a distnorm policy, such as AllReduce()")]

@@ -25,6 +25,7 @@ from distnorm.policies.routes import Routes
 from distnorm.policies.stored import Check, bucket, entries, fields, sizes_of
 from distnorm.transport import Group, Topology
 from distnorm.types import Direction, Landed, Layout, Slot, Watch
+from distnorm.validation import Axis, Staleness, Window, check_fields
 
 LossReduction = Literal["mean", "sum"]
 
@@ -195,19 +196,14 @@ class Moving(Policy):
     Training-mode forwards under ``no_grad`` share synchronously and leave the window as it is.
     """
 
-    window: int = 16
-    staleness: int = 1
-    axis: str | None = None
+    window: Window = 16
+    staleness: Staleness = 1
+    axis: Axis | None = None
     loss_reduction: LossReduction = "mean"
 
     def __post_init__(self) -> None:
         """Validate."""
-        if type(self.window) is not int or self.window < 1:
-            raise ValueError(f"Moving(window={self.window!r}): need a whole number of steps, at least 1.")
-        if self.staleness not in (0, 1):
-            raise ValueError(f"Moving(staleness={self.staleness!r}): need 0 (blocking) or 1 (one step in flight).")
-        if self.loss_reduction not in ("mean", "sum"):
-            raise ValueError(f'Moving(loss_reduction={self.loss_reduction!r}): need "mean" or "sum".')
+        check_fields(self)
 
     def bind(self, topology: Topology, layout: Layout) -> Reducer:
         """Make one group for blocking sums and one for the bucket."""

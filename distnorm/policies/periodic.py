@@ -12,12 +12,13 @@ from typing import final
 from torch import Tensor
 
 from distnorm.policies.all_reduce import AllReduce
-from distnorm.policies.base import Policy, Reducer
+from distnorm.policies.base import APolicy, Policy, Reducer
 from distnorm.policies.facts import Facts, every_kth
 from distnorm.policies.routes import Routes, either
 from distnorm.policies.stored import Check, fields
 from distnorm.transport import Topology
 from distnorm.types import Layout, Slot
+from distnorm.validation import Period, check_fields
 
 
 class _EveryKth(Reducer):
@@ -56,14 +57,13 @@ class Periodic(Policy):
     seen the batches of all ranks.
     """
 
-    every: int
-    policy: Policy = field(default_factory=AllReduce)
+    every: Period
+    policy: APolicy = field(default_factory=AllReduce)
 
     def __post_init__(self) -> None:
         """Validate."""
-        if not isinstance(self.every, int) or self.every < 1:
-            raise ValueError(f"Periodic(every={self.every!r}): need a whole number of steps, at least 1.")
-        if not isinstance(self.policy, Policy) or self.policy.facts.keeps_cotangents:
+        check_fields(self)
+        if self.policy.facts.keeps_cotangents:
             raise ValueError(f"Periodic(policy={self.policy!r}): need an exact policy, such as AllReduce().")
 
     def bind(self, topology: Topology, layout: Layout) -> Reducer:

@@ -25,6 +25,7 @@ from distnorm.policies.stored import Check, array, bucket, entries, fields, size
 from distnorm.transport import Group, Topology
 from distnorm.transport.group import moved
 from distnorm.types import Landed, Layout, Slot, Watch
+from distnorm.validation import Axis, Window, check_fields
 
 
 class _Mix(Remembering):
@@ -169,13 +170,12 @@ class StaleMix(Policy):
     Training-mode forwards under ``no_grad`` share synchronously.
     """
 
-    window: int = 1
-    axis: str | None = None
+    window: Window = 1
+    axis: Axis | None = None
 
     def __post_init__(self) -> None:
         """Validate."""
-        if type(self.window) is not int or self.window < 1:
-            raise ValueError(f"StaleMix(window={self.window!r}): need a whole number of steps, at least 1.")
+        check_fields(self)
 
     def bind(self, topology: Topology, layout: Layout) -> Reducer:
         """Make one group for blocking sums and one for the bucket."""

@@ -12,12 +12,13 @@ from typing import Any, final
 from torch import Tensor
 
 from distnorm.policies.all_reduce import AllReduce
-from distnorm.policies.base import Policy, Reducer
+from distnorm.policies.base import APolicy, Policy, Reducer
 from distnorm.policies.facts import Facts, first_then
 from distnorm.policies.routes import Routes, either
 from distnorm.policies.stored import Check, fields
 from distnorm.transport import Topology
 from distnorm.types import Landed, Layout, Slot, Watch
+from distnorm.validation import Steps, check_fields
 
 
 class _Relay(Reducer):
@@ -82,17 +83,13 @@ class _Relay(Reducer):
 class Warmup(Policy):
     """``first.reduce`` during ``steps`` steps, ``then.reduce`` after them."""
 
-    first: Policy = field(default_factory=AllReduce)
-    then: Policy
-    steps: int = 100
+    first: APolicy = field(default_factory=AllReduce)
+    then: APolicy
+    steps: Steps = 100
 
     def __post_init__(self) -> None:
         """Validate."""
-        if not isinstance(self.steps, int) or self.steps < 0:
-            raise ValueError(f"Warmup(steps={self.steps!r}): need a whole number of steps, at least 0.")
-        for name in ("first", "then"):
-            if not isinstance(getattr(self, name), Policy):
-                raise ValueError(f"Warmup({name}={getattr(self, name)!r}): need a policy.")
+        check_fields(self)
         if self.first.facts.keeps_cotangents:
             raise ValueError(f"Warmup(first={self.first!r}): need an exact policy, such as AllReduce().")
         shares = self.first.facts.communicates and self.first.facts.always_lands

@@ -11,11 +11,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.algorithms.join import Join
+from torch.nn.parallel import DistributedDataParallel
 
 import distnorm
 from distnorm.nn import SyncBatchNorm
 from distnorm.transport.group import TorchGroup
 from tests.support.pool import Pool, WorkerDiedError
+from tests.support.threads import run_threads
 
 C = 3
 
@@ -153,6 +156,71 @@ def test_one_value_per_channel_over_all_ranks(pool: Pool) -> None:
 
 def train_on_one_value(rank: int) -> None:
     converted()(batch(rank)[: 1 - rank])
+
+
+def test_one_value_per_channel_in_a_step_that_is_not_shared() -> None:
+    """Only the rank that has one value knows, and says of how many ranks it is."""
+    errors = run_threads(4, train_on_one_value_of_its_own)
+    assert errors == [
+        "first: 1 value per channel across 1 rank; training needs at least 2. Raise the batch size, share over more "
+        "ranks, or put the layer in eval().",
+        *[""] * 3,
+    ]
+
+
+def train_on_one_value_of_its_own(rank: int) -> str:
+    model = converted("periodic_bn", every=2)
+    train(model, rank)
+    try:
+        model(batch(rank)[: 1 if rank == 0 else None])
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("recipe", ["sync_bn", "lazy_bn"])
+@pytest.mark.parametrize("throw", [False, True])
+def test_ranks_that_run_out_of_data_under_join(pool: Pool, recipe: str, throw: bool) -> None:
+    outcomes = pool.run_all(2, train_under_join, recipe, throw, timeout=30.0)
+    if throw:  # in torch's words
+        expect_everywhere(outcomes[:1], RuntimeError, "exhausted all inputs")
+        expect_everywhere(outcomes[1:], RuntimeError, "at least one rank that exhausted inputs")
+    else:
+        words = "throw_on_early_termination=True", "empty batches"
+        expect_everywhere(outcomes, RuntimeError, "first: Join(throw_on_early_termination=False) stands in", *words)
+
+
+def train_under_join(rank: int, recipe: str, throw: bool) -> None:
+    model = DistributedDataParallel(converted(recipe))
+    with Join([model], throw_on_early_termination=throw):
+        for _ in range(2 + rank):
+            train(model, rank)
+
+
+def test_layers_that_share_nothing_may_run_under_join(pool: Pool) -> None:
+    pool.run(2, train_under_join, "local_bn", False, timeout=30.0)
+
+
+def test_ranks_without_data_go_on_with_empty_batches(pool: Pool) -> None:
+    """Two batches and three: the third step is that of the one rank, whose gradients count a half, as under Join."""
+    results = pool.run(2, train_with_empty_batches)
+    model = converted("local_bn").double()
+    model.load_state_dict(results[0]["start"])
+    model(batch(1).double()).square().sum().backward()
+    for grads in (result["grads"] for result in results):
+        for (name, parameter), grad in zip(model.named_parameters(), grads, strict=True):
+            torch.testing.assert_close(grad.double() * 2, parameter.grad, rtol=1e-4, atol=1e-4, msg=name)
+
+
+def train_with_empty_batches(rank: int) -> dict[str, Any]:
+    torch.manual_seed(0)
+    model = DistributedDataParallel(converted())
+    start = {name: value.clone() for name, value in model.module.state_dict().items()}
+    for step in range(3):
+        model.zero_grad()
+        train_on = batch(rank) if step < 2 + rank else batch(rank)[:0]
+        model(train_on).square().sum().backward()
+    return {"start": start, "grads": [parameter.grad for parameter in model.parameters()]}
 
 
 def test_nodes_of_different_size(pool: Pool) -> None:

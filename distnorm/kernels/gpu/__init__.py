@@ -4,13 +4,14 @@ Nothing here waits for the device. Importing this package does not import Triton
 docs/gpu.md counts the launches and the bytes.
 """
 
-import os
 import warnings
 from functools import cache
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor
+
+from distnorm.compiled import wanted
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -24,7 +25,7 @@ def available() -> bool:
 
     At first it compiles a module of its own, for which a C compiler and Python's headers must be there.
     """
-    if os.environ.get("DISTNORM_KERNELS") == "aten" or find_spec("triton") is None:
+    if not wanted() or find_spec("triton") is None:
         return False
     from triton.runtime import driver
 

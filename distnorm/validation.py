@@ -1,0 +1,195 @@
+"""What a value may be, by the hint of the field or argument that takes it: kinds, ranges and words, checked in one way.
+
+Code, flags, environment and files all end in fields of dataclasses and arguments of functions. Their hints say what is
+allowed: ``bool``, ``str`` (not empty), a ``Literal``, a class, ``None``, unions of these, and ``Annotated`` with a rule
+of this file. True is no number, NaN is in no range, and an empty text is nothing.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from functools import cache, wraps
+from reprlib import Repr
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_SHOWN = Repr()
+_SHOWN.maxstring = _SHOWN.maxother = 200
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Which values are allowed, and that in words."""
+
+    admits: Callable[[Any], bool]
+    words: str
+
+
+def whole(of: str, low: int, high: int) -> Rule:
+    """A whole number ``of`` something, from ``low`` to ``high``."""
+    words = f"a whole number of {of}, at least {low} and at most {high}"
+    return Rule(lambda value: type(value) is int and low <= value <= high, words)
+
+
+def number(low: int, high: int) -> Rule:
+    """A number from ``low`` to ``high``."""
+    words = f"a number, at least {low} and at most {high}"
+    return Rule(lambda value: _is_number(value) and low <= value <= high, words)
+
+
+def kind(of: type, words: str) -> Rule:
+    """Anything of a class, in words that say more than its name."""
+    return Rule(lambda value: isinstance(value, of) and value != "", words)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+Window = Annotated[int, whole("steps", 1, 4096)]
+Period = Annotated[int, whole("steps", 1, 10**9)]
+Steps = Annotated[int, whole("steps", 0, 10**9)]
+Staleness = Annotated[int, whole("steps in flight", 0, 1)]
+Ranks = Annotated[int, whole("ranks", 1, 2**20)]
+Clip = Annotated[float, number(1, 10**6)]
+Momentum = Annotated[
+    float, Rule(lambda value: _is_number(value) and 0 < value <= 1, "the newest value's weight, in (0, 1]")
+]
+Axis = Annotated[str, kind(str, "the name of an axis")]
+RecipeName = Annotated[str, kind(str, "a recipe's name, such as sync_bn")]
+Options = Annotated[
+    Mapping[str, object],
+    Rule(
+        lambda value: isinstance(value, Mapping) and all(isinstance(key, str) for key in value),
+        "a mapping of option names to values",
+    ),
+]
+Patterns = Annotated[
+    tuple[str, ...],
+    Rule(
+        lambda value: isinstance(value, tuple) and all(isinstance(each, str) for each in value),
+        "a list of patterns of layer names",
+    ),
+]
+
+
+def check(owner: str, hints: Mapping[str, Any], given: Mapping[str, object]) -> None:
+    """Raise where a value is not what the hint of its name allows.
+
+    Raises:
+        ValueError: the message says what was given to ``owner``, and what is allowed.
+    """
+    for name, value in given.items():
+        if not admits(hints[name], value):
+            raise ValueError(f"{owner}({name}={shown(value)}): need {words(hints[name])}.")
+
+
+def check_fields(value: Any) -> None:
+    """``check`` the fields of a dataclass.
+
+    Raises:
+        ValueError: as ``check``.
+    """
+    given = {each.name: getattr(value, each.name) for each in fields(value)}
+    check(type(value).__name__, hints_of(value.__class__), given)
+
+
+def checked(function: Callable[P, T]) -> Callable[P, T]:
+    """``function``, whose arguments are checked by their hints."""
+    signature = inspect.signature(function)
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        check(function.__name__, hints_of(function), signature.bind(*args, **kwargs).arguments)
+        return function(*args, **kwargs)
+
+    return call
+
+
+@cache
+def hints_of(owner: Any) -> dict[str, Any]:
+    """The hints of a class or function, with their rules."""
+    return get_type_hints(owner, include_extras=True)
+
+
+def admits(hint: Any, value: object) -> bool:
+    """Whether ``hint`` allows ``value``."""
+    origin = get_origin(hint)
+    if origin is Annotated:
+        return bool(hint.__metadata__[0].admits(value))
+    if origin in (Union, UnionType):
+        return any(admits(each, value) for each in get_args(hint))
+    if origin is Literal:
+        return any(type(value) is type(each) and value == each for each in get_args(hint))
+    return isinstance(value, hint) and value != ""
+
+
+def words(hint: Any) -> str:
+    """What ``hint`` allows."""
+    origin = get_origin(hint)
+    if origin is Annotated:
+        return str(hint.__metadata__[0].words)
+    if origin in (Union, UnionType):
+        return " or ".join(words(each) for each in get_args(hint))
+    if origin is Literal:
+        return " or ".join(json.dumps(each) for each in get_args(hint))
+    named = {NoneType: "None", bool: "true or false", str: "a text that is not empty"}
+    return named.get(hint, f"a {hint.__name__}")
+
+
+def written(hint: Any) -> str:
+    """``hint`` as it is written where no rule belongs to it."""
+    if get_origin(hint) is Annotated:
+        return written(hint.__origin__)
+    if get_origin(hint) in (Union, UnionType):
+        return " | ".join(written(each) for each in get_args(hint))
+    if get_origin(hint) is Literal:
+        return " | ".join(map(repr, get_args(hint)))
+    return "None" if hint is NoneType else str(hint.__name__)
+
+
+def shown(value: object) -> str:
+    """``value`` in a message: not at length, whatever it is."""
+    try:
+        return _SHOWN.repr(value)
+    except (ValueError, RecursionError):  # an integer of thousands of digits; brackets in brackets
+        return f"<{type(value).__name__}>"
+
+
+def read_json(text: str, source: str, example: str) -> Any:
+    """What ``text`` holds, as JSON.
+
+    Raises:
+        ValueError: it is no JSON, is nested too deeply, or names a key twice; the message begins with ``source``.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=without_twins)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{source}: need JSON such as '{example}'; got {shown(text)} ({error}).") from None
+
+
+def without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The mapping of ``pairs``.
+
+    Raises:
+        ValueError: as ``refuse_twins``.
+    """
+    refuse_twins([key for key, _ in pairs])
+    return dict(pairs)
+
+
+def refuse_twins(keys: list[Any]) -> None:
+    """Raise where one of ``keys`` is there twice, of which one would win in silence.
+
+    Raises:
+        ValueError: naming the key.
+    """
+    for at, key in enumerate(keys):
+        if key in keys[:at]:
+            raise ValueError(f"{shown(key)} is given twice")
