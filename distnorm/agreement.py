@@ -17,7 +17,7 @@ from distnorm.grid import Recipe
 from distnorm.layout import layout_of
 from distnorm.policies import Reducer
 from distnorm.policies.routes import Routes, joined
-from distnorm.transport import LostGroup, Topology, mpi
+from distnorm.transport import LostGroup, Topology, choice, mpi
 from distnorm.transport.rendezvous import connected, group_timeout, tell_and_collect
 from distnorm.transport.topology import node_id
 from distnorm.types import Layout, Transport
@@ -69,12 +69,17 @@ def meet(
         topology = Topology(ranks)
         return Meeting(topology, recipe.policy.bind(topology, layout), agrees=True)
     timeout = group_timeout(world)
-    topology = _agree(ranks, recipe, layers, layout, mesh, transport, timeout)
+    topology = _agree(world, ranks, recipe, layers, layout, mesh, transport, timeout)
     reducer = recipe.policy.bind(topology, layout)
     return Meeting(topology, reducer, _running_statistics_agree(ranks, recipe, reducer, timeout))
 
 
+_models = 0
+"""The number of the last model that was bound here, as its ranks count."""
+
+
 def _agree(
+    world: dist.ProcessGroup,
     ranks: tuple[int, ...],
     recipe: Recipe,
     layers: Sequence[tuple[str, _BatchNorm]],
@@ -87,15 +92,22 @@ def _agree(
     place = mpi.place(layout.device) if transport == "mpi" else None
     groups = ranks_of(recipe.policy.facts.groups)
     converted, device = _fingerprint(recipe, transport, layers), layout.device.type
-    mine = {"node": node_id(), "converted": converted, "device": device, "mpi": place, "groups": groups}
+    global _models
+    mine: dict[str, object] = {"node": node_id(), "converted": converted, "device": device, "mpi": place}
+    mine |= {"groups": groups, "model": _models + 1}
     told = [json.loads(text) for text in tell_and_collect(ranks, json.dumps(mine), timeout)]
     for rank, other in zip(ranks, told, strict=True):
         _compare(ranks[0], told[0]["converted"], rank, other["converted"])
     _compare_groups({rank: other["groups"] for rank, other in zip(ranks, told, strict=True)})
     nodes = tuple(other["node"] for other in told)
     places = mpi.check_places(ranks, [other["mpi"] for other in told]) if transport == "mpi" else None
-    on_cpu = all(other["device"] in ("cpu", "meta") for other in told)
-    return Topology(ranks, mesh=mesh, nodes=nodes, timeout=timeout, mpi=places, on_cpu=on_cpu)
+    devices = [other["device"] for other in told]
+    choice.check(transport, ranks, devices, world)
+    on_cpu = all(device in ("cpu", "meta") for device in devices)
+    _models = max(other["model"] for other in told)
+    return Topology(
+        ranks, mesh=mesh, nodes=nodes, timeout=timeout, mpi=places, on_cpu=on_cpu, transport=transport, model=_models
+    )
 
 
 def _fingerprint(recipe: Recipe, transport: Transport, layers: Sequence[tuple[str, _BatchNorm]]) -> list[str]:

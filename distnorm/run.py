@@ -11,6 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from typing import get_args
 
 from distnorm.integrations.children import convert_in_children
 from distnorm.integrations.launchers import read_launcher
@@ -19,6 +20,7 @@ from distnorm.integrations.script import run_module, run_script
 from distnorm.integrations.wrapping import install
 from distnorm.settings import from_environment
 from distnorm.transport.mpi import end_job_after
+from distnorm.types import Transport
 
 _TAKES_VALUE = ("--recipe", "--options", "--where", "--transport")
 _LAUNCHER_FLAGS = ("--local_rank", "--local-rank")
@@ -105,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--ledger", action=argparse.BooleanOptionalAction, default=None, help="print the collectives at the end"
     )
-    parser.add_argument("--transport", help="who carries statistics: torch or mpi")
+    parser.add_argument("--transport", help=f"who carries statistics: {', '.join(get_args(Transport))}")
     return parser
 
 

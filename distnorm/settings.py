@@ -38,7 +38,7 @@ class Settings:
         where: patterns of layer names (``fnmatch``); none means all layers.
         fuse: whether norms take over the additions and ReLUs that follow them in the model's code.
         ledger: whether rank 0 prints the ledger of collectives when the job ends.
-        transport: who carries statistics: ``"torch"`` process groups, or ``"mpi"``, by mpi4py.
+        transport: who carries statistics, as ``convert`` takes it; None is what ``DISTNORM_TRANSPORT`` says.
         source: where the settings come from, for error messages.
 
     Raises:
@@ -50,7 +50,7 @@ class Settings:
     where: tuple[str, ...] = ()
     fuse: bool = False
     ledger: bool = False
-    transport: Transport = "torch"
+    transport: Transport | None = None
     source: str = field(default="distnorm", compare=False)
 
     def __post_init__(self) -> None:
@@ -64,7 +64,7 @@ class Settings:
         for key in _SWITCHES:
             if not isinstance(getattr(self, key), bool):
                 raise self._wrong(key, getattr(self, key), "true or false")
-        if self.transport not in get_args(Transport):
+        if self.transport not in (None, *get_args(Transport)):
             raise self._wrong("transport", self.transport, " or ".join(get_args(Transport)))
         try:
             self.build()
@@ -101,7 +101,7 @@ class Settings:
         if self.where:
             section["where"] = list(self.where)
         section |= {key: True for key in _SWITCHES if getattr(self, key)}
-        if self.transport != "torch":
+        if self.transport not in (None, "torch"):
             section["transport"] = self.transport
         return section
 
