@@ -80,6 +80,9 @@ class Handshake:
                         else:
                             self._hear(key.data, patience)
                     self._turn_out()
+            except BaseException:
+                self.hang_up()
+                raise
             finally:
                 for guest in list(self._guests.values()):
                     self._drop(guest)
