@@ -71,6 +71,7 @@ class Direct(ABC):
             if not self.posted(turn):
                 self._last = last
             raise
+        turn.handed_in = True
         return turn
 
     def _open(self, number: int, wire: Tensor, who: Sender) -> Turn:
@@ -120,6 +121,7 @@ class Turn:
         """Of vectors like ``wire``."""
         self.number, self.wire, self.who = number, wire.contiguous(), who
         self.sum = torch.empty_like(wire, memory_format=torch.contiguous_format)
+        self.handed_in = False
         self._direct: Direct | None = direct
         self._error: RuntimeError | None = None
 
@@ -134,7 +136,8 @@ class Turn:
         if self._direct is None:
             return
         direct = self._direct
-        direct.post(self)
+        if not self.handed_in:
+            direct.post(self)
         if not direct.finish(self):
             self._error = direct.mixed(self)
         self._direct = None  # not before: a sum that failed must fail again

@@ -18,7 +18,7 @@ from torch import Tensor
 from distnorm.transport.direct import AWAKE_S, Direct
 from distnorm.transport.rendezvous import group_timeout
 from distnorm.transport.schedule import Schedule
-from distnorm.transport.senders import Sender, mixed, sender
+from distnorm.transport.senders import Sender, mixed, sender, signature
 from distnorm.types import Slot
 
 EXCHANGE_LIMIT_BYTES = 128 * 1024
@@ -251,17 +251,18 @@ class TorchGroup(Group):
 
     def _exchange(self, wire: Tensor, who: Sender) -> tuple[Work, Callable[[], Tensor]]:
         # Behind the values stands who sends them; not on a GPU, where reading it would make the host wait.
-        number = torch.tensor([who.number] * wire.is_cpu, dtype=torch.int64, device=wire.device).view(wire.dtype)
-        sent = torch.cat((wire.reshape(-1), number)).repeat(self.size)
+        count = wire.numel()
+        signed = torch.cat((wire.reshape(-1), signature(who, wire.dtype))) if wire.is_cpu else wire.reshape(-1)
+        sent = signed.repeat(self.size)
         received = torch.empty_like(sent)
         work = _Awake(dist.all_to_all_single(received, sent, group=self.process_group, async_op=True))
 
         def result() -> Tensor:
-            values, numbers = received.view(self.size, -1).split((wire.numel(), number.numel()), 1)
-            if wire.is_cpu and set(numbers.contiguous().view(torch.int64).flatten().tolist()) != {who.number}:
+            rows = received.view(self.size, -1)
+            if wire.is_cpu and set(rows[:, count:].flatten().view(torch.int64).tolist()) != {who.number}:
                 assert self.process_group is not None
                 raise mixed(self.ranks, who.words, group_timeout(self.process_group))
-            total: Tensor = values.sum(0).view_as(wire)
+            total: Tensor = rows[:, :count].sum(0).view_as(wire)
             return total
 
         return work, result

@@ -8,6 +8,9 @@ from datetime import timedelta
 from functools import lru_cache
 from typing import NamedTuple
 
+import torch
+from torch import Tensor
+
 from distnorm.transport.rendezvous import tell_and_collect
 
 
@@ -24,6 +27,12 @@ def sender(layer: str, direction: str, model: int) -> Sender:
     words = f"the {direction} statistics of {layer}" + (f" in model {model}" if model > 1 else "")
     digest = hashlib.blake2b(repr((layer, direction, model)).encode(), digest_size=8).digest()
     return Sender(words, int.from_bytes(digest, "little", signed=True))
+
+
+@lru_cache(maxsize=16 * 1024)
+def signature(who: Sender, dtype: torch.dtype) -> Tensor:
+    """The number of ``who`` as the bits of a few values on the CPU, to be sent along with others."""
+    return torch.tensor([who.number], device="cpu").view(dtype)
 
 
 def mixed(ranks: tuple[int, ...], mine: str, timeout: timedelta) -> RuntimeError:
