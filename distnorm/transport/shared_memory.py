@@ -120,11 +120,11 @@ def attempt(ranks: tuple[int, ...], rank: int, timeout: timedelta) -> SharedMemo
     hosts = tell("" if compiled is None else host_id(), "say which host they are on")
     if compiled is None or not all(hosts):
         without = [rank for rank, host in zip(ranks, hosts, strict=True) if not host]
-        return Declined(f"ranks {without} have no compiled kernels, or no /proc that names their host.", logging.INFO)
+        return Declined(f"ranks {without} have no compiled kernels, or no /proc that names their host", logging.INFO)
     if len(set(hosts)) > 1:
         on = {host: [r for r, each in zip(ranks, hosts, strict=True) if each == host] for host in hosts}
         apart = " and ".join(map(str, on.values()))
-        return Declined(f"ranks {apart} are on different hosts, or in containers of their own.", logging.INFO)
+        return Declined(f"ranks {apart} are on different hosts, or in containers of their own", logging.INFO)
     offered = _offer(segment_bytes(len(ranks))) if place == 0 else ""
     path = tell(json.dumps(_path_of(offered)), "offer shared memory")[0]
     joined = _attach(offered, json.loads(path), ranks, place, timeout, compiled)
