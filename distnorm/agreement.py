@@ -19,7 +19,7 @@ from distnorm.layout import layout_of
 from distnorm.policies import Reducer
 from distnorm.policies.routes import Routes, joined
 from distnorm.running import BUFFERS
-from distnorm.transport import LostGroup, Topology, mpi
+from distnorm.transport import LostGroup, Topology, choice, mpi
 from distnorm.transport.rendezvous import connected, group_timeout, tell_and_collect
 from distnorm.transport.topology import node_id
 from distnorm.types import Layout, Transport
@@ -71,12 +71,17 @@ def meet(
         topology = Topology(ranks)
         return Meeting(topology, recipe.policy.bind(topology, layout), agrees=True)
     timeout = group_timeout(world)
-    topology = _agree(ranks, recipe, layers, layout, mesh, transport, timeout)
+    topology = _agree(world, ranks, recipe, layers, layout, mesh, transport, timeout)
     reducer = recipe.policy.bind(topology, layout)
     return Meeting(topology, reducer, _running_statistics_agree(ranks, recipe, reducer, timeout))
 
 
+_models = 0
+"""The number of the last model that was bound here, as its ranks count."""
+
+
 def _agree(
+    world: dist.ProcessGroup,
     ranks: tuple[int, ...],
     recipe: Recipe,
     layers: Sequence[tuple[str, _BatchNorm]],
@@ -88,10 +93,11 @@ def _agree(
     """Compare what ``ranks`` converted."""
     place = mpi.place(layout.device) if transport == "mpi" else None
     groups = ranks_of(recipe.policy.facts.groups)
+    global _models
     lines = _fingerprint(recipe, transport, layers)
     digest = hashlib.sha256(json.dumps(lines).encode()).hexdigest()
     mine = {
-        **{"node": node_id(), "converted": digest, "device": layout.device.type, "mpi": place},
+        **{"node": node_id(), "converted": digest, "device": layout.device.type, "mpi": place, "model": _models + 1},
         "groups": [None if group == ranks else group for group in groups],
     }
     told = [json.loads(text) for text in tell_and_collect(ranks, json.dumps(mine), timeout)]
@@ -100,8 +106,13 @@ def _agree(
     _compare_groups({rank: [list(ranks) if one is None else one for one in each] for rank, each in named.items()})
     nodes = tuple(other["node"] for other in told)
     places = mpi.check_places(ranks, [other["mpi"] for other in told]) if transport == "mpi" else None
-    on_cpu = all(other["device"] in ("cpu", "meta") for other in told)
-    return Topology(ranks, mesh=mesh, nodes=nodes, timeout=timeout, mpi=places, on_cpu=on_cpu)
+    devices = [other["device"] for other in told]
+    choice.check(transport, ranks, devices, world)
+    on_cpu = all(device in ("cpu", "meta") for device in devices)
+    _models = max(other["model"] for other in told)
+    return Topology(
+        ranks, mesh=mesh, nodes=nodes, timeout=timeout, mpi=places, on_cpu=on_cpu, transport=transport, model=_models
+    )
 
 
 def _fingerprint(recipe: Recipe, transport: Transport, layers: Sequence[tuple[str, _BatchNorm]]) -> list[str]:

@@ -43,9 +43,9 @@ _DENSE: dict[str, list[Any]] = {
 }
 _ABSORB: dict[str, list[Any]] = {"absorb": [_POINTER, _INDEX, *_RATE, *_THREE]}
 _EXCHANGE: dict[str, list[Any]] = {
-    "post": [_POINTER, _INDEX, _INDEX, _INDEX, _TURN, _POINTER, _INDEX],
+    "post": [_POINTER, _INDEX, _INDEX, _INDEX, _TURN, _TURN, _POINTER, _INDEX],
     "await": [_POINTER, _INDEX, _TURN, _DOUBLE, _DOUBLE],
-    "add": [_POINTER, _INDEX, _INDEX, _TURN, _POINTER, _INDEX],
+    "add": [_POINTER, _INDEX, _INDEX, _TURN, _TURN, _POINTER, _INDEX],
 }
 _ENTRIES: dict[str, list[Any]] = {
     "window": [_POINTER, _INDEX, _DOUBLE, _DOUBLE, _DOUBLE] + [_POINTER] * 5,

@@ -23,7 +23,7 @@ from distnorm import agreement, running, saved
 from distnorm.binding import Binding
 from distnorm.grid import Recipe
 from distnorm.surroundings import transforming, unseen
-from distnorm.transport import LostGroup, lost, mpi
+from distnorm.transport import LostGroup, choice, lost, mpi
 from distnorm.transport.rendezvous import group_timeout
 from distnorm.transport.topology import current_world, mesh_ranks
 from distnorm.types import Feeders, Landed, Observer, Transport
@@ -41,12 +41,12 @@ class Conversion:
         self,
         recipe: Recipe,
         mesh: DeviceMesh | None,
-        transport: Transport = "torch",
+        transport: Transport | None = None,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
         """No layers yet, and no ranks."""
         self.recipe = recipe
-        self.transport = transport
+        self.transport = choice.chosen(transport)
         self.mesh: DeviceMesh | LostGroup | None = mesh
         self.process_group = process_group
         self.feeders = Feeders()

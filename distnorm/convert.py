@@ -30,6 +30,7 @@ from distnorm.module import (
 )
 from distnorm.site import Site
 from distnorm.transport import LostGroup, check_group
+from distnorm.transport.choice import chosen
 from distnorm.transport.mpi import load_mpi
 from distnorm.transport.topology import mesh_ranks
 from distnorm.types import Transport
@@ -72,7 +73,7 @@ def convert(
     *,
     where: Where | None = None,
     mesh: DeviceMesh | None = None,
-    transport: Transport = "torch",
+    transport: Transport | None = None,
     fuse: bool = False,
     **options: object,
 ) -> ModelT:
@@ -89,8 +90,10 @@ def convert(
         where: which layers: a function of name and layer, or glob patterns over names such as ``["backbone.*"]``.
         mesh: the data-parallel device mesh, whose axes a recipe can name; statistics never leave it. Slice a mesh
             that has other axes too: ``mesh["dp"]``.
-        transport: who carries statistics: ``"torch"``, a process group of the job's backend, or ``"mpi"``, mpi4py, for
-            layers on the CPU in a job that mpirun started.
+        transport: who carries statistics: ``"torch"``, process groups of the job's backend and what is quicker than
+            gloo where there is such; only ``"gloo"``; of what is quicker only shared memory (``"shm"``) or only
+            ``"sockets"``, with gloo for long vectors; or ``"mpi"``, mpi4py, for layers on the CPU in a job that mpirun
+            started. None is what ``DISTNORM_TRANSPORT`` says, ``"torch"`` if it says nothing.
         fuse: whether norms do what follows them, too, where the model's code says that a ReLU or an addition follows,
             or both: fewer passes over memory, for equal values and gradients. ``print(model)`` shows where.
         options: options of a named recipe, such as ``size=4``.
@@ -107,6 +110,7 @@ def convert(
     """
     wanted = _recipe(recipe, options)
     check("convert", hints_of(convert), {"transport": transport, "fuse": fuse})
+    transport = chosen(transport)
     if transport == "mpi":
         load_mpi("transport='mpi'")
     layers = _select(model, wanted, where)

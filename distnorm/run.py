@@ -10,6 +10,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from typing import get_args
 
 from distnorm.integrations.children import convert_in_children
 from distnorm.integrations.launchers import read_launcher
@@ -18,6 +19,7 @@ from distnorm.integrations.script import run_module, run_script
 from distnorm.integrations.wrapping import install
 from distnorm.settings import OPTIONS_EXAMPLE, from_environment
 from distnorm.transport.mpi import end_job_after
+from distnorm.types import Transport
 from distnorm.validation import read_json
 
 _TAKES_VALUE = ("--recipe", "--options", "--where", "--transport")
@@ -107,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--ledger", action=argparse.BooleanOptionalAction, default=None, help="print the collectives at the end"
     )
-    parser.add_argument("--transport", help="who carries statistics: torch or mpi")
+    parser.add_argument("--transport", help=f"who carries statistics: {', '.join(get_args(Transport))}")
     return parser
 
 

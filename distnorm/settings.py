@@ -53,7 +53,7 @@ class Settings:
         where: patterns of layer names (``fnmatch``); none means all layers.
         fuse: whether norms take over the additions and ReLUs that follow them in the model's code.
         ledger: whether rank 0 prints the ledger of collectives when the job ends.
-        transport: who carries statistics: ``"torch"`` process groups, or ``"mpi"``, by mpi4py.
+        transport: who carries statistics, as ``convert`` takes it; None is what ``DISTNORM_TRANSPORT`` says.
         source: where the settings come from, for error messages.
 
     Raises:
@@ -65,7 +65,7 @@ class Settings:
     where: Patterns = ()
     fuse: bool = False
     ledger: bool = False
-    transport: Transport = "torch"
+    transport: Transport | None = None
     source: str = field(default="distnorm", compare=False)
 
     def __post_init__(self) -> None:
@@ -112,7 +112,7 @@ class Settings:
         if self.where:
             section["where"] = list(self.where)
         section |= {key: True for key in _SWITCHES if getattr(self, key)}
-        if self.transport != "torch":
+        if self.transport not in (None, "torch"):
             section["transport"] = self.transport
         return section
 

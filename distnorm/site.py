@@ -191,7 +191,8 @@ class Site:
 
     def _slot(self, binding: Binding, direction: Direction, step: int, *, learning: bool) -> Slot:
         step = binding.step if step == NOW else step
-        return Slot(self.name, direction, step, learning=learning, observers=tuple(self.conversion.observers))
+        observers = tuple(self.conversion.observers)
+        return Slot(self.name, direction, step, learning=learning, observers=observers, model=binding.topology.model)
 
     def _failed(self, binding: Binding, slot: Slot, error: RuntimeError) -> RuntimeError:
         return RuntimeError(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 Direction = Literal["forward", "backward"]
 Link = Callable[[Tensor], Tensor]
-Transport = Literal["torch", "mpi"]
+Transport = Literal["torch", "mpi", "shm", "sockets", "gloo"]
 
 
 class Observer(Protocol):
@@ -45,6 +45,7 @@ class Slot(NamedTuple):
         observers: who is told of collectives.
         passes: at the end of a step, a number that is equal on ranks in phase: the backward passes of this process
             since its first step, or 0 where the optimizer or the user ends steps.
+        model: which conversion of the ranks the layer belongs to, counted alike on all of them; 0 if to none.
     """
 
     layer: str
@@ -55,6 +56,7 @@ class Slot(NamedTuple):
     loss_scale: Tensor | float = 1.0
     observers: tuple[Observer, ...] = ()
     passes: int = 0
+    model: int = 0
 
 
 EVERY_LAYER = "(all layers)"

@@ -70,6 +70,7 @@ def test_patterns_are_a_list_or_have_commas_between(given: object) -> None:
         {"recipe": "group_bn(size=4)"},
         {"recipe": "mabn", "options": {"window": 8, "weights": "none"}, "where": ["backbone.*"], "ledger": True},
         {"recipe": "sync_bn", "transport": "mpi"},
+        {"recipe": "sync_bn", "transport": "shm"},
         {"recipe": "sync_bn", "fuse": True, "ledger": True},
     ],
 )

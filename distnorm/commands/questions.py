@@ -41,7 +41,7 @@ def ask(file: ConfigFile) -> Settings:
     )
     section["fuse"] = _ask("norms take over what follows them", "yes" if now.fuse else "no", _yes_or_no)
     section["ledger"] = _ask("ledger of collectives when the job ends", "yes" if now.ledger else "no", _yes_or_no)
-    section["transport"] = _ask("transport", now.transport, lambda text: checked("transport", text))
+    section["transport"] = _ask("transport", now.transport or "torch", lambda text: checked("transport", text))
     return Settings.of(section, file.source)
 
 

@@ -1,7 +1,7 @@
 /* Sums of float64 vectors among processes of one host, through memory that they share.
 
-   The segment: per rank a cache line with its turn and how long its vectors are, then two vectors per rank, used by
-   turns. A rank writes its vector of a turn, then the turn; who has read that turn may read the vector. Writing turn t overwrites
+   The segment: per rank a cache line with its turn, and how long its vectors are and whose; then two vectors per rank,
+   used by turns. A rank writes its vector of a turn, then the turn; who has read that turn may read the vector. Writing turn t overwrites
    turn t - 2, which nobody reads any more: to come to t a rank has seen all others at t - 1, so they have left t - 2. */
 
 #include <sched.h>
@@ -20,6 +20,8 @@ static uint64_t *turn_of(char *segment, index_t rank) { return (uint64_t *)(segm
 
 static uint64_t *count_of(char *segment, index_t rank, int64_t turn) { return turn_of(segment, rank) + 1 + turn % 2; }
 
+static uint64_t *sender_of(char *segment, index_t rank, int64_t turn) { return turn_of(segment, rank) + 3 + turn % 2; }
+
 static double *values_of(char *segment, index_t rank, index_t size, index_t capacity, int64_t turn)
 {
     return (double *)(segment + size * LINE) + (2 * rank + turn % 2) * capacity;
@@ -32,12 +34,14 @@ static double now(void)
     return time.tv_sec + 1e-9 * time.tv_nsec;
 }
 
-/* Write this rank's vector of a turn. */
-void exchange_post(char *segment, index_t rank, index_t size, index_t capacity, int64_t turn, const double *values,
-                   index_t count)
+/* Write this rank's vector of a turn, and who sends it; once. */
+void exchange_post(char *segment, index_t rank, index_t size, index_t capacity, int64_t turn, int64_t sender,
+                   const double *values, index_t count)
 {
+    if (*turn_of(segment, rank) >= (uint64_t)turn) return;
     memcpy(values_of(segment, rank, size, capacity, turn), values, count * sizeof(double));
     *count_of(segment, rank, turn) = count;
+    *sender_of(segment, rank, turn) = sender;
     __atomic_store_n(turn_of(segment, rank), turn, __ATOMIC_RELEASE);
 }
 
@@ -60,13 +64,15 @@ index_t exchange_await(char *segment, index_t size, int64_t turn, double awake, 
 }
 
 /* The sum of all ranks' vectors of a turn, in the order of ranks: the same bits everywhere.
-   Returns a rank whose vector has another length, or -1. */
-index_t exchange_add(char *segment, index_t size, index_t capacity, int64_t turn, double *sum, index_t count)
+   Returns a rank whose vector has another length or sender, or -1. */
+index_t exchange_add(char *segment, index_t size, index_t capacity, int64_t turn, int64_t sender, double *sum,
+                     index_t count)
 {
     memset(sum, 0, count * sizeof(double));
     for (index_t rank = 0; rank < size; rank++) {
         const double *values = values_of(segment, rank, size, capacity, turn);
         if (*count_of(segment, rank, turn) != (uint64_t)count) return rank;
+        if (*sender_of(segment, rank, turn) != (uint64_t)sender) return rank;
         for (index_t i = 0; i < count; i++) sum[i] += values[i];
     }
     return -1;

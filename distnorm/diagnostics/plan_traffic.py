@@ -98,7 +98,7 @@ class _Noting(Group):
         self.reach = reach
         self.sent = sent
 
-    def _start(self, wire: Tensor) -> tuple[Work, Callable[[], Tensor]]:
+    def _start(self, wire: Tensor, slot: Slot) -> tuple[Work, Callable[[], Tensor]]:
         self._note(wire, background=False)
         return _Done(), wire.clone
 

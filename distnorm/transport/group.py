@@ -16,6 +16,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distnorm.transport.direct import AWAKE_S, Direct
+from distnorm.transport.rendezvous import group_timeout
+from distnorm.transport.schedule import Schedule
+from distnorm.transport.senders import Sender, mixed, sender, signature
 from distnorm.types import Slot
 
 EXCHANGE_LIMIT_BYTES = 128 * 1024
@@ -115,32 +118,33 @@ class Later:
 class Group(ABC):
     """Ranks that share statistics, and what carries these between them."""
 
-    def __init__(self, ranks: tuple[int, ...]) -> None:
-        """Join the global ``ranks`` of the job."""
+    def __init__(self, ranks: tuple[int, ...], schedule: Schedule | None = None) -> None:
+        """Join the global ``ranks`` of the job; ``schedule`` compares what they are about to sum."""
         self.ranks = ranks
         self.size = len(ranks)
+        self._schedule = schedule
 
     def sum(self, wire: Tensor, slot: Slot) -> Tensor:
         """Sum of ``wire`` over the group, shape and dtype kept. One collective; none in a group of one rank."""
         if self.size == 1:
             return wire
-        _announce(wire, slot)
+        self._announce(wire, slot)
         with _timed(slot):
-            return self._sum(wire.detach())
+            return self._sum(wire.detach(), slot)
 
     def start(self, wire: Tensor, slot: Slot) -> Later:
         """``sum``, whose result is asked for later. One collective; none in a group of one rank."""
         if self.size == 1:
             return Later(None, lambda: wire, slot)
-        _announce(wire, slot)
+        self._announce(wire, slot)
         with _timed(slot):
-            return Later(*self._start(wire.detach()), slot)
+            return Later(*self._start(wire.detach(), slot), slot)
 
     def sum_async(self, wire_: Tensor, slot: Slot) -> Pending:
         """Start summing ``wire_`` over the group, in place. One collective; none in a group of one rank."""
         if self.size == 1:
             return Pending(wire_, None, slot)
-        _announce(wire_, slot)
+        self._announce(wire_, slot)
         with _timed(slot):
             work = self._start_sum(wire_)
         return Pending(wire_, work, slot)
@@ -148,15 +152,24 @@ class Group(ABC):
     def broadcast(self, tensor: Tensor) -> None:
         """Overwrite ``tensor`` with the first rank's, in place. One collective; none in a group of one rank."""
         if self.size > 1:
+            if self._schedule is not None:
+                self._schedule.check("a broadcast", tensor)
             self._broadcast(tensor)
 
-    def _sum(self, wire: Tensor) -> Tensor:
-        work, result = self._start(wire)
+    def _sum(self, wire: Tensor, slot: Slot) -> Tensor:
+        work, result = self._start(wire, slot)
         work.wait()
         return result()
 
+    def _announce(self, wire: Tensor, slot: Slot) -> None:
+        """Tell observers and, if so asked for, see that all ranks are at the same collective."""
+        if self._schedule is not None:
+            self._schedule.check_sum(wire, slot)
+        for observer in slot.observers:
+            observer.issued(slot, wire.numel() * wire.element_size())
+
     @abstractmethod
-    def _start(self, wire: Tensor) -> tuple[Work, Callable[[], Tensor]]:
+    def _start(self, wire: Tensor, slot: Slot) -> tuple[Work, Callable[[], Tensor]]:
         """Start a sum among two ranks at least, of which every rank gets the same bits; and what then gives it."""
 
     @abstractmethod
@@ -193,12 +206,13 @@ class TorchGroup(Group):
         *,
         exchange_limit_bytes: int = EXCHANGE_LIMIT_BYTES,
         direct: Direct | None = None,
+        schedule: Schedule | None = None,
     ) -> None:
         """Wrap ``process_group``, which joins the global ``ranks``; None where a rank is alone.
 
         ``direct`` carries small vectors that a rank waits for, where there is a way without gloo.
         """
-        super().__init__(ranks)
+        super().__init__(ranks, schedule)
         # Weakly: torch ends the threads of a destroyed group when nobody holds it, and threads that outlive the
         # interpreter may abort the process.
         self._process_group = None if process_group is None else ref(process_group)
@@ -218,12 +232,15 @@ class TorchGroup(Group):
             raise RuntimeError(f"the process group of ranks {list(self.ranks)} has been destroyed.")
         return found
 
-    def _start(self, wire: Tensor) -> tuple[Work, Callable[[], Tensor]]:
+    def _start(self, wire: Tensor, slot: Slot) -> tuple[Work, Callable[[], Tensor]]:
+        who = sender(slot.layer, slot.direction, slot.model)
         if self.direct is not None and self.direct.takes(wire):
-            turn = self.direct.start(wire)
+            turn = self.direct.start(wire, who)
             return turn, turn.total
         small = wire.numel() * wire.element_size() <= self.exchange_limit_bytes
-        return self._exchange(wire) if small and wire.device.type in self.gloo_devices else self._all_reduce(wire)
+        if not small or wire.device.type not in self.gloo_devices:
+            return self._all_reduce(wire)
+        return self._exchange(wire, who)
 
     def _start_sum(self, wire_: Tensor) -> Work:
         work: Work = dist.all_reduce(wire_, group=self.process_group, async_op=True)
@@ -232,11 +249,23 @@ class TorchGroup(Group):
     def _broadcast(self, tensor: Tensor) -> None:
         dist.broadcast(tensor, src=self.ranks[0], group=self.process_group)
 
-    def _exchange(self, wire: Tensor) -> tuple[Work, Callable[[], Tensor]]:
-        sent = wire.reshape(-1).repeat(self.size)
+    def _exchange(self, wire: Tensor, who: Sender) -> tuple[Work, Callable[[], Tensor]]:
+        # Behind the values stands who sends them; not on a GPU, where reading it would make the host wait.
+        count = wire.numel()
+        signed = torch.cat((wire.reshape(-1), signature(who, wire.dtype))) if wire.is_cpu else wire.reshape(-1)
+        sent = signed.repeat(self.size)
         received = torch.empty_like(sent)
         work = _Awake(dist.all_to_all_single(received, sent, group=self.process_group, async_op=True))
-        return work, lambda: received.view(self.size, -1).sum(0).view_as(wire)
+
+        def result() -> Tensor:
+            rows = received.view(self.size, -1)
+            if wire.is_cpu and set(rows[:, count:].flatten().view(torch.int64).tolist()) != {who.number}:
+                assert self.process_group is not None
+                raise mixed(self.ranks, who.words, group_timeout(self.process_group))
+            total: Tensor = rows[:, :count].sum(0).view_as(wire)
+            return total
+
+        return work, result
 
     def _all_reduce(self, wire: Tensor) -> tuple[Work, Callable[[], Tensor]]:
         total = wire.clone()
@@ -259,12 +288,6 @@ class _Awake:
 
 def _served_by_gloo(process_group: dist.ProcessGroup) -> tuple[str, ...]:
     return tuple(device for device in ("cpu", "cuda") if backend_for(process_group, device) == "gloo")
-
-
-def _announce(wire: Tensor, slot: Slot) -> None:
-    nbytes = wire.numel() * wire.element_size()
-    for observer in slot.observers:
-        observer.issued(slot, nbytes)
 
 
 @contextmanager

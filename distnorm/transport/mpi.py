@@ -27,6 +27,9 @@ import torch
 from torch import Tensor
 
 from distnorm.transport.group import Group
+from distnorm.transport.patience import Patience
+from distnorm.transport.schedule import Schedule, schedule_of
+from distnorm.types import Slot
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -143,20 +146,23 @@ def make_mpi_group(ranks: tuple[int, ...], places: Mapping[int, int], tag: int, 
     if strangers:
         raise ValueError(f"ranks {strangers} are not among the ranks {list(places)} that transport='mpi' was bound to.")
     world = load_mpi("transport='mpi'").COMM_WORLD
-    return MpiGroup(world.Create_group(world.group.Incl([places[rank] for rank in ranks]), tag), ranks, timeout)
+    communicator = world.Create_group(world.group.Incl([places[rank] for rank in ranks]), tag)
+    return MpiGroup(communicator, ranks, timeout, schedule_of(ranks, f"MPI, {tag}", timeout))
 
 
 class MpiGroup(Group):
     """Sums over the ranks of one MPI communicator, of tensors on the CPU and without a copy."""
 
-    def __init__(self, communicator: MPI.Intracomm, ranks: tuple[int, ...], timeout: timedelta) -> None:
+    def __init__(
+        self, communicator: MPI.Intracomm, ranks: tuple[int, ...], timeout: timedelta, schedule: Schedule | None = None
+    ) -> None:
         """Wrap ``communicator``, which joins the global ``ranks``; a sum fails after ``timeout``."""
-        super().__init__(ranks)
+        super().__init__(ranks, schedule)
         self._communicator = communicator
         self._in_place = load_mpi("transport='mpi'").IN_PLACE
         self._timeout_s = timeout.total_seconds()
 
-    def _start(self, wire: Tensor) -> tuple[_Polled, Callable[[], Tensor]]:
+    def _start(self, wire: Tensor, slot: Slot) -> tuple[_Polled, Callable[[], Tensor]]:
         total = wire.clone(memory_format=torch.contiguous_format)
         return self._start_sum(total), lambda: total
 
@@ -187,10 +193,10 @@ class _Polled:
         return bool(self._request.Test())
 
     def wait(self) -> None:
-        started = time.perf_counter()
+        started, patience = time.perf_counter(), Patience(timedelta(seconds=self._timeout_s))
         while not self.done():
             waited_s = time.perf_counter() - started
-            if waited_s > self._timeout_s:
+            if not patience.look():
                 raise RuntimeError(
                     f"an MPI collective among ranks {list(self._ranks)} was not complete after {self._timeout_s:.0f} s"
                 )

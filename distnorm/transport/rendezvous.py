@@ -9,10 +9,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from datetime import timedelta
 
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
+
+from distnorm.transport.patience import LOOK_S, Patience
+
+START = "start training their distnorm layers"
+NOT_STARTED = (
+    "All ranks must convert the same model and reach its first training forward; look at what those ranks do instead."
+)
+NOT_THERE = "They were there before: look at what those ranks say, or whether they were killed."
+
+SHORTEST_PAUSE_S = 1e-3
 
 
 def group_timeout(process_group: dist.ProcessGroup) -> timedelta:
@@ -25,29 +36,26 @@ def group_timeout(process_group: dist.ProcessGroup) -> timedelta:
     return distributed_c10d.default_pg_timeout
 
 
-def tell_and_collect(ranks: tuple[int, ...], text: str, timeout: timedelta) -> list[str]:
+def tell_and_collect(ranks: tuple[int, ...], text: str, timeout: timedelta, *, doing: str = START) -> list[str]:
     """Publish ``text`` and return every rank's, in the order of ``ranks``. Collective over ``ranks``; no tensors move.
 
     The first rank reads them one by one and publishes all, equal ones once: P ranks make 2 P reads of one store.
+    ``doing``: what ranks meet for, in words; those that meet for different things do not meet.
 
     Raises:
         RuntimeError: some ranks published nothing within ``timeout``; the message names them.
     """
-    room = _enter(ranks)
-    store, own, every = _store(), dist.get_rank(), f"{room}/all"
-    places = [(f"{room}/{rank}", rank) for rank in ranks]
-    store.set(f"{room}/{own}", text)
-    if own == ranks[0]:
-        texts = _collect(places, timeout)
-        number = {each: at for at, each in enumerate(dict.fromkeys(texts))}
-        store.set(every, json.dumps([list(number), [number[each] for each in texts]]))
-        return texts
-    try:
-        store.wait([every], timeout)
-    except RuntimeError as error:
-        raise _absent(places, timeout) from error
-    distinct, numbers = json.loads(store.get(every))
-    return [distinct[at] for at in numbers]
+    room = _Room(ranks, doing)
+    room.publish(text)
+    places = [(room.key(rank), rank) for rank in ranks]
+    if dist.get_rank() == ranks[0]:
+        texts = _collect(places, timeout, doing)
+        room.publish_all(texts)
+    else:
+        texts = room.read_all(places, timeout)
+    room.leave()
+    room.forget_earlier()
+    return texts
 
 
 def connected(groups: list[tuple[int, ...]], timeout: timedelta) -> tuple[int, ...]:
@@ -59,17 +67,19 @@ def connected(groups: list[tuple[int, ...]], timeout: timedelta) -> tuple[int, .
     Raises:
         RuntimeError: as ``tell_and_collect``.
     """
-    rooms = [_enter(ranks) for ranks in groups]
-    text = json.dumps([[room, ranks] for room, ranks in zip(rooms, groups, strict=True)])
+    rooms = [_Room(ranks, START) for ranks in dict.fromkeys(groups)]
+    text = json.dumps([[room.name, room.ranks] for room in rooms])
     for room in rooms:
-        _store().set(f"{room}/{dist.get_rank()}", text)
+        room.publish(text)
     found = {dist.get_rank()}
     ahead = [text]
     while ahead:
         met = {rank: f"{room}/{rank}" for told in ahead for room, ranks in json.loads(told) for rank in ranks}
         new = [(key, rank) for rank, key in met.items() if rank not in found]
-        ahead = _collect(new, timeout) if new else []
+        ahead = _collect(new, timeout, START) if new else []
         found.update(met)
+    for room in rooms:
+        room.leave()
     return tuple(sorted(found))
 
 
@@ -77,28 +87,77 @@ def _store() -> dist.Store:
     return distributed_c10d._get_default_store()
 
 
-def _enter(ranks: tuple[int, ...]) -> str:
-    """The place in the store where ``ranks`` meet next."""
-    # Numbered per set of ranks: its members may have met different numbers of times in other sets.
-    room = f"distnorm/{hashlib.sha1(repr(ranks).encode(), usedforsecurity=False).hexdigest()}"
-    return f"{room}/{_store().add(f'{room}/serial/{dist.get_rank()}', 1)}"
+class _Room:
+    """The place in the store where ``ranks`` meet next for what they are ``doing``.
+
+    Numbered per set of ranks: its members may have met different numbers of times in other sets. The number goes up
+    when all have met, so that a rank that was interrupted before comes to the same place when it tries again.
+    """
+
+    def __init__(self, ranks: tuple[int, ...], doing: str) -> None:
+        self.ranks, self.doing = ranks, doing
+        place = f"distnorm/{hashlib.sha1(repr((ranks, doing)).encode(), usedforsecurity=False).hexdigest()}"
+        self._serial = f"{place}/serial/{dist.get_rank()}"
+        self._place, self._number = place, _store().add(self._serial, 0) + 1
+        self.name = f"{place}/{self._number}"
+
+    def key(self, rank: int) -> str:
+        return f"{self.name}/{rank}"
+
+    def publish(self, text: str) -> None:
+        _store().set(self.key(dist.get_rank()), text)
+
+    def publish_all(self, texts: list[str]) -> None:
+        number = {each: at for at, each in enumerate(dict.fromkeys(texts))}
+        _store().set(f"{self.name}/all", json.dumps([list(number), [number[each] for each in texts]]))
+
+    def read_all(self, places: list[tuple[str, int]], timeout: timedelta) -> list[str]:
+        _await([f"{self.name}/all"], places, timeout, self.doing)
+        distinct, numbers = json.loads(_store().get(f"{self.name}/all"))
+        return [distinct[at] for at in numbers]
+
+    def leave(self) -> None:
+        _store().add(self._serial, 1)
+
+    def forget_earlier(self) -> None:
+        """Who was met here has left the room before, and read what was published there."""
+        if self._number > 1:
+            earlier, own = f"{self._place}/{self._number - 1}", dist.get_rank()
+            for name in (own, "all") if own == self.ranks[0] else (own,):
+                _store().delete_key(f"{earlier}/{name}")
 
 
-def _collect(places: list[tuple[str, int]], timeout: timedelta) -> list[str]:
+def _collect(places: list[tuple[str, int]], timeout: timedelta, doing: str) -> list[str]:
     """What is at the keys of ``places``, each of which is written by the rank that goes with it."""
     store = _store()
-    try:
-        store.wait([key for key, _ in places], timeout)
-    except RuntimeError as error:
-        raise _absent(places, timeout) from error
+    _await([key for key, _ in places], places, timeout, doing)
     return [text.decode() for text in store.multi_get([key for key, _ in places])]
 
 
-def _absent(places: list[tuple[str, int]], timeout: timedelta) -> RuntimeError:
+def _await(keys: list[str], places: list[tuple[str, int]], timeout: timedelta, doing: str) -> None:
+    """Wait for ``keys``; what is missing says who is, by the ``places`` of all."""
+    store, patience, pause_s = _store(), Patience(timeout), SHORTEST_PAUSE_S
+    missing = keys
+    # Not by the store's own wait, in which a process hears no signal.
+    while missing := missing[_present(store, missing) :]:
+        if not patience.look():
+            raise _absent(places, timeout, doing)
+        time.sleep(pause_s)
+        pause_s = min(2 * pause_s, LOOK_S)
+
+
+def _absent(places: list[tuple[str, int]], timeout: timedelta, doing: str) -> RuntimeError:
     """What says which ranks have written nothing: or else the first one, which has not read what the others wrote."""
     missing = [rank for key, rank in places if not _store().check([key])] or [places[0][1]]
     return RuntimeError(
-        f"rank {dist.get_rank()} waited {timeout.total_seconds():.0f} s for ranks {missing} to start training "
-        "their distnorm layers. All ranks must convert the same model and reach its first training forward; look "
-        "at what those ranks do instead."
+        f"rank {dist.get_rank()} waited {timeout.total_seconds():.0f} s for ranks {missing} to {doing}. "
+        + (NOT_STARTED if doing == START else NOT_THERE)
     )
+
+
+def _present(store: dist.Store, keys: list[str]) -> int:
+    """How many of the first of ``keys`` are there, in few questions whether many of them are or few."""
+    found, more = 0, 1
+    while found < len(keys) and store.check(keys[found : found + more]):
+        found, more = found + more, 2 * more
+    return min(found, len(keys))

@@ -10,25 +10,21 @@ one that is late, however it ended.
 from __future__ import annotations
 
 import fcntl
+import json
 import logging
 import mmap
 import os
-import tempfile
-import time
+import struct
 from ctypes import CDLL, addressof, c_char
 from datetime import timedelta
 from pathlib import Path
 from typing import ClassVar
 
-from torch import Tensor
-
 from distnorm.compiled import library
-from distnorm.transport.direct import AWAKE_S, CAPACITY, LOOK_S, Direct
+from distnorm.transport.direct import AWAKE_S, CAPACITY, Declined, Direct, Turn, logger
+from distnorm.transport.patience import LOOK_S, Patience
 from distnorm.transport.rendezvous import tell_and_collect
 
-logger = logging.getLogger("distnorm")
-
-FOLDER = Path("/dev/shm")
 LINE = 64  # bytes, as in exchange.c
 
 
@@ -39,41 +35,50 @@ class SharedMemory(Direct):
 
     def __init__(self, file: int, ranks: tuple[int, ...], place: int, timeout: timedelta, compiled: CDLL) -> None:
         """Map the open ``file`` as rank number ``place`` of ``ranks``, and hold this rank's lock."""
-        super().__init__()
+        super().__init__(ranks, place, timeout)
         self._file = os.fdopen(file, "r+b")
         fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, place)
         self._map = mmap.mmap(file, segment_bytes(len(ranks)))
         self._segment = addressof(c_char.from_buffer(self._map))
-        self._ranks, self._place, self._timeout, self._compiled = ranks, place, timeout, compiled
+        self._compiled = compiled
 
-    def post(self, wire: Tensor) -> None:
+    def post(self, turn: Turn) -> None:
         """Write the vector, then the turn."""
+        place, size = self._place, len(self._ranks)
         self._compiled.exchange_post(
-            *(self._segment, self._place, len(self._ranks), CAPACITY, self.turn, wire.data_ptr(), wire.numel())
+            *(self._segment, place, size, CAPACITY, turn.number, turn.who.number),
+            *(turn.wire.data_ptr(), turn.wire.numel()),
         )
 
-    def finish(self, total: Tensor) -> None:
+    def posted(self, turn: Turn) -> bool:
+        """Whether the turn is written."""
+        written: int = struct.unpack_from("Q", self._map, self._place * LINE)[0]
+        return written >= turn.number
+
+    def finish(self, turn: Turn) -> bool:
         """Watch for the turns of all, and add up in the order of ranks."""
-        until = time.monotonic() + self._timeout.total_seconds()
-        size = len(self._ranks)
-        while (late := self._compiled.exchange_await(self._segment, size, self.turn, AWAKE_S, LOOK_S)) >= 0:
-            self._check(late, time.monotonic() > until)
-        place = self._compiled.exchange_add(self._segment, size, CAPACITY, self.turn, total.data_ptr(), total.numel())
-        if place >= 0:
-            raise RuntimeError(f"rank {self._ranks[place]} sent another number of values than {total.numel()}.")
-        self._under_way = None
+        size, number = len(self._ranks), turn.number
+        late = self._compiled.exchange_await(self._segment, size, number, AWAKE_S, LOOK_S)
+        if late >= 0:
+            self._await_late(late, number)
+        place: int = self._compiled.exchange_add(
+            *(self._segment, size, CAPACITY, number, turn.who.number, turn.sum.data_ptr(), turn.sum.numel())
+        )
+        return place < 0
 
     def close(self) -> None:
         """Give up this rank's lock."""
         self._file.close()
 
-    def _check(self, late: int, too_late: bool) -> None:
-        if not self._lives(late) and self._compiled.exchange_await(self._segment, late + 1, self.turn, 0, 0) == late:
-            raise RuntimeError(f"rank {self._ranks[late]} has ended.")
-        if too_late:
-            raise RuntimeError(
-                f"rank {self._ranks[late]} did not take part within {self._timeout.total_seconds():.0f} s."
-            )
+    def _await_late(self, late: int, number: int) -> None:
+        patience = Patience(self._timeout)
+        while late >= 0:
+            gone = not self._lives(late)
+            if gone and self._compiled.exchange_await(self._segment, late + 1, number, 0, 0) == late:
+                raise self.ended(late)
+            if not patience.look():
+                raise self.too_late(late)
+            late = self._compiled.exchange_await(self._segment, len(self._ranks), number, 0, LOOK_S)
 
     def _lives(self, place: int) -> bool:
         try:
@@ -90,71 +95,89 @@ def segment_bytes(size: int) -> int:
 
 
 def join(ranks: tuple[int, ...], rank: int, timeout: timedelta) -> SharedMemory | None:
-    """The segment of ``ranks``; None on all of them if one of them cannot take part.
+    """The segment of ``ranks``; None on all of them if one of them cannot take part. Collective, as ``attempt``."""
+    found = attempt(ranks, rank, timeout)
+    if not isinstance(found, Declined):
+        return found
+    logger.log(found.level, "distnorm: ranks %s share no memory: %s", list(ranks), found.cause)
+    return None
+
+
+def attempt(ranks: tuple[int, ...], rank: int, timeout: timedelta) -> SharedMemory | Declined:
+    """The segment of ``ranks``; or on all of them why there is none.
 
     Collective over ``ranks``: they tell each other through the job's store where they are, and whether it worked.
+
+    Raises:
+        RuntimeError: some ranks are gone, or too late; the message names them.
     """
+    patience, place = Patience(timeout), ranks.index(rank)
+
+    def tell(what: str, doing: str) -> list[str]:
+        return tell_and_collect(ranks, what, patience.rest(), doing=doing)
+
     compiled = library()
-
-    def tell(what: str) -> list[str]:
-        return tell_and_collect(ranks, what, timeout)
-
-    if len(set(hosts := tell("" if compiled is None else host_id()))) > 1 or not all(hosts):
-        return None
-    assert compiled is not None
-    place = ranks.index(rank)
-    with _Offer(segment_bytes(len(ranks)) if place == 0 else 0) as offer:
-        path = tell(offer.path)[0]
-        joined = _attach(path, ranks, place, timeout, compiled)
-        return joined if all(tell("" if joined is None else "joined")) else None
+    hosts = tell("" if compiled is None else host_id(), "say which host they are on")
+    if compiled is None or not all(hosts):
+        without = [rank for rank, host in zip(ranks, hosts, strict=True) if not host]
+        return Declined(f"ranks {without} have no compiled kernels, or no /proc that names their host", logging.INFO)
+    if len(set(hosts)) > 1:
+        on = {host: [r for r, each in zip(ranks, hosts, strict=True) if each == host] for host in hosts}
+        apart = " and ".join(map(str, on.values()))
+        return Declined(f"ranks {apart} are on different hosts, or in containers of their own", logging.INFO)
+    offered = _offer(segment_bytes(len(ranks))) if place == 0 else ""
+    path = tell(json.dumps(_path_of(offered)), "offer shared memory")[0]
+    joined = _attach(offered, json.loads(path), ranks, place, timeout, compiled)
+    causes = tell("" if isinstance(joined, SharedMemory) else joined, "open shared memory")
+    if isinstance(joined, SharedMemory) and not any(causes):
+        return joined
+    return Declined("; ".join(f"rank {rank}: {why}" for rank, why in zip(ranks, causes, strict=True) if why))
 
 
 def host_id() -> str:
-    """Names the host: the boot of its kernel, and its network, as containers and network namespaces see it.
+    """Names the host: the boot of its kernel, and its network and processes, as containers see them.
 
     Nothing where the system does not tell.
     """
     try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + os.readlink("/proc/self/ns/net")
+        spaces = [os.readlink(f"/proc/self/ns/{each}") for each in ("net", "pid")]
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + "".join(spaces)
     except OSError as error:
         logger.info("distnorm: this host has no name, so memory is not shared: %s", error)
         return ""
 
 
-class _Offer:
-    """A file for the segment, with a name until all have opened it; without one if there is no room for it."""
+def _offer(nbytes: int) -> int | str:
+    """A file for the segment, or why there is none.
 
-    def __init__(self, nbytes: int) -> None:
-        self._nbytes = nbytes
-        self.path = ""
-
-    def __enter__(self) -> _Offer:
-        if self._nbytes:
-            try:
-                file, self.path = tempfile.mkstemp(prefix="distnorm-", dir=FOLDER)
-            except OSError as error:
-                logger.info("distnorm: no shared memory in %s, so gloo carries the statistics: %s", FOLDER, error)
-                return self
-            with os.fdopen(file, "wb"):
-                self._reserve(file)
-        return self
-
-    def _reserve(self, file: int) -> None:
-        try:
-            os.posix_fallocate(file, 0, self._nbytes)
-        except OSError as error:
-            logger.info("distnorm: %s has no room for shared memory, so gloo carries: %s", FOLDER, error)
-            self.__exit__()
-
-    def __exit__(self, *_: object) -> None:
-        if self.path:
-            os.unlink(self.path)
-            self.path = ""
-
-
-def _attach(path: str, ranks: tuple[int, ...], place: int, timeout: timedelta, compiled: CDLL) -> SharedMemory | None:
+    It has no name and goes with the last process that holds it, however that ends.
+    """
     try:
-        return SharedMemory(os.open(path, os.O_RDWR), ranks, place, timeout, compiled)
+        file = os.memfd_create("distnorm")
     except OSError as error:
-        logger.info("distnorm: no shared memory with ranks %s, so gloo carries the statistics: %s", ranks, error)
-        return None
+        return str(error)
+    try:
+        os.posix_fallocate(file, 0, nbytes)
+    except OSError as error:
+        os.close(file)
+        return str(error)
+    return file
+
+
+def _path_of(offered: int | str) -> tuple[str, str]:
+    """Where others find the file, or why there is none."""
+    return ("", offered) if isinstance(offered, str) else (f"/proc/{os.getpid()}/fd/{offered}", "")
+
+
+def _attach(
+    offered: int | str, told: tuple[str, str], ranks: tuple[int, ...], place: int, timeout: timedelta, compiled: CDLL
+) -> SharedMemory | str:
+    path, why_not = told
+    if not path:
+        return f"rank {ranks[0]} offers no memory, {why_not}"
+    try:
+        # The rank that offers goes on with its own descriptor: to close one gives up the locks of all.
+        file = offered if isinstance(offered, int) else os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        return SharedMemory(file, ranks, place, timeout, compiled)
+    except OSError as error:
+        return str(error)

@@ -3,7 +3,7 @@
 A message of gloo's takes a round trip, since the receiver announces its buffer first, and two threads that wake up.
 Here every rank writes its vector to all others at once and reads theirs as they come: half a round trip.
 
-A message: turn and number of values, each 8 bytes, then the values.
+A message: turn, number of values and sender, each 8 bytes, then the values.
 """
 
 from __future__ import annotations
@@ -14,29 +14,51 @@ import os
 import secrets
 import select
 import socket
-import struct
 import time
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable
+from contextlib import closing, nullcontext
 from ctypes import c_char
 from datetime import timedelta
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
 
-from distnorm.transport.direct import AWAKE_S, LOOK_S, Direct
+from distnorm.transport.addresses import family_of, own_address
+from distnorm.transport.direct import AWAKE_S, CAPACITY, Declined, Direct, Turn, logger
+from distnorm.transport.handshake import SECRET, Door, Handshake, UnreachableError
+from distnorm.transport.patience import LOOK_S, Patience
 from distnorm.transport.rendezvous import tell_and_collect
-
-logger = logging.getLogger("distnorm")
+from distnorm.transport.senders import Sender
 
 MOST_RANKS = 64
 """More ranks would open, and write to, more sockets than is worth it."""
 
 CONNECT_S = 5.0
-"""How long a rank tries to reach another before all do without."""
+"""How long ranks try to reach each other before all do without."""
 
-HEADER = 2  # values
-_HELLO = struct.Struct("!16sI")  # the listener's secret, and who calls
+HEADER = 3  # values
+
+
+class _Letters(Turn):
+    """A turn, and how far its messages have come."""
+
+    def __init__(self, direct: Direct, number: int, wire: Tensor, who: Sender, ranks: int, place: int) -> None:
+        """To and from all ``ranks`` but number ``place``, which is this one."""
+        super().__init__(direct, number, wire, who)
+        count = wire.numel()
+        self.rows = torch.empty(ranks, HEADER + count, dtype=torch.float64, device="cpu")
+        mine = self.rows[place]
+        mine[:HEADER].view(torch.int64).copy_(torch.tensor([number, count, who.number], device="cpu"))
+        mine[HEADER:].copy_(self.wire.view(-1))
+        whole = _bytes_of(mine)
+        others = [other for other in range(ranks) if other != place]
+        self.unsent = dict.fromkeys(others, whole)
+        self.unread = {other: _bytes_of(self.rows[other, :HEADER]) for other in others}
+        self.values_of: dict[int, Tensor] = {}
+        """By rank whose header is there, where its values go."""
+        self.alike = True
+        self.untouched = True
 
 
 class Sockets(Direct):
@@ -44,47 +66,48 @@ class Sockets(Direct):
 
     def __init__(self, peers: dict[int, socket.socket], ranks: tuple[int, ...], place: int, timeout: timedelta) -> None:
         """``peers``: connections by place in ``ranks``, of which this one is number ``place``."""
-        super().__init__()
-        self._peers, self._ranks, self._place, self._timeout = peers, ranks, place, timeout
-        self._unsent: dict[int, memoryview] = {}
+        super().__init__(ranks, place, timeout)
+        self._peers = peers
+        self._torn = False
         for connection in peers.values():
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             connection.setblocking(False)
+        _in_use.add(self)
 
-    def post(self, wire: Tensor) -> None:
+    def _open(self, number: int, wire: Tensor, who: Sender) -> Turn:
+        return _Letters(self, number, wire, who, len(self._ranks), self._place)
+
+    def post(self, turn: Turn) -> None:
         """Write to all that take it; the rest of a message goes out while others are read."""
-        count = wire.numel()
-        self._messages = torch.empty(len(self._ranks), HEADER + count, dtype=torch.float64, device="cpu")
-        mine = self._messages[self._place]
-        mine[:HEADER].view(torch.int64).copy_(torch.tensor([self.turn, count], device="cpu"))
-        mine[HEADER:].copy_(wire.view(-1))
-        whole = _bytes_of(mine)
-        self._unsent = dict.fromkeys(self._peers, whole)
-        self._unread = {place: _bytes_of(self._messages[place]) for place in self._peers}
-        self._write()
+        assert isinstance(turn, _Letters)
+        self._write(turn)
 
-    def finish(self, total: Tensor) -> None:
-        """Read what the others have written."""
-        started = time.monotonic()
-        while self._unread or self._unsent:
-            if self._read() or self._write():
+    def posted(self, turn: Turn) -> bool:
+        """Whether a byte has left."""
+        return not isinstance(turn, _Letters) or not turn.untouched
+
+    def finish(self, turn: Turn) -> bool:
+        """Read what the others have written, all of it, so that the next message begins where this one ends."""
+        assert isinstance(turn, _Letters)
+        started, patience = time.monotonic(), Patience(self._timeout)
+        while turn.unread or turn.unsent:
+            if self._read(turn) or self._write(turn):
                 continue
-            waited = time.monotonic() - started
-            if waited > self._timeout.total_seconds():
-                late = self._ranks[next(iter(self._unread or self._unsent))]
-                raise RuntimeError(f"rank {late} did not take part within {self._timeout.total_seconds():.0f} s.")
-            if waited < AWAKE_S:
+            if not patience.look():
+                raise self.too_late(next(iter(turn.unread or turn.unsent)))
+            if time.monotonic() - started < AWAKE_S:
                 os.sched_yield()
             else:
-                self._sleep()
-        torch.sum(self._messages[:, HEADER:], 0, out=total.view(-1))
-        self._under_way = None
+                self._sleep(turn)
+        if turn.alike:
+            torch.sum(turn.rows[:, HEADER:], 0, out=turn.sum.view(-1))
+        return turn.alike
 
-    def _sleep(self) -> None:
+    def _sleep(self, turn: _Letters) -> None:
         """Until something can be read or written, or for a while."""
         poller = select.poll()
         for place, connection in self._peers.items():
-            wanted = select.POLLIN * (place in self._unread) | select.POLLOUT * (place in self._unsent)
+            wanted = select.POLLIN * (place in turn.unread) | select.POLLOUT * (place in turn.unsent)
             if wanted:
                 poller.register(connection, wanted)
         poller.poll(LOOK_S * 1e3)
@@ -94,51 +117,72 @@ class Sockets(Direct):
         for connection in self._peers.values():
             connection.close()
 
-    def _write(self) -> bool:
+    def _write(self, turn: _Letters) -> bool:
         """Write what can be written; whether anything was."""
-        before = sum(map(len, self._unsent.values()))
-        for place, rest in list(self._unsent.items()):
-            try:
-                rest = rest[self._peers[place].send(rest) :]
-            except BlockingIOError:
-                continue
-            except OSError as error:
-                raise self._ended(place) from error
-            self._unsent[place] = rest
-            if not rest:
-                del self._unsent[place]
-        return sum(map(len, self._unsent.values())) < before
-
-    def _read(self) -> bool:
-        """Read what has come; whether anything has."""
         progress = False
-        for place, rest in list(self._unread.items()):
-            try:
-                count = self._peers[place].recv_into(rest)
-            except BlockingIOError:
-                continue
-            except OSError as error:
-                raise self._ended(place) from error
-            if not count:
-                raise self._ended(place)
-            progress = True
-            self._unread[place] = rest[count:]
-            if len(rest) == count:
-                del self._unread[place]
-            self._check(place, len(rest) - count)
+        for place in list(turn.unsent):
+            turn.untouched = False
+            progress |= self._advance(place, turn.unsent, self._peers[place].send) > 0
         return progress
 
-    def _check(self, place: int, missing: int) -> None:
-        """Refuse a message of another length as soon as its header is there: reading on would never end."""
-        if self._messages[place].numel() * 8 - missing < HEADER * 8:
-            return
-        turn, count = self._messages[place, :HEADER].view(torch.int64).tolist()
-        expected = self._messages.shape[1] - HEADER
-        if (turn, count) != (self.turn, expected):
-            raise RuntimeError(f"rank {self._ranks[place]} sent another number of values than {expected}.")
+    def _read(self, turn: _Letters) -> bool:
+        """Read what has come; whether anything has."""
+        progress = False
+        for place in list(turn.unread):
+            progress |= self._advance(place, turn.unread, self._peers[place].recv_into) > 0
+            if place not in turn.unread and place not in turn.values_of:
+                turn.values_of[place] = self._room_for(place, turn)
+                turn.unread[place] = _bytes_of(turn.values_of[place])
+                self._advance(place, turn.unread, self._peers[place].recv_into)
+        return progress
 
-    def _ended(self, place: int) -> RuntimeError:
-        return RuntimeError(f"rank {self._ranks[place]} has ended.")
+    def _advance(self, place: int, rests: dict[int, memoryview], move: Callable[[memoryview], int]) -> int:
+        """How many bytes of what is left of a message ``move`` has moved; none if it would have to wait."""
+        if self._torn:
+            self.close()
+            raise RuntimeError("this rank was interrupted in the middle of a message, and nobody can tell where.")
+        rest = rests[place]
+        self._torn = True  # an exception from here on loses count
+        try:
+            count = move(rest)
+        except BlockingIOError:
+            self._torn = False
+            return 0
+        except OSError as error:
+            self._torn = False
+            raise self.ended(place) from error
+        if count == len(rest):
+            del rests[place]
+        else:
+            rests[place] = rest[count:]
+        self._torn = False
+        if not count and len(rest):
+            raise self.ended(place)
+        return count
+
+    def _room_for(self, place: int, turn: _Letters) -> Tensor:
+        """Where the values go that a header announces: apart if they are not what this rank has handed in."""
+        number, count, who = turn.rows[place, :HEADER].view(torch.int64).tolist()
+        if number != turn.number or not 0 < count <= CAPACITY:
+            raise RuntimeError(
+                f"rank {self._ranks[place]} sent turn {number} with {count} values in turn {turn.number}."
+            )
+        if (count, who) == (turn.wire.numel(), turn.who.number):
+            return turn.rows[place, HEADER:]
+        turn.alike = False
+        return torch.empty(count, dtype=torch.float64, device="cpu")
+
+
+_in_use: WeakSet[Sockets] = WeakSet()
+
+
+def _close_copies() -> None:
+    """In a forked process: as long as it held a connection, nobody would notice the end of the rank."""
+    for each in _in_use:
+        each.close()
+
+
+os.register_at_fork(after_in_child=_close_copies)
 
 
 def _bytes_of(row: Tensor) -> memoryview:
@@ -147,79 +191,65 @@ def _bytes_of(row: Tensor) -> memoryview:
 
 
 def join(ranks: tuple[int, ...], rank: int, timeout: timedelta) -> Sockets | None:
-    """Connections among ``ranks``; None on all of them if one cannot be reached.
-
-    Collective over ``ranks``: they tell each other through the job's store where they listen, and whether it worked.
-    """
-    if len(ranks) > MOST_RANKS:
-        return None
-    place = ranks.index(rank)
-    with _listen(len(ranks)) as listener:
-        secret = secrets.token_hex(8)
-        mine = None if listener is None else (own_address(), listener.getsockname()[1], secret)
-        told = [json.loads(text) for text in tell_and_collect(ranks, json.dumps(mine), timeout)]
-        if listener is None or None in told:
-            return None
-        peers: dict[int, socket.socket] = {}
-        try:
-            _connect(peers, listener, told, place)
-        except OSError as error:
-            logger.info("distnorm: ranks %s cannot all connect, so gloo carries their statistics: %s", ranks, error)
-    worked = len(peers) == len(ranks) - 1
-    if all(tell_and_collect(ranks, "joined" if worked else "", timeout)):
-        return Sockets(peers, ranks, place, timeout)
-    for connection in peers.values():
-        connection.close()
+    """Connections among ``ranks``; None on all of them if one cannot be reached. Collective, as ``attempt``."""
+    found = attempt(ranks, rank, timeout)
+    if not isinstance(found, Declined):
+        return found
+    logger.log(
+        found.level,
+        "distnorm: ranks %s have no sockets, so gloo carries their statistics: %s",
+        list(ranks),
+        found.cause,
+    )
     return None
 
 
-def _listen(backlog: int) -> AbstractContextManager[socket.socket | None]:
+def attempt(ranks: tuple[int, ...], rank: int, timeout: timedelta) -> Sockets | Declined:
+    """Connections among ``ranks``; or on all of them why there are none.
+
+    Collective over ``ranks``: they tell each other through the job's store where they listen, and whether it worked.
+
+    Raises:
+        RuntimeError: some ranks are gone, or too late; the message names them.
+    """
+    if len(ranks) > MOST_RANKS:
+        return Declined(f"they are {len(ranks)}, more than {MOST_RANKS}", logging.INFO)
+    patience, place, address = Patience(timeout), ranks.index(rank), own_address()
+    listener = _listen(address)
+    if isinstance(listener, str):
+        mine = [listener]
+    else:
+        mine = [address, str(listener.getsockname()[1]), secrets.token_hex(SECRET)]
+    with nullcontext() if isinstance(listener, str) else closing(listener):
+        told = tell_and_collect(ranks, json.dumps(mine), patience.rest(), doing="say where they listen")
+        doors = [json.loads(text) for text in told]
+        causes = ["" if len(door) == 3 else door[0] for door in doors]
+        if isinstance(listener, str) or any(causes):
+            return _declined(ranks, causes)
+        doors = [Door(rank, *door) for rank, door in zip(ranks, doors, strict=True)]
+        handshake, cause = Handshake(listener, doors, place), ""
+        try:
+            handshake.connect(Patience(min(patience.rest(), timedelta(seconds=CONNECT_S))))
+        except UnreachableError as error:
+            cause = str(error)
+        try:
+            causes = tell_and_collect(ranks, cause, patience.rest(), doing="connect")
+        except BaseException:
+            handshake.hang_up()
+            raise
+    if not any(causes):
+        return Sockets(handshake.peers, ranks, place, timeout)
+    handshake.hang_up()
+    return _declined(ranks, causes)
+
+
+def _declined(ranks: tuple[int, ...], causes: list[str]) -> Declined:
+    return Declined("; ".join(f"rank {rank}: {why}" for rank, why in zip(ranks, causes, strict=True) if why))
+
+
+def _listen(address: str) -> socket.socket | str:
+    """On no other interface than the one that is announced; else why not."""
     try:
-        return socket.create_server(("", 0), family=socket.AF_INET, backlog=backlog)
+        return socket.create_server((address, 0), family=family_of(address), backlog=socket.SOMAXCONN)
     except OSError as error:
-        logger.info("distnorm: no socket to listen on, so gloo carries the statistics: %s", error)
-        return nullcontext()
-
-
-def own_address() -> str:
-    """Where other hosts reach this one: the interface that gloo is told to use, or the way to the job's master."""
-    if name := os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")[0]:
-        return _interface_address(name)
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect((os.environ.get("MASTER_ADDR", "localhost"), 9))  # sends nothing
-            address = str(probe.getsockname()[0])
-            return socket.gethostbyname(socket.gethostname()) if address.startswith("127.") else address
-        except OSError:
-            return "127.0.0.1"
-
-
-def _interface_address(name: str) -> str:
-    import fcntl  # of Unix only
-
-    get_interface_address = 0x8915  # SIOCGIFADDR
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            answer = fcntl.ioctl(probe, get_interface_address, struct.pack("256s", name.encode()[:15]))
-        except OSError:
-            return "127.0.0.1"
-    return socket.inet_ntoa(answer[20:24])
-
-
-def _connect(
-    peers: dict[int, socket.socket], listener: socket.socket, told: Sequence[Sequence[str]], place: int
-) -> None:
-    """Call the ranks before this one, and answer those after it."""
-    for other, (address, port, secret) in enumerate(told[:place]):
-        peers[other] = socket.create_connection((address, port), timeout=CONNECT_S)
-        peers[other].sendall(_HELLO.pack(secret.encode(), place))
-    listener.settimeout(2 * CONNECT_S)
-    while len(peers) < len(told) - 1:
-        connection, _ = listener.accept()
-        connection.settimeout(CONNECT_S)
-        hello = connection.recv(_HELLO.size, socket.MSG_WAITALL)
-        secret, other = _HELLO.unpack(hello) if len(hello) == _HELLO.size else (b"", -1)
-        if secret == told[place][2].encode() and other > place:
-            peers[other] = connection
-        else:
-            connection.close()  # a stranger
+        return f"cannot listen on {address}: {error}"

@@ -12,10 +12,13 @@ from weakref import WeakKeyDictionary
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from distnorm.transport.direct import Declined, Direct
 from distnorm.transport.group import Group, TorchGroup, backend_for
 from distnorm.transport.make_group import make_group
 from distnorm.transport.mpi import make_mpi_group
 from distnorm.transport.rendezvous import group_timeout
+from distnorm.transport.schedule import schedule_of
+from distnorm.types import Transport
 
 if dist.is_available():
     # Its functions take the job's group for a default when they are imported, which torch 2.13 does at its first meta
@@ -26,7 +29,9 @@ NODE_AXES = ("local", "node")
 
 # Groups are resources of the process, as torch's own are: layers and models that join the same ranks use one group.
 # Keyed weakly by the job's world, so that a destroyed job leaves nothing behind.
-_groups: WeakKeyDictionary[dist.ProcessGroup, dict[tuple[tuple[int, ...], bool, bool], Group]] = WeakKeyDictionary()
+_groups: WeakKeyDictionary[dist.ProcessGroup, dict[tuple[tuple[int, ...], bool, Transport], Group]] = (
+    WeakKeyDictionary()
+)
 
 
 def current_world() -> dist.ProcessGroup | None:
@@ -71,10 +76,12 @@ class Topology:
         timeout: timedelta | None = None,
         mpi: Mapping[int, int] | None = None,
         on_cpu: bool = True,
+        transport: Transport = "torch",
+        model: int = 0,
     ) -> None:
         """Describe ``ranks``; ``nodes`` names the node of each of them, and ``on_cpu`` says that all have layers there.
 
-        ``mpi``: which ranks of MPI they are, where MPI carries the statistics.
+        ``mpi``: which ranks of MPI they are, where MPI carries the statistics. ``model``: its number on all.
         """
         self.ranks = ranks
         self.rank = dist.get_rank() if current_world() is not None else ranks[0]
@@ -83,6 +90,8 @@ class Topology:
         self.timeout = timeout
         self.mpi = mpi
         self.on_cpu = on_cpu
+        self.transport = transport
+        self.model = model
 
     def everyone(self, *, background: bool = False) -> Group:
         """All data-parallel ranks; ``background`` gives the group for asynchronous collectives."""
@@ -140,7 +149,7 @@ class Topology:
         if world is None or len(ranks) == 1:
             return TorchGroup(None, ranks)
         known = _groups.setdefault(world, {})
-        key = ranks, background, self.mpi is not None
+        key = ranks, background, self.transport
         if key not in known:
             known[key] = self._make(world, ranks, background)
         return known[key]
@@ -149,11 +158,32 @@ class Topology:
         timeout = self.timeout if self.timeout is not None else group_timeout(world)
         if self.mpi is not None:
             return make_mpi_group(ranks, self.mpi, int(background), timeout)
-        process_group = make_group(ranks, "background" if background else "blocking", timeout)
-        in_place_of_gloo = self.on_cpu and backend_for(process_group, "cpu") == "gloo"
-        if background or sys.platform != "linux" or not in_place_of_gloo:
-            return TorchGroup(process_group, ranks)
+        purpose = " ".join(
+            ("background" if background else "blocking", *([] if self.transport == "torch" else [self.transport]))
+        )
+        # First what takes long, and may fail on all ranks alike: of a torch group only its own timeout can tell.
+        direct = None if background else self._direct(world, ranks, timeout)
+        process_group = make_group(ranks, purpose, timeout)
+        return TorchGroup(process_group, ranks, direct=direct, schedule=schedule_of(ranks, purpose, timeout))
+
+    def _direct(self, world: dist.ProcessGroup, ranks: tuple[int, ...], timeout: timedelta) -> Direct | None:
+        """What carries small vectors in place of gloo; None where gloo does, or where none would come to it.
+
+        Raises:
+            RuntimeError: there is no such way as the user insists on; on all ``ranks`` alike.
+        """
+        in_place_of_gloo = self.on_cpu and backend_for(world, "cpu") == "gloo"
+        if self.transport == "gloo" or sys.platform != "linux" or not in_place_of_gloo:
+            return None
         from distnorm.transport import shared_memory, sockets  # of Linux only
 
         place = ranks, self.rank, timeout
-        return TorchGroup(process_group, ranks, direct=shared_memory.join(*place) or sockets.join(*place))
+        if self.transport == "torch":
+            return shared_memory.join(*place) or sockets.join(*place)
+        found = shared_memory.attempt(*place) if self.transport == "shm" else sockets.attempt(*place)
+        if isinstance(found, Declined):
+            raise RuntimeError(
+                f"distnorm: transport={self.transport!r} cannot be had among ranks {list(ranks)}: {found.cause}. Use "
+                "transport='torch' (DISTNORM_TRANSPORT=torch), which takes what there is."
+            )
+        return found

@@ -71,7 +71,9 @@ def test_vectors_on_the_cpu_go_where_gloo_would_take_them(pool: Pool, backend: s
         assert "cpu" in seen.gloo_devices
         assert ("cuda" in seen.gloo_devices) == (backend in ("gloo", "cpu:gloo,cuda:gloo"))
         assert seen.timeouts == {TIMEOUT}
-        assert seen.exchanges == [2 * 3]  # float32; memory takes float64, and what is larger goes by all_reduce
+        assert seen.exchanges == [
+            2 * (3 + 2)
+        ]  # float32, and who sends; memory takes float64, all_reduce what is larger
         assert seen.totals == [3.0, 3.0, 3.0]
         torch.testing.assert_close(seen.running, [stock.running_mean, stock.running_var], rtol=1e-12, atol=1e-12)
 

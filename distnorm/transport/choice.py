@@ -1,0 +1,55 @@
+"""Who carries statistics, as the code or the environment says, and whether the ranks of a job can have it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import cast, get_args
+
+import torch.distributed as dist
+
+from distnorm.transport.group import backend_for
+from distnorm.types import Transport
+
+VARIABLE = "DISTNORM_TRANSPORT"
+
+OF_OUR_OWN = ("shm", "sockets")
+
+
+def chosen(given: Transport | None) -> Transport:
+    """What is ``given``, else what the environment says, else ``"torch"``.
+
+    Raises:
+        ValueError: there is no such way; the message says where it came from, and what is allowed.
+    """
+    choice = os.environ.get(VARIABLE, "torch") if given is None else given
+    if choice not in get_args(Transport):
+        source = f"environment {VARIABLE}={choice!r}" if given is None else f"convert(transport={choice!r})"
+        raise ValueError(f"{source}: allowed are {', '.join(get_args(Transport))}.")
+    return cast(Transport, choice)
+
+
+def check(transport: Transport, ranks: Sequence[int], devices: Sequence[str], world: dist.ProcessGroup) -> None:
+    """Whether ``transport`` can carry what layers on ``devices`` share, by rank. No collective.
+
+    Raises:
+        RuntimeError: it cannot; on every rank alike.
+    """
+    if transport in ("torch", "mpi"):
+        return
+    for rank, device in zip(ranks, devices, strict=True):
+        if transport in OF_OUR_OWN and device not in ("cpu", "meta"):
+            raise RuntimeError(
+                f"distnorm: transport={transport!r} carries statistics of layers on the CPU; those of rank {rank} are "
+                f"on {device}. Use transport='torch' ({VARIABLE}=torch), which takes the job's backend there."
+            )
+    # Large vectors, and those that nobody waits for, go by the job's own backend.
+    served = {"cpu", *devices} - {"meta"} if transport in OF_OUR_OWN else set(devices) - {"meta"}
+    others = {device: backend_for(world, device) for device in sorted(served) if backend_for(world, device) != "gloo"}
+    if others or (transport in OF_OUR_OWN and sys.platform != "linux"):
+        raise RuntimeError(
+            f"distnorm: transport={transport!r} needs gloo as the job's backend"
+            f"{', on Linux' if transport in OF_OUR_OWN else ''}; this job has {dist.get_backend_config(world)!r} on "
+            f"{sys.platform}. Use transport='torch' ({VARIABLE}=torch), which takes what there is."
+        )

@@ -1,0 +1,54 @@
+"""Whether all ranks are about to do the same collective: asked before every one under ``DISTNORM_CHECK=1``.
+
+Messages of our own say whose they are. A collective of NCCL's or MPI's, and gloo's of large vectors, does not: it adds
+what comes, and some libraries end the process where sizes differ.
+"""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+
+from torch import Tensor
+
+from distnorm.transport.rendezvous import tell_and_collect
+from distnorm.transport.senders import differing, sender
+from distnorm.types import Slot
+
+VARIABLE = "DISTNORM_CHECK"
+
+
+class Schedule:
+    """What the ranks of a group tell each other through the job's store: slow, for finding a fault."""
+
+    def __init__(self, ranks: tuple[int, ...], purpose: str, timeout: timedelta) -> None:
+        """``purpose`` tells groups of the same ranks apart."""
+        self._ranks, self._timeout = ranks, timeout
+        self._doing = f"say which collective comes next ({purpose})"
+
+    def check_sum(self, wire: Tensor, slot: Slot) -> None:
+        """Before a sum. Collective; raises as ``check``."""
+        self.check(sender(slot.layer, slot.direction, slot.model).words, wire)
+
+    def check(self, what: str, tensor: Tensor) -> None:
+        """Before ``what`` is done with tensors like this. Collective.
+
+        Raises:
+            RuntimeError: ranks are about to do different things, or some do nothing; on every rank.
+        """
+        mine = f"{what}, {tensor.numel()} values of {tensor.dtype}"
+        told = tell_and_collect(self._ranks, mine, self._timeout, doing=self._doing)
+        if len(set(told)) > 1:
+            raise differing(self._ranks, told)
+
+
+def schedule_of(ranks: tuple[int, ...], purpose: str, timeout: timedelta) -> Schedule | None:
+    """One for a group of ``ranks`` if the environment asks for it.
+
+    Raises:
+        ValueError: the environment asks for something else.
+    """
+    choice = os.environ.get(VARIABLE, "0")
+    if choice not in ("0", "1"):
+        raise ValueError(f'environment {VARIABLE}={choice!r}: allowed are "0" (the default) and "1".')
+    return Schedule(ranks, purpose, timeout) if choice == "1" else None
