@@ -76,8 +76,8 @@ def strangers(behave: Callable[[socket.socket], None], every_s: float) -> Iterat
             if STARTED:
                 try:
                     stranger = socket.create_connection((STARTED[0].address, int(STARTED[0].port)), timeout=1)
-                    behave(stranger)
                     held.append(stranger)
+                    behave(stranger)
                 except OSError:
                     pass
             over.wait(every_s)
