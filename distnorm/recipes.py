@@ -107,7 +107,7 @@ def mabn(
     *,
     window: Window = 16,
     warmup: Steps = 100,
-    clip: Clip = 5.0,
+    clip: Clip | None = 5.0,
     loss_reduction: LossReduction = "mean",
     weights: Weights = "centralized",
 ) -> Recipe:
@@ -121,7 +121,7 @@ def mabn(
         window: steps.
         warmup: the step from which windows are used, counted from 1 as in the paper's code; never before the window
             is full, which it is after as many steps as it has.
-        clip: bound of the correction that follows the running statistics after 1000 steps; see ``RMS``.
+        clip: bound of the correction that follows the running statistics after 1000 steps, see ``RMS``; None for none.
         loss_reduction: whether each rank's loss is a "mean" or a "sum" over its batch.
         weights: "centralized" as published, or "none" to leave them alone.
     """
@@ -131,7 +131,7 @@ def mabn(
 
 @checked
 def hierarchical_mabn(
-    *, local: Axis = "local", node: Axis = "node", window: Window = 16, warmup: Steps = 100, clip: Clip = 5.0
+    *, local: Axis = "local", node: Axis = "node", window: Window = 16, warmup: Steps = 100, clip: Clip | None = 5.0
 ) -> Recipe:
     """``mabn`` between nodes, exact within each.
 
@@ -163,7 +163,7 @@ def lazy_bn(*, window: Window = 8, warmup: Steps = 16, weights: Weights = "centr
     return Recipe(method=BatchNorm(), policy=Warmup(then=StaleMix(window=window), steps=warmup), weights=weights)
 
 
-def _mabn(policy: Policy, window: int, warmup: int, clip: float, weights: Weights) -> Recipe:
+def _mabn(policy: Policy, window: int, warmup: int, clip: float | None, weights: Weights) -> Recipe:
     # In the paper's code iteration i, counted from 1, is windowed if i > window and i >= warmup.
     relay = Warmup(then=policy, steps=max(warmup - 1, window))
     method = RMS(clip=clip, clip_after=max(1000, warmup))

@@ -22,10 +22,10 @@ def test_recipes_lists_all(capsys: pytest.CaptureFixture[str]) -> None:
         "group_bn(size: int | None = None, axis: str | None = None)",
         "hierarchical_bn(local: str = 'local', node: str = 'node')",
         "periodic_bn(every: int = 8)",
-        "mabn(window: int = 16, warmup: int = 100, clip: float = 5.0, loss_reduction: 'mean' | 'sum' = 'mean', "
+        "mabn(window: int = 16, warmup: int = 100, clip: float | None = 5.0, loss_reduction: 'mean' | 'sum' = 'mean', "
         "weights: 'none' | 'centralized' = 'centralized')",
         "hierarchical_mabn(local: str = 'local', node: str = 'node', window: int = 16, warmup: int = 100, "
-        "clip: float = 5.0)",
+        "clip: float | None = 5.0)",
         "lazy_bn(window: int = 8, warmup: int = 16, weights: 'none' | 'centralized' = 'centralized')",
     ]
     assert lines[1::2] == [f"    {each.summary}" for each in recipes.available()]

@@ -103,7 +103,7 @@ def test_one_launch_per_layer_and_direction(
     assert [name for name in seen.names if name not in ("ones", "_local_scalar_dense")] == [f"entries_{operator}"] * 4
 
 
-@pytest.mark.parametrize(("policy", "limit"), [(Moving(window=3), 9), (StaleMix(), 41)], ids=["Moving", "StaleMix"])
+@pytest.mark.parametrize(("policy", "limit"), [(Moving(window=3), 9), (StaleMix(), 33)], ids=["Moving", "StaleMix"])
 def test_the_end_of_a_step_is_for_all_layers_at_once(
     device: str, launches: list[str], policy: Policy, limit: int
 ) -> None:
@@ -117,7 +117,7 @@ def test_the_end_of_a_step_is_for_all_layers_at_once(
             with Seen() as seen:
                 landed = reducer.end_step(Slot(EVERY_LAYER, "forward", step))
         assert len(landed) == layers
-        assert launches == ["push_kernel"] * isinstance(policy, Moving)
+        assert launches == ["push_kernel"]
         counted.append([name for name in seen.names if name not in FREE])
     assert counted[0] == counted[1]
     assert len(counted[0]) == limit
@@ -188,7 +188,7 @@ class NoCopies(TorchDispatchMode):
 
 def on_card(reducer: Any) -> Any:
     """The reducer, as if it had been bound to a CUDA device."""
-    for holder in (reducer, reducer.bucket):
+    for holder in (reducer, reducer.bucket, reducer.entries):
         for name, value in vars(holder).items():
             if isinstance(value, Tensor):
                 setattr(holder, name, torch.zeros(value.shape, dtype=value.dtype, device="cuda"))
@@ -220,7 +220,7 @@ def test_a_step_never_waits_for_the_device(
             )
             for slot, size in zip(observing, (4, 2), strict=True):
                 reducer.observe(torch.ones(size, dtype=torch.float64, device="cuda"), slot, 2)
-            reducer.end_step(Slot(EVERY_LAYER, "forward", step), observed=True)
+            landed += reducer.end_step(Slot(EVERY_LAYER, "forward", step), observed=True)
     blocking = isinstance(policy, Moving) and not policy.staleness
     assert all(each.means.is_cuda for each in landed) and len(landed) == (0 if blocking else 2)
     ours = {name for name in seen.names if name.startswith("entries_")}

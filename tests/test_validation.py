@@ -71,7 +71,7 @@ def test_no_taker_takes_what_is_none_of_its_kind(taker: Callable[..., object], n
         (recipes.periodic_bn, "every", [1, 10**9], [0, 10**9 + 1, 1.0]),
         (recipes.mabn, "window", [1, 4096], [0, 4097, 2.0]),
         (recipes.mabn, "warmup", [0, 10**9], [-1, 10**9 + 1, None]),
-        (recipes.mabn, "clip", [1, 1.0, 5, 1e6], [0.999, 1e7, None]),
+        (recipes.mabn, "clip", [1, 1.0, 5, 1e6, None], [0.999, 1e7]),
         (recipes.lazy_bn, "window", [1, 4096], [0, 4097]),
         (Moving, "staleness", [0, 1], [2, -1, 1.0, False]),
         (RMS, "clip", [None, 1], [0]),

@@ -72,9 +72,9 @@ class Entries:
         )
         return usable
 
-    def mean(self) -> Tensor:
-        """Of the entries of each slot; 0 where there is none."""
-        return self.sums / self.filled[self.bucket.slot_of].clamp_min(1)
+    def mean(self, out: Tensor | None = None) -> Tensor:
+        """Of the entries of each slot; 0 where there is none. In ``out``, if it is given."""
+        return torch.div(self.sums, self.filled[self.bucket.slot_of].clamp_min(1), out=out)
 
     def mean_after(self, entry: Tensor, usable: Tensor) -> Tensor:
         """What ``mean`` would be with ``entry`` pushed into the ``usable`` slots."""

@@ -128,7 +128,7 @@ class _Mix(Remembering):
     def _represent(self, vector: Tensor) -> None:
         """Let ``vector``, of other ranks, speak for them."""
         self.entries.push(vector)
-        self.others.copy_(self.entries.mean())  # in place, as ``Bucket.take`` says
+        self.entries.mean(out=self.others)  # in place, as ``Bucket.take`` says
 
     def move(self, device: torch.device) -> None:
         super().move(device)
@@ -144,7 +144,7 @@ class _Mix(Remembering):
         self.bucket.load_state_dict(state["bucket"], own=own)
         others = state["others"]
         self.entries.load_state_dict(self._one_entry(others) if isinstance(others, Tensor) else others)
-        self.others.copy_(self.entries.mean())
+        self.entries.mean(out=self.others)
         self._sent = state["sent"].to(self.others.device) if own and "sent" in state else None
 
     def _one_entry(self, others: Tensor) -> dict[str, Tensor]:

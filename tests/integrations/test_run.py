@@ -127,7 +127,7 @@ def test_flags_come_before_the_environment_and_that_before_the_config(
         ),
         (["--recipe", "group_bn", "--options", '{"sizes": 4}', __file__], "has no option 'sizes'"),
         (["--options", "{size: 4}", __file__], "need JSON such as '{\"size\": 4}'; got '{size: 4}'"),
-        (["--transport", "smoke", __file__], 'transport must be "torch" or "mpi" or "shm" or "sockets" or "gloo"; got'),
+        (["--transport", "smoke", __file__], 'transport must be "torch" or "mpi" or "shm" or "sockets" or "gloo"'),
         (["--recip", "mabn", __file__], "unrecognized arguments: --recip"),
         (["--recipe"], "expected one argument"),
         (["-m"], "name the script to run"),
