@@ -57,12 +57,12 @@ CONTENDERS = (
     "local_bn",
     "sync_bn",
     "mabn",
-    "lazy_bn",
+    "lazy_bn(window=1)",
     "hierarchical_mabn",
     "local_bn(weights='centralized')",
     "sync_bn(weights='centralized')",
     "mabn(weights='none')",
-    "lazy_bn(weights='none')",
+    "lazy_bn(window=1, weights='none')",
 )
 DIFFICULTIES = {
     1: DEMO._replace(gain_range=0.0, offset_range=0.0),

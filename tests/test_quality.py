@@ -63,8 +63,8 @@ def test_every_contender_trains_on_two_ranks(entries):
 def test_contenders_normalize_differently(entries):
     losses = {entry["contender"]: entry["final_loss"] for entry in entries[:11]}
     assert losses["stock"] == losses["local_bn"]  # they differ only in the running statistics that evaluate
-    assert losses["sync_bn"] == losses["lazy_bn(weights='none')"]  # whose first 16 steps are exact
-    assert losses["sync_bn(weights='centralized')"] == losses["lazy_bn"]
+    assert losses["sync_bn"] == losses["lazy_bn(window=1, weights='none')"]  # whose first 16 steps are exact
+    assert losses["sync_bn(weights='centralized')"] == losses["lazy_bn(window=1)"]
     assert losses["mabn"] == losses["hierarchical_mabn"]  # exact for 99 steps
     assert len(set(losses.values())) == len(losses) - 4
 
@@ -76,7 +76,7 @@ def test_the_grid_is_whole():
     assert Counter((cell.difficulty, cell.batch) for cell in cells) == {
         (level, batch): 110 for level in (1, 2, 3) for batch in (1, 2, 4, 8)
     }
-    assert set(CONTENDERS) >= {"stock", "group_norm", "local_bn", "sync_bn", "mabn", "lazy_bn", "hierarchical_mabn"}
+    assert set(CONTENDERS) >= {"stock", "group_norm", "local_bn", "sync_bn", "mabn", "lazy_bn(window=1)", "hierarchical_mabn"}
     assert {cell.seed for cell in cells[: len(cells) // 10]} == {0}  # whole seeds, one after the other
 
 
