@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from tests.faults.faults import Fault, Kind
-from tests.faults.rank import C, SAVES, STEPS, batch
+from tests.faults.rank import SAVES, STEPS, C, batch
 
 SOON_S, PER_LOAD_S = 2.0, 1.0
 """How late an error may come that needs no waiting; with as much more as the machine is busy."""

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import distnorm
-from distnorm import compiled
+from distnorm import compiled, kernel_cache
 from distnorm.integrations import checkpoint
 from distnorm.transport import rendezvous
 from tests.faults import actions
@@ -203,7 +203,7 @@ class Rank:
         """A cache with kernels in it that are broken."""
         broken = self.folder / "cache"
         if self.number == 0:
-            shutil.copytree(compiled.default_folder(), broken / "distnorm")
+            shutil.copytree(kernel_cache._cache_folder(os.environ), broken / "distnorm")
             for file in broken.rglob("*.so"):
                 os.truncate(file, file.stat().st_size // 2)
         os.environ["XDG_CACHE_HOME"] = str(broken)

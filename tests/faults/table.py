@@ -24,7 +24,7 @@ from tests.faults.runner import Runner
 
 PAGE = Path(__file__).parents[2] / "docs" / "faults.md"
 BEGIN, END = "<!-- faults:begin -->", "<!-- faults:end -->"
-RUNNERS = 4
+RUNNERS = 3
 """At a time: most rows wait."""
 
 Key = tuple[str, str, str]

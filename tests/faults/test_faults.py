@@ -20,9 +20,7 @@ QUICK = [each for each in FAULTS if each.quick]
 def rows() -> list[Any]:
     quick = {(fault.name, *COMBINATIONS[number % len(COMBINATIONS)]) for number, fault in enumerate(QUICK)}
     keys = [(fault.name, *key) for fault in FAULTS for key in COMBINATIONS]
-    return [
-        pytest.param(*key, marks=[] if key in quick else pytest.mark.slow, id="-".join(key)) for key in keys
-    ]
+    return [pytest.param(*key, marks=[] if key in quick else pytest.mark.slow, id="-".join(key)) for key in keys]
 
 
 @pytest.fixture(scope="module")
