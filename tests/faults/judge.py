@@ -52,7 +52,7 @@ def judge(found: Found, fault: Fault, transport: str, recipe: str, undisturbed: 
         if wrong:
             judged.wrong.append(f"rank {rank} must end {expected}: {wrong}; it printed\n{found.outputs[rank][-1500:]}")
         seconds = judged.seconds[rank]
-        if expected in ("error", "own", "interrupt") and seconds is not None and seconds > limit_s:
+        if seconds is not None and seconds > limit_s:
             judged.wrong.append(f"rank {rank} noticed after {seconds:.1f} s, more than {limit_s:.1f} s")
     judged.wrong += found.left
     judged.wrong += _wrong_files(found.saved, fault)
@@ -94,6 +94,8 @@ def _wrong(
     event, text = last["event"], last.get("text", "")
     if code is None:
         return "it hung"
+    if expected == "right or error":
+        expected = "right" if event == "ended" else "error"
     if expected in ("error", "own", "interrupt"):
         kind = {"own": "Injected", "interrupt": "KeyboardInterrupt"}.get(expected)
         if event != "raised" or (kind or last["kind"]) != last["kind"]:
@@ -105,7 +107,7 @@ def _wrong(
         return "" if code == (-signal.SIGKILL if expected == "killed" else 0) else f"exit code {code}"
     if event != "ended" or code != 0:
         return f"exit code {code}, after {event} {text}"
-    if any(each.get("running") != last["running"] for each in everyone):
+    if any(each.get("running", last["running"]) != last["running"] for each in everyone):
         return "running statistics differ between ranks"
     if not last["finite"]:
         return "outputs are not finite"

@@ -24,13 +24,14 @@ from tests.faults.runner import Runner
 
 PAGE = Path(__file__).parents[2] / "docs" / "faults.md"
 BEGIN, END = "<!-- faults:begin -->", "<!-- faults:end -->"
-RUNNERS = 3
+RUNNERS = 4
 """At a time: most rows wait."""
 
 Key = tuple[str, str, str]
 WORDS = {
     "right": "ends, with the bits of an undisturbed job",
     "alike": "ends, with running statistics equal on all ranks",
+    "right or error": "the same, or an error",
     "error": "an error",
     "own": "its own exception",
     "interrupt": "KeyboardInterrupt",

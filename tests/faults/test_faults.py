@@ -12,15 +12,17 @@ from tests.faults import table
 from tests.faults.faults import FAULTS, RECIPES, TRANSPORTS
 from tests.faults.runner import Runner
 
-# Each transport and recipe has quick rows, and each quick fault one of them.
-COMBINATIONS = list(product(TRANSPORTS, RECIPES))
-QUICK = [each for each in FAULTS if each.quick]
-
 
 def rows() -> list[Any]:
-    quick = {(fault.name, *COMBINATIONS[number % len(COMBINATIONS)]) for number, fault in enumerate(QUICK)}
-    keys = [(fault.name, *key) for fault in FAULTS for key in COMBINATIONS]
-    return [pytest.param(*key, marks=[] if key in quick else pytest.mark.slow, id="-".join(key)) for key in keys]
+    return [
+        pytest.param(
+            *(fault.name, *key),
+            marks=[] if key == fault.quick else pytest.mark.slow,
+            id="-".join((fault.name, *key)),
+        )
+        for fault in FAULTS
+        for key in product(TRANSPORTS, RECIPES)
+    ]
 
 
 @pytest.fixture(scope="module")
