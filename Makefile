@@ -21,7 +21,8 @@ CORE := $(filter-out $(STUDIES:%=tests/test_%.py),$(UNITS)) \
 	tests/laws tests/moving $(addprefix tests/distributed/test_,backends.py ddp_buffers.py sync_batch_norm_ddp.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-full test test-all test-torch check bench gpu-check docs integrations clean
+.PHONY: help demo demo-full test test-all test-torch test-faults soak check bench gpu-check \
+	docs integrations clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -62,6 +63,13 @@ $(TORCH)/.installed: constraints.txt
 
 test-torch: $(TORCH)/.installed ## run the core tests against another torch: make test-torch VERSION=2.11.0
 	PYTHONPATH=. $(ONE_THREAD) $(TORCH)/bin/pytest -n 2 --dist loadfile -m "not slow and not gpu" $(CORE)
+
+test-faults: $(STAMP) ## disturb jobs in every way of the fault table, in under 10 minutes, and write docs/faults.md
+	$(BIN)/python -m tests.faults.table
+
+MINUTES := 5
+soak: $(STAMP) ## train and restart random jobs of 4 ranks, checking all they do: make soak MINUTES=5
+	$(ONE_THREAD) $(BIN)/python -m tests.faults.soak --minutes $(MINUTES)
 
 bench: $(STAMP) ## measure every figure of docs/performance.md, in under 15 minutes, and write its tables
 	$(BIN)/python benchmarks/suite.py

@@ -27,7 +27,7 @@ TROUBLES = ROOT / "docs" / "troubleshooting.md"
 LINK = re.compile(r"\]\(([^)#:]+)(?:#([^)]*))?\)")
 
 # Commands that this very run is, or contains, and names of commands that take more words.
-RUN_ELSEWHERE = {"make test", "make test-all", "make integrations", "make bench"}
+RUN_ELSEWHERE = {"make test", "make test-all", "make test-faults", "make integrations", "make bench"}
 RUN_ELSEWHERE |= {"distnorm launch", "distnorm config", "distnorm bench", "distnorm plan"}
 
 

@@ -16,7 +16,7 @@ from distnorm.transport.direct import Declined, Direct
 from distnorm.transport.group import Group, TorchGroup, backend_for
 from distnorm.transport.make_group import make_group
 from distnorm.transport.mpi import make_mpi_group
-from distnorm.transport.rendezvous import group_timeout
+from distnorm.transport.rendezvous import group_timeout, tell_and_collect
 from distnorm.transport.schedule import schedule_of
 from distnorm.types import Transport
 
@@ -163,6 +163,8 @@ class Topology:
         )
         # First what takes long, and may fail on all ranks alike: of a torch group only its own timeout can tell.
         direct = None if background else self._direct(world, ranks, timeout)
+        if direct is None:  # which ranks do not come, torch does not say; and while it waits it hears no signal
+            tell_and_collect(ranks, "", timeout, doing="make a process group")
         process_group = make_group(ranks, purpose, timeout)
         return TorchGroup(process_group, ranks, direct=direct, schedule=schedule_of(ranks, purpose, timeout))
 

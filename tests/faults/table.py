@@ -1,0 +1,128 @@
+"""``python -m tests.faults.table`` (``make test-faults``): all rows of the fault table, and docs/faults.md with them.
+
+Exits with 1 where something is not as it must be; the page says so, too.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import sys
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from datetime import date
+from itertools import product
+from pathlib import Path
+
+import torch
+
+from tests.faults.faults import FAULTS, RECIPES, TRANSPORTS, Fault
+from tests.faults.judge import Judged
+from tests.faults.runner import Runner
+
+PAGE = Path(__file__).parents[2] / "docs" / "faults.md"
+BEGIN, END = "<!-- faults:begin -->", "<!-- faults:end -->"
+RUNNERS = 4
+"""At a time: most rows wait."""
+
+Key = tuple[str, str, str]
+WORDS = {
+    "right": "ends, with the bits of an undisturbed job",
+    "alike": "ends, with running statistics equal on all ranks",
+    "right or error": "the same, or an error",
+    "error": "an error",
+    "own": "its own exception",
+    "interrupt": "KeyboardInterrupt",
+    "killed": "killed",
+    "gone": "exit code 0",
+}
+
+
+def run_all(keys: list[Key]) -> dict[Key, Judged]:
+    """Run rows on several runners, and print each."""
+    waiting = iter(keys)
+    found: dict[Key, Judged] = {}
+
+    def work() -> None:
+        with Runner() as runner:
+            for key in waiting:  # a list's iterator may be shared by threads
+                found[key] = runner.run(*key)
+                print(", ".join(key), "|", cell(found[key]), *found[key].wrong, flush=True)
+
+    with ThreadPoolExecutor(RUNNERS) as threads:
+        for each in [threads.submit(work) for _ in range(RUNNERS)]:
+            each.result()
+    return found
+
+
+def cell(judged: Judged) -> str:
+    """What happened, in a word: seconds to the last error."""
+    if judged.wrong:
+        return "**wrong**"
+    seconds = [each for each in judged.seconds if each is not None]
+    return f"{max(seconds):.2f} s" if seconds else "ends"
+
+
+def lines(found: Mapping[Key, Judged]) -> list[str]:
+    """The tables."""
+    notes: list[str] = []
+    rows = [
+        f"| fault | must happen | transport | {' | '.join(f'`{recipe}`' for recipe in RECIPES)} |",
+        f"|---|---|---|{'---|' * len(RECIPES)}",
+    ]
+    for fault, transport in product(FAULTS, TRANSPORTS):
+        cells = []
+        for recipe in RECIPES:
+            why = fault.must(transport, recipe)[-1]
+            if why and why not in notes:
+                notes.append(why)
+            cells.append(cell(found[fault.name, transport, recipe]) + (f" ({notes.index(why) + 1})" if why else ""))
+        first = transport == TRANSPORTS[0]
+        rows.append(
+            f"| {fault.name if first else ''} | {demand(fault) if first else ''} | {transport} | {' | '.join(cells)} |"
+        )
+    said = ["| fault | rank 0 says, with `sync_bn` over shared memory |", "|---|---|"]
+    for fault in FAULTS:
+        text = found[fault.name, TRANSPORTS[0], "sync_bn"].texts[0]
+        if text:
+            said.append(f"| {fault.name} | {shortened(text)} |")
+    return [*rows, "", *(f"({number}) {why}." for number, why in enumerate(notes, 1)), "", *said]
+
+
+def demand(fault: Fault) -> str:
+    """What must happen, in words."""
+    first, second = (WORDS[each] for each in fault.ends)
+    text = f"both: {first}" if first == second else f"rank 0: {first}; rank 1: {second}"
+    if "error" not in fault.ends:
+        return text
+    return f"{text}; {'at once' if fault.within == 'soon' else f'within the timeout, {fault.timeout_s:g} s'}"
+
+
+def shortened(text: str) -> str:
+    """One line of a table; paths and numbers of this run do not matter."""
+    text = re.sub(r"/\S*/", "…/", " ".join(text.split())).replace("|", "/").partition(" GLHF!")[0]  # gloo's farewell
+    return text if len(text) < 260 else f"{text[:260]}…"
+
+
+def main() -> int:
+    """Run everything and write the page."""
+    started = time.monotonic()
+    found = run_all([(fault.name, *key) for fault in FAULTS for key in product(TRANSPORTS, RECIPES)])
+    minutes = (time.monotonic() - started) / 60
+    model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    where = (
+        f"`make test-faults`, {date.today()}: {len(found)} rows in {minutes:.1f} minutes, {os.cpu_count()} cores of "
+        f"{model[1] if model else platform.machine()}, load {os.getloadavg()[2]:.0f}, torch {torch.__version__}."
+    )
+    before, _, rest = PAGE.read_text().partition(BEGIN)
+    _, _, after = rest.partition(END)
+    PAGE.write_text("\n".join([f"{before}{BEGIN}", where, "", *lines(found), f"{END}{after}"]))
+    wrong = [key for key, judged in found.items() if judged.wrong]
+    print(f"{len(wrong)} of {len(found)} rows are wrong: {wrong}; {minutes:.1f} minutes")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
