@@ -40,7 +40,7 @@ class Judged:
     wrong: list[str] = field(default_factory=list)
 
 
-def judge(found: Found, fault: Fault, transport: str, recipe: str, undisturbed: Found) -> Judged:
+def judge(found: Found, fault: Fault, transport: str, recipe: str, undisturbed: Found | None) -> Judged:
     """Compare what was ``found`` with what must be."""
     ends, says, within, _ = fault.must(transport, recipe)
     last = [log[-1] if log else {"event": "nothing"} for log in found.logs]
@@ -88,7 +88,7 @@ def _wrong(
     code: int | None,
     says: str,
     everyone: list[dict[str, Any]],
-    undisturbed: Found,
+    undisturbed: Found | None,
 ) -> str:
     """Why this is not the ``expected`` end; empty if it is."""
     event, text = last["event"], last.get("text", "")
@@ -111,7 +111,7 @@ def _wrong(
         return "running statistics differ between ranks"
     if not last["finite"]:
         return "outputs are not finite"
-    if expected == "right" and last["state"] != undisturbed.logs[rank][-1].get("state"):
+    if expected == "right" and (undisturbed is None or last["state"] != undisturbed.logs[rank][-1].get("state")):
         return "parameters or running statistics are not those of the job to which nothing was done"
     return ""
 

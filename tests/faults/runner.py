@@ -75,7 +75,8 @@ class _Jobs:
     undisturbed: dict[tuple[str, str], Found] = field(default_factory=dict)
 
     def run(self, fault: Fault, transport: str, recipe: str) -> Judged:
-        undisturbed = self.undisturbed_of(transport, recipe)
+        ends = fault.must(transport, recipe)[0]
+        undisturbed = self.undisturbed_of(transport, recipe) if {"right", "right or error"} & set(ends) else None
         if fault.at == "loading":
             for each in ("sync_bn", "mabn", "lazy_bn"):
                 self.undisturbed_of(TRANSPORTS[0], each)
