@@ -64,12 +64,11 @@ def test_models_of_one_job_may_differ(pool: Pool) -> None:
 
 @pytest.mark.parametrize("name", ["smoke", "", "SHM"])
 def test_a_name_that_does_not_exist(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    allowed = "allowed are torch, mpi, shm, sockets, gloo"
-    with pytest.raises(ValueError, match=rf"convert\(transport='{name}'\): {allowed}"):
+    with pytest.raises(ValueError, match=rf"convert\(transport='{name}'\): need .*\"shm\" or \"sockets\" or \"gloo\""):
         distnorm.convert(nn.BatchNorm1d(3), "sync_bn", transport=name)  # type: ignore[arg-type]
     monkeypatch.setenv("DISTNORM_TRANSPORT", name)
     for make in (lambda: distnorm.convert(nn.BatchNorm1d(3), "sync_bn"), lambda: SyncBatchNorm(3)):
-        with pytest.raises(ValueError, match=rf"environment DISTNORM_TRANSPORT='{name}': {allowed}"):
+        with pytest.raises(ValueError, match=f"environment DISTNORM_TRANSPORT='{name}': allowed are torch, mpi, shm"):
             make()
 
 
