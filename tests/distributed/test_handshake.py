@@ -234,6 +234,7 @@ def die_in_handshake(rank: int) -> float:
     return time.monotonic() - started
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_killed_in_the_handshake(pool: Pool) -> None:
     first, dead, last = pool.run_all(3, die_in_handshake, timeout=60.0)
     assert isinstance(dead, WorkerDiedError)

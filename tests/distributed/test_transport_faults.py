@@ -184,6 +184,7 @@ def bind_suspended(rank: int, flag: str) -> Tensor:
     return torch.tensor([float(text) for text in tell_and_collect((0, 1), str(rank), timedelta(seconds=4))])
 
 
+@pytest.mark.slow
 def test_nor_does_it_while_binding(pool: Pool, tmp_path: Path) -> None:
     for found in pool.run(2, bind_suspended, str(tmp_path / "continued"), timeout=60.0):
         assert found.tolist() == [0.0, 1.0]
@@ -218,6 +219,7 @@ def die_and_leave_a_child(rank: int, way: str) -> float:
     return time.monotonic() - started
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_a_killed_rank_whose_child_lives(pool: Pool, way: str) -> None:
     waited, dead = pool.run_all(2, die_and_leave_a_child, way, timeout=60.0)

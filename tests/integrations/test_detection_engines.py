@@ -62,7 +62,7 @@ def engines(recipe: str) -> pytest.MarkDecorator:
     rows = [pytest.param("deepspeed", f"{recipe}:{stage}", 1e-5, id=f"deepspeed zero {stage}") for stage in (0, 1, 2)]
     rows += [
         pytest.param("deepspeed_zero3", f"{recipe}:3", 1e-5, marks=pytest.mark.slow, id="deepspeed zero 3"),
-        pytest.param("lightning", recipe, 1e-9, id="lightning ddp"),
+        pytest.param("lightning", recipe, 1e-9, marks=pytest.mark.slow, id="lightning ddp"),
     ]
     return pytest.mark.parametrize(("engine", "case", "tolerance"), rows)
 

@@ -155,8 +155,12 @@ def test_bad_bindings_end_on_every_rank(two: list[dict[str, Any]]) -> None:
     ("how", "words"),
     [
         ("raises", ["ZeroDivisionError: rank 1 has had enough"]),
-        ("killed", ["signal 9"]),
-        ("absent", ["0: sharing forward statistics", "ranks [0, 1]", "was not complete after 2 s"]),
+        pytest.param("killed", ["signal 9"], marks=pytest.mark.slow),
+        pytest.param(
+            "absent",
+            ["0: sharing forward statistics", "ranks [0, 1]", "was not complete after 2 s"],
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_rank_that_fails_ends_the_job(how: str, words: list[str]) -> None:

@@ -10,7 +10,7 @@ import pytest
 from tests.integrations import table
 from tests.integrations.table import BF16, RECIPES, ROWS, Measured, Row
 
-ALWAYS = {"torchrun | DDP | in code", "torchrun | HF Trainer | run module", "Lightning's own | Lightning | run module"}
+ALWAYS = {"torchrun | DDP | in code"}
 NUMBERS = ("final_loss", "running_mean", "running_var")
 
 

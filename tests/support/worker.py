@@ -75,7 +75,7 @@ def serve(connection: Connection, port: int, warning_filters: Sequence[str], sta
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is for the pool, which then ends its processes
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
     torch.set_num_threads(1)
-    _filter_warnings(warning_filters)
+    _filter_warnings(warning_filters)  # for what is done before the first job
     with open(stacks, "w") as file:
         faulthandler.register(signal.SIGUSR1, file=file, all_threads=True)
         gc.freeze()  # what is imported by now stays: keep it out of the collection after every run
@@ -86,6 +86,7 @@ def serve(connection: Connection, port: int, warning_filters: Sequence[str], sta
                 job = pickle.loads(connection.recv_bytes())
             except EOFError:
                 return
+            _filter_warnings(warning_filters)  # anew: a job that is interrupted in catch_warnings restores none
             store = _work(connection, job, store, port)
 
 
