@@ -58,7 +58,7 @@ $(TORCH)/.installed: constraints.txt
 	grep -vE '^(numpy|setuptools|torch|triton)==' constraints.txt > $(TORCH)/constraints.txt
 	# numpy 2.4 made an error of what the interpreter of Triton 3.6 does.
 	PIP_CONSTRAINT=$(TORCH)/constraints.txt $(TORCH)/bin/pip install \
-		'torch==$(VERSION)' 'numpy<2.4' pytest pytest-timeout pytest-xdist hypothesis
+		'torch==$(VERSION)' 'numpy<2.4' pytest pytest-timeout pytest-xdist hypothesis pyyaml
 	touch $@
 
 test-torch: $(TORCH)/.installed ## run the core tests against another torch: make test-torch VERSION=2.11.0
