@@ -102,6 +102,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @NO_CARD
+@pytest.mark.slow
 def test_every_stage_runs_without_a_card(folder: Path) -> None:
     found = records(folder)
     assert {each["stage"] for each in found} == set("abcdefg")
@@ -113,6 +114,7 @@ def test_every_stage_runs_without_a_card(folder: Path) -> None:
 
 
 @NO_CARD
+@pytest.mark.slow
 def test_a_cpu_reaches_no_goal(folder: Path) -> None:
     text = (folder / "report.md").read_text()
     assert "No card: not run" in text

@@ -62,6 +62,7 @@ def test_a_killed_job_ends_as_one_that_was_not(
     assert "cold" not in job.stderr and "warm" not in job.stderr
 
 
+@pytest.mark.slow
 def test_another_world_size_starts_warm(killed: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
     folder, _ = killed
     (folder / "latest").write_text("20")

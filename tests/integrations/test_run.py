@@ -225,6 +225,7 @@ def test_torchrun(tmp_path: Path, joined: dict[str, list[float]]) -> None:
     assert total.split()[1] == "40"  # one forward, one backward, 20 steps
 
 
+@pytest.mark.slow
 def test_accelerate_launch(tmp_path: Path, joined: dict[str, list[float]]) -> None:
     (tmp_path / "cfg.yaml").write_text(ACCELERATE_CONFIG)
     launcher = ["accelerate", "launch", "--config_file", tmp_path / "cfg.yaml", "-m", "distnorm.run"]
@@ -235,6 +236,7 @@ def test_accelerate_launch(tmp_path: Path, joined: dict[str, list[float]]) -> No
     assert len(states) == 2  # save_state kept what each rank needs, with no line in the script
 
 
+@pytest.mark.slow
 def test_mpirun(tmp_path: Path, joined: dict[str, list[float]]) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
