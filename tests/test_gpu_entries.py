@@ -259,7 +259,7 @@ def arguments(
     ring = torch.rand(3, 303, dtype=torch.float64)
     calls = {
         entries.window: (given["newest"], weight, scale, 2.0, given["sums"], filled, given["out"], 300, 3, 1, True),
-        entries.mix: (given["newest"][:3], scale, 2.0, given["sums"], given["out"], 300, 1, 3),
+        entries.mix: (given["newest"][:3], scale, 2.0, given["sums"], given["out"], 300, 1),
         entries.push: (given["out"], starts, ring, filled, filled + 0, given["sums"], filled + 0),
     }
     return given, calls

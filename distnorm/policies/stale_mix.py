@@ -1,7 +1,7 @@
 """StaleMix: the other ranks' newest landed steps and this rank's current one; one asynchronous collective per step.
 
 Timeline: as ``Moving`` with staleness 1: in step t the other ranks are represented by their mean over the ``window``
-steps up to t - 2. This rank keeps the weight of one among K, whatever the window (docs/moving.md). Our own
+steps up to t - 2, and weigh as much as this rank, however many they are (docs/moving.md). Our own
 construction, after the displaced statistics of Li et al., "DistriFusion", CVPR 2024, in the form that suits independent
 batches.
 """
@@ -55,14 +55,14 @@ class _Mix(Remembering):
             return self._mix_in_c(compiled, wire, slot)
         scale = loss_scale_of(slot, wire)
         self.bucket.write(slot.layer, slot.direction, wire / scale, 1.0)
-        return wire + (self.size - 1) * scale * self.others[self.bucket.span[slot.layer, slot.direction]]
+        return wire + scale * self.others[self.bucket.span[slot.layer, slot.direction]]
 
     def _mix_in_triton(self, wire: Tensor, slot: Slot) -> Tensor:
         from distnorm.kernels.gpu.entries import mix  # imports Triton
 
         key = slot.layer, slot.direction
         place = self.others, self.bucket.outbox, self.bucket.span[key].start, self.bucket.index[key]
-        out: Tensor = mix(wire.contiguous(), *at_or_number(loss_scale_of(slot, wire)), *place, self.size - 1)
+        out: Tensor = mix(wire.contiguous(), *at_or_number(loss_scale_of(slot, wire)), *place)
         return out
 
     def _mix_in_c(self, compiled: CDLL, wire: Tensor, slot: Slot) -> Tensor:
@@ -70,7 +70,7 @@ class _Mix(Remembering):
         others = self.others.data_ptr() + DOUBLE * self.bucket.span[key].start
         out = torch.empty_like(wire)
         compiled.entries_mix(
-            *(wire.data_ptr(), wire.numel(), scale, 1.0, (self.size - 1) * scale),
+            *(wire.data_ptr(), wire.numel(), scale, 1.0, scale),
             *(others, *self.bucket.addresses(key), out.data_ptr()),
         )
         return out
@@ -115,7 +115,7 @@ class _Mix(Remembering):
     def watch(self, slot: Slot, *, exact: bool) -> dict[str, Watch]:
         last, _ = self.bucket.parts(self.bucket.last)
         total = self.bucket.parts(self.blocking.sum(self.bucket.last, slot))[0] if exact else None
-        used = last + (self.size - 1) * self.others
+        used = last + self.others
         found = {}
         for (layer, direction), number in self.bucket.index.items():
             if direction == "forward":
@@ -161,7 +161,7 @@ def _mean(wire: Tensor) -> Tensor:
 @final
 @dataclass(frozen=True, kw_only=True)
 class StaleMix(Policy):
-    """``reduce(wire) = own wire + (K - 1) * what one other rank contributed on average to the landed steps``.
+    """``reduce(wire) = own wire + what one other rank contributed on average to the landed steps``.
 
     Args:
         window: how many of them, the newest ones.

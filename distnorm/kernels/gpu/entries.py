@@ -19,7 +19,7 @@ BLOCK = 256
 
 # Slots begin anywhere: one compiled variant serves all.
 _ANY = {
-    "do_not_specialize": ["start", "number", "count", "values", "peers", "depth"],
+    "do_not_specialize": ["start", "number", "count", "values", "depth"],
     "do_not_specialize_on_alignment": ["newest", "weight", "scale_at"],
 }
 
@@ -122,17 +122,16 @@ def mix(
     outbox: Tensor,
     start: int,
     number: int,
-    peers: int,
 ) -> Tensor:
     """Add ``newest / loss scale`` to a slot of this step, weight 1; return what the layer goes on with. One launch.
 
-    That is ``newest + peers * loss scale * others``, which are laid out as ``sums``; all else is as for ``window``.
+    That is ``newest + loss scale * others``, which are laid out as ``sums``; all else is as for ``window``.
     """
     out = torch.empty_like(newest)
     count = newest.numel()
     launch(
         *(mix_kernel, (triton.cdiv(count, BLOCK),), newest, scale_at, scale, others, outbox, out),
-        *(start, count, number, others.numel(), peers, BLOCK),
+        *(start, count, number, others.numel(), BLOCK),
     )
     return out
 
@@ -146,7 +145,6 @@ def _(
     outbox: Tensor,
     start: int,
     number: int,
-    peers: int,
 ) -> Tensor:
     return torch.empty_like(newest)
 
@@ -163,7 +161,6 @@ def mix_kernel(
     count,
     number,
     values,
-    peers,
     COLS: tl.constexpr,
 ):
     """A program takes COLS values of the slot."""
@@ -171,7 +168,7 @@ def mix_kernel(
     i = tl.program_id(0) * COLS + lane
     here, factor = i < count, spread_scalar(scale_at, scale, lane)
     value = tl.load(newest + i, mask=here, other=0.0)
-    tl.store(out + i, value + peers * factor * tl.load(others + start + i, mask=here, other=0.0), mask=here)
+    tl.store(out + i, value + factor * tl.load(others + start + i, mask=here, other=0.0), mask=here)
     add(outbox + start + i, value / factor, here)
     add(outbox + values + number + 0 * lane, tl.full([COLS], 1.0, tl.float64), i == 0)
 
