@@ -65,6 +65,7 @@ def resumed(folder: Path, trained: Sequence[object]) -> list[dict[str, Any]]:
     return of_ranks(folder, "resume")
 
 
+@pytest.mark.slow
 def test_the_example_trains_as_one_process_on_the_joined_batch() -> None:
     reference = result_of(run("examples/accelerate_plain.py", ranks=1))
     agrees(result_of(run("examples/accelerate_plugin.py", "sync_bn")), reference)

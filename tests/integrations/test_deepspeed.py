@@ -256,6 +256,7 @@ def test_the_section_can_ask_for_the_ledger(fast: Ranks) -> None:
     assert total[1] == "4"
 
 
+@pytest.mark.slow
 def test_the_example_trains_as_one_process_on_the_joined_batch() -> None:
     done = torchrun("examples/deepspeed_engine.py", "launch/deepspeed/zero2.json")
     (result,) = (json.loads(line[7:]) for line in done.stdout.splitlines() if line.startswith("RESULT "))

@@ -229,6 +229,7 @@ def test_what_lightning_refuses_and_what_we_refuse(alone):
         ),
     ],
 )
+@pytest.mark.slow
 def test_the_example_trains_as_one_process_with_stock_batch_norm(launcher):
     model, losses = build_model(), []
     optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)

@@ -30,6 +30,7 @@ def resumed(folder: Path, trained: Sequence[object]) -> list[dict[str, Any]]:
     return of_ranks(folder, "resume")
 
 
+@pytest.mark.slow
 def test_the_example_trains_as_one_process_on_the_joined_batch() -> None:
     reference = result_of(run("examples/trainer_plain.py", ranks=1))
     agrees(result_of(run("examples/trainer_callback.py", "sync_bn")), reference)
