@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.conv import _ConvTransposeNd
 from torch.nn.utils import parametrize
 
 from distnorm import keeping
 from distnorm.conversion import Conversion
 from distnorm.methods.base import compute_dtype
-from distnorm.tracing import is_traced, leaf
+from distnorm.tracing import ScriptedConv, is_traced, leaf
 
 
 def centred(weight: Tensor, dims: list[int], *, through: bool = True) -> Tensor:
@@ -137,14 +137,8 @@ class Centralized:
         return self
 
 
-class _CentralizedConv(Centralized, _ConvNd):
-    def forward(self, input: Tensor) -> Tensor:
-        """Apply the centred weight; one node to torch.fx, so that what is centred is decided when its graph runs."""
-        if torch.jit.is_scripting():
-            scripted: Tensor = self._conv_forward(input, self.weight, self.bias)
-            return scripted
-        else:
-            return self._forward(input)
+class _CentralizedConv(Centralized, ScriptedConv):
+    """Applies the centred weight; one node to torch.fx, so that what is centred is decided when its graph runs."""
 
     def _forward(self, input: Tensor) -> Tensor:
         y: Tensor

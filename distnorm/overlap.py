@@ -18,12 +18,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd
 
 from distnorm.boundary import Left
 from distnorm.class_swap import swap, underlying
 from distnorm.surroundings import are_plain, is_batch
-from distnorm.tracing import is_traced, leaf
+from distnorm.tracing import ScriptedConv, is_traced, leaf
 
 _ARRANGED = "_arranged"
 _FOLLOWER = "_follower"
@@ -43,16 +42,8 @@ class _Arrangement(NamedTuple):
         return same and self.versions == _versions(self.parameters)
 
 
-class LateConv(_ConvNd):
+class LateConv(ScriptedConv):
     """A convolution whose weight gradient may come late. Mixed in before torch's class."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """As torch's convolution."""
-        if torch.jit.is_scripting():
-            output: Tensor = self._conv_forward(input, self.weight, self.bias)
-            return output
-        else:
-            return self._forward(input)
 
     def _forward(self, input: Tensor) -> Tensor:
         if is_traced(input):
@@ -60,7 +51,7 @@ class LateConv(_ConvNd):
             return node
         arranged: _Arrangement | None = self.__dict__.pop(_ARRANGED, None) if _ARRANGED in self.__dict__ else None
         if arranged is None or not self._suits(input) or not arranged.holds(self):
-            output: Tensor = super().forward(input)
+            output: Tensor = self._conv_forward(input, self.weight, self.bias)
             return output
         geometry = self.stride, self.padding, self.dilation, self.groups
         output = _Convolve.apply(input, *arranged.late, *arranged.parameters, arranged.deferred, geometry)

@@ -1,11 +1,13 @@
-"""Tracers meet converted layers: torch.fx records one node for each, as for torch's own layers."""
+"""Tracers meet converted layers: torch.fx records one node for each, as for torch's own, and torch.jit scripts them."""
 
 from __future__ import annotations
 
 from typing import Any, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.fx import Proxy
+from torch.nn.modules.conv import _ConvNd
 
 
 def is_traced(value: object) -> bool:
@@ -28,3 +30,18 @@ def leaf(module: nn.Module, proxy: Any) -> Any:
             "torch.nn.Sequential(layer)."
         )
     return proxy.tracer.create_proxy("call_module", path, (proxy,), {})
+
+
+class ScriptedConv(_ConvNd):
+    """A convolution that torch's script of it takes for torch's own. Mixed in before torch's class."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """As torch's convolution, or what the subclass makes of it."""
+        if torch.jit.is_scripting():
+            scripted: Tensor = self._conv_forward(input, self.weight, self.bias)
+            return scripted
+        else:
+            return self._forward(input)
+
+    def _forward(self, input: Tensor) -> Tensor:
+        raise NotImplementedError
