@@ -13,9 +13,9 @@ from torch.nn.modules._functions import SyncBatchNorm
 import distnorm
 from distnorm import recipes
 from distnorm.diagnostics.bench_steps import steady
-from distnorm.grid import Recipe
 from distnorm.policies import Facts, Local, Policy
 from distnorm.policies.base import Reducer
+from distnorm.recipe import Recipe
 from distnorm.transport import Topology
 from distnorm.transport.group import TorchGroup
 from distnorm.types import Layout

@@ -39,7 +39,7 @@ class Time(NamedTuple):
 
 
 def gpu_pass(method: ChannelAffine, x: Tensor, affine: Affine) -> GpuPass:
-    """As ``distnorm.passes.new_pass``, whatever the device is."""
+    """As ``distnorm.kernels.passes.new_pass``, whatever the device is."""
     formula = method.formula(affine)
     assert formula is not None
     return GpuPass(formula, affine.eps)
@@ -51,9 +51,9 @@ def kernels(log: Log, *, wanted: bool = True) -> Iterator[None]:
     if wanted and log.card is not None:
         yield
         return
-    layers: Any = mock.patch("distnorm.fused.new_pass", gpu_pass)
+    layers: Any = mock.patch("distnorm.autograd.normalize.new_pass", gpu_pass)
     if not wanted:
-        layers = mock.patch("distnorm.fused.suits", lambda *given: False)
+        layers = mock.patch("distnorm.autograd.normalize.suits", lambda *given: False)
     with layers, mock.patch("distnorm.policies.bucket.Bucket.in_triton", lambda *given: wanted):
         yield
 

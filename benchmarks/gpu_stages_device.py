@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 import distnorm
-from distnorm.grid import Recipe
+from distnorm.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
 SETTLED = 6

@@ -16,11 +16,11 @@ from gpu_units import Log, NotRunError, Phase, Unit
 from torch import Tensor
 
 import distnorm
-from distnorm.grid import Recipe
 from distnorm.kernels import gpu
 from distnorm.kernels.gpu import apply, entries
 from distnorm.kernels.gpu.gpu_pass import GpuPass
 from distnorm.methods import RMS, BatchNorm, ChannelAffine
+from distnorm.recipe import Recipe
 from distnorm.types import Affine, Running, Tail
 from tests.support.cases import EPS, REFERENCES, Case, Result, assert_within, limits, numbers
 

@@ -23,8 +23,8 @@ from training import stepper
 import distnorm
 from distnorm import Recipe, recipes
 from distnorm.diagnostics.bench_steps import steady
+from distnorm.layers.weights import centralized
 from distnorm.policies import Local
-from distnorm.weights import centralized
 
 FORMS = ("none", "forward", "projected")
 METHODS = ("mabn", "lazy_bn")

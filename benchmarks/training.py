@@ -12,7 +12,7 @@ from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 import distnorm
-from distnorm.module import DistNorm
+from distnorm.layers.module import DistNorm
 
 RATE = 1e-3
 

@@ -3,15 +3,14 @@
 >>> model = distnorm.convert(model, "sync_bn")  # doctest: +SKIP
 """
 
-import distnorm.torch_version  # noqa: F401, first, since an import below may be more than this torch can do
+import distnorm.compat.torch_version  # noqa: F401, first, since an import below may be more than this torch can do
 
 # isort: split
 from distnorm import methods, nn, policies, recipes
 from distnorm.attach import attach, end_step, load_state_dict, state_dict, sync_running_stats
 from distnorm.convert import convert, register_converter, revert
 from distnorm.diagnostics import Ledger, stats
-from distnorm.grid import Recipe
-from distnorm.module import (
+from distnorm.layers.module import (
     DistBatchNorm1d,
     DistBatchNorm2d,
     DistBatchNorm3d,
@@ -20,6 +19,7 @@ from distnorm.module import (
     DistNorm2d,
     DistNorm3d,
 )
+from distnorm.recipe import Recipe
 
 __all__ = [
     "DistBatchNorm1d",

@@ -2,7 +2,7 @@
 
 import sys
 
-from distnorm.cli import main
+from distnorm.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

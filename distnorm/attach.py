@@ -9,9 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from distnorm import running, weights
-from distnorm.conversion import Conversion
-from distnorm.module import DistNorm
+from distnorm.layers import running_statistics, weights
+from distnorm.layers.conversion import Conversion
+from distnorm.layers.module import DistNorm
 
 
 class Attachment:
@@ -148,7 +148,7 @@ def sync_running_stats(model: nn.Module) -> None:
     for conversion in conversions_of(model):
         binding = conversion.bound()
         if not binding.agrees:
-            running.average((layer for _, layer in conversion.layers()), binding.topology.everyone())
+            running_statistics.average((layer for _, layer in conversion.layers()), binding.topology.everyone())
 
 
 def conversions_of(model: nn.Module) -> list[Conversion]:

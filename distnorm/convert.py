@@ -17,18 +17,20 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from distnorm import agreement, ddp, feeders, overlap, recipes, tails, weights
-from distnorm.class_swap import swap, underlying
-from distnorm.conversion import Conversion
-from distnorm.grid import Recipe
-from distnorm.module import (
+from distnorm import recipes
+from distnorm.fusion import epilogue
+from distnorm.layers import agreement, ddp, feeders, overlap, weights
+from distnorm.layers.class_swap import swap, underlying
+from distnorm.layers.conversion import Conversion
+from distnorm.layers.module import (
     DistBatchNorm1d,
     DistBatchNorm2d,
     DistBatchNorm3d,
     DistNorm,
     DistSyncBatchNorm,
 )
-from distnorm.site import Site
+from distnorm.layers.site import Site
+from distnorm.recipe import Recipe
 from distnorm.transport import LostGroup, check_group
 from distnorm.transport.choice import chosen
 from distnorm.transport.mpi import load_mpi
@@ -115,7 +117,7 @@ def convert(
         load_mpi("transport='mpi'")
     layers = _select(model, wanted, where)
     apply_to(model, _by_group(layers, wanted, mesh, transport), _targets)
-    if fuse and layers and not tails.fuse(model):
+    if fuse and layers and not epilogue.fuse(model):
         warnings.warn(
             f"distnorm.convert(fuse=True): {type(model).__name__} has no norm that is followed by nothing but a ReLU "
             "or an addition, in code that can be read.",
@@ -168,7 +170,7 @@ def undo(model: ModelT) -> ModelT:
     """``revert``, but leave the weights as they are: for a conversion that nothing has used yet."""
     feeders.release(model)
     overlap.release(model)
-    tails.release(model)
+    epilogue.release(model)
     layers = [layer for layer in model.modules() if isinstance(layer, DistNorm)]
     ddp.relist(model, layers)
     for layer in layers:

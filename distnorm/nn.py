@@ -8,14 +8,14 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from distnorm.class_swap import underlying
-from distnorm.conversion import Conversion
 from distnorm.convert import apply_to, narrower
-from distnorm.grid import Recipe
+from distnorm.layers.class_swap import underlying
+from distnorm.layers.conversion import Conversion
+from distnorm.layers.module import DistNorm, DistSyncBatchNorm
+from distnorm.layers.site import Site
 from distnorm.methods import BatchNorm
-from distnorm.module import DistNorm, DistSyncBatchNorm
 from distnorm.policies import AllReduce
-from distnorm.site import Site
+from distnorm.recipe import Recipe
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 

@@ -7,11 +7,10 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from distnorm.grid import Recipe, Weights
 from distnorm.methods import RMS, BatchNorm
 from distnorm.policies import AllReduce, Chain, Local, Moving, Periodic, Policy, StaleMix, Warmup
 from distnorm.policies.moving import LossReduction
-from distnorm.suggest import suggest
+from distnorm.recipe import Recipe, Weights
 from distnorm.validation import (
     Axis,
     Clip,
@@ -23,6 +22,7 @@ from distnorm.validation import (
     hints_of,
     refuse_twins,
     shown,
+    suggest,
     written,
 )
 

@@ -15,11 +15,10 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from distnorm import recipes
 from distnorm.convert import convert
-from distnorm.grid import Recipe
-from distnorm.module import DistNorm
-from distnorm.suggest import suggest
+from distnorm.layers.module import DistNorm
+from distnorm.recipe import Recipe
 from distnorm.types import Transport
-from distnorm.validation import Options, Patterns, RecipeName, admits, hints_of, read_json, shown, words
+from distnorm.validation import Options, Patterns, RecipeName, admits, hints_of, read_json, shown, suggest, words
 
 SECTION_VARIABLE = "DISTNORM_CONFIG"
 """Carries a config file's section from the launcher to its workers, as JSON: ``{"source": ..., "section": {...}}``."""

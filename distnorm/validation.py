@@ -7,9 +7,10 @@ of this file. True is no number, NaN is in no range, and an empty text is nothin
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from functools import cache, wraps
 from reprlib import Repr
@@ -193,3 +194,9 @@ def refuse_twins(keys: list[Any]) -> None:
     for at, key in enumerate(keys):
         if key in keys[:at]:
             raise ValueError(f"{shown(key)} is given twice")
+
+
+def suggest(given: str, allowed: Iterable[str]) -> str:
+    """`` (did you mean 'sync_bn'?)``, or nothing where no allowed word is near."""
+    near = difflib.get_close_matches(given, list(allowed), n=1)
+    return f" (did you mean {near[0]!r}?)" if near else ""

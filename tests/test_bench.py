@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from distnorm import cli
+from distnorm.cli import main as cli
 from distnorm.diagnostics.bench import default_recipes, read_points, read_step
 from distnorm.diagnostics.bench_links import Link
 from distnorm.diagnostics.bench_rounds import LEAST, WARMUP, take_turns

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import distnorm
-from distnorm.running import BUFFERS
+from distnorm.layers.running_statistics import BUFFERS
 from tests.training import batches, converted, same, train, worn
 
 X = batches((6, 3, 5, 4), dtype=torch.float64)

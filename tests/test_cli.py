@@ -8,7 +8,8 @@ from importlib import metadata
 
 import pytest
 
-from distnorm import cli, recipes
+from distnorm import recipes
+from distnorm.cli import main as cli
 
 
 def test_recipes_lists_all(capsys: pytest.CaptureFixture[str]) -> None:
@@ -69,7 +70,7 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_as_a_process() -> None:
-    program = "import sys; from distnorm.cli import main; sys.exit(main())"
+    program = "import sys; from distnorm.cli.main import main; sys.exit(main())"
     ended = subprocess.run([sys.executable, "-c", program, "recipes", "x"], capture_output=True, text=True, timeout=60)
     assert (ended.returncode, ended.stdout) == (2, "")
     assert ended.stderr.splitlines()[-1].startswith("distnorm: error: unknown recipe 'x'; there are local_bn")

@@ -16,8 +16,8 @@ from torch.nn import utils
 from torch.nn.utils import parametrizations, parametrize, prune
 
 import distnorm
-from distnorm.class_swap import swap, underlying
-from distnorm.module import DistBatchNorm2d, DistNorm
+from distnorm.layers.class_swap import swap, underlying
+from distnorm.layers.module import DistBatchNorm2d, DistNorm
 from tests.training import batches, same, train, worn
 
 X = batches((6, 3, 7, 6), dtype=torch.float64)

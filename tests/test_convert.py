@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 import distnorm
-from distnorm.grid import Recipe
+from distnorm.layers.module import DistBatchNorm1d, DistBatchNorm2d, DistBatchNorm3d, DistNorm, DistSyncBatchNorm
 from distnorm.methods import RMS, BatchNorm
-from distnorm.module import DistBatchNorm1d, DistBatchNorm2d, DistBatchNorm3d, DistNorm, DistSyncBatchNorm
 from distnorm.policies import AllReduce
+from distnorm.recipe import Recipe
 from tests.training import batches, converted, made, same, train, worn
 
 LAYERS = [

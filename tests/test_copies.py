@@ -15,9 +15,9 @@ import torch.distributed as dist
 from torch import nn
 
 import distnorm
-from distnorm.grid import Recipe
 from distnorm.methods import BatchNorm
 from distnorm.policies import AllReduce, Chain, Periodic
+from distnorm.recipe import Recipe
 from tests.support.threads import run_threads
 from tests.training import batches, converted, same, train, worn
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 import distnorm
-from distnorm.module import DistBatchNorm2d, DistNorm
-from distnorm.versions import Fused
+from distnorm.fusion.fused_classes import Fused
+from distnorm.layers.module import DistBatchNorm2d, DistNorm
 from tests import blocks
 from tests.blocks import FOUND, LEFT, Alive, Helper, Returned, Torchvision
 from tests.support.pool import Pool

@@ -22,7 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 pytest.importorskip("triton", reason="Triton is made for Linux only")
 
 import distnorm
-from distnorm import Recipe, surroundings
+from distnorm import Recipe
+from distnorm.compat import dispatch_state
 from distnorm.kernels import gpu
 from distnorm.kernels.gpu import entries
 from distnorm.methods import BatchNorm
@@ -126,7 +127,7 @@ def test_the_end_of_a_step_is_for_all_layers_at_once(
 @pytest.mark.parametrize("policy", [Moving(window=3), StaleMix()], ids=["Moving", "StaleMix"])
 def test_launches_of_a_layer(device: str, launches: list[str], policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between the kernels of the method one of the policy, and nothing else but memory and views."""
-    monkeypatch.setattr(surroundings, "watched", lambda: False)  # the layer runs as if nobody looked on
+    monkeypatch.setattr(dispatch_state, "watched", lambda: False)  # the layer runs as if nobody looked on
     layer = distnorm.convert(nn.BatchNorm2d(2), Recipe(method=BatchNorm(), policy=policy))
     distnorm.attach(layer, manual=True)
     x, dy = torch.randn(2, 4, 2, 6, 6).unbind()

@@ -12,11 +12,11 @@ from torch.nn import functional as F
 
 pytest.importorskip("triton", reason="Triton is made for Linux only")
 
-from distnorm import fused
+from distnorm.autograd import normalize
+from distnorm.autograd.share import KeepLocal
 from distnorm.kernels.gpu import cosums, moments, tiles
 from distnorm.kernels.gpu.gpu_pass import GpuPass
 from distnorm.methods import RMS, BatchNorm, ChannelAffine
-from distnorm.share import KeepLocal
 from distnorm.types import Affine, Tail
 from tests.support.cases import (
     EPS,
@@ -123,7 +123,7 @@ def test_large_tensors(shape: tuple[int, ...], dtype: torch.dtype, layout: str) 
 @pytest.mark.parametrize("shape", [(0, 3), (0, 3, 5, 4), (2, 3, 0)])
 def test_no_values(device: str, shape: tuple[int, ...], method: ChannelAffine) -> None:
     x, weight, bias = (torch.ones(size, device=device, requires_grad=True) for size in (shape, 3, 3))
-    y = fused.normalize(method, x, KeepLocal(), Affine(weight, bias, EPS))
+    y = normalize.normalize(method, x, KeepLocal(), Affine(weight, bias, EPS))
     y.sum().backward()
     assert y.shape == x.grad.shape == x.shape
     assert not weight.grad.any() and not bias.grad.any()
@@ -134,7 +134,7 @@ def test_no_values(device: str, shape: tuple[int, ...], method: ChannelAffine) -
 def test_what_is_not_finite_stays_so_in_its_channel(device: str, layout: str, bad: float) -> None:
     x = numbers(Case((3, 5, 4, 4), layout=layout))[0].to(device)
     x[1, 2, 3, 3] = bad
-    y = fused.normalize(BatchNorm(), x, KeepLocal(), Affine(None, None, EPS))
+    y = normalize.normalize(BatchNorm(), x, KeepLocal(), Affine(None, None, EPS))
     assert y.isfinite().all((0, 2, 3)).tolist() == [True, True, False, True, True]
     assert y[:, 2].isnan().any()
 
@@ -226,7 +226,7 @@ def test_tails_reach_autograd(device: str, adds: bool, relu: bool) -> None:
             y = y.relu() if relu else y
         else:
             affine = Affine(inputs[1], inputs[2], EPS)
-            y = fused.normalize(BatchNorm(), inputs[0], KeepLocal(), affine, tail=Tail(added, relu))
+            y = normalize.normalize(BatchNorm(), inputs[0], KeepLocal(), affine, tail=Tail(added, relu))
         traces.append((y, *torch.autograd.grad(y, inputs, dy.to(y.dtype))))
     for ours, truth in zip(*traces, strict=True):
         torch.testing.assert_close(ours.double(), truth, rtol=1e-4, atol=1e-5)

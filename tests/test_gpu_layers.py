@@ -15,11 +15,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 pytest.importorskip("triton", reason="Triton is made for Linux only")
 
 import distnorm
-from distnorm import Recipe, fused, surroundings
+from distnorm import Recipe
+from distnorm.autograd import normalize
+from distnorm.autograd.share import KeepLocal
+from distnorm.compat import dispatch_state
 from distnorm.kernels.gpu import apply, combine, cosums, gpu_pass, moments
 from distnorm.methods import RMS
 from distnorm.policies import Moving, Policy, StaleMix
-from distnorm.share import KeepLocal
 from distnorm.types import Affine, Landed, Running, Tail
 from tests.support.gpu import CUTS, DEVICES, cut_small, run_on, skip_without
 from tests.support.interpreter import INTERPRETED
@@ -151,7 +153,7 @@ def test_launches_of_a_layer(
     device: str, cut: str, launches: list[str], tail: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By construction at most 3 and 3, beside the collectives; nothing of ATen's but memory and views."""
-    monkeypatch.setattr(surroundings, "watched", lambda: False)  # the layer runs as if nobody looked on
+    monkeypatch.setattr(dispatch_state, "watched", lambda: False)  # the layer runs as if nobody looked on
     layer = distnorm.convert(nn.BatchNorm2d(2), "sync_bn").to(device)
     x, residual = (torch.randn(4, 2, 6, 6, device=device, requires_grad=True) for _ in range(2))
     added = residual if "residual" in tail else None
@@ -198,7 +200,7 @@ def test_moving_statistics_train_as_on_the_plain_path(device: str, monkeypatch: 
     traces = []
     for kernels in (True, False):
         if not kernels:
-            monkeypatch.setattr(fused, "suits", lambda *_: False)
+            monkeypatch.setattr(normalize, "suits", lambda *_: False)
         traces.append(train(distnorm.convert(network().to(device), "mabn"), inputs))
     for name, value in traces[1].items():
         torch.testing.assert_close(
@@ -214,8 +216,8 @@ def test_one_value_is_told_where_the_shape_tells_it(device: str) -> None:
 
 def test_which_inputs_the_kernels_take(device: str) -> None:
     x = torch.zeros(2, 3, device=device)
-    assert fused.suits(RMS(), x)
-    assert fused.suits(RMS(), x.double()) is (device == "cpu")
+    assert normalize.suits(RMS(), x)
+    assert normalize.suits(RMS(), x.double()) is (device == "cpu")
 
 
 def test_two_ranks_on_one_device(device: str) -> None:

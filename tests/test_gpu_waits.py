@@ -15,8 +15,10 @@ from torch.utils.checkpoint import checkpoint
 pytest.importorskip("triton", reason="Triton is made for Linux only")
 
 import distnorm
-from distnorm import Recipe, fused, surroundings
+from distnorm import Recipe
 from distnorm.attach import conversions_of
+from distnorm.autograd import normalize
+from distnorm.compat import dispatch_state
 from distnorm.kernels import gpu
 from distnorm.methods import RMS, BatchNorm, Method
 from distnorm.policies import AllReduce, Moving, Policy, StaleMix, Warmup
@@ -40,9 +42,9 @@ class NoCopies(TorchDispatchMode):
 @pytest.fixture(autouse=True, params=[True, False], ids=["kernels", "no kernels"])
 def meta_for_cuda(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """With kernels for layers and windows, or the plain path for both."""
-    monkeypatch.setattr(surroundings, "watched", lambda: False)  # layers run as if nobody looked on
+    monkeypatch.setattr(dispatch_state, "watched", lambda: False)  # layers run as if nobody looked on
     monkeypatch.setattr(gpu, "takes", lambda x: request.param and x.is_meta)
-    monkeypatch.setattr(fused, "new_pass", gpu_pass)
+    monkeypatch.setattr(normalize, "new_pass", gpu_pass)
     monkeypatch.setattr(Bucket, "in_triton", lambda bucket, values: request.param)
 
 

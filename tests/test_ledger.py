@@ -10,9 +10,9 @@ from torch import nn
 
 import distnorm
 from distnorm import Ledger
-from distnorm.grid import Recipe
 from distnorm.methods import RMS, BatchNorm, Method
 from distnorm.policies import AllReduce, Chain, Local, Periodic, Policy
+from distnorm.recipe import Recipe
 from tests.support.fake import fake_world
 from tests.support.threads import run_threads
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import distnorm
-from distnorm.grid import Recipe
 from distnorm.methods import RMS
 from distnorm.policies import AllReduce
+from distnorm.recipe import Recipe
 from tests.support import reference
 from tests.training import batches, converted, made, same, step, train
 

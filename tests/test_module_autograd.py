@@ -12,9 +12,9 @@ from torch.autograd import grad, gradcheck, gradgradcheck
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import distnorm
-from distnorm.grid import Recipe
 from distnorm.methods import RMS, BatchNorm, Method
 from distnorm.policies import AllReduce
+from distnorm.recipe import Recipe
 from tests.training import batches, converted, same, train, worn
 
 SHAPES = [(5, 3), (4, 2, 2, 3)]
@@ -23,7 +23,7 @@ METHODS = [BatchNorm(), RMS()]
 
 @pytest.fixture(params=["fused", "plain"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr("distnorm.fused.suits", lambda method, x, *_: request.param == "fused")
+    monkeypatch.setattr("distnorm.autograd.normalize.suits", lambda method, x, *_: request.param == "fused")
     return request.param
 
 

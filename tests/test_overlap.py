@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import distnorm
 from distnorm import Recipe
+from distnorm.layers.overlap import LateConv
 from distnorm.methods import BatchNorm
-from distnorm.overlap import LateConv
 from distnorm.policies import AllReduce
 
 

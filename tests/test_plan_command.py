@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from distnorm import cli
+from distnorm.cli import main as cli
 from distnorm.diagnostics import draw
 from distnorm.diagnostics.plan import Prediction, recommend
 from distnorm.diagnostics.plan_units import bytes_per_second, seconds, show_seconds

@@ -27,7 +27,9 @@ from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from distnorm import boundary, ddp, surroundings
+from distnorm.autograd import engine
+from distnorm.compat import dispatch_state
+from distnorm.layers import ddp
 from distnorm.transport.make_group import make_group
 from tests.support.pool import Pool
 
@@ -154,9 +156,9 @@ def test_backward_passes_call_functions_by_known_names() -> None:
     y = _Noting.apply(x)
     y.register_hook(lambda dy: seen.extend(_callers()))
     y.sum().backward()
-    assert boundary._ENGINE in _Noting.seen and boundary._FUNCTION in _Noting.seen
-    assert _Noting.seen.index(boundary._FUNCTION) < _Noting.seen.index(boundary._ENGINE)
-    assert boundary._ENGINE in seen and boundary._FUNCTION not in seen
+    assert engine._ENGINE in _Noting.seen and engine._FUNCTION in _Noting.seen
+    assert _Noting.seen.index(engine._FUNCTION) < _Noting.seen.index(engine._ENGINE)
+    assert engine._ENGINE in seen and engine._FUNCTION not in seen
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -164,11 +166,11 @@ def test_a_checkpoint_repeats_and_a_hook_does_not(reentrant: bool) -> None:
     seen: list[bool] = []
 
     def run(x: Tensor) -> Tensor:
-        seen.append(boundary.repeating())
+        seen.append(engine.repeating())
         return x.exp()
 
     y = checkpoint(run, torch.ones(2, requires_grad=True), use_reentrant=reentrant)
-    y.register_hook(lambda dy: seen.append(boundary.repeating()))
+    y.register_hook(lambda dy: seen.append(engine.repeating()))
     y.sum().backward()
     assert seen == [False, False, True]
 
@@ -182,32 +184,32 @@ class _Mode(TorchDispatchMode):
 
 
 def test_dispatch_modes_are_counted_and_can_be_hidden() -> None:
-    assert not surroundings.watched()
+    assert not dispatch_state.watched()
     for mode in (_Mode(), FakeTensorMode()):
         with mode:
-            assert surroundings.watched()
-            with surroundings.unseen():
-                assert not surroundings.watched()
+            assert dispatch_state.watched()
+            with dispatch_state.unseen():
+                assert not dispatch_state.watched()
                 assert type(torch.ones(1)) is Tensor
-            assert surroundings.watched()
+            assert dispatch_state.watched()
 
 
 def test_transforms_are_known_and_can_be_hidden() -> None:
     seen: list[bool] = []
 
     def look(x: Tensor) -> Tensor:
-        seen.append(surroundings.transforming())
-        with surroundings.unseen():
-            seen.append(surroundings.transforming())
+        seen.append(dispatch_state.transforming())
+        with dispatch_state.unseen():
+            seen.append(dispatch_state.transforming())
         return x.sum()
 
     torch.func.vmap(look)(torch.ones(2, 3))
     torch.func.grad(look)(torch.ones(2))
     assert seen == [True, False] * 2
-    assert not surroundings.transforming()
+    assert not dispatch_state.transforming()
     with forward_ad.dual_level():
-        assert surroundings.transforming()
-    assert not surroundings.transforming()
+        assert dispatch_state.transforming()
+    assert not dispatch_state.transforming()
 
 
 @pytest.mark.parametrize("strict", [False, True])
@@ -216,26 +218,26 @@ def test_exports_are_known(strict: bool) -> None:
 
     class Layer(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
-            return x + 1 if surroundings.exporting() else x + 2
+            return x + 1 if dispatch_state.exporting() else x + 2
 
     x = torch.zeros(2)
     assert torch.export.export(Layer(), (x,), strict=strict).module()(x).tolist() == [1, 1]
     assert torch.compile(Layer(), backend="eager", fullgraph=True)(x).tolist() == [2, 2]
-    assert not surroundings.exporting()
+    assert not dispatch_state.exporting()
 
 
 def test_batches_of_gradients_are_known() -> None:
     seen: list[bool] = []
     x = torch.ones(2, requires_grad=True)
     y = 2 * x
-    y.register_hook(lambda dy: seen.append(surroundings.is_batch(dy)))
+    y.register_hook(lambda dy: seen.append(dispatch_state.is_batch(dy)))
     torch.autograd.grad(y, x, torch.eye(2), is_grads_batched=True, retain_graph=True)
     torch.autograd.grad(y, x, torch.ones(2))
     assert seen == [True, False]
 
 
 def test_what_is_made_unseen_is_no_inference_tensor() -> None:
-    with torch.inference_mode(), surroundings.unseen():
+    with torch.inference_mode(), dispatch_state.unseen():
         assert not torch.ones(1).is_inference()
 
 
@@ -470,10 +472,10 @@ def _sum_in_groups_of_our_own(rank: int) -> float:
 
 @pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
 def test_hooks_on_all_modules_are_known(kind: str) -> None:
-    assert not surroundings.has_global_hooks()
+    assert not dispatch_state.has_global_hooks()
     handle = getattr(nn.modules.module, f"register_module_{kind}_hook")(lambda *_: None)
     try:
-        assert surroundings.has_global_hooks()
+        assert dispatch_state.has_global_hooks()
     finally:
         handle.remove()
-    assert not surroundings.has_global_hooks()
+    assert not dispatch_state.has_global_hooks()

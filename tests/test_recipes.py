@@ -9,9 +9,9 @@ from dataclasses import FrozenInstanceError
 import pytest
 
 from distnorm import recipes
-from distnorm.grid import Recipe
 from distnorm.methods import RMS, BatchNorm, Method
 from distnorm.policies import AllReduce, Chain, Local, Periodic, Policy
+from distnorm.recipe import Recipe
 
 NAMES = [
     "local_bn",

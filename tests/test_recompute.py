@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from distnorm.recompute import Record, Records
+from distnorm.autograd.recompute import Record, Records
 
 
 def several(*, held: bool, device: str = "cpu") -> tuple[Records, list[Record]]:

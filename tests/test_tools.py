@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, fx, nn
 
 import distnorm
-from distnorm.grid import Recipe
+from distnorm.layers.module import DistNorm
 from distnorm.methods import RMS
-from distnorm.module import DistNorm
 from distnorm.policies import Local
+from distnorm.recipe import Recipe
 from tests.blocks import Named, Nested, Returned, Sequence, Torchvision
 from tests.training import batches, same, train, worn
 

@@ -14,10 +14,10 @@ from torch import nn
 
 import distnorm
 from distnorm import recipes
-from distnorm.commands.config_file import ConfigFile, read_options
-from distnorm.grid import Recipe
+from distnorm.cli.config_file import ConfigFile, read_options
 from distnorm.methods import RMS, BatchNorm
 from distnorm.policies import AllReduce, Local, Moving, Periodic, StaleMix, Warmup
+from distnorm.recipe import Recipe
 from distnorm.settings import VARIABLES, Settings, from_environment
 from distnorm.validation import check_fields, checked, hints_of, shown, words
 

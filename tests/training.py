@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import distnorm
-from distnorm.grid import Recipe
+from distnorm.recipe import Recipe
 
 Trace = dict[str, Tensor]
 

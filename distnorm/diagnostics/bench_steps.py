@@ -18,8 +18,8 @@ from distnorm.convert import convert
 from distnorm.diagnostics.bench_rounds import synchronize, take_turns
 from distnorm.diagnostics.bench_statistics import Interval, interval
 from distnorm.diagnostics.ledger import Ledger
-from distnorm.grid import Recipe
 from distnorm.policies import Local, Periodic, Warmup
+from distnorm.recipe import Recipe
 from distnorm.recipes import parse
 
 _RATE = 1e-6  # steps are taken in full, and hundreds of them leave the model where it was

@@ -9,7 +9,7 @@ from types import TracebackType
 from torch import nn
 
 from distnorm.attach import conversions_of
-from distnorm.module import DistNorm
+from distnorm.layers.module import DistNorm
 from distnorm.types import Slot
 
 

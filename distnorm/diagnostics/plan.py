@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from distnorm.diagnostics.plan_cost import Backend, Network, collective_seconds
 from distnorm.diagnostics.plan_traffic import traffic
 from distnorm.diagnostics.plan_units import show_bandwidth, show_bytes, show_seconds
-from distnorm.grid import Recipe
+from distnorm.recipe import Recipe
 from distnorm.recipes import parse
 
 AFFORDABLE = 0.05

@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from distnorm.diagnostics.plan_cost import Reach
-from distnorm.grid import Recipe
-from distnorm.layout import layout_of
+from distnorm.layers.layout import layout_of
 from distnorm.policies import Periodic, Policy
+from distnorm.recipe import Recipe
 from distnorm.transport import Group, Topology
 from distnorm.transport.group import Work
 from distnorm.types import EVERY_LAYER, Slot

@@ -15,8 +15,8 @@ from torch import nn
 
 from distnorm.attach import Attachment, attach, conversions_of
 from distnorm.convert import Where, convert
-from distnorm.grid import Recipe
 from distnorm.integrations import checkpoint, deepspeed
+from distnorm.recipe import Recipe
 
 try:
     from accelerate import Accelerator, DistributedType

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 from distnorm.attach import check_state_dict, load_state_dict, state_dict
-from distnorm.module import DistNorm
+from distnorm.layers.module import DistNorm
 from distnorm.transport.rendezvous import group_timeout, tell_and_collect
 
 logger = logging.getLogger("distnorm")

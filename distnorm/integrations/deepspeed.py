@@ -23,12 +23,12 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from distnorm import weights
 from distnorm.attach import attach, end_step
 from distnorm.diagnostics import Ledger
 from distnorm.integrations import checkpoint
+from distnorm.layers import weights
+from distnorm.layers.module import DistNorm
 from distnorm.methods.base import compute_dtype
-from distnorm.module import DistNorm
 from distnorm.settings import Settings
 
 _PARTITIONED = 3

@@ -22,9 +22,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
 from distnorm.attach import conversions_of
-from distnorm.conversion import Conversion
 from distnorm.convert import undo
-from distnorm.module import DistNorm
+from distnorm.layers.conversion import Conversion
+from distnorm.layers.module import DistNorm
 from distnorm.settings import Settings
 
 

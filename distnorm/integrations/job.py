@@ -17,12 +17,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from distnorm.attach import conversions_of
-from distnorm.conversion import Conversion
 from distnorm.diagnostics import Ledger
 from distnorm.integrations.loss_scales import LossScales
 from distnorm.integrations.optimizers import Optimizers, in_use
 from distnorm.integrations.patching import after_init
-from distnorm.module import DistNorm
+from distnorm.layers.conversion import Conversion
+from distnorm.layers.module import DistNorm
 from distnorm.settings import Settings
 
 logger = logging.getLogger("distnorm")

@@ -18,8 +18,8 @@ import distnorm
 from distnorm import recipes
 from distnorm.attach import Attachment, check_state_dict
 from distnorm.convert import Where
-from distnorm.grid import Recipe
 from distnorm.integrations.checkpoint import is_converted
+from distnorm.recipe import Recipe
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer

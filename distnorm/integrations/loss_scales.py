@@ -6,8 +6,8 @@ from weakref import WeakSet
 
 from torch.amp import GradScaler
 
-from distnorm.conversion import Conversion
 from distnorm.integrations.patching import after_init
+from distnorm.layers.conversion import Conversion
 
 
 class LossScales:

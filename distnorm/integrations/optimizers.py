@@ -16,10 +16,10 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from distnorm.attach import Attachment, attach
-from distnorm.boundary import NO_BACKWARD, graph_task
-from distnorm.conversion import Conversion
+from distnorm.autograd.engine import NO_BACKWARD, graph_task
 from distnorm.integrations.patching import after_init
-from distnorm.module import DistNorm
+from distnorm.layers.conversion import Conversion
+from distnorm.layers.module import DistNorm
 
 
 class Optimizers:

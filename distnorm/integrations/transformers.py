@@ -9,8 +9,8 @@ from torch import nn
 
 from distnorm.attach import Attachment
 from distnorm.convert import Where
-from distnorm.grid import Recipe
 from distnorm.integrations import checkpoint, deepspeed
+from distnorm.recipe import Recipe
 
 try:
     from accelerate.optimizer import AcceleratedOptimizer

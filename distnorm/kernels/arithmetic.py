@@ -22,6 +22,9 @@ class Formula(NamedTuple):
     clip_after: int = 0
 
 
+RAW_MOMENTS = 2
+"""Kinds of raw sums that exist: of x, and of x squared."""
+
 FORMULAS = ("rms", "batch_norm")
 """By the numbers that ``dense.c`` has for them."""
 

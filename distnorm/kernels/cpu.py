@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from distnorm.compiled import library
 from distnorm.kernels import aten
+from distnorm.kernels.native import library
 
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 

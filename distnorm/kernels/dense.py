@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from distnorm.compiled import library
 from distnorm.kernels.arithmetic import FORMULAS, Formula, address, plain
 from distnorm.kernels.cpu import Loops, like, loops
+from distnorm.kernels.native import library
 from distnorm.types import Running, Tail
 
 DOUBLE = 8  # bytes

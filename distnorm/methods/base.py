@@ -12,11 +12,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from distnorm.kernels.arithmetic import Formula
+from distnorm.kernels.arithmetic import RAW_MOMENTS, Formula
 from distnorm.types import Affine, Moments, Share
-
-RAW_MOMENTS = 2
-"""Kinds of raw sums that exist: of x, and of x squared."""
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distnorm.compiled import library
+from distnorm.kernels.native import library
 from distnorm.policies.base import Reducer
 from distnorm.policies.bucket import Bucket
 from distnorm.transport.group import moved

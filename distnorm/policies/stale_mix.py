@@ -15,7 +15,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from distnorm.compiled import library
+from distnorm.kernels.native import library
 from distnorm.policies.base import Policy, Reducer
 from distnorm.policies.bucket import DOUBLE, Bucket, at_or_number, loss_scale_of
 from distnorm.policies.entries import Entries, Remembering

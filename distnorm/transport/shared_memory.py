@@ -20,7 +20,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import ClassVar
 
-from distnorm.compiled import library
+from distnorm.kernels.native import library
 from distnorm.transport.direct import AWAKE_S, CAPACITY, Declined, Direct, Turn, logger
 from distnorm.transport.patience import LOOK_S, Patience
 from distnorm.transport.rendezvous import tell_and_collect

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import distnorm
-from distnorm.overlap import LateConv
+from distnorm.layers.overlap import LateConv
 from tests.support.pool import Pool
 
 Model = Callable[[Tensor], Tensor]

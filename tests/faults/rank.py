@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import distnorm
-from distnorm import compiled, kernel_cache
 from distnorm.integrations import checkpoint
+from distnorm.kernels import library_cache, native
 from distnorm.transport import rendezvous
 from tests.faults import actions
 from tests.faults.faults import RECIPES, TRANSPORTS, Fault, Point
@@ -203,11 +203,11 @@ class Rank:
         """A cache with kernels in it that are broken."""
         broken = self.folder / "cache"
         if self.number == 0:
-            shutil.copytree(kernel_cache._cache_folder(os.environ), broken / "distnorm")
+            shutil.copytree(library_cache._cache_folder(os.environ), broken / "distnorm")
             for file in broken.rglob("*.so"):
                 os.truncate(file, file.stat().st_size // 2)
         os.environ["XDG_CACHE_HOME"] = str(broken)
-        compiled.library.cache_clear()
+        native.library.cache_clear()
         dist.barrier()
 
 

@@ -11,8 +11,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim import optimizer as torch_optimizer
 
-from distnorm.conversion import Conversion
 from distnorm.integrations import job as job_module
+from distnorm.layers.conversion import Conversion
 
 
 @pytest.fixture

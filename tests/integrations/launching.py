@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from accelerate.commands import launch as upstream
 
-from distnorm.commands import launch
+from distnorm.cli import launch
 
 TOP = Path(__file__).parents[2]
 CONFIGS = TOP / "launch" / "accelerate"

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from distnorm import cli
+from distnorm.cli import main as cli
 
 PLAIN = """\
 # written by hand

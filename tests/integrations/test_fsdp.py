@@ -34,7 +34,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import distnorm
 from distnorm.integrations.fsdp import wrap_fully_shard
-from distnorm.module import DistBatchNorm2d
+from distnorm.layers.module import DistBatchNorm2d
 from distnorm.settings import Settings
 from tests.integrations.fsdp_models import LR, MABN, Net, batch, joined, net, shard, train, whole
 from tests.support.pool import Pool

@@ -17,9 +17,9 @@ from torch.distributed.checkpoint.state_dict import (
 
 import distnorm
 from distnorm.attach import conversions_of
-from distnorm.class_swap import swap, underlying
 from distnorm.integrations.fsdp import wrap_fully_shard
-from distnorm.module import DistBatchNorm2d, DistNorm
+from distnorm.layers.class_swap import swap, underlying
+from distnorm.layers.module import DistBatchNorm2d, DistNorm
 from distnorm.settings import Settings
 from tests.integrations.fsdp_models import Net, net, shard, train, whole
 from tests.support.pool import Pool
@@ -44,7 +44,7 @@ def one_conversion() -> None:
     shard(model)
     assert len(conversions_of(model)) == 1
     assert [name for name, _ in conversions_of(model)[0].layers()] == ["stem.1", "block.1"]
-    assert len(distnorm.weights.centralized(model)) == 2
+    assert len(distnorm.layers.weights.centralized(model)) == 2
     torch.testing.assert_close(whole(model), before, rtol=0, atol=0)
     reverted = distnorm.revert(model)
     assert not any(isinstance(each, DistNorm) for each in reverted.modules())

@@ -17,7 +17,7 @@ from torch import nn
 from tests.integrations.launching import CONFIGS, DROPPED, TOP
 
 SCRIPTS = Path(__file__).parent / "scripts"
-PROGRAM = "import sys; from distnorm.cli import main; sys.exit(main())"
+PROGRAM = "import sys; from distnorm.cli.main import main; sys.exit(main())"
 
 
 def command(

@@ -14,7 +14,7 @@ import pytest
 import yaml
 from accelerate.commands import launch as upstream
 
-from distnorm.commands import launch
+from distnorm.cli import launch
 from distnorm.settings import SECTION_VARIABLE, from_environment
 from tests.integrations.launching import CPU, OURS, isolated, plan, recorded, write
 

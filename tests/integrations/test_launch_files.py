@@ -13,7 +13,7 @@ from accelerate.commands.config import load_config_from_file
 from accelerate.utils import prepare_deepspeed_cmd_env
 from torch.distributed import run as torchrun
 
-from distnorm.commands import launch
+from distnorm.cli import launch
 from tests.integrations.launching import CONFIGS, TOP, isolated, recorded
 
 

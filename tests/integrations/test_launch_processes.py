@@ -10,7 +10,7 @@ import torch
 import yaml
 from accelerate.commands import launch as upstream
 
-from distnorm.commands import launch
+from distnorm.cli import launch
 from distnorm.settings import SECTION_VARIABLE, from_environment
 from tests.integrations.launching import CONFIGS, CPU, DROPPED, OURS, isolated, plan, recorded, write
 

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import distnorm
 from distnorm import Recipe
-from distnorm.centralized import Centralized
+from distnorm.layers.centralized import Centralized
 from distnorm.methods import RMS
 from distnorm.policies import AllReduce, Local
 from tests.support.threads import run_threads

@@ -148,7 +148,7 @@ def test_what_was_loaded_is_not_forgotten_if_binding_is_interrupted(monkeypatch)
     train(trained, 0, range(4))
     model = build(RECIPES["Moving"])
     distnorm.load_state_dict(model, distnorm.state_dict(trained))
-    once(monkeypatch, distnorm.binding.Binding, "load")
+    once(monkeypatch, distnorm.layers.binding.Binding, "load")
     with pytest.raises(KeyboardInterrupt):
         model(batch(4, 0))
     model(batch(4, 0))
@@ -159,7 +159,7 @@ def test_what_was_loaded_is_not_forgotten_if_binding_is_interrupted(monkeypatch)
 def test_stock_running_statistics_are_folded_though_that_was_interrupted(place, monkeypatch):
     layer = distnorm.convert(nn.BatchNorm1d(2).double(), "mabn")
     layer.running_mean.fill_(3.0)
-    once(monkeypatch, distnorm.running, place)
+    once(monkeypatch, distnorm.layers.running_statistics, place)
     x = torch.ones(4, 2, dtype=torch.float64)
     with pytest.raises(KeyboardInterrupt):
         layer(x)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import distnorm
-from distnorm import Recipe, fused
+from distnorm import Recipe
+from distnorm.autograd import normalize
 from distnorm.kernels import cpu, dense
 from distnorm.methods import RMS, BatchNorm, Method
 from distnorm.policies import AllReduce, Local, Moving, Periodic, Policy, StaleMix, Warmup
@@ -35,11 +36,11 @@ def way(request: pytest.FixtureRequest) -> Iterator[str]:
             for module in (dense, cpu):
                 patch.setattr(module, "loops", lambda x_NCL: None)
         if request.param == "plain":
-            patch.setattr(fused, "suits", lambda *_: False)
+            patch.setattr(normalize, "suits", lambda *_: False)
         if request.param == "triton":
             from tests.support.gpu import gpu_pass
 
-            patch.setattr(fused, "new_pass", gpu_pass)
+            patch.setattr(normalize, "new_pass", gpu_pass)
         yield request.param
 
 

@@ -17,10 +17,10 @@ from torch.optim.swa_utils import AveragedModel
 
 import distnorm
 from distnorm import Recipe
-from distnorm.centralized import Centralized
+from distnorm.layers.centralized import Centralized
+from distnorm.layers.weights import centralized
 from distnorm.methods import RMS
 from distnorm.policies import Local
-from distnorm.weights import centralized
 from tests.support.threads import run_threads
 
 RMS_ALONE = Recipe(method=RMS(), policy=Local(), weights="centralized")

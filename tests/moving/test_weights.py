@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 import distnorm
 from distnorm import Recipe
-from distnorm.centralized import Centralized
+from distnorm.layers.centralized import Centralized
+from distnorm.layers.weights import centralized
 from distnorm.methods import RMS
 from distnorm.policies import Local
-from distnorm.weights import centralized
 
 RECIPE = Recipe(method=RMS(), policy=Local(), weights="centralized")
 

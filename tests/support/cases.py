@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from distnorm import fused
+from distnorm.autograd import normalize
+from distnorm.autograd.share import KeepLocal
 from distnorm.methods import RMS, BatchNorm, ChannelAffine
-from distnorm.share import KeepLocal
 from distnorm.types import Affine
 from tests.support import reference
 
@@ -102,7 +102,7 @@ def evaluate(function: Function, x: Tensor, dy: Tensor, weight: Tensor, bias: Te
 
 
 def fused_path(case: Case) -> Function:
-    return lambda x, weight, bias: fused.normalize(case.method, x, KeepLocal(), Affine(weight, bias, EPS))
+    return lambda x, weight, bias: normalize.normalize(case.method, x, KeepLocal(), Affine(weight, bias, EPS))
 
 
 def plain_path(case: Case) -> Function:

@@ -30,7 +30,7 @@ def run_on(device: str) -> Iterator[str]:
     skip_without(device)
     with pytest.MonkeyPatch.context() as patch:
         if device == "cpu":
-            patch.setattr("distnorm.fused.new_pass", gpu_pass)
+            patch.setattr("distnorm.autograd.normalize.new_pass", gpu_pass)
         patch.setattr(torch.backends.cudnn, "allow_tf32", False)  # convolutions would differ more than norms do
         torch.use_deterministic_algorithms(device == "cpu")  # memory that nothing was written to holds NaN then
         yield device

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from distnorm.compiled import wanted
+from distnorm.kernels.native import wanted
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

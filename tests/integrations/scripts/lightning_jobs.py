@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import distnorm
 from distnorm.attach import conversions_of
 from distnorm.integrations.lightning import DistNormCallback, DistNormSync
-from distnorm.module import DistNorm
+from distnorm.layers.module import DistNorm
 
 
 class Classifier(LightningModule):

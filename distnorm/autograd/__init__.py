@@ -1,0 +1,1 @@
+"""Differentiation: how shared statistics and the per-channel kernels become nodes of the graph."""

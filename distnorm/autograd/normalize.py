@@ -1,0 +1,173 @@
+"""Kernels meet autograd: every ``ChannelAffine`` method on a few loops over its big tensors, in one Function.
+
+Forward: sums of x, shared, C-sized arithmetic, one loop that applies. Backward: two channel sums of dy, shared
+cotangents, C-sized arithmetic, one loop that combines. ``passes`` does all that is not sharing. Under
+``create_graph=True`` the plain path runs instead, as a repetition of the forward: it is differentiable to any order and
+issues no second collective forward.
+
+A layer may have a tail: ``relu(y + residual)`` of the same Function, for the bytes that it saves.
+
+Shapes: x_NCL, y_NCL, their gradients dx_NCL, dy_NCL, and dz_NCL before the tail; weight_C, bias_C.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distnorm.autograd.engine import Left
+from distnorm.compat.dispatch_state import are_plain, is_batch
+from distnorm.kernels import gpu
+from distnorm.kernels.passes import new_pass
+from distnorm.methods import ChannelAffine
+from distnorm.types import Affine, Exchange, Running, Tail
+
+NO_TAIL = Tail()
+NOT_TENSORS = (None,) * 7
+"""Gradients of ``_Normalize`` for x once more, and for what is no tensor."""
+
+
+def suits(method: ChannelAffine, x_NCL: Tensor) -> bool:
+    """Whether the kernels can take this plain input; the plain path takes all others.
+
+    On a CPU any method's; on a GPU those of the methods that are written out for it.
+
+    Empty ones, too: parameters must receive their gradients in the same order on a rank without values as on others.
+    DeepSpeed's ZeRO 2 fills the buckets that ranks add up in that order (0.19.8).
+    """
+    return x_NCL.device.type == "cpu" or (gpu.takes(x_NCL) and method.formula() is not None)
+
+
+def normalize(
+    method: ChannelAffine,
+    x_NCL: Tensor,
+    share: Exchange,
+    affine: Affine,
+    between: Callable[[], None] | None = None,
+    running: Running | None = None,
+    tail: Tail = NO_TAIL,
+) -> Tensor:
+    """As ``method.normalize``, and then the ``tail``: same values to rounding, same collectives.
+
+    If given, ``running`` statistics shall absorb what landed. Kernels that do so by the way say
+    it: ``share.absorbed``.
+
+    If given, ``between`` makes nodes of the graph that shall run while cotangents are under way: the engine takes ready
+    nodes newest first, so they come after the node that sends them, and before the one that waits.
+    """
+    finish: Left[Tensor] | None = None
+    waiting_NCL = x_NCL
+    if between is not None:
+        finish = Left()
+        waiting_NCL = _Wait.apply(x_NCL, finish)
+        between()
+    y_NCL: Tensor = _Normalize.apply(
+        *(waiting_NCL, affine.weight_C, affine.bias_C, tail.residual_NCL),
+        *(x_NCL, method, share, affine, finish, running, tail.relu),
+    )
+    return y_NCL
+
+
+class _Wait(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_NCL: Tensor, finish: Left[Tensor]) -> Tensor:
+        ctx.finish = finish
+        return x_NCL.view_as(x_NCL)
+
+    @staticmethod
+    def backward(ctx: Any, dx_NCL: Tensor) -> tuple[Tensor, None]:
+        """The gradient that was left, for which ``dx`` stands in; ``dx`` itself where nothing was."""
+        gradient = ctx.finish.take()
+        return dx_NCL if gradient is None else gradient(), None
+
+
+class _Normalize(torch.autograd.Function):
+    """A function of its first four arguments.
+
+    ``x_NCL`` is ``waiting_NCL`` before ``_Wait``: what second derivatives have to say of x must not pass there, where
+    the gradient that was left takes the place of what comes.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        waiting_NCL: Tensor,
+        weight_C: Tensor | None,
+        bias_C: Tensor | None,
+        residual_NCL: Tensor | None,
+        x_NCL: Tensor,
+        method: ChannelAffine,
+        share: Exchange,
+        affine: Affine,
+        finish: Left[Tensor] | None,
+        running: Running | None,
+        relu: bool,
+    ) -> Tensor:
+        """Sums, and one pass that applies."""
+        ctx.affine = _as_of_now(affine) if method.follows else affine
+        kernels = ctx.kernels = new_pass(method, x_NCL, ctx.affine)
+        enough = x_NCL.numel() > x_NCL.shape[1]
+        shared = share.gather(kernels.sums(x_NCL), held=ctx.needs_input_grad[0], enough=enough)
+        tail = Tail(residual_NCL, relu) if relu or residual_NCL is not None else NO_TAIL
+        landed = running if running is not None and share.lands() else None
+        y_NCL = kernels.normalize(x_NCL, shared, weight_C, bias_C, tail, landed)
+        share.absorbed = landed is None or kernels.absorbed
+        ctx.save_for_backward(x_NCL, weight_C, bias_C, y_NCL if relu else None)
+        ctx.method, ctx.share, ctx.finish, ctx.adds = method, share, finish, residual_NCL is not None
+        return y_NCL
+
+    @staticmethod
+    def backward(ctx: Any, dy_NCL: Tensor) -> tuple[Tensor | None, ...]:
+        """One pass for the sums, and one that combines.
+
+        The plain path where a graph is being built, and for what kernels do not take: hooks of saved tensors may give
+        other tensors than were saved, of any layout, and passes of whole Jacobians batches of gradients.
+        """
+        x_NCL, weight_C, bias_C, y_NCL = ctx.saved_tensors
+        plain = are_plain(dy_NCL, x_NCL, weight_C, y_NCL) and not is_batch(dy_NCL)
+        if torch.is_grad_enabled() or not plain:
+            affine = ctx.affine._replace(weight_C=weight_C, bias_C=bias_C)  # as saved: checkpoints give others
+            # Of y's gradient nothing arrives; that it is zero reaches parameters which nothing else does.
+            dz_NCL = dy_NCL if y_NCL is None else torch.ops.aten.threshold_backward(dy_NCL, y_NCL, 0)
+            gradients = _plain_gradients(ctx, x_NCL, affine, dz_NCL, opaque=not plain)
+            return *gradients, dz_NCL if ctx.adds else None, *NOT_TENSORS
+        kernels = ctx.kernels
+        cotangents, weight_grad_C, bias_grad_C, dz_NCL = kernels.pull(dy_NCL, x_NCL, y_NCL, weight_C)
+        dx_NCL = None
+        if ctx.needs_input_grad[0]:
+            shared = ctx.share.scatter(cotangents)
+            if ctx.finish is None:
+                dx_NCL = kernels.combine(dz_NCL, x_NCL, shared())
+            else:
+                ctx.finish.leave(lambda: kernels.combine(dz_NCL, x_NCL, shared()))
+                dx_NCL = dy_NCL
+        gradients = [dx_NCL, _like(weight_C, weight_grad_C), _like(bias_C, bias_grad_C)]
+        return *gradients, dz_NCL if ctx.adds else None, *NOT_TENSORS
+
+
+def _as_of_now(affine: Affine) -> Affine:
+    """Running statistics go on changing in place before the backward pass."""
+    running_var_C, updates = (None if each is None else each.clone() for each in affine[3:])
+    return affine._replace(running_var_C=running_var_C, updates=updates)
+
+
+def _plain_gradients(ctx: Any, x_NCL: Tensor, affine: Affine, dz_NCL: Tensor, *, opaque: bool) -> list[Tensor | None]:
+    create_graph = torch.is_grad_enabled()
+    leaves = [x_NCL, affine.weight_C, affine.bias_C]
+    if not create_graph:  # tensors as they come from hooks may belong to no graph
+        leaves = [each if each is None else each.detach().requires_grad_() for each in leaves]
+    wanted = [leaf for leaf, needed in zip(leaves, ctx.needs_input_grad, strict=False) if needed and leaf is not None]
+    with torch.enable_grad():
+        share = ctx.share.again(opaque=opaque)
+        y_NCL = ctx.method.normalize(leaves[0], share, affine._replace(weight_C=leaves[1], bias_C=leaves[2]))
+    found = iter(torch.autograd.grad(y_NCL, wanted, dz_NCL, create_graph=create_graph))
+    return [next(found) if needed else None for needed in ctx.needs_input_grad[:3]]
+
+
+def _like(parameter_C: Tensor | None, grad_C: Tensor | None) -> Tensor | None:
+    if parameter_C is None or grad_C is None or grad_C.dtype is parameter_C.dtype:
+        return None if parameter_C is None else grad_C
+    return grad_C.to(parameter_C.dtype)

@@ -1,0 +1,186 @@
+"""``distnorm bench``: measure what each recipe costs on this cluster, for the user's model."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from distnorm.cli.named import build_model, load
+from distnorm.diagnostics import draw
+from distnorm.diagnostics.bench import Report, Tell, measure
+from distnorm.integrations import mpi
+from distnorm.integrations.launchers import has_rendezvous, read_launcher
+from distnorm.recipes import parse
+
+_ALONE = 2
+"""Ranks on this machine where no launcher started any."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe the command's arguments."""
+    parser.description = (
+        "Measure latency, bandwidth and the step of each recipe on the ranks of a job: start it by torchrun, mpirun or "
+        f"srun, as `torchrun ... -m distnorm bench ...`. Without a launcher it starts {_ALONE} ranks on this machine's "
+        "CPU. See docs/bench.md."
+    )
+    add = parser.add_argument
+    add("--model", required=True, metavar="MODULE:FUNCTION", help="a function without arguments that returns the model")
+    add("--input", metavar="MODULE:FUNCTION", help="returns what this rank's forward takes: a tensor, tuple or dict")
+    add("--shape", metavar="N,N,...", help="of one random sample, in place of --input; default: 3,224,224")
+    add("--batch", type=int, metavar="N", help="samples per rank with --shape; default: 4")
+    add(
+        "--recipes",
+        nargs="+",
+        metavar="RECIPE",
+        help="default: local_bn, sync_bn, mabn, lazy_bn and, on several nodes, the recipes with two levels",
+    )
+    add("--seconds", type=float, default=60.0, help="of measuring; default: %(default)g")
+    add("--device", choices=["cpu", "cuda"], help="default: cuda if there is one and a launcher started the ranks")
+    add("--json", type=Path, metavar="FILE", help="write what was measured; `distnorm plan --measured` reads it")
+    add("--picture", type=Path, metavar="FILE", help="draw it; needs matplotlib")
+
+
+def main(chosen: argparse.Namespace, arguments: Sequence[str]) -> int:
+    """Run the command; ``arguments`` are those it was given. Return 0, or 2 after a message about what was given."""
+    try:
+        _check(chosen)
+        if not has_rendezvous(os.environ) and read_launcher(os.environ) is None:
+            return _start_ranks(arguments)
+        return _run(chosen)
+    except (ImportError, ValueError, OSError) as error:
+        if _is_first():
+            print(f"distnorm bench: error: {error}", file=sys.stderr)
+        return 2
+
+
+def _is_first() -> bool:
+    """Whether this is rank 0, or alone, by the launcher's word: there may be no process group yet."""
+    place = read_launcher(os.environ)
+    return os.environ.get("RANK", "0" if place is None else str(place.rank)) == "0"
+
+
+def _check(chosen: argparse.Namespace) -> None:
+    if chosen.seconds <= 0:
+        raise ValueError(f"--seconds {chosen.seconds:g}: need more than 0.")
+    if chosen.input is not None and (chosen.shape is not None or chosen.batch is not None):
+        raise ValueError("--input says what a forward takes, and so do --shape and --batch: give one of them.")
+    if chosen.batch is not None and chosen.batch < 1:
+        raise ValueError(f"--batch {chosen.batch}: need at least 1.")
+    for path in (chosen.json, chosen.picture):
+        if path is not None and not path.parent.is_dir():
+            raise ValueError(f"{path}: there is no directory {path.parent}.")
+    for name in chosen.recipes or ():
+        parse(name)
+    _shape(chosen)
+    build_model(chosen.model, meta=True)
+    if chosen.input is not None:
+        load(chosen.input, "--input")
+
+
+def _start_ranks(arguments: Sequence[str]) -> int:
+    """Run the same command on two local ranks, by torchrun; one thread each, as torchrun has it."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(_ALONE), "-m", "distnorm"]
+    print(f"no launcher: starting {_ALONE} ranks on this machine's CPU", file=sys.stderr)
+    device = [] if "--device" in arguments else ["--device", "cpu"]
+    environment = {"OMP_NUM_THREADS": "1", **os.environ}
+    return subprocess.run([sys.executable, *launcher, *arguments, *device], env=environment, check=False).returncode
+
+
+def _run(chosen: argparse.Namespace) -> int:
+    device = _device(chosen.device)
+    mpi.init_process_group("gloo" if device.type == "cpu" else None)
+    try:
+        first = dist.get_rank() == 0
+        progress = _Progress(chosen.seconds, show=first)
+        batch = _batch(chosen)
+        report = measure(
+            chosen.model,
+            lambda: build_model(chosen.model),
+            batch,
+            chosen.recipes,
+            device,
+            chosen.seconds,
+            progress.tell,
+        )
+        progress.close()
+        if first:
+            _hand_over(report, chosen)
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+    return 0
+
+
+def _hand_over(report: Report, chosen: argparse.Namespace) -> None:
+    print(report.table())
+    if chosen.json is not None:
+        chosen.json.write_text(json.dumps(report.record(), indent=1) + "\n")
+    if chosen.picture is not None:
+        draw.to_file(draw.draw_bench, report, chosen.picture)
+
+
+def _device(wanted: str | None) -> torch.device:
+    if (wanted or ("cuda" if torch.cuda.is_available() else "cpu")) == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no CUDA device here; allowed is cpu.")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
+def _shape(chosen: argparse.Namespace) -> list[int]:
+    text = chosen.shape or "3,224,224"
+    parts = text.split(",")
+    if not all(part.strip().isdigit() and int(part) > 0 for part in parts):
+        raise ValueError(f"--shape {text!r}: need whole numbers above 0, separated by commas, such as 3,224,224.")
+    return [int(part) for part in parts]
+
+
+def _batch(chosen: argparse.Namespace) -> tuple[str, object]:
+    torch.manual_seed(1 + dist.get_rank())
+    if chosen.input is not None:
+        return chosen.input, load(chosen.input, "--input")()
+    shape = [chosen.batch or 4, *_shape(chosen)]
+    return f"a batch of {' x '.join(map(str, shape))}", torch.randn(shape)
+
+
+class _Progress:
+    """A bar on stderr if that is a terminal and tqdm is installed; else a line per tenth of the budget."""
+
+    def __init__(self, seconds: float, *, show: bool) -> None:
+        self._seconds = seconds
+        self._show = show
+        self._told = -1
+        self._bar = None
+        if show and sys.stderr.isatty() and importlib.util.find_spec("tqdm") is not None:
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=round(seconds, 1), unit="s", bar_format="{desc:8}{percentage:3.0f}% {bar} {elapsed}")
+
+    @property
+    def tell(self) -> Tell:
+        return self._bar_to if self._bar is not None else self._line
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def _bar_to(self, what: str, part: float) -> None:
+        assert self._bar is not None
+        self._bar.set_description_str(what, refresh=False)
+        self._bar.update(part * self._bar.total - self._bar.n)
+
+    def _line(self, what: str, part: float) -> None:
+        if self._show and int(part * 10) > self._told:
+            self._told = int(part * 10)
+            print(f"distnorm bench: {what}, {part:.0%} of {self._seconds:g} s", file=sys.stderr, flush=True)

@@ -1,0 +1,105 @@
+"""``distnorm config``: write, show or remove distnorm's section in accelerate's config file."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any, get_args
+
+from distnorm.cli.config_file import SECTION, ConfigFile, default_path, dump, read_options
+from distnorm.cli.questions import ask
+from distnorm.settings import Settings
+from distnorm.types import Transport
+
+_KEYS = ("recipe", "options", "where", "fuse", "ledger", "transport")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe the command's arguments."""
+    parser.description = (
+        "Write the section of distnorm into accelerate's config file. Without further flags it asks; where it cannot "
+        "ask, it shows and checks what stands there."
+    )
+    add = parser.add_argument
+    add("--config_file", "--config-file", metavar="FILE", help="an accelerate config; default: accelerate's own")
+    add("--recipe", help="see `distnorm recipes`")
+    add("--option", action="append", metavar="KEY=VALUE", dest="options", help="an option of the recipe; repeatable")
+    add("--where", nargs="+", metavar="PATTERN", help="layers to convert, such as 'backbone.*'; default: all")
+    add("--fuse", action=argparse.BooleanOptionalAction, help="whether norms take over what follows them")
+    add("--ledger", action=argparse.BooleanOptionalAction, help="whether rank 0 prints the collectives of the job")
+    add("--transport", help=f"who carries statistics: {' or '.join(get_args(Transport))}")
+    add("--remove", action="store_true", help="take the section out")
+
+
+def main(chosen: argparse.Namespace) -> int:
+    """Run the command; return 0, or 2 after a message about what was given."""
+    try:
+        _run(chosen)
+    except (ImportError, ValueError, OSError) as error:
+        print(f"distnorm config: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _run(chosen: argparse.Namespace) -> None:
+    file = ConfigFile.read(chosen.config_file or _default())
+    flags = {key: value for key in _KEYS if (value := getattr(chosen, key)) is not None}
+    if chosen.remove:
+        _remove(file, flags)
+        return
+    if flags:
+        settings = Settings.of(_merged(file, flags), file.source)
+    elif sys.stdin.isatty():
+        settings = ask(file)
+    else:
+        _show(file)
+        return
+    _write(file, file.replaced(settings.section()))
+    _show(ConfigFile.read(file.path))
+    option = f" --config_file {chosen.config_file}" if chosen.config_file else ""
+    print(f"Start jobs by `distnorm launch{option}`; accelerate itself refuses a file with this section.")
+
+
+def _default() -> str:
+    path = default_path()
+    if not os.path.isfile(path):
+        raise ValueError(f"{path} is not there yet: `accelerate config` creates it. Or name a file by --config_file.")
+    return path
+
+
+def _remove(file: ConfigFile, flags: dict[str, Any]) -> None:
+    if flags:
+        raise ValueError(f"--remove takes the whole section out; drop {', '.join(flags)}.")
+    if SECTION not in file.values:
+        raise ValueError(f"{file.path} has no section {SECTION}.")
+    _write(file, file.replaced(None))
+    print(f"{file.path} has no section {SECTION} any more.")
+
+
+def _show(file: ConfigFile) -> None:
+    settings = file.settings()
+    if settings is None:
+        raise ValueError(f"{file.path} has no section {SECTION}; write one by --recipe, such as --recipe sync_bn.")
+    print(f"{file.path}:\n{dump(file.values[SECTION])}", end="")
+
+
+def _merged(file: ConfigFile, flags: dict[str, Any]) -> object:
+    """The section as it is, with ``flags`` over it; another recipe drops the options of the one before."""
+    standing = file.values.get(SECTION, {})
+    if not isinstance(standing, dict):
+        return standing  # the check says what is wrong with it
+    section, given = dict(standing), dict(flags)
+    options = read_options(given.pop("options", []))
+    if "recipe" in given:
+        section.pop("options", None)
+    section.update(given)
+    if options:
+        before = section.get("options")
+        section["options"] = {**(before if isinstance(before, dict) else {}), **options}
+    return section
+
+
+def _write(file: ConfigFile, text: str) -> None:
+    Path(file.path).write_bytes(text.encode())

@@ -1,0 +1,224 @@
+"""accelerate's config file, and distnorm's section in it.
+
+accelerate refuses keys that it does not know, so it never sees the section. Everyone else's lines stay as they are when
+the section is written.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from distnorm.settings import Settings
+from distnorm.validation import refuse_twins, shown, suggest, without_twins
+
+SECTION = "distnorm_config"
+
+_Span = tuple[int, int]
+
+
+def default_path() -> str:
+    """Where accelerate keeps its config file.
+
+    Raises:
+        ImportError: accelerate is not installed.
+    """
+    try:
+        from accelerate.commands.config import default_config_file
+    except ModuleNotFoundError as error:
+        raise _not_installed(error) from None
+    return str(default_config_file)
+
+
+@dataclass(frozen=True)
+class ConfigFile:
+    """A file that was read: its text, and the values in it."""
+
+    path: str
+    text: str
+    values: dict[str, Any]
+
+    @classmethod
+    def read(cls, path: str) -> Self:
+        """Read YAML, or JSON if the name ends with ``.json``.
+
+        Raises:
+            ImportError: accelerate is not installed.
+            ValueError: no such file, or one that holds no mapping; the message names file and line.
+        """
+        if not os.path.isfile(path):
+            raise ValueError(f"{path} is no file. `accelerate config --config_file {path}` creates one.")
+        try:
+            text = Path(path).read_bytes().decode()  # line ends as they are
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} cannot be read: {error}.") from None
+        file = cls(path, text, _parse(path, text))
+        file._check_keys()
+        return file
+
+    def settings(self) -> Settings | None:
+        """The section; None if there is none.
+
+        Raises:
+            ValueError: as ``Settings.of``.
+        """
+        if SECTION not in self.values:
+            return None
+        return Settings.of(self.values[SECTION], self.source)
+
+    @property
+    def source(self) -> str:
+        """Names the section in messages."""
+        return f"{self.path}, section {SECTION}"
+
+    def for_accelerate(self) -> dict[str, Any]:
+        """The values but for the section."""
+        return {key: value for key, value in self.values.items() if key != SECTION}
+
+    def replaced(self, section: Mapping[str, object] | None) -> str:
+        """The text with another section, or without one; nothing else differs.
+
+        Raises:
+            ValueError: the file is written in a way that allows no such change.
+        """
+        wanted = self.for_accelerate() if section is None else {**self.for_accelerate(), SECTION: dict(section)}
+        if _is_json(self.path):
+            return json.dumps(wanted, indent=2) + "\n"
+        text = self._splice("" if section is None else dump(dict(section)))
+        try:
+            unchanged = _parse(self.path, text) == wanted
+        except ValueError:
+            unchanged = False
+        if not unchanged:
+            raise ValueError(f"{self.path}: its layout leaves no place for {SECTION}; write one key per line.")
+        return text
+
+    def _splice(self, block: str) -> str:
+        start, end, indent = self._place()
+        newline = "\r\n" if "\r\n" in self.text else "\n"
+        lines = [indent + line + newline for line in block.splitlines()]
+        before, after = self.text[:start], self.text[end:]
+        if lines and before and not before.endswith("\n"):
+            before += newline
+        return before + "".join(lines) + after
+
+    def _place(self) -> tuple[int, int, str]:
+        """Where the section starts and ends in the text, and how far top-level keys are indented."""
+        pairs = _yaml().compose(self.text, Loader=_yaml().SafeLoader).value
+        indent = " " * pairs[0][0].start_mark.column if pairs else ""
+        keys = [key.value for key, _ in pairs]
+        if SECTION not in keys:
+            return len(self.text), len(self.text), indent
+        start, end = _whole_lines(self.text, *_span(pairs, keys.index(SECTION)))
+        return start, end, indent
+
+    def _check_keys(self) -> None:
+        """Find a misspelt section before accelerate advises to upgrade."""
+        from accelerate.commands.config.config_args import ClusterConfig, SageMakerConfig
+
+        known = {SECTION, *ClusterConfig.__dataclass_fields__, *SageMakerConfig.__dataclass_fields__}
+        for key in self.values:
+            hint = suggest(str(key), [SECTION])
+            if key not in known and hint:
+                raise ValueError(f"{self.path}: unknown key {key!r}{hint}.")
+        if SECTION in self.values and not _is_json(self.path):
+            root = _yaml().compose(self.text, Loader=_yaml().SafeLoader)
+            _refuse_yaml_twins(self.source, next(value for key, value in root.value if key.value == SECTION))
+
+
+def read_options(pairs: Sequence[str]) -> dict[str, object]:
+    """Options written as ``key=value``, with values as a YAML file would hold them.
+
+    Raises:
+        ValueError: not of this form, or one option twice.
+    """
+    options: dict[str, object] = {}
+    refuse_twins([pair.partition("=")[0] for pair in pairs])
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not (key and equals):
+            raise ValueError(f"option {pair!r}: write key=value, such as size=4.")
+        try:
+            options[key] = _yaml().safe_load(text)
+        except (_yaml().YAMLError, ValueError, RecursionError):
+            raise ValueError(
+                f"option {shown(pair)}: {shown(text)} is no value that YAML can hold; put it in quotes."
+            ) from None
+    return options
+
+
+def dump(section: object) -> str:
+    """The section as YAML, with its key."""
+    return str(_yaml().safe_dump({SECTION: section}, sort_keys=False))
+
+
+def _span(pairs: list[tuple[Any, Any]], index: int) -> _Span:
+    """From a key up to the next one, or to the end of its value."""
+    end = pairs[index + 1][0].start_mark if index + 1 < len(pairs) else pairs[index][1].end_mark
+    return pairs[index][0].start_mark.index, end.index
+
+
+def _whole_lines(text: str, start: int, end: int) -> _Span:
+    """The lines from ``start`` to the last one before ``end`` that is neither empty nor a comment."""
+    start = text.rfind("\n", 0, start) + 1
+    lines = text[start:end].splitlines(keepends=True)
+    while lines and (not lines[-1].strip() or lines[-1].lstrip().startswith("#")):
+        lines.pop()
+    length = sum(map(len, lines))
+    rest = text.find("\n", start + length - 1)
+    return start, rest + 1 if rest >= 0 else len(text)
+
+
+def _parse(path: str, text: str) -> dict[str, Any]:
+    yaml = _yaml()
+    try:
+        values = json.loads(text, object_pairs_hook=without_twins) if _is_json(path) else yaml.safe_load(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, line {error.lineno}: {error.msg}.") from None
+    except yaml.YAMLError as error:
+        raise ValueError(_where_yaml_stops(path, error)) from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: {error}.") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected a mapping of keys to values, as `accelerate config` writes it.")
+    return values
+
+
+def _refuse_yaml_twins(source: str, node: Any) -> None:
+    """Of two equal keys YAML's loader takes the last one in silence."""
+    if isinstance(node, _yaml().MappingNode):
+        try:
+            refuse_twins([key.value for key, _ in node.value])
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}.") from None
+        for _, value in node.value:
+            _refuse_yaml_twins(source, value)
+
+
+def _where_yaml_stops(path: str, error: Any) -> str:
+    problem, context = getattr(error, "problem_mark", None), getattr(error, "context_mark", None)
+    if problem is None:
+        return f"{path}: {error}."
+    begun = f", {error.context} that begins in line {context.line + 1}" if context else ""
+    return f"{path}, line {problem.line + 1}: {error.problem}{begun}."
+
+
+def _is_json(path: str) -> bool:
+    return path.endswith(".json")  # as accelerate tells them apart
+
+
+def _yaml() -> Any:
+    try:
+        import yaml
+    except ModuleNotFoundError as error:
+        raise _not_installed(error) from None
+    return yaml
+
+
+def _not_installed(error: ModuleNotFoundError) -> ImportError:
+    package = (error.name or "accelerate").partition(".")[0]
+    return ImportError(f"{package} is not installed: pip install 'distnorm[accelerate]'.")

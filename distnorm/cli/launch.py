@@ -1,0 +1,237 @@
+"""``distnorm launch``: ``accelerate launch`` with converted models.
+
+The only user of ``accelerate.commands.launch`` (1.15; tests/integrations/test_launch.py fails when it changes). Every
+worker runs ``-m distnorm.run`` before the script; settings of the config file travel in the environment.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from distnorm.cli.config_file import SECTION, ConfigFile, default_path
+from distnorm.cli.processes import Processes, foresee, nested
+from distnorm.settings import SECTION_VARIABLE, Settings, from_environment
+
+_SETTING = "Set num_processes in the config file or pass --num_processes; on CPU also set use_cpu: true or pass --cpu."
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command; return 0, or 2 after a message about what was given.
+
+    Whatever accelerate raises when a worker fails goes through, so that the exit code is that of accelerate.
+    """
+    try:
+        job = plan(parse(arguments), os.environ)
+    except (ImportError, ValueError) as error:
+        print(f"distnorm launch: error: {error}", file=sys.stderr)
+        return 2
+    for note in job.notes:
+        print(f"distnorm launch: {note}", file=sys.stderr, flush=True)
+    start(job)
+    return 0
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Read arguments as ``accelerate launch`` does.
+
+    Raises:
+        ImportError: accelerate is not installed.
+    """
+    default_path()  # says how to install accelerate
+    from accelerate.commands.launch import launch_command_parser
+
+    with _arguments_of_the_process(arguments):
+        parser = launch_command_parser()
+        parser.prog = "distnorm launch"
+        namespace: argparse.Namespace = parser.parse_args(list(arguments))
+    return namespace
+
+
+@dataclass(frozen=True)
+class Job:
+    """What accelerate is to do.
+
+    Args:
+        arguments: as its parser returns them.
+        file: the user's config file, if there is one.
+        config: what accelerate reads in its place; None leaves the choice to accelerate.
+        environment: variables for the workers.
+        notes: what the user should know.
+    """
+
+    arguments: argparse.Namespace
+    file: ConfigFile | None = None
+    config: dict[str, Any] | None = None
+    environment: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def plan(arguments: argparse.Namespace, environment: Mapping[str, str]) -> Job:
+    """Work out a job; starts nothing and changes nothing.
+
+    Args:
+        arguments: as ``parse`` returns them.
+        environment: variables that the launcher sees.
+
+    Raises:
+        ImportError: accelerate is not installed.
+        ValueError: the config file or ``DISTNORM_*`` say something that is not allowed, or the job cannot be converted.
+    """
+    file = _config_file(arguments)
+    carried = _carried(file)
+    settings = from_environment({**environment, **carried})
+    if settings is None:
+        return Job(arguments, notes=[_nothing_is_converted(file)])
+    # With --cpu and no --config_file accelerate leaves its default file alone; the section in it still counts.
+    reads = file is not None and (arguments.config_file is not None or not arguments.cpu)
+    config = file.for_accelerate() if file is not None and reads else None
+    processes = foresee(arguments, config, environment)
+    _refuse(config, processes, arguments)
+    notes = []
+    if arguments.no_python:
+        notes.append(
+            f"{arguments.training_script} runs as it is (--no_python); models are converted only if it starts "
+            "`python -m distnorm.run`."
+        )
+    if processes.are_dropped:
+        arguments, config, by_torchrun = _on_cpu(arguments, config, processes)
+        carried |= by_torchrun
+        notes.append(
+            f"starts {processes.asked} CPU processes by torchrun with ACCELERATE_USE_CPU=true, where accelerate would "
+            "train in one."
+        )
+    elif _shares(settings):
+        notes += _warning(settings, processes)
+    if not arguments.no_python:
+        arguments = _through_run(arguments)
+    return Job(arguments, file, config, carried, notes)
+
+
+def start(job: Job) -> None:
+    """Let accelerate launch ``job``; returns when all workers have ended well.
+
+    Raises:
+        Exception: whatever ``accelerate launch`` raises; messages name the user's config file.
+    """
+    from accelerate.commands.launch import launch_command
+    from accelerate.utils import patch_environment
+
+    with patch_environment(**job.environment), tempfile.TemporaryDirectory(prefix="distnorm-") as folder:
+        if job.config is None:
+            launch_command(job.arguments)
+            return
+        copy = _write(job, folder)
+        try:
+            launch_command(_changed(job.arguments, config_file=copy))
+        except ValueError as error:
+            if job.file is not None:
+                error.args = tuple(str(each).replace(copy, job.file.path) for each in error.args)
+            raise
+
+
+def _config_file(arguments: argparse.Namespace) -> ConfigFile | None:
+    if arguments.config_file is not None:
+        return ConfigFile.read(arguments.config_file)
+    return ConfigFile.read(default_path()) if os.path.isfile(default_path()) else None
+
+
+def _carried(file: ConfigFile | None) -> dict[str, str]:
+    settings = file.settings() if file is not None else None
+    if settings is None:
+        return {}
+    return {SECTION_VARIABLE: json.dumps({"source": settings.source, "section": settings.section()})}
+
+
+def _nothing_is_converted(file: ConfigFile | None) -> str:
+    if file is None:
+        return (
+            "no config file and no DISTNORM_* variable: nothing is converted, as under `accelerate launch`. Name a "
+            "file that `distnorm config` has written by --config_file, or set DISTNORM_RECIPE=sync_bn."
+        )
+    return (
+        f"{file.path} has no section {SECTION}: nothing is converted, as under `accelerate launch`. "
+        f"`distnorm config --config_file {file.path} --recipe sync_bn` writes one."
+    )
+
+
+def _refuse(config: Mapping[str, Any] | None, processes: Processes, arguments: argparse.Namespace) -> None:
+    values = config or {}
+    if processes.kind == "XLA" or values.get("compute_environment") == "AMAZON_SAGEMAKER":
+        raise ValueError(
+            "jobs on TPU and SageMaker cannot run `-m distnorm.run`. Call distnorm.convert(model, ...) in the script "
+            "and use `accelerate launch`."
+        )
+    key = "deepspeed_multinode_launcher"
+    launcher = arguments.deepspeed_multinode_launcher or nested(values, "deepspeed_config", key) or "pdsh"
+    if processes.kind == "DEEPSPEED" and processes.machines > 1 and launcher != "standard":
+        raise ValueError(  # deepspeed 0.19 exports values without quotes, and accelerate 1.15 drops those with spaces
+            f"{key} {launcher!r} does not carry distnorm's settings to other machines. Set "
+            f"{key}: standard and start `distnorm launch` on every machine."
+        )
+
+
+def _on_cpu(
+    arguments: argparse.Namespace, config: Mapping[str, Any] | None, processes: Processes
+) -> tuple[argparse.Namespace, dict[str, Any], dict[str, str]]:
+    """The job as torchrun starts all of its CPU processes."""
+    values = {"num_processes": processes.asked, **(config or {}), "distributed_type": "MULTI_GPU", "use_cpu": True}
+    values.pop("gpu_ids", None)
+    return _changed(arguments, cpu=False), values, {"ACCELERATE_USE_CPU": "true"}
+
+
+def _shares(settings: Settings) -> bool:
+    policy = settings.build().policy
+    return policy.facts.communicates
+
+
+def _warning(settings: Settings, processes: Processes) -> list[str]:
+    if processes.alone:
+        remedy = "On CPU set use_cpu: true in the config file or pass --cpu."
+        if processes.kind in ("FSDP", "MEGATRON_LM"):
+            remedy = f"accelerate runs {processes.kind} on accelerators only."
+        return [
+            f"warning: no accelerator here, so each of {processes.asked} processes trains alone and {settings.recipe} "
+            f"has nothing to share. {remedy}"
+        ]
+    if processes.world == 1:
+        return [f"warning: one process only, so {settings.recipe} has nothing to share. {_SETTING}"]
+    return []
+
+
+def _through_run(arguments: argparse.Namespace) -> argparse.Namespace:
+    script = [arguments.training_script, *arguments.training_script_args]
+    rest = ["-m", *script] if arguments.module else script
+    return _changed(arguments, module=True, training_script="distnorm.run", training_script_args=rest)
+
+
+def _changed(arguments: argparse.Namespace, **values: object) -> argparse.Namespace:
+    return argparse.Namespace(**{**vars(arguments), **values})
+
+
+def _write(job: Job, folder: str) -> str:
+    import yaml
+
+    name = Path(job.file.path).stem if job.file is not None else "config"
+    copy = Path(folder) / f"{name}.yaml"
+    copy.write_text(yaml.safe_dump(job.config, sort_keys=False), encoding="utf-8")
+    return str(copy)
+
+
+@contextmanager
+def _arguments_of_the_process(arguments: Sequence[str]) -> Iterator[None]:
+    """The help of accelerate looks at ``sys.argv`` to choose what to show."""
+    before = sys.argv
+    sys.argv = ["distnorm launch", *arguments]
+    try:
+        yield
+    finally:
+        sys.argv = before

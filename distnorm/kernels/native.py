@@ -1,0 +1,92 @@
+"""The C in csrc/, compiled once per machine for its CPU; None where that cannot be done.
+
+``library_cache`` keeps the library; ``DISTNORM_KERNELS=aten`` does without it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import subprocess
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from distnorm.kernels import library_cache
+
+logger = logging.getLogger("distnorm")
+
+SOURCES = tuple(
+    Path(__file__).with_name("csrc") / f"{name}.c"
+    for name in ("loops", "arithmetic", "dense", "exchange", "entries", "key")
+)
+HEADER = SOURCES[0].with_name("kernels.h")
+# Only rounding may differ from the C as written: sums are reassociated by hand, infinities and NaN keep their meaning.
+FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC")
+
+_POINTER, _INDEX, _TURN, _DOUBLE = ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int64, ctypes.c_double
+_INT = ctypes.c_int
+_THREE = [_POINTER] * 3
+_IMAGE = [_INDEX, _INDEX, _INDEX, _INT]  # N, C, L, threads
+_RATE = [_DOUBLE, _INT]  # momentum, guarded
+_LOOPS: dict[str, list[Any]] = {
+    "sums": [_POINTER] * 8 + _IMAGE,
+    "apply": [_POINTER] * 6 + [_INT, *_IMAGE],
+    "combine": [_POINTER] * 8 + _IMAGE,
+}
+_DENSE: dict[str, list[Any]] = {
+    "sums": [_INT, _POINTER, _POINTER, *_IMAGE],
+    "normalize": [_INT, _INT, *_THREE, _INT, *_THREE, _POINTER, _DOUBLE, _DOUBLE, *_THREE, _POINTER, *_RATE, *_IMAGE],
+    "pull": [_INT, _INT, _INT, *_THREE, *_THREE, *_THREE, *_IMAGE],
+    "combine": [_INT, _INT, _INT, *_THREE, _POINTER, _POINTER, _DOUBLE, _POINTER, *_IMAGE],
+}
+_ABSORB: dict[str, list[Any]] = {"absorb": [_POINTER, _INDEX, *_RATE, *_THREE]}
+_EXCHANGE: dict[str, list[Any]] = {
+    "post": [_POINTER, _INDEX, _INDEX, _INDEX, _TURN, _TURN, _POINTER, _INDEX],
+    "await": [_POINTER, _INDEX, _TURN, _DOUBLE, _DOUBLE],
+    "add": [_POINTER, _INDEX, _INDEX, _TURN, _TURN, _POINTER, _INDEX],
+}
+_ENTRIES: dict[str, list[Any]] = {
+    "window": [_POINTER, _INDEX, _DOUBLE, _DOUBLE, _DOUBLE] + [_POINTER] * 5,
+    "mix": [_POINTER, _INDEX, _DOUBLE, _DOUBLE, _DOUBLE] + [_POINTER] * 4,
+    "push": [_POINTER, _POINTER, _INDEX, _INDEX] + [_POINTER] * 6,
+}
+_FAMILIES: dict[str, dict[str, list[Any]]] = {"plane": _LOOPS, "row": _LOOPS, "exchange": _EXCHANGE}
+_FAMILIES |= {"dense": _DENSE, "entries": _ENTRIES, "rms": _ABSORB, "batch_norm": _ABSORB}
+_RANK_RETURNED = ("exchange_await", "exchange_add")
+
+
+def wanted() -> bool:
+    """Whether the environment lets compiled kernels serve, in C or Triton.
+
+    Raises:
+        ValueError: DISTNORM_KERNELS holds another word than "compiled" and "aten".
+    """
+    choice = os.environ.get("DISTNORM_KERNELS", "compiled")
+    if choice not in ("compiled", "aten"):
+        raise ValueError(f'environment DISTNORM_KERNELS={choice!r}: allowed are "compiled" (the default) and "aten".')
+    return choice == "compiled"
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The library; made when first asked for, which takes about a second where the cache has none."""
+    if not wanted():
+        return None
+    try:
+        return library_cache.load(SOURCES, (HEADER,), FLAGS, _declare)
+    except (OSError, subprocess.SubprocessError) as error:
+        logger.warning(
+            "distnorm: kernels for this CPU could not be compiled; ATen's serve, slower. Cause: %s",
+            library_cache.cause(error),
+        )
+        return None
+
+
+def _declare(found: ctypes.CDLL) -> None:
+    for family, signatures in _FAMILIES.items():
+        for part, arguments in signatures.items():
+            function = getattr(found, f"{family}_{part}")
+            function.argtypes = arguments
+            function.restype = _INDEX if f"{family}_{part}" in _RANK_RETURNED else None

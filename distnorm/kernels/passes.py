@@ -1,0 +1,119 @@
+"""One forward and backward of one layer, by the formulas of its method; or in C or Triton, where these know them.
+
+Shapes: as in kernels/dense.py.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from distnorm.kernels import cpu
+from distnorm.kernels.arithmetic import RAW_MOMENTS, Formula
+from distnorm.kernels.dense import DensePass, dense_pass
+from distnorm.types import Affine, Running, Tail
+
+if TYPE_CHECKING:
+    from distnorm.kernels.gpu.gpu_pass import GpuPass
+
+
+class PerChannel(Protocol):
+    """What a pass needs of its method, in C-sized float64 arithmetic. ``methods.ChannelAffine`` documents each."""
+
+    raw: ClassVar[slice]
+
+    def formula(self, affine: Affine | None = None) -> Formula | None:
+        """The name of the same arithmetic in C, if there is one."""
+        ...
+
+    def link(self, means_KC: Tensor, eps: float) -> Tensor:
+        """``theta_KC``."""
+        ...
+
+    def coefficients(self, theta_KC: Tensor, affine: Affine) -> tuple[Tensor, Tensor]:
+        """``scale_C, shift_C``."""
+        ...
+
+    def pull(
+        self, theta_KC: Tensor, affine: Affine, scale_grad_C: Tensor, shift_grad_C: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Gradients for theta_KC, weight_C and bias_C."""
+        ...
+
+    def pull_link(self, means_KC: Tensor, theta_KC: Tensor, theta_grad_KC: Tensor, eps: float) -> Tensor:
+        """The gradient for means_KC."""
+        ...
+
+
+class FormulaPass:
+    """As ``DensePass``, for any CPU tensor and method; running statistics are left alone."""
+
+    absorbed = False
+
+    def __init__(self, method: PerChannel, affine: Affine) -> None:
+        """Nothing is computed yet."""
+        self._method = method
+        self._affine = affine
+
+    def sums(self, x_NCL: Tensor) -> Tensor:
+        """What the method shares: local sums and their count, float64 ``[K C + 1]``."""
+        wire, self._pivot_C, self._spare_NCL = cpu.moments(x_NCL)
+        return wire[self._method.raw.start * x_NCL.shape[1] :]
+
+    def normalize(
+        self,
+        x_NCL: Tensor,
+        shared: Tensor,
+        weight_C: Tensor | None,
+        bias_C: Tensor | None,
+        tail: Tail,
+        running: Running | None,
+    ) -> Tensor:
+        """The output, by ``shared`` sums and their count."""
+        self._total = torch.where(shared[-1] > 0, shared[-1], 1)
+        self._means_KC = shared[:-1].view(-1, x_NCL.shape[1]) / self._total
+        self._theta_KC = self._method.link(self._means_KC, self._affine.eps)
+        affine = self._affine._replace(weight_C=weight_C, bias_C=bias_C)
+        scale_C, shift_C = self._method.coefficients(self._theta_KC, affine)
+        shift_C = torch.addcmul(shift_C, self._pivot_C.to(scale_C.dtype), scale_C).to(self._pivot_C.dtype)
+        self._scale_C = scale_C.to(self._pivot_C.dtype)
+        into_NCL, self._spare_NCL = self._spare_NCL, None
+        y_NCL = cpu.apply(x_NCL, self._pivot_C, self._scale_C, shift_C, into=into_NCL)
+        if tail.residual_NCL is not None:
+            y_NCL.add_(tail.residual_NCL)
+        return y_NCL.relu_() if tail.relu else y_NCL
+
+    def pull(
+        self, dy_NCL: Tensor, x_NCL: Tensor, y_NCL: Tensor | None, weight_C: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+        """Cotangents of what was shared, gradients of weight and bias, and the gradient before the tail."""
+        dz_NCL = dy_NCL if y_NCL is None else torch.ops.aten.threshold_backward(dy_NCL, y_NCL, 0)
+        shift_grad_C, scale_grad_C = cpu.cosums(dz_NCL, x_NCL, self._pivot_C).unbind()
+        scale_grad_C = torch.addcmul(scale_grad_C, self._pivot_C.double(), shift_grad_C)
+        affine = self._affine._replace(weight_C=weight_C)
+        cotangents_KC, *grads = self._method.pull(self._theta_KC, affine, scale_grad_C, shift_grad_C)
+        return cotangents_KC.flatten(), grads[0], grads[1], dz_NCL
+
+    def combine(self, dz_NCL: Tensor, x_NCL: Tensor, cotangents: Tensor) -> Tensor:
+        """The input's gradient, by shared cotangents."""
+        theta_grad_KC = cotangents.view_as(self._theta_KC)
+        grad_KC = self._method.pull_link(self._means_KC, self._theta_KC, theta_grad_KC, self._affine.eps) / self._total
+        slope_C = 2 * grad_KC[-1]
+        level_C = self._pivot_C.double() * slope_C
+        if len(grad_KC) == RAW_MOMENTS:
+            level_C += grad_KC[0]
+        dtype = self._pivot_C.dtype
+        return cpu.combine(dz_NCL, x_NCL, self._pivot_C, self._scale_C, level_C.to(dtype), slope_C.to(dtype))
+
+
+def new_pass(method: PerChannel, x_NCL: Tensor, affine: Affine) -> DensePass | FormulaPass | GpuPass:
+    """What computes one forward, and its backward."""
+    formula = method.formula(affine)
+    if formula is not None and x_NCL.is_cuda:
+        from distnorm.kernels.gpu.gpu_pass import GpuPass  # imports Triton
+
+        return GpuPass(formula, affine.eps)
+    dense = None if formula is None else dense_pass(formula, x_NCL, affine.weight_C, affine.bias_C, affine.eps)
+    return FormulaPass(method, affine) if dense is None else dense

@@ -1,0 +1,227 @@
+"""What the ranks of a conversion must agree on before they share: model, recipe, groups, and who is joined by them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from datetime import timedelta
+from itertools import chain, zip_longest
+from typing import NamedTuple
+
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from distnorm.layers.layout import layout_of
+from distnorm.layers.running_statistics import BUFFERS
+from distnorm.policies import Reducer
+from distnorm.policies.routes import Routes, joined
+from distnorm.recipe import Recipe
+from distnorm.transport import LostGroup, Topology, choice, mpi
+from distnorm.transport.rendezvous import connected, group_timeout, tell_and_collect
+from distnorm.transport.topology import node_id
+from distnorm.types import Layout, Transport
+
+
+def ranks_of(groups: Iterable[dist.ProcessGroup | LostGroup]) -> list[tuple[int, ...]]:
+    """The global ranks of each.
+
+    Raises:
+        RuntimeError: a group was lost with its process.
+    """
+    found = []
+    for group in groups:
+        if isinstance(group, LostGroup):
+            raise group.refuse()
+        found.append(tuple(dist.get_process_group_ranks(group)))
+    return found
+
+
+def ranks_within(groups: list[tuple[int, ...]], timeout: timedelta) -> tuple[int, ...]:
+    """All ranks that ``groups`` connect. Collective over these, unless all groups are the same."""
+    return groups[0] if len(set(groups)) == 1 else connected(groups, timeout)
+
+
+class Meeting(NamedTuple):
+    """Ranks that agreed, the policy at work among them, and whether their running statistics are always equal."""
+
+    topology: Topology
+    reducer: Reducer
+    agrees: bool
+
+
+def meet(
+    world: dist.ProcessGroup | None,
+    ranks: tuple[int, ...],
+    recipe: Recipe,
+    layers: Sequence[tuple[str, _BatchNorm]],
+    mesh: DeviceMesh | None,
+    transport: Transport,
+) -> Meeting:
+    """Bind the recipe's policy among ``ranks``. Collective over these, by the job's store, if there is a job.
+
+    Raises:
+        RuntimeError: ranks converted differently, do not answer, pass groups that do not match, or are no MPI job.
+        ValueError: the policy does not fit the ranks, or would go on from sums of other ranks than its own.
+    """
+    layout = layout_of(layers, recipe.method)
+    if world is None:
+        topology = Topology(ranks)
+        return Meeting(topology, recipe.policy.bind(topology, layout), agrees=True)
+    timeout = group_timeout(world)
+    topology = _agree(world, ranks, recipe, layers, layout, mesh, transport, timeout)
+    reducer = recipe.policy.bind(topology, layout)
+    return Meeting(topology, reducer, _running_statistics_agree(ranks, recipe, reducer, timeout))
+
+
+_models = 0
+"""The number of the last model that was bound here, as its ranks count."""
+
+
+def _agree(
+    world: dist.ProcessGroup,
+    ranks: tuple[int, ...],
+    recipe: Recipe,
+    layers: Sequence[tuple[str, _BatchNorm]],
+    layout: Layout,
+    mesh: DeviceMesh | None,
+    transport: Transport,
+    timeout: timedelta,
+) -> Topology:
+    """Compare what ``ranks`` converted."""
+    place = mpi.place(layout.device) if transport == "mpi" else None
+    groups = ranks_of(recipe.policy.facts.groups)
+    global _models
+    lines = _fingerprint(recipe, transport, layers)
+    digest = hashlib.sha256(json.dumps(lines).encode()).hexdigest()
+    mine = {
+        **{"node": node_id(), "converted": digest, "device": layout.device.type, "mpi": place, "model": _models + 1},
+        "groups": [None if group == ranks else group for group in groups],
+    }
+    told = [json.loads(text) for text in tell_and_collect(ranks, json.dumps(mine), timeout)]
+    _compare_all({rank: other["converted"] for rank, other in zip(ranks, told, strict=True)}, lines, timeout)
+    named = {rank: other["groups"] for rank, other in zip(ranks, told, strict=True)}
+    _compare_groups({rank: [list(ranks) if one is None else one for one in each] for rank, each in named.items()})
+    nodes = tuple(other["node"] for other in told)
+    places = mpi.check_places(ranks, [other["mpi"] for other in told]) if transport == "mpi" else None
+    devices = [other["device"] for other in told]
+    choice.check(transport, ranks, devices, world)
+    on_cpu = all(device in ("cpu", "meta") for device in devices)
+    _models = max(other["model"] for other in told)
+    return Topology(
+        ranks, mesh=mesh, nodes=nodes, timeout=timeout, mpi=places, on_cpu=on_cpu, transport=transport, model=_models
+    )
+
+
+def _fingerprint(recipe: Recipe, transport: Transport, layers: Sequence[tuple[str, _BatchNorm]]) -> list[str]:
+    """Lines that are equal on ranks that converted alike; which ranks explicit groups have may differ.
+
+    They say all that is taken for granted later on: what is shared, and which running statistics rank 0 broadcasts.
+    """
+    text = repr(recipe)
+    for ranks in ranks_of(recipe.policy.facts.groups):
+        text = text.replace(f"process_group={list(ranks)}", "process_group=given")
+    lines = [text, f"transport={transport!r}"]
+    for name, layer in layers:
+        lines.append(
+            f"{name}: {layer.num_features} features, eps={layer.eps}, momentum={layer.momentum}, {_tracked(layer)}"
+        )
+    return lines
+
+
+def _tracked(layer: _BatchNorm) -> str:
+    buffers = [(name, getattr(layer, name)) for name in BUFFERS]
+    found = [f"{name} {each.dtype} on {each.device.type}" for name, each in buffers if each is not None]
+    return ", ".join(found).replace("torch.", "") or "no running statistics"
+
+
+def _compare_all(digests: dict[int, str], lines: list[str], timeout: timedelta) -> None:
+    """Whether ``lines`` are the same on all ranks; only where their digests differ are they told.
+
+    Raises:
+        RuntimeError: on all ranks; they differ.
+    """
+    if len(set(digests.values())) == 1:
+        return
+    firsts = {digest: rank for rank, digest in reversed(digests.items())}
+    mine = lines if dist.get_rank() in firsts.values() else None
+    ranks = tuple(digests)
+    told = dict(zip(ranks, map(json.loads, tell_and_collect(ranks, json.dumps(mine), timeout)), strict=True))
+    for rank in sorted(firsts.values(), key=ranks.index):
+        _compare(ranks[0], told[ranks[0]], rank, told[rank])
+
+
+def _compare(first: int, expected: list[str], rank: int, given: list[str]) -> None:
+    for line, other in zip_longest(expected, given, fillvalue="nothing"):
+        if line != other:
+            raise RuntimeError(
+                f"distnorm: rank {rank} converted another model or recipe than rank {first}. Rank {first} has "
+                f"[{line}] where rank {rank} has [{other}]. Build and convert the model alike on every rank that "
+                "shares statistics, or bind each set of ranks with distnorm.attach(model, process_group=...)."
+            )
+
+
+def _compare_groups(groups: dict[int, list[list[int]]]) -> None:
+    """Whether ranks that one rank wants to share with want to share with it."""
+    for rank, mine in groups.items():
+        for at, ranks in enumerate(mine):
+            for peer in ranks:
+                if peer in groups and groups[peer][at] != ranks:
+                    raise RuntimeError(
+                        f"distnorm: rank {rank} shares statistics in a process group of ranks {ranks}, but rank {peer} "
+                        f"was given one of ranks {groups[peer][at]}. Pass the same group on all of its ranks."
+                    )
+
+
+def _running_statistics_agree(ranks: tuple[int, ...], recipe: Recipe, reducer: Reducer, timeout: timedelta) -> bool:
+    """Whether all ranks absorb the same sums. Raises on every rank alike."""
+    own = [reducer.landing(), *chain.from_iterable(reducer.handovers())]
+    texts = tell_and_collect(ranks, json.dumps([_written(each, ranks) for each in own]), timeout)
+    told = [[_read(each, ranks) for each in json.loads(text)] for text in texts]
+    landing, *handovers = (_joined(ranks, [each[at] for each in told]) for at in range(len(own)))
+    for first, then in zip(handovers[::2], handovers[1::2], strict=True):
+        _check_handover(recipe, first, then)
+    return landing is not None and all(map(_all_equal, landing))
+
+
+Joined = dict[int, Counter[int]]
+
+
+def _joined(ranks: tuple[int, ...], told: list[Routes]) -> list[Joined] | None:
+    """What each route joins; None where somebody does not say."""
+    by_route = zip(*(each for each in told if each is not None), strict=True)
+    return None if None in told else [joined(dict(zip(ranks, each, strict=True))) for each in by_route]
+
+
+def _all_equal(joined: Joined) -> bool:
+    distinct = list({id(sums): sums for sums in joined.values()}.values())  # comparing P counters takes P^2
+    return all(sums == distinct[0] for sums in distinct)
+
+
+def _check_handover(recipe: Recipe, first: list[Joined] | None, then: list[Joined] | None) -> None:
+    if first is None or then is None:
+        raise ValueError(
+            f"{recipe}: a policy of your own in a warm-up must say which ranks it joins. Define its reducer's routes()."
+        )
+    for given in (*first, *then):
+        distinct = {(id(sums), id(first[0][rank])): rank for rank, sums in reversed(given.items())}
+        for rank in sorted(distinct.values()):
+            if given[rank] != first[0][rank]:
+                expected, found = (sorted(each.elements()) for each in (first[0][rank], given[rank]))
+                raise ValueError(
+                    f"{recipe}: moving statistics go on from what the warm-up shared, but rank {rank} is joined with "
+                    f"{expected} in one step and with {found} in another. Let both policies share among the same ranks."
+                )
+
+
+def _written(routes: Routes, ranks: tuple[int, ...]) -> list[list[tuple[int, ...] | None]] | None:
+    """As JSON, with None for a group of all ``ranks``."""
+    return None if routes is None else [[None if hop == ranks else hop for hop in route] for route in routes]
+
+
+def _read(routes: list[list[list[int] | None]] | None, ranks: tuple[int, ...]) -> Routes:
+    if routes is None:
+        return None
+    return [tuple(ranks if hop is None else tuple(hop) for hop in route) for route in routes]
