@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distnorm.kernels import gpu
+from distnorm.kernels import windows
 from distnorm.policies.stored import sizes_of
 from distnorm.transport import Group
 from distnorm.transport.group import Pending, moved
@@ -21,18 +21,11 @@ from distnorm.types import EVERY_LAYER, Direction, Landed, Layout, Slot
 
 logger = logging.getLogger("distnorm")
 
-DOUBLE = 8  # bytes
-
 
 def loss_scale_of(slot: Slot, values: Tensor) -> Tensor | float:
     """What the ``values`` of ``slot`` are multiplied by: statistics by nothing. A tensor only if it is beside them."""
     scale = slot.loss_scale if slot.direction == "backward" else 1.0
     return float(scale) if isinstance(scale, Tensor) and scale.device != values.device else scale
-
-
-def at_or_number(scale: Tensor | float) -> tuple[Tensor | None, float]:
-    """``scale`` as kernels/gpu/entries.py takes it: where it lies, or else the number."""
-    return (scale, 1.0) if isinstance(scale, Tensor) else (None, scale)
 
 
 class Bucket:
@@ -48,7 +41,7 @@ class Bucket:
         self.values = starts[-1]
         self.slots = len(sizes)
         self._sizes = sizes
-        self._lay_out(layout.device)
+        self.layout = self._lay_out(layout.device)
         self.outbox = torch.zeros(self.values + self.slots + 1, dtype=torch.float64, device=layout.device)
         self.dropped = torch.zeros(self.slots, dtype=torch.int64, device=layout.device)
         """How often each slot came back with NaN or Inf and was left out."""
@@ -59,17 +52,15 @@ class Bucket:
         """What this rank sent along with the pending vector, unless another process sent it."""
         self._warned: set[str] = set()
 
-    def _lay_out(self, device: torch.device) -> None:
+    def _lay_out(self, device: torch.device) -> windows.Slots:
         # Made on the CPU, whatever the default device is: one copy, and no waiting for a GPU.
-        self.starts = torch.tensor(self._starts, device="cpu").to(device)
-        """Where slots begin, and where the last one ends."""
-        sizes = torch.tensor(self._sizes, device="cpu")
-        self.slot_of = torch.repeat_interleave(sizes, output_size=self.values).to(device)
-        """Which slot each value belongs to."""
+        starts, sizes = torch.tensor(self._starts, device="cpu"), torch.tensor(self._sizes, device="cpu")
+        slot_of = torch.repeat_interleave(sizes, output_size=self.values)
+        return windows.Slots(starts.to(device), slot_of.to(device))
 
     def to(self, device: torch.device) -> None:
         """Go on there. Waits for the vector in flight."""
-        self._lay_out(device)
+        self.layout = self._lay_out(device)
         if self._pending is not None:
             self._wait()
             self._pending.to(device)
@@ -80,37 +71,7 @@ class Bucket:
     def write(self, layer: str, direction: Direction, values: Tensor, weight: Tensor | float) -> None:
         """Add to a slot of this step."""
         key = layer, direction
-        self.outbox[self.span[key]].add_(values)
-        self.outbox[self.values + self.index[key]].add_(weight)
-
-    def addresses(self, slot: tuple[str, Direction]) -> tuple[int, int]:
-        """Where C finds the values and the weight of ``slot`` in this step's vector."""
-        start = self.outbox.data_ptr()
-        return start + DOUBLE * self.span[slot].start, start + DOUBLE * (self.values + self.index[slot])
-
-    def in_triton(self, values: Tensor) -> bool:
-        """Whether kernels/gpu/entries.py enters ``values``, as C does on a CPU; what they compute is said in torch."""
-        return values.is_cuda and values.device == self.outbox.device and gpu.available()
-
-    def parts(self, vector: Tensor) -> tuple[Tensor, Tensor]:
-        """The values and the weights of ``vector``."""
-        return vector[: self.values], vector[self.values : -1]
-
-    def usable(self, vector: Tensor) -> Tensor:
-        """Which slots of a landed ``vector`` hold finite values of a weight above 0; counts those that are not finite.
-
-        The vector is a sum over ranks, so every rank judges alike.
-        """
-        finite, usable = self.judge(vector)
-        self.dropped += ~finite
-        return usable
-
-    def judge(self, vector: Tensor) -> tuple[Tensor, Tensor]:
-        """Which slots of ``vector`` hold finite values, and which of them have a weight above 0."""
-        values, weights = self.parts(vector)
-        broken = torch.zeros_like(weights).index_add_(0, self.slot_of, (~values.isfinite()).to(weights.dtype))
-        finite = (broken == 0) & weights.isfinite()
-        return finite, finite & (weights > 0)
+        windows.add(self.outbox, self.span[key], self.values + self.index[key], values, weight)
 
     def in_flight(self) -> Tensor | None:
         """The sum that is under way, if any, waited for; None where ranks are out of phase, and it may never come."""
@@ -161,12 +122,6 @@ class Bucket:
         self.last = self.outbox.clone()
         self.outbox.zero_()
         return self.last
-
-    def means(self, vector: Tensor) -> Tensor:
-        """The values of ``vector`` over their weights; 0 where a slot was not used."""
-        values, weights = self.parts(vector)
-        spread = weights[self.slot_of]
-        return torch.where(spread > 0, values / spread, 0.0)
 
     def landed(self, means: Tensor, weights: Tensor, usable: Tensor) -> list[Landed]:
         """What the running statistics shall absorb: the forward slots of these vectors."""

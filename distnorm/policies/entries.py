@@ -6,13 +6,12 @@ Inf, keeps the entries that it has.
 
 from __future__ import annotations
 
-from ctypes import CDLL
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from distnorm.kernels.native import library
+from distnorm.kernels import windows
 from distnorm.policies.base import Reducer
 from distnorm.policies.bucket import Bucket
 from distnorm.transport.group import moved
@@ -36,49 +35,17 @@ class Entries:
 
     def push(self, vector: Tensor) -> Tensor:
         """Make an entry of each usable slot of ``vector``; return which these are. Counts those that are broken."""
-        if self.depth and self.bucket.in_triton(vector):
-            return self._push_in_triton(vector)
-        if self.depth and vector.is_cpu and (compiled := library()) is not None:
-            return self._push_in_c(compiled, vector.contiguous())
-        usable = self.bucket.usable(vector)
-        if not self.depth:
-            return usable
-        values, weights = self.bucket.parts(vector)
-        slot_of = self.bucket.slot_of
-        row = self.position[slot_of]
-        column = torch.arange(self.bucket.values, device=row.device)
-        entry = torch.where(usable[slot_of], values / weights[slot_of], self.ring[row, column])
-        self.ring[row, column] = entry
-        self.position = torch.where(usable, (self.position + 1) % self.depth, self.position)
-        # In place, as ``Bucket.take`` says.
-        self.filled.add_(usable).clamp_max_(self.depth)
-        torch.sum(self.ring, 0, out=self.sums)
-        return usable
-
-    def _push_in_triton(self, vector: Tensor) -> Tensor:
-        from distnorm.kernels.gpu.entries import push  # imports Triton
-
         ring = self.ring, self.filled, self.position, self.sums
-        usable: Tensor
-        usable, self.position = push(vector.contiguous(), self.bucket.starts, *ring, self.bucket.dropped)
-        return usable
-
-    def _push_in_c(self, compiled: CDLL, vector: Tensor) -> Tensor:
-        bucket, usable = self.bucket, torch.empty(self.bucket.slots, dtype=torch.bool, device="cpu")
-        ring = self.ring, self.filled, self.position, self.sums
-        compiled.entries_push(
-            *(vector.data_ptr(), bucket.starts.data_ptr(), bucket.slots, self.depth),
-            *(each.data_ptr() for each in (*ring, bucket.dropped, usable)),
-        )
+        usable, self.position = windows.push(vector, self.bucket.layout, *ring, self.bucket.dropped)
         return usable
 
     def mean(self, out: Tensor | None = None) -> Tensor:
         """Of the entries of each slot; 0 where there is none. In ``out``, if it is given."""
-        return torch.div(self.sums, self.filled[self.bucket.slot_of].clamp_min(1), out=out)
+        return torch.div(self.sums, self.filled[self.bucket.layout.slot_of].clamp_min(1), out=out)
 
     def mean_after(self, entry: Tensor, usable: Tensor) -> Tensor:
         """What ``mean`` would be with ``entry`` pushed into the ``usable`` slots."""
-        slot_of = self.bucket.slot_of
+        slot_of = self.bucket.layout.slot_of
         oldest = self.ring[self.position[slot_of], torch.arange(self.bucket.values, device=slot_of.device)]
         sums = self.sums + torch.where(usable[slot_of], entry - oldest, 0.0)
         return sums / (self.filled + usable).clamp_max(self.depth)[slot_of].clamp_min(1)
@@ -101,7 +68,7 @@ class Entries:
 
     def _newest(self, ring: Tensor, filled: Tensor, position: Tensor) -> dict[str, Tensor]:
         """Entries of another depth in rows of this one's, the oldest first."""
-        slot_of, columns = self.bucket.slot_of.to(ring.device), torch.arange(ring.shape[1], device=ring.device)
+        slot_of, columns = self.bucket.layout.slot_of.to(ring.device), torch.arange(ring.shape[1], device=ring.device)
         kept = filled.clamp_max(self.depth)
         rows = ring.new_zeros(self.depth, ring.shape[1])
         for row in range(min(self.depth, len(ring))):

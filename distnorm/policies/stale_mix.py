@@ -8,16 +8,15 @@ batches.
 
 from __future__ import annotations
 
-from ctypes import CDLL
 from dataclasses import dataclass, replace
 from typing import Any, final
 
 import torch
 from torch import Tensor
 
-from distnorm.kernels.native import library
+from distnorm.kernels import windows
 from distnorm.policies.base import Policy, Reducer
-from distnorm.policies.bucket import DOUBLE, Bucket, at_or_number, loss_scale_of
+from distnorm.policies.bucket import Bucket, loss_scale_of
 from distnorm.policies.entries import Entries, Remembering
 from distnorm.policies.facts import Facts
 from distnorm.policies.routes import Routes
@@ -48,32 +47,9 @@ class _Mix(Remembering):
         if not slot.learning:
             return self.blocking.sum(wire, slot)
         self.follow(wire)
-        if self.bucket.in_triton(wire):
-            return self._mix_in_triton(wire, slot)
-        compiled = library() if wire.is_cpu and wire.is_contiguous() else None
-        if compiled is not None:
-            return self._mix_in_c(compiled, wire, slot)
-        scale = loss_scale_of(slot, wire)
-        self.bucket.write(slot.layer, slot.direction, wire / scale, 1.0)
-        return wire + scale * self.others[self.bucket.span[slot.layer, slot.direction]]
-
-    def _mix_in_triton(self, wire: Tensor, slot: Slot) -> Tensor:
-        from distnorm.kernels.gpu.entries import mix  # imports Triton
-
         key = slot.layer, slot.direction
-        place = self.others, self.bucket.outbox, self.bucket.span[key].start, self.bucket.index[key]
-        out: Tensor = mix(wire.contiguous(), *at_or_number(loss_scale_of(slot, wire)), *place)
-        return out
-
-    def _mix_in_c(self, compiled: CDLL, wire: Tensor, slot: Slot) -> Tensor:
-        key, scale = (slot.layer, slot.direction), float(loss_scale_of(slot, wire))
-        others = self.others.data_ptr() + DOUBLE * self.bucket.span[key].start
-        out = torch.empty_like(wire)
-        compiled.entries_mix(
-            *(wire.data_ptr(), wire.numel(), scale, 1.0, scale),
-            *(others, *self.bucket.addresses(key), out.data_ptr()),
-        )
-        return out
+        place = self.bucket.outbox, self.bucket.span[key], self.bucket.index[key]
+        return windows.mix(wire, loss_scale_of(slot, wire), self.others, *place)
 
     def lands(self, slot: Slot) -> bool:
         return not slot.learning
@@ -106,15 +82,15 @@ class _Mix(Remembering):
 
     def _landed(self, vector: Tensor) -> list[Landed]:
         """Of all slots at once, of which the forward ones end with their counts."""
-        values, usable = self.bucket.parts(vector)[0], self.bucket.judge(vector)[1]
-        counts = values[self.bucket.starts[1:] - 1]
-        means = values / counts.clamp_min(1)[self.bucket.slot_of]
+        values, usable = self.bucket.layout.parts(vector)[0], self.bucket.layout.judge(vector)[1]
+        counts = values[self.bucket.layout.starts[1:] - 1]
+        means = values / counts.clamp_min(1)[self.bucket.layout.slot_of]
         landed = self.bucket.landed(means, counts, usable & (counts > 0))
         return [each._replace(means=each.means[:-1]) for each in landed]
 
     def watch(self, slot: Slot, *, exact: bool) -> dict[str, Watch]:
-        last, _ = self.bucket.parts(self.bucket.last)
-        total = self.bucket.parts(self.blocking.sum(self.bucket.last, slot))[0] if exact else None
+        last, _ = self.bucket.layout.parts(self.bucket.last)
+        total = self.bucket.layout.parts(self.blocking.sum(self.bucket.last, slot))[0] if exact else None
         used = last + self.others
         found = {}
         for (layer, direction), number in self.bucket.index.items():
@@ -150,7 +126,7 @@ class _Mix(Remembering):
     def _one_entry(self, others: Tensor) -> dict[str, Tensor]:
         """As entries, what states without a version hold: what one other rank contributed to the last landed step."""
         filled = torch.zeros_like(self.bucket.dropped, device=others.device)
-        filled.index_add_(0, self.bucket.slot_of.to(others.device), (others != 0).long()).clamp_max_(1)
+        filled.index_add_(0, self.bucket.layout.slot_of.to(others.device), (others != 0).long()).clamp_max_(1)
         return {"ring": others[None], "filled": filled, "position": torch.zeros_like(filled)}
 
 

@@ -16,7 +16,8 @@ from torch import Tensor
 pytest.importorskip("triton", reason="Triton is made for Linux only")
 
 from distnorm import Recipe
-from distnorm.policies import Moving, StaleMix, entries, moving, stale_mix
+from distnorm.kernels import windows
+from distnorm.policies import Moving, StaleMix
 from distnorm.transport.group import Pending
 from distnorm.types import EVERY_LAYER, Direction, Landed, Layout, Slot
 from tests.moving import test_scaling, test_stale_mix
@@ -50,8 +51,7 @@ def take(way: str, patch: pytest.MonkeyPatch) -> None:
     if way == "triton":
         interpret(patch)
     else:
-        for module in (entries, moving, stale_mix):
-            patch.setattr(module, "library", lambda: None)
+        patch.setattr(windows, "library", lambda: None)
 
 
 @pytest.fixture(params=WAYS)
