@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
 
@@ -19,7 +18,7 @@ from distnorm.layers.binding import Binding
 from distnorm.layers.conversion import Conversion
 from distnorm.layers.running_statistics import running_of, with_landed
 from distnorm.transport import LostGroup, lost
-from distnorm.types import Direction, Landed, Running, Slot
+from distnorm.types import Direction, Future, Landed, Running, Slot
 
 
 class Site:
@@ -145,9 +144,9 @@ class Site:
 
     def cotangents(self, wire: Tensor, count: Tensor, step: int, *, learning: bool) -> Tensor:
         """Shared counterpart of local cotangents. One use of the policy; raises as ``start_cotangents``."""
-        return self.start_cotangents(wire, count, step, learning=learning)()
+        return self.start_cotangents(wire, count, step, learning=learning).wait()
 
-    def start_cotangents(self, wire: Tensor, count: Tensor, step: int, *, learning: bool) -> Callable[[], Tensor]:
+    def start_cotangents(self, wire: Tensor, count: Tensor, step: int, *, learning: bool) -> Future:
         """``cotangents``, whose result is asked for later.
 
         Raises:
@@ -171,11 +170,11 @@ class Site:
 
         def wait() -> Tensor:
             try:
-                return answer()
+                return answer.wait()
             except RuntimeError as error:
                 raise self._failed(binding, slot, error) from error
 
-        return wait
+        return Future(wait)
 
     def absorb(self, shared: Tensor, *, learning: bool) -> None:
         """Let the layer's running statistics absorb ``shared`` sums and count of the current step, if fit for them."""

@@ -6,7 +6,6 @@ one axis, blocks of neighbours, or a process group of the user's.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, final
 
@@ -18,7 +17,7 @@ from distnorm.policies.facts import Facts
 from distnorm.policies.routes import Routes
 from distnorm.policies.stored import Check, fields
 from distnorm.transport import Group, LostGroup, Topology, check_group, lost
-from distnorm.types import Layout, Slot
+from distnorm.types import Future, Layout, Slot
 from distnorm.validation import Axis, Ranks, check_fields
 
 
@@ -37,8 +36,8 @@ class _GroupSum(Reducer):
     def reduce(self, wire: Tensor, slot: Slot) -> Tensor:
         return self.group.sum(wire, slot)
 
-    def start(self, wire: Tensor, slot: Slot) -> Callable[[], Tensor]:
-        return self.group.start(wire, slot).wait
+    def start(self, wire: Tensor, slot: Slot) -> Future:
+        return self.group.start(wire, slot)
 
 
 @final

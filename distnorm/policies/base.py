@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from typing import Annotated, Any
 
 from torch import Tensor
@@ -12,7 +11,7 @@ from distnorm.policies.facts import Facts
 from distnorm.policies.routes import Routes
 from distnorm.policies.stored import Check, anything
 from distnorm.transport import Topology
-from distnorm.types import Landed, Layout, Slot, Watch
+from distnorm.types import Future, Landed, Layout, Slot, Watch
 from distnorm.validation import kind
 
 
@@ -27,10 +26,9 @@ class Reducer(ABC):
     def reduce(self, wire: Tensor, slot: Slot) -> Tensor:
         """The shared counterpart of the local sums ``wire``; shape and dtype kept."""
 
-    def start(self, wire: Tensor, slot: Slot) -> Callable[[], Tensor]:
+    def start(self, wire: Tensor, slot: Slot) -> Future:
         """``reduce``, whose result is asked for later: where the policy can, what comes meanwhile hides its waiting."""
-        shared = self.reduce(wire, slot)
-        return lambda: shared
+        return Future.completed(self.reduce(wire, slot))
 
     @property
     def alone(self) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,8 +16,8 @@ from torch import Tensor
 from distnorm.kernels import windows
 from distnorm.policies.stored import sizes_of
 from distnorm.transport import Group
-from distnorm.transport.group import Pending, moved
-from distnorm.types import EVERY_LAYER, Direction, Landed, Layout, Slot
+from distnorm.transport.group import moved
+from distnorm.types import EVERY_LAYER, Direction, Future, Landed, Layout, Slot
 
 logger = logging.getLogger("distnorm")
 
@@ -26,6 +26,14 @@ def loss_scale_of(slot: Slot, values: Tensor) -> Tensor | float:
     """What the ``values`` of ``slot`` are multiplied by: statistics by nothing. A tensor only if it is beside them."""
     scale = slot.loss_scale if slot.direction == "backward" else 1.0
     return float(scale) if isinstance(scale, Tensor) and scale.device != values.device else scale
+
+
+class _InFlight(NamedTuple):
+    """The sum of a step's vector; ``passes`` is what this rank sent along, None if another process sent it."""
+
+    sum: Future
+    step: int
+    passes: int | None
 
 
 class Bucket:
@@ -47,9 +55,7 @@ class Bucket:
         """How often each slot came back with NaN or Inf and was left out."""
         self.last = torch.zeros_like(self.outbox)
         """This rank's part of the last step."""
-        self._pending: Pending | None = None
-        self._passes: int | None = None
-        """What this rank sent along with the pending vector, unless another process sent it."""
+        self._pending: _InFlight | None = None
         self._warned: set[str] = set()
 
     def _lay_out(self, device: torch.device) -> windows.Slots:
@@ -61,9 +67,9 @@ class Bucket:
     def to(self, device: torch.device) -> None:
         """Go on there. Waits for the vector in flight."""
         self.layout = self._lay_out(device)
-        if self._pending is not None:
-            self._wait()
-            self._pending.to(device)
+        landed = self._wait()
+        if landed is not None and self._pending is not None:
+            self._pending = self._pending._replace(sum=Future.completed(moved(landed, device)))
         if self.outbox.is_meta:
             self._pending = None  # it carried nothing
         self.outbox, self.dropped, self.last = (moved(each, device) for each in (self.outbox, self.dropped, self.last))
@@ -83,15 +89,15 @@ class Bucket:
         What is interrupted before this step's vector has been sent has changed nothing, and can be repeated.
         """
         landed = self._wait()
-        if landed is not None and self._passes is not None:
-            self._check_phase(landed, self._passes)
+        if landed is not None and self._pending is not None and self._pending.passes is not None:
+            self._check_phase(landed, self._pending.passes)
         travelling = self.outbox.clone()
         travelling[-1].fill_(slot.passes)  # to assign a number copies it to a GPU, which waits
         try:
-            self._pending = self.group.sum_async(travelling, slot._replace(layer=EVERY_LAYER))
+            started = self.group.sum_async(travelling, slot._replace(layer=EVERY_LAYER))
+            self._pending = _InFlight(started, slot.step, slot.passes)
         except RuntimeError as error:
             raise self._missed(slot.step, error) from error
-        self._passes = slot.passes
         return landed, self.take()
 
     def land(self) -> Tensor | None:
@@ -103,7 +109,7 @@ class Bucket:
         if self._pending is None:
             return None
         try:
-            return self._pending.wait()
+            return self._pending.sum.wait()
         except RuntimeError as error:
             raise self._missed(self._pending.step, error) from error
 
@@ -168,8 +174,7 @@ class Bucket:
         if own:
             self.outbox.copy_(state["outbox"])
         in_flight = state.get("in_flight")
-        self._pending = self._passes = None
+        self._pending = None
         if in_flight is not None:
             vector = in_flight.to(self.outbox.device, copy=True)
-            slot = Slot(EVERY_LAYER, "forward", -1)
-            self._pending = Pending(vector, None, slot)
+            self._pending = _InFlight(Future.completed(vector), -1, None)

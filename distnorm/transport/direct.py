@@ -9,12 +9,14 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from datetime import timedelta
+from functools import partial
 from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from distnorm.transport.senders import Sender, mixed
+from distnorm.types import Future
 
 logger = logging.getLogger("distnorm")
 
@@ -45,26 +47,27 @@ class Direct(ABC):
     def __init__(self, ranks: tuple[int, ...], place: int, timeout: timedelta) -> None:
         """As rank number ``place`` of ``ranks``; no turn yet."""
         self._ranks, self._place, self._timeout = ranks, place, timeout
-        self._last: Turn | None = None
+        self._last: tuple[int, Future] | None = None
 
     @property
     def turn(self) -> int:
         """How many vectors this rank has handed in."""
-        return 0 if self._last is None else self._last.number
+        return 0 if self._last is None else self._last[0]
 
     def takes(self, wire: Tensor) -> bool:
         """Whether ``wire`` can travel here: the same on every rank."""
         return wire.dtype is torch.float64 and wire.is_cpu and wire.numel() <= CAPACITY
 
-    def start(self, wire: Tensor, who: Sender) -> Turn:
+    def start(self, wire: Tensor, who: Sender) -> Future:
         """Hand in ``wire`` of ``who``; one turn at a time. Where this raises, nothing was handed in, or all of it."""
         last = self._last
-        if last is not None:
-            last.settle()
+        if last is not None and not last[1].done():
+            last[1].wait()
         # From here on an exception, such as Ctrl-C, may come between any two lines. A turn is one assignment, which is
         # taken back if no part of the vector has left.
         turn = self._open(self.turn + 1, wire, who)
-        self._last = turn
+        future = Future(partial(self._complete, turn))
+        self._last = turn.number, future
         try:
             self.post(turn)
         except BaseException:
@@ -72,10 +75,17 @@ class Direct(ABC):
                 self._last = last
             raise
         turn.handed_in = True
-        return turn
+        return future
 
     def _open(self, number: int, wire: Tensor, who: Sender) -> Turn:
-        return Turn(self, number, wire, who)
+        return Turn(number, wire, who)
+
+    def _complete(self, turn: Turn) -> Tensor | RuntimeError:
+        if not turn.handed_in:
+            self.post(turn)
+        if self.finish(turn):
+            return turn.sum
+        return mixed(self._ranks, f"{turn.who.words}, {turn.wire.numel()} values", self._timeout)
 
     @abstractmethod
     def post(self, turn: Turn) -> None:
@@ -109,41 +119,12 @@ class Direct(ABC):
         """The error where rank number ``place`` has gone."""
         return RuntimeError(f"rank {self._ranks[place]} has ended.")
 
-    def mixed(self, turn: Turn) -> RuntimeError:
-        """The error where ranks were not in the same layer. Collective."""
-        return mixed(self._ranks, f"{turn.who.words}, {turn.wire.numel()} values", self._timeout)
-
 
 class Turn:
-    """One sum; done once it was waited for."""
+    """What this rank hands in, and the sum to be."""
 
-    def __init__(self, direct: Direct, number: int, wire: Tensor, who: Sender) -> None:
-        """Of vectors like ``wire``."""
+    def __init__(self, number: int, wire: Tensor, who: Sender) -> None:
+        """The vector ``wire`` of ``who``."""
         self.number, self.wire, self.who = number, wire.contiguous(), who
         self.sum = torch.empty_like(wire, memory_format=torch.contiguous_format)
         self.handed_in = False
-        self._direct: Direct | None = direct
-        self._error: RuntimeError | None = None
-
-    def wait(self) -> None:
-        """Return when all ranks have handed in."""
-        self.settle()
-        if self._error is not None:
-            raise self._error
-
-    def settle(self) -> None:
-        """``wait``, unless that was done before."""
-        if self._direct is None:
-            return
-        direct = self._direct
-        if not self.handed_in:
-            direct.post(self)
-        if not direct.finish(self):
-            self._error = direct.mixed(self)
-        self._direct = None  # not before: a sum that failed must fail again
-        if self._error is not None:
-            raise self._error
-
-    def total(self) -> Tensor:
-        """The sum."""
-        return self.sum

@@ -40,12 +40,12 @@ CONNECT_S = 5.0
 HEADER = 3  # values
 
 
-class _Letters(Turn):
+class _SocketTurn(Turn):
     """A turn, and how far its messages have come."""
 
-    def __init__(self, direct: Direct, number: int, wire: Tensor, who: Sender, ranks: int, place: int) -> None:
+    def __init__(self, number: int, wire: Tensor, who: Sender, ranks: int, place: int) -> None:
         """To and from all ``ranks`` but number ``place``, which is this one."""
-        super().__init__(direct, number, wire, who)
+        super().__init__(number, wire, who)
         count = wire.numel()
         self.rows = torch.empty(ranks, HEADER + count, dtype=torch.float64, device="cpu")
         mine = self.rows[place]
@@ -75,20 +75,20 @@ class Sockets(Direct):
         _in_use.add(self)
 
     def _open(self, number: int, wire: Tensor, who: Sender) -> Turn:
-        return _Letters(self, number, wire, who, len(self._ranks), self._place)
+        return _SocketTurn(number, wire, who, len(self._ranks), self._place)
 
     def post(self, turn: Turn) -> None:
         """Write to all that take it; the rest of a message goes out while others are read."""
-        assert isinstance(turn, _Letters)
+        assert isinstance(turn, _SocketTurn)
         self._write(turn)
 
     def posted(self, turn: Turn) -> bool:
         """Whether a byte has left."""
-        return not isinstance(turn, _Letters) or not turn.untouched
+        return not isinstance(turn, _SocketTurn) or not turn.untouched
 
     def finish(self, turn: Turn) -> bool:
         """Read what the others have written, all of it, so that the next message begins where this one ends."""
-        assert isinstance(turn, _Letters)
+        assert isinstance(turn, _SocketTurn)
         started, patience = time.monotonic(), Patience(self._timeout)
         while turn.unread or turn.unsent:
             if self._read(turn) or self._write(turn):
@@ -103,7 +103,7 @@ class Sockets(Direct):
             torch.sum(turn.rows[:, HEADER:], 0, out=turn.sum.view(-1))
         return turn.alike
 
-    def _sleep(self, turn: _Letters) -> None:
+    def _sleep(self, turn: _SocketTurn) -> None:
         """Until something can be read or written, or for a while."""
         poller = select.poll()
         for place, connection in self._peers.items():
@@ -117,7 +117,7 @@ class Sockets(Direct):
         for connection in self._peers.values():
             connection.close()
 
-    def _write(self, turn: _Letters) -> bool:
+    def _write(self, turn: _SocketTurn) -> bool:
         """Write what can be written; whether anything was."""
         progress = False
         for place in list(turn.unsent):
@@ -125,7 +125,7 @@ class Sockets(Direct):
             progress |= self._advance(place, turn.unsent, self._peers[place].send) > 0
         return progress
 
-    def _read(self, turn: _Letters) -> bool:
+    def _read(self, turn: _SocketTurn) -> bool:
         """Read what has come; whether anything has."""
         progress = False
         for place in list(turn.unread):
@@ -160,7 +160,7 @@ class Sockets(Direct):
             raise self.ended(place)
         return count
 
-    def _room_for(self, place: int, turn: _Letters) -> Tensor:
+    def _room_for(self, place: int, turn: _SocketTurn) -> Tensor:
         """Where the values go that a header announces: apart if they are not what this rank has handed in."""
         number, count, who = turn.rows[place, :HEADER].view(torch.int64).tolist()
         if number != turn.number or not 0 < count <= CAPACITY:
