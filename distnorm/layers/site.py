@@ -83,7 +83,7 @@ class Site:
             ValueError: 1 value per channel.
         """
         binding = self.conversion.bound()
-        if not binding.reducer.alone or x_NCL.device.type not in ("cpu", "cuda"):
+        if not binding.reducer.facts.alone or x_NCL.device.type not in ("cpu", "cuda"):
             return False
         self.refuse_one_value(x_NCL)
         self._begin(binding)
@@ -135,7 +135,7 @@ class Site:
             shared = binding.reducer.reduce(wire, slot)
         except RuntimeError as error:
             raise self._failed(binding, slot, error) from error
-        if not enough and binding.reducer.counts(slot):
+        if not enough and binding.reducer.completeness(slot).is_counted:
             # A policy that shares nothing in this step gives the wire back.
             self._check_count(shared[-1], 1 if shared is wire else binding.reducer.size)
         record = Record(wire, shared, slot.step, held=held)
@@ -186,7 +186,7 @@ class Site:
     def lands(self, step: int, *, learning: bool) -> bool:
         """Whether the statistics of ``step`` are fit for the running statistics."""
         binding = self.conversion.bound()
-        return binding.reducer.lands(self._slot(binding, "forward", step, learning=learning))
+        return binding.reducer.completeness(self._slot(binding, "forward", step, learning=learning)).is_global
 
     def _slot(self, binding: Binding, direction: Direction, step: int, *, learning: bool) -> Slot:
         step = binding.step if step == NOW else step

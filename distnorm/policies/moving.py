@@ -19,8 +19,7 @@ from distnorm.kernels import windows
 from distnorm.policies.base import Policy, Reducer
 from distnorm.policies.bucket import Bucket, loss_scale_of
 from distnorm.policies.entries import Entries, Remembering
-from distnorm.policies.facts import Facts
-from distnorm.policies.routes import Routes
+from distnorm.policies.facts import Completeness, Facts
 from distnorm.policies.stored import Check, bucket, entries, fields, sizes_of
 from distnorm.transport import Group, Topology
 from distnorm.types import Landed, Layout, Slot, Watch
@@ -31,16 +30,12 @@ LossReduction = Literal["mean", "sum"]
 
 class _Window(Remembering):
     def __init__(self, policy: Moving, blocking: Group, background: Group, layout: Layout) -> None:
-        super().__init__(blocking.size)
+        super().__init__(blocking.size, policy.facts.along([(blocking.ranks,)]))
         self.policy = policy
-        self.late = policy.staleness > 0
         self.blocking = blocking
         self.bucket = Bucket(layout, background)
         # The newest entry never enters the ring before it is global: the window is the ring and the newest.
         self.entries = Entries(self.bucket, policy.window - 1)
-
-    def routes(self) -> Routes:
-        return [(self.blocking.ranks,)]
 
     def reduce(self, wire: Tensor, slot: Slot) -> Tensor:
         if not slot.learning:
@@ -72,11 +67,8 @@ class _Window(Remembering):
             counted=slot.direction == "forward",
         )
 
-    def lands(self, slot: Slot) -> bool:
-        return not slot.learning or self.policy.staleness == 0
-
-    def counts(self, slot: Slot) -> bool:
-        return not slot.learning
+    def completeness(self, slot: Slot) -> Completeness:
+        return Completeness(not slot.learning or self.policy.staleness == 0, not slot.learning)
 
     def observe(self, shared: Tensor, slot: Slot, contributions: float) -> None:
         self.follow(shared)

@@ -18,8 +18,7 @@ from distnorm.kernels import windows
 from distnorm.policies.base import Policy, Reducer
 from distnorm.policies.bucket import Bucket, loss_scale_of
 from distnorm.policies.entries import Entries, Remembering
-from distnorm.policies.facts import Facts
-from distnorm.policies.routes import Routes
+from distnorm.policies.facts import Completeness, Facts
 from distnorm.policies.stored import Check, array, bucket, entries, fields, sizes_of
 from distnorm.transport import Group, Topology
 from distnorm.transport.group import moved
@@ -28,20 +27,15 @@ from distnorm.validation import Axis, Window, check_fields
 
 
 class _Mix(Remembering):
-    late = True
-
-    def __init__(self, window: int, blocking: Group, background: Group, layout: Layout) -> None:
-        super().__init__(blocking.size)
+    def __init__(self, policy: StaleMix, blocking: Group, background: Group, layout: Layout) -> None:
+        super().__init__(blocking.size, policy.facts.along([(blocking.ranks,)]))
         self.blocking = blocking
         # Counts are values here, to be mixed like sums; weights count contributions.
         self.bucket = Bucket(layout, background, extra=1)
-        self.entries = Entries(self.bucket, window)
+        self.entries = Entries(self.bucket, policy.window)
         self.others = torch.zeros_like(self.entries.sums)
         """Per slot, what one other rank contributes on average; 0 before anything landed."""
         self._sent: Tensor | None = None
-
-    def routes(self) -> Routes:
-        return [(self.blocking.ranks,)]
 
     def reduce(self, wire: Tensor, slot: Slot) -> Tensor:
         if not slot.learning:
@@ -51,11 +45,8 @@ class _Mix(Remembering):
         place = self.bucket.outbox, self.bucket.span[key], self.bucket.index[key]
         return windows.mix(wire, loss_scale_of(slot, wire), self.others, *place)
 
-    def lands(self, slot: Slot) -> bool:
-        return not slot.learning
-
-    def counts(self, slot: Slot) -> bool:
-        return not slot.learning
+    def completeness(self, slot: Slot) -> Completeness:
+        return Completeness(not slot.learning, not slot.learning)
 
     def observe(self, shared: Tensor, slot: Slot, contributions: float) -> None:
         self.follow(shared)
@@ -156,7 +147,7 @@ class StaleMix(Policy):
     def bind(self, topology: Topology, layout: Layout) -> Reducer:
         """Make one group for blocking sums and one for the bucket."""
         blocking, background = topology.pair(self.axis)
-        return _Mix(self.window, blocking, background, layout)
+        return _Mix(self, blocking, background, layout)
 
     @property
     def facts(self) -> Facts:
