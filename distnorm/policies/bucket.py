@@ -16,7 +16,6 @@ from torch import Tensor
 from distnorm.kernels import windows
 from distnorm.policies.stored import sizes_of
 from distnorm.transport import Group
-from distnorm.transport.group import moved
 from distnorm.types import EVERY_LAYER, Direction, Future, Landed, Layout, Slot
 
 logger = logging.getLogger("distnorm")
@@ -26,6 +25,11 @@ def loss_scale_of(slot: Slot, values: Tensor) -> Tensor | float:
     """What the ``values`` of ``slot`` are multiplied by: statistics by nothing. A tensor only if it is beside them."""
     scale = slot.loss_scale if slot.direction == "backward" else 1.0
     return float(scale) if isinstance(scale, Tensor) and scale.device != values.device else scale
+
+
+def moved(values: Tensor, device: torch.device) -> Tensor:
+    """``values`` on ``device``; zeros in place of those of a meta tensor, which has none."""
+    return torch.zeros_like(values, device=device) if values.is_meta else values.to(device)
 
 
 class _InFlight(NamedTuple):
@@ -40,8 +44,9 @@ class Bucket:
     """Collects slots during a step and sums them over a group while the next step runs."""
 
     def __init__(self, layout: Layout, group: Group, *, extra: int = 0) -> None:
-        """Room for ``layout``, with ``extra`` more values per forward slot."""
+        """Room for ``layout``, with ``extra`` more values per forward slot, behind the others."""
         self.group = group
+        self._extra = extra
         self.index = {slot: number for number, slot in enumerate(layout.sizes)}
         sizes = sizes_of(layout, extra)
         self._starts = starts = list(accumulate(sizes, initial=0))
@@ -132,7 +137,16 @@ class Bucket:
     def landed(self, means: Tensor, weights: Tensor, usable: Tensor) -> list[Landed]:
         """What the running statistics shall absorb: the forward slots of these vectors."""
         rows = zip(self.index, means.split(self._sizes), weights.unbind(), usable.double().unbind(), strict=True)
-        return [Landed(layer, *each) for (layer, direction), *each in rows if direction == "forward"]
+        return [
+            Landed(layer, values[: len(values) - self._extra], *rest)
+            for (layer, direction), values, *rest in rows
+            if direction == "forward"
+        ]
+
+    def statistics(self, means: Tensor) -> dict[str, Tensor]:
+        """By layer, what ``means`` of all slots hold of its forward one."""
+        spans = {layer: span for (layer, direction), span in self.span.items() if direction == "forward"}
+        return {layer: means[span.start : span.stop - self._extra] for layer, span in spans.items()}
 
     def _check_phase(self, landed: Tensor, passes: int) -> None:
         if landed.device.type == "cpu" and landed[-1].item() != passes * self.group.size:

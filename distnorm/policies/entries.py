@@ -13,8 +13,10 @@ from torch import Tensor
 
 from distnorm.kernels import windows
 from distnorm.policies.base import Reducer
-from distnorm.policies.bucket import Bucket
-from distnorm.transport.group import moved
+from distnorm.policies.bucket import Bucket, moved
+from distnorm.policies.facts import Completeness, Facts
+from distnorm.transport import Group
+from distnorm.types import Layout, Slot, Watch
 
 _STORED = ("ring", "filled", "position")
 
@@ -80,8 +82,29 @@ class Entries:
 class Remembering(Reducer):
     """A reducer with a bucket and entries, on the device of the layers: they follow when these move."""
 
-    bucket: Bucket
-    entries: Entries
+    def __init__(
+        self, facts: Facts, groups: tuple[Group, Group], layout: Layout, *, depth: int, extra: int = 0
+    ) -> None:
+        """``groups``: for blocking sums and for the bucket's, of the same ranks."""
+        self.blocking, background = groups
+        super().__init__(self.blocking.size, facts.along([(self.blocking.ranks,)]))
+        self.bucket = Bucket(layout, background, extra=extra)
+        self.entries = Entries(self.bucket, depth)
+
+    def completeness(self, slot: Slot) -> Completeness:
+        """Steps mix what is global with what is not; all else is summed at once."""
+        return Completeness(not slot.learning, not slot.learning)
+
+    def watches(self, local: Tensor, used: Tensor, shared: Tensor | None) -> dict[str, Watch]:
+        """``watch``, of means of all slots."""
+        local_of, used_of = self.bucket.statistics(local), self.bucket.statistics(used)
+        shared_of = {} if shared is None else self.bucket.statistics(shared)
+        found = {}
+        for layer in local_of:
+            number = self.bucket.index[layer, "forward"]
+            entries, dropped = int(self.entries.filled[number]), int(self.bucket.dropped[number])
+            found[layer] = Watch(local_of[layer], used_of[layer], shared_of.get(layer), entries, dropped)
+        return found
 
     def follow(self, values: Tensor) -> None:
         """Go on where the ``values`` of a layer are now. Waits for the vector in flight, if that is elsewhere."""

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from distnorm.kernels import windows
 from distnorm.policies.base import Policy, Reducer
-from distnorm.policies.bucket import Bucket, loss_scale_of
-from distnorm.policies.entries import Entries, Remembering
+from distnorm.policies.bucket import loss_scale_of
+from distnorm.policies.entries import Remembering
 from distnorm.policies.facts import Completeness, Facts
 from distnorm.policies.stored import Check, bucket, entries, fields, sizes_of
 from distnorm.transport import Group, Topology
@@ -29,13 +29,10 @@ LossReduction = Literal["mean", "sum"]
 
 
 class _Window(Remembering):
-    def __init__(self, policy: Moving, blocking: Group, background: Group, layout: Layout) -> None:
-        super().__init__(blocking.size, policy.facts.along([(blocking.ranks,)]))
-        self.policy = policy
-        self.blocking = blocking
-        self.bucket = Bucket(layout, background)
+    def __init__(self, policy: Moving, groups: tuple[Group, Group], layout: Layout) -> None:
         # The newest entry never enters the ring before it is global: the window is the ring and the newest.
-        self.entries = Entries(self.bucket, policy.window - 1)
+        super().__init__(policy.facts, groups, layout, depth=policy.window - 1)
+        self.policy = policy
 
     def reduce(self, wire: Tensor, slot: Slot) -> Tensor:
         if not slot.learning:
@@ -68,7 +65,8 @@ class _Window(Remembering):
         )
 
     def completeness(self, slot: Slot) -> Completeness:
-        return Completeness(not slot.learning or self.policy.staleness == 0, not slot.learning)
+        found = super().completeness(slot)
+        return found if self.policy.staleness else found._replace(is_global=True)
 
     def observe(self, shared: Tensor, slot: Slot, contributions: float) -> None:
         self.follow(shared)
@@ -106,16 +104,7 @@ class _Window(Remembering):
     def watch(self, slot: Slot, *, exact: bool) -> dict[str, Watch]:
         local = self.bucket.layout.means(self.bucket.last)
         shared = self.bucket.layout.means(self.blocking.sum(self.bucket.last, slot)) if exact else None
-        used = self.entries.mean()
-        found = {}
-        for (layer, direction), number in self.bucket.index.items():
-            span = self.bucket.span[layer, direction]
-            if direction == "forward":
-                entries, dropped = int(self.entries.filled[number]), int(self.bucket.dropped[number])
-                found[layer] = Watch(
-                    local[span], used[span], None if shared is None else shared[span], entries, dropped
-                )
-        return found
+        return self.watches(local, self.entries.mean(), shared)
 
     def state_dict(self) -> dict[str, Any]:
         self.bucket.warn_of_drops()
@@ -156,8 +145,7 @@ class Moving(Policy):
 
     def bind(self, topology: Topology, layout: Layout) -> Reducer:
         """Make one group for blocking sums and one for the bucket."""
-        blocking, background = topology.pair(self.axis)
-        return _Window(self, blocking, background, layout)
+        return _Window(self, topology.pair(self.axis), layout)
 
     @property
     def facts(self) -> Facts:

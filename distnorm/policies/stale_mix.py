@@ -16,23 +16,19 @@ from torch import Tensor
 
 from distnorm.kernels import windows
 from distnorm.policies.base import Policy, Reducer
-from distnorm.policies.bucket import Bucket, loss_scale_of
-from distnorm.policies.entries import Entries, Remembering
-from distnorm.policies.facts import Completeness, Facts
+from distnorm.policies.bucket import loss_scale_of, moved
+from distnorm.policies.entries import Remembering
+from distnorm.policies.facts import Facts
 from distnorm.policies.stored import Check, array, bucket, entries, fields, sizes_of
 from distnorm.transport import Group, Topology
-from distnorm.transport.group import moved
 from distnorm.types import Landed, Layout, Slot, Watch
 from distnorm.validation import Axis, Window, check_fields
 
 
 class _Mix(Remembering):
-    def __init__(self, policy: StaleMix, blocking: Group, background: Group, layout: Layout) -> None:
-        super().__init__(blocking.size, policy.facts.along([(blocking.ranks,)]))
-        self.blocking = blocking
+    def __init__(self, policy: StaleMix, groups: tuple[Group, Group], layout: Layout) -> None:
         # Counts are values here, to be mixed like sums; weights count contributions.
-        self.bucket = Bucket(layout, background, extra=1)
-        self.entries = Entries(self.bucket, policy.window)
+        super().__init__(policy.facts, groups, layout, depth=policy.window, extra=1)
         self.others = torch.zeros_like(self.entries.sums)
         """Per slot, what one other rank contributes on average; 0 before anything landed."""
         self._sent: Tensor | None = None
@@ -44,9 +40,6 @@ class _Mix(Remembering):
         key = slot.layer, slot.direction
         place = self.bucket.outbox, self.bucket.span[key], self.bucket.index[key]
         return windows.mix(wire, loss_scale_of(slot, wire), self.others, *place)
-
-    def completeness(self, slot: Slot) -> Completeness:
-        return Completeness(not slot.learning, not slot.learning)
 
     def observe(self, shared: Tensor, slot: Slot, contributions: float) -> None:
         self.follow(shared)
@@ -72,25 +65,21 @@ class _Mix(Remembering):
         return [] if landed is None else self._landed(landed)
 
     def _landed(self, vector: Tensor) -> list[Landed]:
-        """Of all slots at once, of which the forward ones end with their counts."""
+        """Of all slots at once: the forward ones end with their counts."""
         values, usable = self.bucket.layout.parts(vector)[0], self.bucket.layout.judge(vector)[1]
-        counts = values[self.bucket.layout.starts[1:] - 1]
-        means = values / counts.clamp_min(1)[self.bucket.layout.slot_of]
-        landed = self.bucket.landed(means, counts, usable & (counts > 0))
-        return [each._replace(means=each.means[:-1]) for each in landed]
+        means, counts = self._means(values)
+        return self.bucket.landed(means, counts, usable & (counts > 0))
+
+    def _means(self, sums: Tensor) -> tuple[Tensor, Tensor]:
+        """Of all slots, over the last of their values; which these are."""
+        counts = sums[self.bucket.layout.starts[1:] - 1]
+        return sums / counts.clamp_min(1)[self.bucket.layout.slot_of], counts
 
     def watch(self, slot: Slot, *, exact: bool) -> dict[str, Watch]:
         last, _ = self.bucket.layout.parts(self.bucket.last)
         total = self.bucket.layout.parts(self.blocking.sum(self.bucket.last, slot))[0] if exact else None
-        used = last + self.others
-        found = {}
-        for (layer, direction), number in self.bucket.index.items():
-            if direction == "forward":
-                span = self.bucket.span[layer, direction]
-                shared = None if total is None else _mean(total[span])
-                entries, dropped = int(self.entries.filled[number]), int(self.bucket.dropped[number])
-                found[layer] = Watch(_mean(last[span]), _mean(used[span]), shared, entries, dropped)
-        return found
+        shared = None if total is None else self._means(total)[0]
+        return self.watches(self._means(last)[0], self._means(last + self.others)[0], shared)
 
     def _represent(self, vector: Tensor) -> None:
         """Let ``vector``, of other ranks, speak for them."""
@@ -121,10 +110,6 @@ class _Mix(Remembering):
         return {"ring": others[None], "filled": filled, "position": torch.zeros_like(filled)}
 
 
-def _mean(wire: Tensor) -> Tensor:
-    return wire[:-1] / wire[-1].clamp_min(1)
-
-
 @final
 @dataclass(frozen=True, kw_only=True)
 class StaleMix(Policy):
@@ -146,8 +131,7 @@ class StaleMix(Policy):
 
     def bind(self, topology: Topology, layout: Layout) -> Reducer:
         """Make one group for blocking sums and one for the bucket."""
-        blocking, background = topology.pair(self.axis)
-        return _Mix(self, blocking, background, layout)
+        return _Mix(self, topology.pair(self.axis), layout)
 
     @property
     def facts(self) -> Facts:

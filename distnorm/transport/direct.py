@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from datetime import timedelta
 from functools import partial
 from typing import ClassVar, NamedTuple
@@ -36,6 +37,15 @@ class Declined(NamedTuple):
 
     cause: str
     level: int = logging.WARNING
+
+    @classmethod
+    def by_rank(cls, ranks: tuple[int, ...], causes: Sequence[str]) -> Declined:
+        """Of each rank that has one, the cause."""
+        return cls("; ".join(f"rank {rank}: {why}" for rank, why in zip(ranks, causes, strict=True) if why))
+
+    def log(self, ranks: tuple[int, ...], consequence: str) -> None:
+        """Say that ``ranks`` do without."""
+        logger.log(self.level, "distnorm: ranks %s %s: %s", list(ranks), consequence, self.cause)
 
 
 class Direct(ABC):

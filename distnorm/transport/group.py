@@ -62,11 +62,6 @@ def lost(group: dist.ProcessGroup | OtherT) -> LostGroup | OtherT:
     return group
 
 
-def moved(values: Tensor, device: torch.device) -> Tensor:
-    """``values`` on ``device``; zeros in place of those of a meta tensor, which has none."""
-    return torch.zeros_like(values, device=device) if values.is_meta else values.to(device)
-
-
 class Group(ABC):
     """Ranks that share statistics, and what carries these between them."""
 

@@ -99,7 +99,7 @@ def join(ranks: tuple[int, ...], rank: int, timeout: timedelta) -> SharedMemory 
     found = attempt(ranks, rank, timeout)
     if not isinstance(found, Declined):
         return found
-    logger.log(found.level, "distnorm: ranks %s share no memory: %s", list(ranks), found.cause)
+    found.log(ranks, "share no memory")
     return None
 
 
@@ -131,7 +131,7 @@ def attempt(ranks: tuple[int, ...], rank: int, timeout: timedelta) -> SharedMemo
     causes = tell("" if isinstance(joined, SharedMemory) else joined, "open shared memory")
     if isinstance(joined, SharedMemory) and not any(causes):
         return joined
-    return Declined("; ".join(f"rank {rank}: {why}" for rank, why in zip(ranks, causes, strict=True) if why))
+    return Declined.by_rank(ranks, causes)
 
 
 def host_id() -> str:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from distnorm.transport.addresses import family_of, own_address
-from distnorm.transport.direct import AWAKE_S, CAPACITY, Declined, Direct, Turn, logger
+from distnorm.transport.direct import AWAKE_S, CAPACITY, Declined, Direct, Turn
 from distnorm.transport.handshake import SECRET, Door, Handshake, UnreachableError
 from distnorm.transport.patience import LOOK_S, Patience
 from distnorm.transport.rendezvous import tell_and_collect
@@ -195,12 +195,7 @@ def join(ranks: tuple[int, ...], rank: int, timeout: timedelta) -> Sockets | Non
     found = attempt(ranks, rank, timeout)
     if not isinstance(found, Declined):
         return found
-    logger.log(
-        found.level,
-        "distnorm: ranks %s have no sockets, so gloo carries their statistics: %s",
-        list(ranks),
-        found.cause,
-    )
+    found.log(ranks, "have no sockets, so gloo carries their statistics")
     return None
 
 
@@ -225,7 +220,7 @@ def attempt(ranks: tuple[int, ...], rank: int, timeout: timedelta) -> Sockets | 
         doors = [json.loads(text) for text in told]
         causes = ["" if len(door) == 3 else door[0] for door in doors]
         if isinstance(listener, str) or any(causes):
-            return _declined(ranks, causes)
+            return Declined.by_rank(ranks, causes)
         doors = [Door(rank, *door) for rank, door in zip(ranks, doors, strict=True)]
         handshake, cause = Handshake(listener, doors, place), ""
         try:
@@ -240,11 +235,7 @@ def attempt(ranks: tuple[int, ...], rank: int, timeout: timedelta) -> Sockets | 
     if not any(causes):
         return Sockets(handshake.peers, ranks, place, timeout)
     handshake.hang_up()
-    return _declined(ranks, causes)
-
-
-def _declined(ranks: tuple[int, ...], causes: list[str]) -> Declined:
-    return Declined("; ".join(f"rank {rank}: {why}" for rank, why in zip(ranks, causes, strict=True) if why))
+    return Declined.by_rank(ranks, causes)
 
 
 def _listen(address: str) -> socket.socket | str:
