@@ -36,7 +36,7 @@ class Facts:
         collectives: blocking ones per layer, direction and step, on average.
         background: asynchronous ones per step, for all layers together.
         staleness: steps that a collective is given before anyone waits for it; 0 means that it blocks.
-        always_lands: whether the statistics of every step are global ones (see ``Completeness``).
+        always_global: whether the statistics of every step are global ones (see ``Completeness``).
         keeps_cotangents: whether cotangents outlive their step: loss scales must come out of them, second derivatives
             do not exist, and nothing that is not finite may be kept.
         groups: the process groups of the user's that it names.
@@ -50,7 +50,7 @@ class Facts:
     collectives: float = 0.0
     background: float = 0.0
     staleness: int = 0
-    always_lands: bool = True
+    always_global: bool = True
     keeps_cotangents: bool = False
     groups: tuple[dist.ProcessGroup | LostGroup, ...] = ()
     bounded: bool = False
@@ -80,7 +80,7 @@ def in_sequence(*parts: Facts) -> Facts:
         collectives=sum(part.collectives for part in parts),
         background=sum(part.background for part in parts),
         staleness=max(part.staleness for part in parts),
-        always_lands=all(part.always_lands for part in parts),
+        always_global=all(part.always_global for part in parts),
         keeps_cotangents=any(part.keeps_cotangents for part in parts),
         groups=tuple(group for part in parts for group in part.groups),
         bounded=all(part.bounded for part in parts),
@@ -106,7 +106,7 @@ def first_then(first: Facts, then: Facts) -> Facts:
     """Of ``first`` for a limited time, and ``then`` for good; the scope of either bounds both."""
     return replace(
         then,
-        always_lands=first.always_lands and then.always_lands,
+        always_global=first.always_global and then.always_global,
         keeps_cotangents=first.keeps_cotangents or then.keeps_cotangents,
         groups=first.groups + then.groups,
         bounded=bool(first.scope or then.scope),
@@ -123,7 +123,7 @@ def every_kth(facts: Facts, k: int) -> Facts:
         facts,
         collectives=facts.collectives / k,
         background=facts.background / k,
-        always_lands=k == 1 and facts.always_lands,
+        always_global=k == 1 and facts.always_global,
         routes=facts.routes if k == 1 else either(facts.routes, [()]),
         alone=False,
     )

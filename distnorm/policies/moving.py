@@ -154,7 +154,7 @@ class Moving(Policy):
             collectives=1.0 - self.staleness,
             background=float(self.staleness),
             staleness=self.staleness,
-            always_lands=self.staleness == 0,
+            always_global=self.staleness == 0,
             keeps_cotangents=True,
         )
 

@@ -136,7 +136,7 @@ class StaleMix(Policy):
     @property
     def facts(self) -> Facts:
         """One asynchronous collective; cotangents of an earlier step come back."""
-        return Facts(background=1.0, staleness=1, always_lands=False, keeps_cotangents=True)
+        return Facts(background=1.0, staleness=1, always_global=False, keeps_cotangents=True)
 
     @property
     def memory(self) -> str:

@@ -76,7 +76,7 @@ class Warmup(Policy):
         check_fields(self)
         if self.first.facts.keeps_cotangents:
             raise ValueError(f"Warmup(first={self.first!r}): need an exact policy, such as AllReduce().")
-        shares = self.first.facts.communicates and self.first.facts.always_lands
+        shares = self.first.facts.communicates and self.first.facts.always_global
         if self.then.facts.keeps_cotangents and not shares:
             raise ValueError(
                 f"Warmup(first={self.first!r}, then={self.then!r}): the second policy starts with what the first one "

@@ -1,4 +1,4 @@
-"""Small sums that the ranks of a job do themselves, without a library's helper threads: turn by turn, in one order.
+"""Small all-reduces that ranks do themselves, without a library's helper threads: turn by turn, in one order.
 
 A message says whose vector it carries. Where ranks hand in those of different layers nothing is added: all of them see
 it in the same turn, tell each other through the job's store, and raise the same error.
@@ -24,8 +24,8 @@ logger = logging.getLogger("distnorm")
 CAPACITY = 16 * 1024
 """Longest vector, in values: 128 KiB."""
 
-AWAKE_S = 5e-3
-"""How long a rank keeps looking for the others before it sleeps between looks.
+SPIN_S = 5e-3
+"""How long a rank spin-waits for the others before it sleeps between looks, in seconds.
 
 A thread that sleeps is woken late, and on a core that another rank may be using: in a training step that cost about as
 much again as the collective. One that yields lets others run, and goes on as soon as they are done.
@@ -33,7 +33,7 @@ much again as the collective. One that yields lets others run, and goes on as so
 
 
 class Declined(NamedTuple):
-    """Why the ranks of a group, all of them, do without a way; and how loud that is said where nobody insists on it."""
+    """Why all ranks of a group do without a transport, and the level at which that is logged if none was asked for."""
 
     cause: str
     level: int = logging.WARNING
@@ -43,15 +43,15 @@ class Declined(NamedTuple):
         """Of each rank that has one, the cause."""
         return cls("; ".join(f"rank {rank}: {why}" for rank, why in zip(ranks, causes, strict=True) if why))
 
-    def log(self, ranks: tuple[int, ...], consequence: str) -> None:
-        """Say that ``ranks`` do without."""
-        logger.log(self.level, "distnorm: ranks %s %s: %s", list(ranks), consequence, self.cause)
+    def log(self, message: str, ranks: tuple[int, ...]) -> None:
+        """Log ``message``, with ``ranks`` and the cause in place of its two ``%s``."""
+        logger.log(self.level, message, list(ranks), self.cause)
 
 
 class Direct(ABC):
-    """Sums of float64 vectors on the CPU among the ranks of a group, which hand in the same number of values."""
+    """All-reduces of float64 vectors on the CPU among the ranks of a group, all of the same length."""
 
-    travels: ClassVar[bool] = True
+    over_network: ClassVar[bool] = True
     """Whether vectors cross a network, so that ranks do not come out of a sum at the same time."""
 
     def __init__(self, ranks: tuple[int, ...], place: int, timeout: timedelta) -> None:
@@ -119,7 +119,7 @@ class Direct(ABC):
     def close(self) -> None:
         """Leave: whoever waits for this rank is told that it has ended."""
 
-    def too_late(self, place: int) -> RuntimeError:
+    def timed_out(self, place: int) -> RuntimeError:
         """The error where rank number ``place`` did not come in time."""
         return RuntimeError(
             f"rank {self._ranks[place]} did not take part within {self._timeout.total_seconds():.0f} s."

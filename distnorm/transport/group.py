@@ -1,4 +1,4 @@
-"""Groups that sum small vectors: what every transport offers, and torch process groups at their lowest latency."""
+"""Groups for small all-reduces: what every transport offers, and torch process groups at their lowest latency."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distnorm.transport.direct import AWAKE_S, Direct
+from distnorm.transport.direct import SPIN_S, Direct
 from distnorm.transport.rendezvous import group_timeout
 from distnorm.transport.schedule import Schedule
 from distnorm.transport.senders import Sender, mixed, sender, signature
@@ -138,7 +138,7 @@ class TorchGroup(Group):
 
     On gloo an all_reduce of P ranks costs about 2 (P - 1) message rounds and a direct exchange costs one, so small
     vectors are exchanged and added locally, in rank order: every rank gets the same bits. Larger ones, and those on a
-    device that another backend serves, go by all_reduce. Small vectors on the CPU need no gloo where ranks share memory
+    device that another backend serves, use all_reduce. Small vectors on the CPU need no gloo where ranks share memory
     or have sockets of their own.
     """
 
@@ -219,7 +219,7 @@ def _future(work: dist.Work, result: Callable[[], Tensor | RuntimeError], *, spi
 
     def finish() -> Tensor | RuntimeError:
         if spin:
-            until = time.perf_counter() + AWAKE_S
+            until = time.perf_counter() + SPIN_S
             while not work.is_completed() and time.perf_counter() < until:
                 os.sched_yield()
         work.wait()

@@ -112,7 +112,7 @@ def check_places(ranks: Sequence[int], told: Sequence[Mapping[str, Any]]) -> dic
         if each["device"] != "cpu":
             raise RuntimeError(
                 f"distnorm: transport='mpi' carries statistics of layers on the CPU; those of rank {rank} are on "
-                f"{each['device']}. Use transport='torch', which goes by NCCL there."
+                f"{each['device']}. Use transport='torch', which uses NCCL there."
             )
         if not each["threads"]:
             raise RuntimeError(

@@ -1,4 +1,4 @@
-"""Sums among ranks of several hosts over sockets of our own: one message each way, sent without asking.
+"""All-reduces among ranks of several hosts over sockets of our own: one message each way, sent without asking.
 
 A message of gloo's takes a round trip, since the receiver announces its buffer first, and two threads that wake up.
 Here every rank writes its vector to all others at once and reads theirs as they come: half a round trip.
@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from distnorm.transport.addresses import family_of, own_address
-from distnorm.transport.direct import AWAKE_S, CAPACITY, Declined, Direct, Turn
-from distnorm.transport.handshake import SECRET, Door, Handshake, UnreachableError
+from distnorm.transport.direct import CAPACITY, SPIN_S, Declined, Direct, Turn
+from distnorm.transport.handshake import SECRET, Endpoint, Handshake, UnreachableError
 from distnorm.transport.patience import LOOK_S, Patience
 from distnorm.transport.rendezvous import tell_and_collect
 from distnorm.transport.senders import Sender
@@ -94,8 +94,8 @@ class Sockets(Direct):
             if self._read(turn) or self._write(turn):
                 continue
             if not patience.look():
-                raise self.too_late(next(iter(turn.unread or turn.unsent)))
-            if time.monotonic() - started < AWAKE_S:
+                raise self.timed_out(next(iter(turn.unread or turn.unsent)))
+            if time.monotonic() - started < SPIN_S:
                 os.sched_yield()
             else:
                 self._sleep(turn)
@@ -195,7 +195,7 @@ def join(ranks: tuple[int, ...], rank: int, timeout: timedelta) -> Sockets | Non
     found = attempt(ranks, rank, timeout)
     if not isinstance(found, Declined):
         return found
-    found.log(ranks, "have no sockets, so gloo carries their statistics")
+    found.log("distnorm: ranks %s have no sockets, so gloo carries their statistics: %s", ranks)
     return None
 
 
@@ -217,12 +217,12 @@ def attempt(ranks: tuple[int, ...], rank: int, timeout: timedelta) -> Sockets | 
         mine = [address, str(listener.getsockname()[1]), secrets.token_hex(SECRET)]
     with nullcontext() if isinstance(listener, str) else closing(listener):
         told = tell_and_collect(ranks, json.dumps(mine), patience.rest(), doing="say where they listen")
-        doors = [json.loads(text) for text in told]
-        causes = ["" if len(door) == 3 else door[0] for door in doors]
+        endpoints = [json.loads(text) for text in told]
+        causes = ["" if len(endpoint) == 3 else endpoint[0] for endpoint in endpoints]
         if isinstance(listener, str) or any(causes):
             return Declined.by_rank(ranks, causes)
-        doors = [Door(rank, *door) for rank, door in zip(ranks, doors, strict=True)]
-        handshake, cause = Handshake(listener, doors, place), ""
+        endpoints = [Endpoint(rank, *endpoint) for rank, endpoint in zip(ranks, endpoints, strict=True)]
+        handshake, cause = Handshake(listener, endpoints, place), ""
         try:
             handshake.connect(Patience(min(patience.rest(), timedelta(seconds=CONNECT_S))))
         except UnreachableError as error:
@@ -230,11 +230,11 @@ def attempt(ranks: tuple[int, ...], rank: int, timeout: timedelta) -> Sockets | 
         try:
             causes = tell_and_collect(ranks, cause, patience.rest(), doing="connect")
         except BaseException:
-            handshake.hang_up()
+            handshake.close()
             raise
     if not any(causes):
         return Sockets(handshake.peers, ranks, place, timeout)
-    handshake.hang_up()
+    handshake.close()
     return Declined.by_rank(ranks, causes)
 
 
