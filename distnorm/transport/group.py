@@ -25,6 +25,7 @@ EXCHANGE_LIMIT_BYTES = 128 * 1024
 """Largest vector that gloo ranks send to each other directly; ``benchmarks/exchange.py`` measures the switch point."""
 
 
+# docs/decisions.md#groups-are-held-weakly
 @dataclass(frozen=True)
 class LostGroup:
     """Stands in a pickled recipe where a process group was: groups belong to the process that made them."""
@@ -93,6 +94,7 @@ class Pending:
         self._wire = moved(self.wait(), device)
 
 
+# docs/decisions.md#state-moves-with-the-values
 def moved(values: Tensor, device: torch.device) -> Tensor:
     """``values`` on ``device``; zeros in place of those of a meta tensor, which has none."""
     return torch.zeros_like(values, device=device) if values.is_meta else values.to(device)
