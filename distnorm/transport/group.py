@@ -94,7 +94,6 @@ class Pending:
         self._wire = moved(self.wait(), device)
 
 
-# docs/decisions.md#state-moves-with-the-values
 def moved(values: Tensor, device: torch.device) -> Tensor:
     """``values`` on ``device``; zeros in place of those of a meta tensor, which has none."""
     return torch.zeros_like(values, device=device) if values.is_meta else values.to(device)
