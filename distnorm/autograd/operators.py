@@ -70,6 +70,7 @@ _channels: WeakValueDictionary[int, Channel] = WeakValueDictionary()
 _numbers = itertools.count()
 
 
+# docs/decisions.md#compiled-graphs-hold-the-policy-as-operators
 def open_channel(channel: Channel) -> tuple[int, Tensor]:
     """Register ``channel`` for as long as it lives; return its key, and that as a tensor."""
     key = next(_numbers)

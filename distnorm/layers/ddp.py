@@ -58,6 +58,7 @@ class Broadcasts:
             settled.update(training)
 
 
+# docs/decisions.md#join-is-refused
 def refuse_join(layer: str) -> None:
     """Raise where DDP has promised to stand in for ranks without data: it does not know of sums inside of a forward.
 
@@ -97,6 +98,7 @@ def _enclosing() -> Iterator[DistributedDataParallel]:
             yield frame.f_locals["self"]
 
 
+# docs/decisions.md#running-statistics-leave-the-buffers-that-ddp-broadcasts
 def _unlist(module: DistributedDataParallel, layers: Iterable[nn.Module]) -> None:
     names = _names(module, layers) - module.parameters_to_ignore
     module.parameters_to_ignore |= names

@@ -200,6 +200,7 @@ class Site:
             f"other layers; its own message says more. Cause: {error}"
         )
 
+    # docs/decisions.md#one-value-per-channel
     def _check_count(self, count: Tensor, size: int) -> None:
         if count.device.type == "cpu":
             if count.item() == 1:

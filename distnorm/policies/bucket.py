@@ -40,6 +40,7 @@ class _InFlight(NamedTuple):
     passes: int | None
 
 
+# docs/decisions.md#an-asynchronous-sum-gets-one-whole-step
 class Bucket:
     """Collects slots during a step and sums them over a group while the next step runs."""
 

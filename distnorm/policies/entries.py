@@ -21,6 +21,7 @@ from distnorm.types import Layout, Slot, Watch
 _STORED = ("ring", "filled", "position")
 
 
+# docs/decisions.md#state-moves-with-the-values
 class Entries:
     """Up to ``depth`` entries for each slot of ``bucket``."""
 

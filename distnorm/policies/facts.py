@@ -28,6 +28,7 @@ class Completeness(NamedTuple):
     is_counted: bool = True
 
 
+# docs/decisions.md#what-is-known-of-a-policy-before-ranks-are
 @dataclass(frozen=True, kw_only=True)
 class Facts:
     """What is known of a policy; of a reducer, once ranks are known, with the last four.

@@ -21,9 +21,11 @@ from distnorm.types import Future
 
 logger = logging.getLogger("distnorm")
 
+# docs/decisions.md#where-the-direct-exchange-ends
 CAPACITY = 16 * 1024
 """Longest vector, in values: 128 KiB."""
 
+# docs/decisions.md#a-waiting-rank-spins-first
 SPIN_S = 5e-3
 """How long a rank spin-waits for the others before it sleeps between looks, in seconds.
 
@@ -48,6 +50,7 @@ class Declined(NamedTuple):
         logger.log(self.level, message, list(ranks), self.cause)
 
 
+# docs/decisions.md#small-all-reduces-do-not-use-gloo
 class Direct(ABC):
     """All-reduces of float64 vectors on the CPU among the ranks of a group, all of the same length."""
 
@@ -68,6 +71,7 @@ class Direct(ABC):
         """Whether ``wire`` can travel here: the same on every rank."""
         return wire.dtype is torch.float64 and wire.is_cpu and wire.numel() <= CAPACITY
 
+    # docs/decisions.md#a-collective-can-be-interrupted
     def start(self, wire: Tensor, who: Sender) -> Future:
         """Hand in ``wire`` of ``who``; one turn at a time. Where this raises, nothing was handed in, or all of it."""
         last = self._last
