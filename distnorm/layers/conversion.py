@@ -184,6 +184,7 @@ class Conversion:
     def state_dict(self) -> dict[str, Any]:
         """What the policy needs to go on as if nothing had happened, of this rank. Waits for what is in flight."""
         binding = self.bound()
+        binding.finish_step()
         place = {"rank": binding.topology.rank, "world_size": len(binding.topology.ranks)}
         kept: dict[str, Any] = {}
         if self.feeders.left or self.feeders.feeds:

@@ -7,12 +7,15 @@ binding, so every rank sends the same size whatever its layers did; a slot that 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from distnorm.compat.at_once import Call, at_once, put
 from distnorm.kernels import gpu
 from distnorm.policies.stored import sizes_of
 from distnorm.transport import Group
@@ -33,6 +36,10 @@ def loss_scale_of(slot: Slot, values: Tensor) -> Tensor | float:
 def at_or_number(scale: Tensor | float) -> tuple[Tensor | None, float]:
     """``scale`` as kernels/gpu/entries.py takes it: where it lies, or else the number."""
     return (scale, 1.0) if isinstance(scale, Tensor) else (None, scale)
+
+
+Enter = Callable[[Tensor | None, Tensor | None], list[Call]]
+"""How a policy takes note of the sum that landed, if any, and of what is sent: calls that are made at once."""
 
 
 class Bucket:
@@ -57,6 +64,11 @@ class Bucket:
         self._pending: Pending | None = None
         self._passes: int | None = None
         """What this rank sent along with the pending vector, unless another process sent it."""
+        self._reached: Slot | None = None
+        self._ended: Slot | None = None
+        """Which step has received, and which one has ended, last; told by identity, since steps may be loaded."""
+        self._landed: Tensor | None = None
+        self._result: list[Landed] = []
         self._warned: set[str] = set()
 
     def _lay_out(self, device: torch.device) -> None:
@@ -75,13 +87,14 @@ class Bucket:
             self._pending.to(device)
         if self.outbox.is_meta:
             self._pending = None  # it carried nothing
-        self.outbox, self.dropped, self.last = (moved(each, device) for each in (self.outbox, self.dropped, self.last))
+        self.dropped, self.last = moved(self.dropped, device), moved(self.last, device)
+        self.outbox = moved(self.outbox, device)  # in the end: it says where all the others are
 
     def write(self, layer: str, direction: Direction, values: Tensor, weight: Tensor | float) -> None:
         """Add to a slot of this step."""
         key = layer, direction
-        self.outbox[self.span[key]].add_(values)
-        self.outbox[self.values + self.index[key]].add_(weight)
+        own = self.outbox[self.span[key]], self.outbox[self.values + self.index[key]]
+        at_once(partial(own[0].add_, values), partial(own[1].add_, weight))
 
     def addresses(self, slot: tuple[str, Direction]) -> tuple[int, int]:
         """Where C finds the values and the weight of ``slot`` in this step's vector."""
@@ -96,17 +109,11 @@ class Bucket:
         """The values and the weights of ``vector``."""
         return vector[: self.values], vector[self.values : -1]
 
-    def usable(self, vector: Tensor) -> Tensor:
-        """Which slots of a landed ``vector`` hold finite values of a weight above 0; counts those that are not finite.
+    def judge(self, vector: Tensor) -> tuple[Tensor, Tensor]:
+        """Which slots of ``vector`` hold finite values, and which of them have a weight above 0.
 
         The vector is a sum over ranks, so every rank judges alike.
         """
-        finite, usable = self.judge(vector)
-        self.dropped += ~finite
-        return usable
-
-    def judge(self, vector: Tensor) -> tuple[Tensor, Tensor]:
-        """Which slots of ``vector`` hold finite values, and which of them have a weight above 0."""
         values, weights = self.parts(vector)
         broken = torch.zeros_like(weights).index_add_(0, self.slot_of, (~values.isfinite()).to(weights.dtype))
         finite = (broken == 0) & weights.isfinite()
@@ -116,27 +123,48 @@ class Bucket:
         """The sum that is under way, if any, waited for; None where ranks are out of phase, and it may never come."""
         return None if "phase" in self._warned else self._wait()
 
-    def exchange(self, slot: Slot) -> tuple[Tensor | None, Tensor]:
-        """End a step: wait for the last one's sum, and send this one's. Returns that sum, if any, and what was sent.
+    def exchange(self, slot: Slot, enter: Enter) -> Tensor | None:
+        """End the step of ``slot``: wait for the last one's sum, and send this one's. Returns that sum, if any.
 
-        What is interrupted before this step's vector has been sent has changed nothing, and can be repeated.
+        An exception from outside, such as Ctrl-C, finds that nothing was sent, or that all was sent and entered. Who
+        calls again with the same ``slot`` ends the step once, and gets what it would have got.
         """
+        if self._ended is slot:
+            return self._landed
         landed = self._wait()
         if landed is not None and self._passes is not None:
             self._check_phase(landed, self._passes)
-        travelling = self.outbox.clone()
+        travelling, own = self.outbox.clone(), self.outbox.clone()
         travelling[-1].fill_(slot.passes)  # to assign a number copies it to a GPU, which waits
+        pending = Pending(travelling, slot._replace(layer=EVERY_LAYER))
+        calls = [*self._leaving(own), *enter(landed, own), put(self, "_landed", landed), put(self, "_ended", slot)]
         try:
-            self._pending = self.group.sum_async(travelling, slot._replace(layer=EVERY_LAYER))
+            self.group.sum_async(pending, put(self, "_pending", pending), put(self, "_passes", slot.passes), *calls)
         except RuntimeError as error:
             raise self._missed(slot.step, error) from error
-        self._passes = slot.passes
-        return landed, self.take()
-
-    def land(self) -> Tensor | None:
-        """The sum that is under way, if any, waited for and under way no more."""
-        landed, self._pending = self._wait(), None
         return landed
+
+    def land(self, slot: Slot, enter: Enter) -> Tensor | None:
+        """The sum that is under way, if any, waited for and under way no more; as ``exchange``, but nothing is sent."""
+        if self._reached is not slot:
+            landed = self._wait()
+            at_once(
+                *enter(landed, None),
+                *(put(self, "_landed", landed), put(self, "_pending", None), put(self, "_reached", slot)),
+            )
+        return self._landed
+
+    def take(self, slot: Slot, enter: Enter, result: list[Landed]) -> list[Landed]:
+        """End a step whose sums need no collective: this step's vector is entered. Returns the first ``result``."""
+        if self._ended is not slot:
+            own = self.outbox.clone()
+            calls = [*self._leaving(own), *enter(own, None)]
+            at_once(*calls, put(self, "_result", result), put(self, "_ended", slot))
+        return self._result
+
+    def _leaving(self, own: Tensor) -> list[Call]:
+        """This step's vector is ``own``, a copy: replayed CUDA graphs go on writing where they wrote when captured."""
+        return [put(self, "last", own), self.outbox.zero_]
 
     def _wait(self) -> Tensor | None:
         if self._pending is None:
@@ -144,7 +172,7 @@ class Bucket:
         try:
             return self._pending.wait()
         except RuntimeError as error:
-            raise self._missed(self._pending.step, error) from error
+            raise self._missed(self._pending.slot.step, error) from error
 
     def _missed(self, step: int, error: RuntimeError) -> RuntimeError:
         return RuntimeError(
@@ -152,15 +180,6 @@ class Bucket:
             "rank has stopped, or ran out of data earlier: end all ranks after equally many steps. "
             f"Cause: {error}"
         )
-
-    def take(self) -> Tensor:
-        """End a step whose sums need no collective: this step's vector.
-
-        A copy: replayed CUDA graphs go on writing where they wrote when they were captured.
-        """
-        self.last = self.outbox.clone()
-        self.outbox.zero_()
-        return self.last
 
     def means(self, vector: Tensor) -> Tensor:
         """The values of ``vector`` over their weights; 0 where a slot was not used."""
@@ -216,5 +235,4 @@ class Bucket:
         self._pending = self._passes = None
         if in_flight is not None:
             vector = in_flight.to(self.outbox.device, copy=True)
-            slot = Slot(EVERY_LAYER, "forward", -1)
-            self._pending = Pending(vector, None, slot)
+            self._pending = Pending(vector, Slot(EVERY_LAYER, "forward", -1))

@@ -7,11 +7,13 @@ Inf, keeps the entries that it has.
 from __future__ import annotations
 
 from ctypes import CDLL
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from distnorm.compat.at_once import Call, put
 from distnorm.kernels.native import library
 from distnorm.policies.base import Reducer
 from distnorm.policies.bucket import Bucket
@@ -33,44 +35,53 @@ class Entries:
         self.position = torch.zeros_like(self.filled)
         """The row of each slot's next entry."""
         self.sums = torch.zeros(bucket.values, dtype=torch.float64, device=device)
+        self.usable = torch.zeros(bucket.slots, dtype=torch.bool, device=device)
+        """Which slots the last vector had an entry for."""
 
-    def push(self, vector: Tensor) -> Tensor:
-        """Make an entry of each usable slot of ``vector``; return which these are. Counts those that are broken."""
+    def pushing(self, vector: Tensor) -> list[Call]:
+        """What, done at once, makes an entry of each ``usable`` slot of ``vector``, and counts those that are broken.
+
+        On a GPU with Triton it is done when this returns.
+        """
         if self.depth and self.bucket.in_triton(vector):
             return self._push_in_triton(vector)
         if self.depth and vector.is_cpu and (compiled := library()) is not None:
-            return self._push_in_c(compiled, vector.contiguous())
-        usable = self.bucket.usable(vector)
+            return self._pushing_in_c(compiled, vector.contiguous())
+        finite, usable = self.bucket.judge(vector)
+        noted: list[Call] = [partial(self.bucket.dropped.add_, ~finite), put(self, "usable", usable)]
         if not self.depth:
-            return usable
+            return noted
         values, weights = self.bucket.parts(vector)
         slot_of = self.bucket.slot_of
         row = self.position[slot_of]
         column = torch.arange(self.bucket.values, device=row.device)
         entry = torch.where(usable[slot_of], values / weights[slot_of], self.ring[row, column])
-        self.ring[row, column] = entry
-        self.position = torch.where(usable, (self.position + 1) % self.depth, self.position)
-        # In place, as ``Bucket.take`` says.
-        self.filled.add_(usable).clamp_max_(self.depth)
-        torch.sum(self.ring, 0, out=self.sums)
-        return usable
+        position = torch.where(usable, (self.position + 1) % self.depth, self.position)
+        # In place, as ``Bucket.exchange`` says.
+        ring: list[Call] = [
+            partial(self.ring.index_put_, (row, column), entry),
+            partial(self.filled.copy_, (self.filled + usable).clamp_max_(self.depth)),
+            partial(torch.sum, self.ring, 0, out=self.sums),
+        ]
+        return [*noted, *ring, put(self, "position", position)]
 
-    def _push_in_triton(self, vector: Tensor) -> Tensor:
+    def _push_in_triton(self, vector: Tensor) -> list[Call]:
         from distnorm.kernels.gpu.entries import push  # imports Triton
 
         ring = self.ring, self.filled, self.position, self.sums
-        usable: Tensor
-        usable, self.position = push(vector.contiguous(), self.bucket.starts, *ring, self.bucket.dropped)
-        return usable
+        usable, position = push(vector.contiguous(), self.bucket.starts, *ring, self.bucket.dropped)
+        return [put(self, "usable", usable), put(self, "position", position)]
 
-    def _push_in_c(self, compiled: CDLL, vector: Tensor) -> Tensor:
+    def _pushing_in_c(self, compiled: CDLL, vector: Tensor) -> list[Call]:
         bucket, usable = self.bucket, torch.empty(self.bucket.slots, dtype=torch.bool, device="cpu")
-        ring = self.ring, self.filled, self.position, self.sums
-        compiled.entries_push(
+        tensors = self.ring, self.filled, self.position, self.sums, bucket.dropped, usable
+        push = partial(
+            compiled.entries_push,
             *(vector.data_ptr(), bucket.starts.data_ptr(), bucket.slots, self.depth),
-            *(each.data_ptr() for each in (*ring, bucket.dropped, usable)),
+            *(each.data_ptr() for each in tensors),
         )
-        return usable
+        held = vector.data_ptr  # until the calls are made: C knows its address only
+        return [held, push, put(self, "usable", usable)]
 
     def mean(self, out: Tensor | None = None) -> Tensor:
         """Of the entries of each slot; 0 where there is none. In ``out``, if it is given."""
@@ -124,5 +135,5 @@ class Remembering(Reducer):
 
     def move(self, device: torch.device) -> None:
         """Go on there."""
-        self.bucket.to(device)
         self.entries.to(device)
+        self.bucket.to(device)  # in the end: it says where all is

@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol, TypeVar
 from weakref import ref
 
@@ -15,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from distnorm.compat.at_once import Call, at_once
 from distnorm.transport.direct import AWAKE_S, Direct
 from distnorm.transport.rendezvous import group_timeout
 from distnorm.transport.schedule import Schedule
@@ -71,26 +73,25 @@ class Work(Protocol):
 
 
 class Pending:
-    """A sum that is under way."""
+    """A sum that is under way, or about to be."""
 
-    def __init__(self, wire_: Tensor, work: Work | None, slot: Slot) -> None:
-        """``work`` sums ``wire_`` in place; None if it is done."""
-        self.step = slot.step
-        self._wire = wire_
-        self._work = work
-        self._slot = slot
+    def __init__(self, wire_: Tensor, slot: Slot) -> None:
+        """Of ``wire_``, in place."""
+        self.wire, self.slot = wire_, slot
+        self.works: list[Work] = []
+        """What sums it; none if it is done, or was not sent yet."""
 
     def wait(self) -> Tensor:
         """The sum; waits once. On a GPU the current stream waits, not the host."""
-        if self._work is not None:
-            with _timed(self._slot):
-                self._work.wait()
-            self._work = None  # not before: a sum that failed must fail again
-        return self._wire
+        if self.works:
+            with _timed(self.slot):
+                self.works[0].wait()
+            self.works = []  # not before: a sum that failed must fail again
+        return self.wire
 
     def to(self, device: torch.device) -> None:
         """Wait, and keep the sum on ``device``."""
-        self._wire = moved(self.wait(), device)
+        self.wire = moved(self.wait(), device)
 
 
 def moved(values: Tensor, device: torch.device) -> Tensor:
@@ -140,14 +141,17 @@ class Group(ABC):
         with _timed(slot):
             return Later(*self._start(wire.detach(), slot), slot)
 
-    def sum_async(self, wire_: Tensor, slot: Slot) -> Pending:
-        """Start summing ``wire_`` over the group, in place. One collective; none in a group of one rank."""
+    def sum_async(self, pending: Pending, *then: Call) -> None:
+        """Start summing what ``pending`` holds over the group. One collective; none in a group of one rank.
+
+        ``then``: calls that are made at once with the start, or not at all: see ``at_once``.
+        """
         if self.size == 1:
-            return Pending(wire_, None, slot)
-        self._announce(wire_, slot)
-        with _timed(slot):
-            work = self._start_sum(wire_)
-        return Pending(wire_, work, slot)
+            at_once(*then)
+            return
+        self._announce(pending.wire, pending.slot)
+        with _timed(pending.slot):
+            at_once(*self._start_sum(pending.wire, pending.works), *then)
 
     def broadcast(self, tensor: Tensor) -> None:
         """Overwrite ``tensor`` with the first rank's, in place. One collective; none in a group of one rank."""
@@ -173,8 +177,11 @@ class Group(ABC):
         """Start a sum among two ranks at least, of which every rank gets the same bits; and what then gives it."""
 
     @abstractmethod
-    def _start_sum(self, wire_: Tensor) -> Work:
-        """``sum_async``, among two ranks at least; every rank gets the same bits."""
+    def _start_sum(self, wire_: Tensor, works: list[Work]) -> list[Call]:
+        """What, done at once, starts ``sum_async`` among two ranks at least, and adds its work to ``works``.
+
+        Every rank gets the same bits.
+        """
 
     @abstractmethod
     def _broadcast(self, tensor: Tensor) -> None:
@@ -242,9 +249,12 @@ class TorchGroup(Group):
             return self._all_reduce(wire)
         return self._exchange(wire, who)
 
-    def _start_sum(self, wire_: Tensor) -> Work:
-        work: Work = dist.all_reduce(wire_, group=self.process_group, async_op=True)
-        return work
+    def _start_sum(self, wire_: Tensor, works: list[Work]) -> list[Call]:
+        # dist.all_reduce is Python: an exception in it may lose the work of a sum that was started.
+        options = dist.AllreduceOptions()
+        options.asyncOp = True
+        assert self.process_group is not None
+        return [partial(works.extend, map(self.process_group.allreduce, ([wire_],), (options,)))]
 
     def _broadcast(self, tensor: Tensor) -> None:
         dist.broadcast(tensor, src=self.ranks[0], group=self.process_group)

@@ -19,14 +19,15 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
-from functools import cache
+from functools import cache, partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from distnorm.transport.group import Group
+from distnorm.compat.at_once import Call, at_once
+from distnorm.transport.group import Group, Work
 from distnorm.transport.patience import Patience
 from distnorm.transport.schedule import Schedule, schedule_of
 from distnorm.types import Slot
@@ -164,33 +165,43 @@ class MpiGroup(Group):
 
     def _start(self, wire: Tensor, slot: Slot) -> tuple[_Polled, Callable[[], Tensor]]:
         total = wire.clone(memory_format=torch.contiguous_format)
-        return self._start_sum(total), lambda: total
+        polled = self._polled(total)
+        at_once(polled.sender(self._communicator.Iallreduce, self._in_place, total.numpy()))
+        return polled, lambda: total
 
-    def _start_sum(self, wire_: Tensor) -> _Polled:
-        return self._polled(self._communicator.Iallreduce(self._in_place, wire_.numpy()), wire_)
+    def _start_sum(self, wire_: Tensor, works: list[Work]) -> list[Call]:
+        polled = self._polled(wire_)
+        send = polled.sender(self._communicator.Iallreduce, self._in_place, wire_.numpy())
+        return [send, partial(works.append, polled)]
 
     def _broadcast(self, tensor: Tensor) -> None:
         octets = tensor.view(-1).view(torch.uint8)  # numpy has no bfloat16
-        self._polled(self._communicator.Ibcast(octets.numpy(), root=0), octets).wait()
+        polled = self._polled(octets)
+        at_once(polled.sender(self._communicator.Ibcast, octets.numpy(), 0))
+        polled.wait()
 
-    def _polled(self, request: MPI.Request, memory: Tensor) -> _Polled:
-        polled = _Polled(request, memory, self.ranks, self._timeout_s)
+    def _polled(self, memory: Tensor) -> _Polled:
+        polled = _Polled(memory, self.ranks, self._timeout_s)
         _under_way.add(polled)
         return polled
 
 
 class _Polled:
-    """A collective whose end is asked for again and again, until a deadline."""
+    """A collective whose end is asked for again and again, until a deadline. It is known before it starts."""
 
-    def __init__(self, request: MPI.Request, memory: Tensor, ranks: tuple[int, ...], timeout_s: float) -> None:
-        self._request = request
+    def __init__(self, memory: Tensor, ranks: tuple[int, ...], timeout_s: float) -> None:
+        self._requests: list[MPI.Request] = []
         # MPI writes here until it is done. The request alone does not keep it (mpi4py 4.1; a use after free showed it).
         self._memory = memory
         self._ranks = ranks
         self._timeout_s = timeout_s
 
+    def sender(self, start: Callable[..., MPI.Request], *arguments: object) -> Call:
+        """What starts it, and takes note of that, at once."""
+        return partial(self._requests.extend, map(start, *([each] for each in arguments)))
+
     def done(self) -> bool:
-        return bool(self._request.Test())
+        return all(each.Test() for each in self._requests)
 
     def wait(self) -> None:
         started, patience = time.perf_counter(), Patience(timedelta(seconds=self._timeout_s))

@@ -16,6 +16,7 @@ from torch import Tensor
 pytest.importorskip("triton", reason="Triton is made for Linux only")
 
 from distnorm import Recipe
+from distnorm.compat.at_once import Call, at_once
 from distnorm.policies import Moving, StaleMix, entries, moving, stale_mix
 from distnorm.transport.group import Pending
 from distnorm.types import EVERY_LAYER, Direction, Landed, Layout, Slot
@@ -76,8 +77,9 @@ class Two:
     def sum(self, wire: Tensor, slot: Slot) -> Tensor:
         return wire * (1 + OTHER)
 
-    def sum_async(self, wire_: Tensor, slot: Slot) -> Pending:
-        return Pending(wire_.mul_(1 + OTHER), None, slot)
+    def sum_async(self, pending: Pending, *then: Call) -> None:
+        pending.wire.mul_(1 + OTHER)
+        at_once(*then)
 
 
 def bind(policy: Policy, device: str = "cpu", sizes: dict[tuple[str, Direction], int] = SIZES) -> Any:

@@ -18,6 +18,7 @@ from torch import nn
 import distnorm
 from distnorm.integrations import mpi
 from distnorm.transport import mpi as transport
+from distnorm.transport.group import Pending
 from tests.distributed.jobs import Plan, net, train
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -63,7 +64,10 @@ def sums(rank: int) -> list[bytes]:
     generator = torch.Generator().manual_seed(rank)
     wires = [torch.randn(2**power + 1, generator=generator, dtype=torch.float64).exp() for power in range(0, 18, 3)]
     blocking = [group.sum(wire, SLOT) for wire in wires]
-    background = [group.sum_async(wire.clone(), SLOT).wait() for wire in wires]
+    background = [Pending(wire.clone(), SLOT) for wire in wires]
+    for pending in background:
+        group.sum_async(pending)
+        pending.wait()
     return [each.numpy().tobytes() for each in blocking + background]
 
 
@@ -72,7 +76,7 @@ def abandoned(rank: int) -> bool:
     group = transport.make_mpi_group((0, 1, 2, 3), {each: each for each in range(4)}, 8, TIMEOUT)
     wire = torch.ones(129)
     alive = ref(wire)
-    group.sum_async(wire, SLOT)
+    group.sum_async(Pending(wire, SLOT))
     del wire
     return alive() is not None
 
