@@ -55,7 +55,8 @@ def attach(
 
     Raises:
         RuntimeError: ranks converted different models or recipes, or do not answer within the job's timeout.
-        ValueError: the recipe does not fit the ranks, or the model has no converted layer; optimizer and manual.
+        ValueError: the recipe does not fit the ranks, or the model has no converted layer; optimizer and manual; a
+            variable ``DISTNORM_*`` that there is not.
     """
     if manual and optimizer is not None:
         raise ValueError("attach(optimizer=..., manual=True): either the optimizer ends steps, or you do.")

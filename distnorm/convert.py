@@ -6,6 +6,7 @@ the class of each layer in place, so an optimizer that was built already keeps i
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -36,7 +37,7 @@ from distnorm.transport.choice import chosen
 from distnorm.transport.mpi import load_mpi
 from distnorm.transport.topology import mesh_ranks
 from distnorm.types import Transport
-from distnorm.validation import check, hints_of, shown
+from distnorm.validation import check, hints_of, refuse_unknown_variables, shown
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 Layers = list[tuple[str, _BatchNorm]]
@@ -104,12 +105,13 @@ def convert(
         ImportError: ``transport="mpi"`` without mpi4py.
         ValueError: unknown recipe, option, transport or value; an uninitialized lazy layer; a layer that another recipe
             has converted, or whose process group has other ranks than a mesh or recipe names; ``where`` selects
-            nothing. The model is as it was.
+            nothing; a variable ``DISTNORM_*`` that there is not. The model is as it was.
 
     Warns:
         UserWarning: once, naming subclasses of batch norm that were left alone; or if the model has no batch norm, or
             nothing to ``fuse``.
     """
+    refuse_unknown_variables(os.environ)
     wanted = _recipe(recipe, options)
     check("convert", hints_of(convert), {"transport": transport, "fuse": fuse})
     transport = chosen(transport)

@@ -18,24 +18,22 @@ from distnorm.convert import convert
 from distnorm.layers.module import DistNorm
 from distnorm.recipe import Recipe
 from distnorm.types import Transport
-from distnorm.validation import Options, Patterns, RecipeName, admits, hints_of, read_json, shown, suggest, words
+from distnorm.validation import (
+    Options,
+    Patterns,
+    RecipeName,
+    admits,
+    hints_of,
+    read_json,
+    refuse_unknown_variables,
+    shown,
+    suggest,
+    words,
+)
 
 # docs/decisions.md#a-section-reaches-workers-in-one-variable
 SECTION_VARIABLE = "DISTNORM_CONFIG"
 """Carries a config file's section from the launcher to its workers, as JSON: ``{"source": ..., "section": {...}}``."""
-
-VARIABLES = (
-    "DISTNORM_RECIPE",
-    "DISTNORM_OPTIONS",
-    "DISTNORM_WHERE",
-    "DISTNORM_FUSE",
-    "DISTNORM_LEDGER",
-    "DISTNORM_TRANSPORT",
-    "DISTNORM_CHECK",
-    "DISTNORM_KERNELS",
-    SECTION_VARIABLE,
-)
-"""All that there are: another one is a misspelt one."""
 
 OPTIONS_EXAMPLE = '{"size": 4}'
 _CARRIED = '{"source": "cfg.yaml", "section": {"recipe": "sync_bn"}}'
@@ -144,7 +142,7 @@ def from_environment(environment: Mapping[str, str], flags: Mapping[str, object]
     Raises:
         ValueError: as ``Settings.of``; a variable DISTNORM_* that there is not.
     """
-    _refuse_unknown(environment)
+    refuse_unknown_variables(environment)
     layers = [_read_carried(environment)] if SECTION_VARIABLE in environment else []
     layers.append(("environment DISTNORM_*", _read_variables(environment)))
     layers.append(("flags of distnorm.run", {key: value for key, value in (flags or {}).items() if value is not None}))
@@ -157,15 +155,6 @@ def from_environment(environment: Mapping[str, str], flags: Mapping[str, object]
                 merged.pop("options", None)
             merged.update(section)
     return Settings.of(merged, ", ".join(sources)) if sources else None
-
-
-def _refuse_unknown(environment: Mapping[str, str]) -> None:
-    for name in environment:
-        if name.startswith("DISTNORM_") and name not in VARIABLES:
-            raise ValueError(
-                f"environment: unknown variable {shown(name)}{suggest(name, VARIABLES)}; there are "
-                f"{', '.join(VARIABLES)}."
-            )
 
 
 def _read_carried(environment: Mapping[str, str]) -> tuple[str, Mapping[str, object]]:

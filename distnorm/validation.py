@@ -20,6 +20,19 @@ from typing import Annotated, Any, Literal, ParamSpec, TypeVar, Union, get_args,
 P = ParamSpec("P")
 T = TypeVar("T")
 
+VARIABLES = (
+    "DISTNORM_RECIPE",
+    "DISTNORM_OPTIONS",
+    "DISTNORM_WHERE",
+    "DISTNORM_FUSE",
+    "DISTNORM_LEDGER",
+    "DISTNORM_TRANSPORT",
+    "DISTNORM_CHECK",
+    "DISTNORM_KERNELS",
+    "DISTNORM_CONFIG",
+)
+"""All that there are: another one is a misspelt one, which would be ignored."""
+
 _SHOWN = Repr()
 _SHOWN.maxstring = _SHOWN.maxother = 200
 
@@ -201,3 +214,17 @@ def suggest(given: str, allowed: Iterable[str]) -> str:
     """`` (did you mean 'sync_bn'?)``, or nothing where no allowed word is near."""
     near = difflib.get_close_matches(given, list(allowed), n=1)
     return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def refuse_unknown_variables(environment: Mapping[str, str]) -> None:
+    """Raise where ``environment`` has a variable DISTNORM_* that there is not.
+
+    Raises:
+        ValueError: naming the variable, the nearest one that there is, and all of them.
+    """
+    for name in environment:
+        if name.startswith("DISTNORM_") and name not in VARIABLES:
+            raise ValueError(
+                f"environment: unknown variable {shown(name)}{suggest(name, VARIABLES)}; there are "
+                f"{', '.join(VARIABLES)}."
+            )

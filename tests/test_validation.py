@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+import torch
 from torch import nn
 
 import distnorm
@@ -18,8 +20,10 @@ from distnorm.cli.config_file import ConfigFile, read_options
 from distnorm.methods import RMS, BatchNorm
 from distnorm.policies import AllReduce, Local, Moving, Periodic, StaleMix, Warmup
 from distnorm.recipe import Recipe
-from distnorm.settings import VARIABLES, Settings, from_environment
-from distnorm.validation import check_fields, checked, hints_of, shown, words
+from distnorm.settings import SECTION_VARIABLE, Settings, from_environment
+from distnorm.validation import VARIABLES, check_fields, checked, hints_of, shown, words
+
+Monkey = pytest.MonkeyPatch
 
 INFINITE, NAN = float("inf"), float("nan")
 DEEP: list[Any] = []
@@ -179,6 +183,39 @@ def test_a_variable_that_there_is_not(name: str, nearest: str | None) -> None:
     assert message.startswith(f"environment: unknown variable {name!r}")
     assert nearest is None or f"(did you mean {nearest!r}?)" in message
     assert all(each in message for each in VARIABLES)
+
+
+CONVERTS: dict[str, Callable[[], object]] = {
+    "convert": lambda: distnorm.convert(nn.BatchNorm1d(2), "sync_bn"),
+    "convert, without batch norm": lambda: distnorm.convert(nn.Linear(2, 2), "sync_bn"),
+    "attach": lambda: distnorm.attach(distnorm.nn.SyncBatchNorm(2)),
+    "a first forward": lambda: distnorm.nn.SyncBatchNorm(2)(torch.ones(3, 2)),
+}
+
+
+@pytest.mark.parametrize("do", CONVERTS.values(), ids=CONVERTS)
+def test_nor_is_it_one_in_a_script_without_a_launcher(do: Callable[[], object], monkeypatch: Monkey) -> None:
+    monkeypatch.setenv("DISTNORM_RECPE", "mabn")
+    with pytest.raises(ValueError, match=r"unknown variable 'DISTNORM_RECPE' \(did you mean 'DISTNORM_RECIPE'\?\)"):
+        do()
+
+
+def test_a_model_is_as_it_was_where_a_variable_is_refused(monkeypatch: Monkey) -> None:
+    model = nn.Sequential(nn.BatchNorm1d(2))
+    monkeypatch.setenv("DISTNORM_TRANPORT", "gloo")
+    with pytest.raises(ValueError, match="DISTNORM_TRANPORT"):
+        distnorm.convert(model, "sync_bn")
+    assert type(model[0]) is nn.BatchNorm1d
+    monkeypatch.delenv("DISTNORM_TRANPORT")
+    for name in VARIABLES:  # all that there are are known here, too
+        monkeypatch.setenv(name, {"DISTNORM_KERNELS": "aten", "DISTNORM_TRANSPORT": "torch"}.get(name, "0"))
+    distnorm.convert(model, "sync_bn")(torch.ones(3, 2))
+
+
+def test_all_variables_that_are_read_are_known() -> None:
+    text = "".join(file.read_text() for file in Path(distnorm.__file__).parent.rglob("*.py"))
+    assert set(re.findall(r'"(DISTNORM_[A-Z]+)"', text)) == set(VARIABLES)
+    assert SECTION_VARIABLE in VARIABLES
 
 
 def test_others_variables_are_theirs() -> None:

@@ -10,12 +10,14 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from distnorm.compat.at_once import Call
 from distnorm.diagnostics.plan_cost import Reach
 from distnorm.layers.layout import layout_of
 from distnorm.policies import Periodic, Policy
@@ -101,9 +103,8 @@ class _Noting(Group):
         self._note(wire, background=False)
         return Future.completed(wire.clone())
 
-    def _start_sum(self, wire_: Tensor) -> Future:
-        self._note(wire_, background=True)
-        return Future.completed(wire_)
+    def _prepare_sum(self, wire_: Tensor) -> tuple[Future, Call]:
+        return Future.completed(wire_), partial(self._note, wire_, background=True)
 
     def _broadcast(self, tensor: Tensor) -> None:
         pass

@@ -6,11 +6,13 @@ more; a slot is what one layer shares in one direction. Docstrings say it once f
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from distnorm.compat.at_once import Call, at_once
 from distnorm.kernels import gpu
 from distnorm.kernels.native import library
 
@@ -54,8 +56,8 @@ def in_triton(values: Tensor, outbox: Tensor) -> bool:
 
 def add(outbox: Tensor, span: slice, weight_at: int, values: Tensor, weight: Tensor | float) -> None:
     """Add ``values`` and ``weight`` to those of a slot of ``outbox``, in torch."""
-    outbox[span].add_(values)
-    outbox[weight_at].add_(weight)
+    own = outbox[span], outbox[weight_at]
+    at_once(partial(own[0].add_, values), partial(own[1].add_, weight))
 
 
 def window(
@@ -134,51 +136,55 @@ def mix(newest: Tensor, scale: Tensor | float, others: Tensor, outbox: Tensor, s
     return newest + scale * others[span]
 
 
-def push(
+def pushing(
     vector: Tensor, slots: Slots, ring: Tensor, filled: Tensor, position: Tensor, sums: Tensor, dropped: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Make ``vector`` the newest entry of ``ring``: per slot its values over its weight. Changes all but ``position``.
+) -> tuple[list[Call], Tensor, Tensor]:
+    """What, done at once, makes ``vector`` the newest entry of ``ring``: per slot its values over its weight.
 
-    Slots without weight, and those with values that are not finite, keep their entries.
+    In Triton it is done when this returns. Slots without weight, and those with values that are not finite, keep their
+    entries.
 
     Args:
         vector: of the layout ``slots``.
         slots: see there.
         ring: entries ``[depth, values]``; of depth 0 it keeps none.
         filled: how many entries each slot has.
-        position: the row of each slot's next entry; may be changed.
+        position: the row of each slot's next entry; may be changed in place.
         sums: over the entries.
         dropped: how often each slot was not finite.
 
     Returns:
-        Which slots are usable, bool; and the ``position`` to go on with.
+        The calls; and, once they are made, which slots are usable, bool, and the ``position`` to go on with.
     """
     depth, count = len(ring), filled.numel()
     if depth and in_triton(vector, ring):
         from distnorm.kernels.gpu import entries  # imports Triton
 
-        pushed: tuple[Tensor, Tensor] = entries.push(
-            vector.contiguous(), slots.starts, ring, filled, position, sums, dropped
-        )
-        return pushed
+        usable, following = entries.push(vector.contiguous(), slots.starts, ring, filled, position, sums, dropped)
+        return [], usable, following
     compiled = library() if depth and vector.is_cpu else None
     if compiled is not None:
         vector, usable = vector.contiguous(), torch.empty(count, dtype=torch.bool, device="cpu")
         changed = ring, filled, position, sums, dropped, usable
-        compiled.entries_push(
-            *(vector.data_ptr(), slots.starts.data_ptr(), count, depth, *(each.data_ptr() for each in changed))
+        push = partial(
+            compiled.entries_push,
+            *(vector.data_ptr(), slots.starts.data_ptr(), count, depth, *(each.data_ptr() for each in changed)),
         )
-        return usable, position
+        held = vector.data_ptr  # until the calls are made: C knows its address only
+        return [held, push], usable, position
     finite, usable = slots.judge(vector)
-    dropped.add_(~finite)
+    noted: list[Call] = [partial(dropped.add_, ~finite)]
     if not depth:
-        return usable, position
+        return noted, usable, position
     values, weights = slots.parts(vector)
     row, column = position[slots.slot_of], torch.arange(sums.numel(), device=position.device)
-    ring[row, column] = torch.where(usable[slots.slot_of], values / weights[slots.slot_of], ring[row, column])
-    filled.add_(usable).clamp_max_(depth)
-    torch.sum(ring, 0, out=sums)
-    return usable, torch.where(usable, (position + 1) % depth, position)
+    entry = torch.where(usable[slots.slot_of], values / weights[slots.slot_of], ring[row, column])
+    calls: list[Call] = [
+        partial(ring.index_put_, (row, column), entry),
+        partial(filled.copy_, (filled + usable).clamp_max_(depth)),
+        partial(torch.sum, ring, 0, out=sums),
+    ]
+    return [*noted, *calls], usable, torch.where(usable, (position + 1) % depth, position)
 
 
 def _at_or_number(scale: Tensor | float) -> tuple[Tensor | None, float]:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distnorm.autograd.engine import NO_BACKWARD, at_end_of_backward, graph_task
+from distnorm.compat.at_once import at_once, put
 from distnorm.compat.dispatch_state import unseen
 from distnorm.layers import agreement, running_statistics
 from distnorm.layers.ddp import Broadcasts, refuse_join
@@ -34,6 +35,8 @@ class Binding:
         self.agrees = met.agrees
         """Whether running statistics are equal on all data-parallel ranks without further communication."""
         self.step = self._passes = 0
+        self._ending: Slot | None = None
+        """Set while a step ends: an exception from outside, such as Ctrl-C, may leave that unfinished."""
         self._boundary_queued = self._warned = False
         self._first_pass: int | None = None
         self._used: set[str] = set()
@@ -64,6 +67,7 @@ class Binding:
             RuntimeError: as ``refuse_join``.
         """
         self._boundary_queued = False
+        self.finish_step()
         if layer in self._used:
             self._end_skipped_step()
         if not self.reducer.facts.alone:
@@ -126,19 +130,31 @@ class Binding:
     def end_step(self) -> None:
         """Let the policy send and receive, and the running statistics absorb what landed.
 
+        If that was interrupted, to end the step again, or the next forward, goes on with it.
+
         Raises:
             RuntimeError: another rank did not take part within the timeout.
         """
         self._boundary_queued = False
-        passes = self._passes if self.conversion.ends_with_backward else 0
-        observers = tuple(self.conversion.observers)
-        slot = Slot(EVERY_LAYER, "forward", self.step, observers=observers, passes=passes)
-        with torch.inference_mode(False):
+        if self._ending is None:
+            passes = self._passes if self.conversion.ends_with_backward else 0
+            observers = tuple(self.conversion.observers)
+            self._ending = Slot(EVERY_LAYER, "forward", self.step, observers=observers, passes=passes)
+        self.finish_step()
+
+    def finish_step(self) -> None:
+        """Go on with the end of a step that was interrupted, if any: each part of it is done once."""
+        slot = self._ending
+        if slot is None:
+            return
+        with unseen(), torch.no_grad():
             landed = self.reducer.end_step(slot)
-        self.step += 1
-        self._used.clear()
-        self._in_flight = None
-        running_statistics.absorb_all(dict(self.conversion.layers()), landed, self.conversion.recipe.method)
+            layers, method = dict(self.conversion.layers()), self.conversion.recipe.method
+            at_once(
+                *running_statistics.absorbing(layers, landed, method),
+                *(self._used.clear, put(self, "_in_flight", None), put(self, "step", slot.step + 1)),
+                put(self, "_ending", None),
+            )
 
     # docs/decisions.md#evaluation-and-checkpoints-include-sums-in-flight
     def in_flight(self) -> dict[str, Landed]:
@@ -146,6 +162,7 @@ class Binding:
 
         No collective: every rank that ends the same steps has sent its part.
         """
+        self.finish_step()
         if self._in_flight is None:
             self._in_flight = {each.layer: each for each in self.reducer.in_flight()}
         return self._in_flight
@@ -158,4 +175,4 @@ class Binding:
         """Go on from a ``Conversion.state_dict``, this rank's ``own`` or another's."""
         self.reducer.load_state_dict(state["reducer"], own=own)
         self.step = state["step"]
-        self._in_flight = None
+        self._in_flight = self._ending = None

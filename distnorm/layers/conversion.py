@@ -7,6 +7,7 @@ converted through the job's store, make the policy's groups, and take over rank 
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 from weakref import ReferenceType, WeakKeyDictionary, ref
@@ -27,6 +28,7 @@ from distnorm.transport import LostGroup, choice, lost, mpi
 from distnorm.transport.rendezvous import group_timeout
 from distnorm.transport.topology import current_world, mesh_ranks
 from distnorm.types import Feeders, Landed, Observer, Transport
+from distnorm.validation import refuse_unknown_variables
 
 logger = logging.getLogger("distnorm")
 
@@ -152,7 +154,11 @@ class Conversion:
         Collective over these ranks, which are all by default: exchanges of texts through the store, the making of
         groups, and one broadcast of running statistics per dtype. Nothing happens if it is bound to them already:
         windows go on.
+
+        Raises:
+            ValueError: the environment has a variable ``DISTNORM_*`` that there is not.
         """
+        refuse_unknown_variables(os.environ)  # layers of distnorm.nn, and copies, were never converted here
         for named in (self.mesh, self.process_group):
             if isinstance(named, LostGroup):
                 raise named.refuse()
@@ -178,6 +184,7 @@ class Conversion:
     def state_dict(self) -> dict[str, Any]:
         """What the policy needs to go on as if nothing had happened, of this rank. Waits for what is in flight."""
         binding = self.bound()
+        binding.finish_step()
         place = {"rank": binding.topology.rank, "world_size": len(binding.topology.ranks)}
         kept: dict[str, Any] = {}
         if self.feeders.left or self.feeders.feeds:

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from distnorm.compat.at_once import Call, at_once
 from distnorm.kernels import dense, gpu
 from distnorm.methods import ChannelAffine, Method
 from distnorm.transport import Group
@@ -47,8 +49,7 @@ def absorb(running: Running, moments: Moments, count: Tensor, landed: Tensor | b
     one broken batch must not last. Branch-free where a branch would make the host wait for a GPU.
     """
     if count.is_cpu and not torch.compiler.is_compiling():
-        if landed and count > 1 and (not running.guarded or _fit(running, moments)):
-            _move(running, moments, _next_rate(running))
+        at_once(*_moving(running, moments, count, landed))
         return
     fresh = (landed * (count > 1)).to(count.dtype)
     if running.guarded:
@@ -69,18 +70,17 @@ def _fit(running: Running, moments: Moments) -> Tensor:
     return torch.stack(fits).all() if fits else moments.var_C.new_ones((), dtype=torch.bool)
 
 
-def _next_rate(running: Running) -> float:
-    """Count a step that needs no caution, and return the weight of its moments: what ``absorb`` does with tensors."""
+def _moving(running: Running, moments: Moments, count: Tensor, landed: Tensor | bool, *, others: int = 0) -> list[Call]:
+    """What ``absorb`` does with tensors, on the CPU, after ``others`` that are to be done before."""
+    if not (landed and count > 1 and (not running.guarded or _fit(running, moments))):
+        return []
+    rate, counted = running.momentum or 0.0, []
     if running.updates is not None:
-        running.updates.add_(1)
+        counted = [partial(running.updates.add_, 1)]
         if running.momentum is None:
-            return 1 / float(running.updates)
-    return running.momentum or 0.0
-
-
-def _move(running: Running, moments: Moments, rate: float) -> None:
-    for buffer_C, fresh_C in _pairs(running, moments):
-        buffer_C.lerp_(fresh_C.to(buffer_C.dtype), rate)
+            rate = 1 / (float(running.updates) + others + 1)
+    pairs = _pairs(running, moments)
+    return [*counted, *(partial(buffer_C.lerp_, fresh_C.to(buffer_C.dtype), rate) for buffer_C, fresh_C in pairs)]
 
 
 def _pairs(running: Running, moments: Moments) -> Iterator[tuple[Tensor, Tensor]]:
@@ -99,24 +99,32 @@ def _lerp(buffer_C: Tensor, fresh_C: Tensor, rate: Tensor) -> None:
 @torch.no_grad()
 def absorb_landed(running: Running, landed: Landed, method: Method, features: int) -> None:
     """``absorb`` what became global at a step's end, on whichever device that is."""
+    at_once(*_absorbing(running, landed, method, features))
+
+
+def _absorbing(running: Running, landed: Landed, method: Method, features: int, others: int = 0) -> list[Call]:
     if running.var_C is not None and landed.means.device != running.var_C.device:  # the layer has moved since
         landed = Landed(landed.layer, *(values.to(running.var_C.device) for values in landed[1:]))
     formula = method.formula() if landed.means.is_cuda and isinstance(method, ChannelAffine) else None
     if formula is not None and gpu.available() and running.is_whole:
         from distnorm.kernels.gpu.gpu_pass import absorb_means  # imports Triton
 
-        absorb_means(formula, landed, running)
-    else:
-        moments = method.moments(landed.means.view(-1, features), landed.total)
-        absorb(running, moments, landed.total, landed.weight)
+        return [partial(absorb_means, formula, landed, running)]
+    moments = method.moments(landed.means.view(-1, features), landed.total)
+    given = running, moments, landed.total, landed.weight
+    return _moving(*given, others=others) if landed.total.is_cpu else [partial(absorb, *given)]
 
 
-def absorb_all(layers: Mapping[str, _BatchNorm], landed: Iterable[Landed], method: Method) -> None:
-    """``absorb_landed``, for those of ``layers`` that track; guarded, as windows are."""
+def absorbing(layers: Mapping[str, _BatchNorm], landed: Iterable[Landed], method: Method) -> list[Call]:
+    """What does ``absorb_landed`` at once, for those of ``layers`` that track; guarded, as windows are."""
+    calls: dict[str, list[list[Call]]] = {}
     for each in landed:
         layer = layers.get(each.layer)
         if layer is not None and layer.track_running_stats:
-            absorb_landed(running_of(layer, guarded=True), each, method, layer.num_features)
+            earlier = calls.setdefault(each.layer, [])
+            running = running_of(layer, guarded=True)
+            earlier.append(_absorbing(running, each, method, layer.num_features, sum(map(bool, earlier))))
+    return [call for of_layer in calls.values() for each in of_layer for call in each]
 
 
 def with_landed(running: Running, landed: Landed, method: Method, features: int) -> Running:

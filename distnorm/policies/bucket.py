@@ -7,12 +7,14 @@ binding, so every rank sends the same size whatever its layers did; a slot that 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from distnorm.compat.at_once import Call, at_once, put
 from distnorm.kernels import windows
 from distnorm.policies.stored import sizes_of
 from distnorm.transport import Group
@@ -40,6 +42,10 @@ class _InFlight(NamedTuple):
     passes: int | None
 
 
+Enter = Callable[[Tensor | None, Tensor | None], list[Call]]
+"""How a policy takes note of the sum that landed, if any, and of what is sent: calls that are made at once."""
+
+
 # docs/decisions.md#an-asynchronous-sum-gets-one-whole-step
 class Bucket:
     """Collects slots during a step and sums them over a group while the next step runs."""
@@ -62,6 +68,11 @@ class Bucket:
         self.last = torch.zeros_like(self.outbox)
         """This rank's part of the last step."""
         self._pending: _InFlight | None = None
+        self._reached: Slot | None = None
+        self._ended: Slot | None = None
+        """Which step has received, and which one has ended, last; told by identity, since steps may be loaded."""
+        self._landed: Tensor | None = None
+        self._result: list[Landed] = []
         self._warned: set[str] = set()
 
     def _lay_out(self, device: torch.device) -> windows.Slots:
@@ -78,7 +89,8 @@ class Bucket:
             self._pending = self._pending._replace(sum=Future.completed(moved(landed, device)))
         if self.outbox.is_meta:
             self._pending = None  # it carried nothing
-        self.outbox, self.dropped, self.last = (moved(each, device) for each in (self.outbox, self.dropped, self.last))
+        self.dropped, self.last = moved(self.dropped, device), moved(self.last, device)
+        self.outbox = moved(self.outbox, device)  # in the end: it says where all the others are
 
     def write(self, layer: str, direction: Direction, values: Tensor, weight: Tensor | float) -> None:
         """Add to a slot of this step."""
@@ -89,27 +101,51 @@ class Bucket:
         """The sum that is under way, if any, waited for; None where ranks are out of phase, and it may never come."""
         return None if "phase" in self._warned else self._wait()
 
-    def exchange(self, slot: Slot) -> tuple[Tensor | None, Tensor]:
-        """End a step: wait for the last one's sum, and send this one's. Returns that sum, if any, and what was sent.
+    def exchange(self, slot: Slot, enter: Enter) -> Tensor | None:
+        """End the step of ``slot``: wait for the last one's sum, and send this one's. Returns that sum, if any.
 
-        What is interrupted before this step's vector has been sent has changed nothing, and can be repeated.
+        An exception from outside, such as Ctrl-C, finds that nothing was sent, or that all was sent and entered. Who
+        calls again with the same ``slot`` ends the step once, and gets what it would have got.
         """
+        if self._ended is slot:
+            return self._landed
         landed = self._wait()
         if landed is not None and self._pending is not None and self._pending.passes is not None:
             self._check_phase(landed, self._pending.passes)
-        travelling = self.outbox.clone()
+        travelling, own = self.outbox.clone(), self.outbox.clone()
         travelling[-1].fill_(slot.passes)  # to assign a number copies it to a GPU, which waits
+        calls = [*self._leaving(own), *enter(landed, own), put(self, "_landed", landed), put(self, "_ended", slot)]
+
+        def note(sum_: Future) -> list[Call]:
+            return [put(self, "_pending", _InFlight(sum_, slot.step, slot.passes)), *calls]
+
         try:
-            started = self.group.sum_async(travelling, slot._replace(layer=EVERY_LAYER))
-            self._pending = _InFlight(started, slot.step, slot.passes)
+            self.group.sum_async(travelling, slot._replace(layer=EVERY_LAYER), note)
         except RuntimeError as error:
             raise self._missed(slot.step, error) from error
-        return landed, self.take()
-
-    def land(self) -> Tensor | None:
-        """The sum that is under way, if any, waited for and under way no more."""
-        landed, self._pending = self._wait(), None
         return landed
+
+    def land(self, slot: Slot, enter: Enter) -> Tensor | None:
+        """The sum that is under way, if any, waited for and under way no more; as ``exchange``, but nothing is sent."""
+        if self._reached is not slot:
+            landed = self._wait()
+            at_once(
+                *enter(landed, None),
+                *(put(self, "_landed", landed), put(self, "_pending", None), put(self, "_reached", slot)),
+            )
+        return self._landed
+
+    def take(self, slot: Slot, enter: Enter, result: list[Landed]) -> list[Landed]:
+        """End a step whose sums need no collective: this step's vector is entered. Returns the first ``result``."""
+        if self._ended is not slot:
+            own = self.outbox.clone()
+            calls = [*self._leaving(own), *enter(own, None)]
+            at_once(*calls, put(self, "_result", result), put(self, "_ended", slot))
+        return self._result
+
+    def _leaving(self, own: Tensor) -> list[Call]:
+        """This step's vector is ``own``, a copy: replayed CUDA graphs go on writing where they wrote when captured."""
+        return [put(self, "last", own), self.outbox.zero_]
 
     def _wait(self) -> Tensor | None:
         if self._pending is None:
@@ -125,15 +161,6 @@ class Bucket:
             "rank has stopped, or ran out of data earlier: end all ranks after equally many steps. "
             f"Cause: {error}"
         )
-
-    def take(self) -> Tensor:
-        """End a step whose sums need no collective: this step's vector.
-
-        A copy: replayed CUDA graphs go on writing where they wrote when they were captured.
-        """
-        self.last = self.outbox.clone()
-        self.outbox.zero_()
-        return self.last
 
     def landed(self, means: Tensor, weights: Tensor, usable: Tensor) -> list[Landed]:
         """What the running statistics shall absorb: the forward slots of these vectors."""

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distnorm.compat.at_once import Call, put
 from distnorm.kernels import windows
 from distnorm.policies.base import Reducer
 from distnorm.policies.bucket import Bucket, moved
@@ -35,12 +36,14 @@ class Entries:
         self.position = torch.zeros_like(self.filled)
         """The row of each slot's next entry."""
         self.sums = torch.zeros(bucket.values, dtype=torch.float64, device=device)
+        self.usable = torch.zeros(bucket.slots, dtype=torch.bool, device=device)
+        """Which slots the last vector had an entry for."""
 
-    def push(self, vector: Tensor) -> Tensor:
-        """Make an entry of each usable slot of ``vector``; return which these are. Counts those that are broken."""
+    def pushing(self, vector: Tensor) -> list[Call]:
+        """What, done at once, makes an entry of each ``usable`` slot of ``vector``; counts those not finite."""
         ring = self.ring, self.filled, self.position, self.sums
-        usable, self.position = windows.push(vector, self.bucket.layout, *ring, self.bucket.dropped)
-        return usable
+        calls, usable, position = windows.pushing(vector, self.bucket.layout, *ring, self.bucket.dropped)
+        return [*calls, put(self, "usable", usable), put(self, "position", position)]
 
     def mean(self, out: Tensor | None = None) -> Tensor:
         """Of the entries of each slot; 0 where there is none. In ``out``, if it is given."""
@@ -115,5 +118,5 @@ class Remembering(Reducer):
 
     def move(self, device: torch.device) -> None:
         """Go on there."""
-        self.bucket.to(device)
         self.entries.to(device)
+        self.bucket.to(device)  # in the end: it says where all is

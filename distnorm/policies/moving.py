@@ -15,6 +15,7 @@ from typing import Any, Literal, final
 import torch
 from torch import Tensor
 
+from distnorm.compat.at_once import Call
 from distnorm.kernels import windows
 from distnorm.policies.base import Policy, Reducer
 from distnorm.policies.bucket import loss_scale_of
@@ -78,19 +79,21 @@ class _Window(Remembering):
 
     def end_step(self, slot: Slot, *, observed: bool = False) -> list[Landed]:
         if observed or self.policy.staleness == 0:
-            landed = self._land(self.bucket.land())  # sent before a state was loaded into a longer warm-up
-            self.entries.push(self.bucket.take())
-            return landed
-        return self._land(self.bucket.exchange(slot)[0])
+            # What was sent before a state was loaded into a longer warm-up.
+            landed = self._landed(self.bucket.land(slot, self._entering))
+            return self.bucket.take(slot, self._entering, landed)
+        return self._landed(self.bucket.exchange(slot, self._entering))
 
-    def _land(self, landed: Tensor | None) -> list[Landed]:
+    def _entering(self, landed: Tensor | None, _: Tensor | None) -> list[Call]:
+        return [] if landed is None else self.entries.pushing(landed)
+
+    def _landed(self, landed: Tensor | None) -> list[Landed]:
         if landed is None:
             return []
-        usable = self.entries.push(landed)
         weights = self.bucket.layout.parts(landed)[1]
         # A window of one keeps no entry: what landed is all there is.
         shared = self.entries.mean() if self.entries.depth else self.bucket.layout.means(landed)
-        return self.bucket.landed(shared, weights, usable)
+        return self.bucket.landed(shared, weights, self.entries.usable)
 
     def in_flight(self) -> list[Landed]:
         landed = self.bucket.in_flight()

@@ -14,6 +14,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from distnorm.compat.at_once import Call, put
 from distnorm.kernels import windows
 from distnorm.policies.base import Policy, Reducer
 from distnorm.policies.bucket import loss_scale_of, moved
@@ -47,25 +48,28 @@ class _Mix(Remembering):
 
     def end_step(self, slot: Slot, *, observed: bool = False) -> list[Landed]:
         if observed:
-            landed = self._land(self.bucket.land(), None)  # sent before a state was loaded into a longer warm-up
+            # What was sent before a state was loaded into a longer warm-up.
+            landed = self._landed(self.bucket.land(slot, self._entering))
             # Another policy has shared this step: what one rank contributes on average is known without a collective.
-            self._represent(self.bucket.take())
-            return landed
-        return self._land(*self.bucket.exchange(slot))
+            landed = self.bucket.take(slot, self._entering, landed)
+        else:
+            landed = self._landed(self.bucket.exchange(slot, self._entering))
+        self.entries.mean(out=self.others)  # in place, as ``Bucket.exchange`` says
+        return landed
 
-    def _land(self, landed: Tensor | None, sent: Tensor | None) -> list[Landed]:
-        own, self._sent = self._sent, sent
-        if landed is None:
-            return []
-        self._represent(landed if own is None else landed - own)
-        return self._landed(landed)
+    def _entering(self, landed: Tensor | None, sent: Tensor | None) -> list[Call]:
+        """Let what landed, less what this rank had sent, speak for the other ranks."""
+        own = self._sent
+        noted = put(self, "_sent", sent)
+        return [noted] if landed is None else [noted, *self.entries.pushing(landed if own is None else landed - own)]
 
     def in_flight(self) -> list[Landed]:
-        landed = self.bucket.in_flight()
-        return [] if landed is None else self._landed(landed)
+        return self._landed(self.bucket.in_flight())
 
-    def _landed(self, vector: Tensor) -> list[Landed]:
+    def _landed(self, vector: Tensor | None) -> list[Landed]:
         """Of all slots at once: the forward ones end with their counts."""
+        if vector is None:
+            return []
         values, usable = self.bucket.layout.parts(vector)[0], self.bucket.layout.judge(vector)[1]
         means, counts = self._means(values)
         return self.bucket.landed(means, counts, usable & (counts > 0))
@@ -81,15 +85,10 @@ class _Mix(Remembering):
         shared = None if total is None else self._means(total)[0]
         return self.watches(self._means(last)[0], self._means(last + self.others)[0], shared)
 
-    def _represent(self, vector: Tensor) -> None:
-        """Let ``vector``, of other ranks, speak for them."""
-        self.entries.push(vector)
-        self.entries.mean(out=self.others)  # in place, as ``Bucket.take`` says
-
     def move(self, device: torch.device) -> None:
-        super().move(device)
         self.others = moved(self.others, device)
         self._sent = None if self._sent is None else moved(self._sent, device)
+        super().move(device)
 
     def state_dict(self) -> dict[str, Any]:
         self.bucket.warn_of_drops()

@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 from weakref import ref
 
@@ -15,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from distnorm.compat.at_once import Call, at_once
 from distnorm.transport.direct import SPIN_S, Direct
 from distnorm.transport.rendezvous import group_timeout
 from distnorm.transport.schedule import Schedule
@@ -89,14 +91,21 @@ class Group(ABC):
             started = self._start(wire.detach(), slot)
         return _observed(started, slot)
 
-    def sum_async(self, wire_: Tensor, slot: Slot) -> Future:
-        """Start summing ``wire_`` over the group, in place. One collective; none in a group of one rank."""
+    def sum_async(self, wire_: Tensor, slot: Slot, then: Callable[[Future], list[Call]] = lambda _: []) -> Future:
+        """Start summing ``wire_`` over the group, in place. One collective; none in a group of one rank.
+
+        ``then``: gives, for the future, calls that are made at once with the start, or not at all: see ``at_once``.
+        """
         if self.size == 1:
-            return Future.completed(wire_)
+            future = Future.completed(wire_)
+            at_once(*then(future))
+            return future
         self._announce(wire_, slot)
+        future, start = self._prepare_sum(wire_)
+        future = _observed(future, slot)
         with _timed(slot):
-            started = self._start_sum(wire_)
-        return _observed(started, slot)
+            at_once(start, *then(future))
+        return future
 
     def broadcast(self, tensor: Tensor) -> None:
         """Overwrite ``tensor`` with the first rank's, in place. One collective; none in a group of one rank."""
@@ -117,8 +126,8 @@ class Group(ABC):
         """Start a sum among two ranks at least, of which every rank gets the same bits."""
 
     @abstractmethod
-    def _start_sum(self, wire_: Tensor) -> Future:
-        """``sum_async``, among two ranks at least; every rank gets the same bits."""
+    def _prepare_sum(self, wire_: Tensor) -> tuple[Future, Call]:
+        """``sum_async`` among two ranks at least, and what starts it, at once; every rank gets the same bits."""
 
     @abstractmethod
     def _broadcast(self, tensor: Tensor) -> None:
@@ -185,9 +194,18 @@ class TorchGroup(Group):
             return self._all_reduce(wire)
         return self._exchange(wire, who)
 
-    def _start_sum(self, wire_: Tensor) -> Future:
-        work = dist.all_reduce(wire_, group=self.process_group, async_op=True)
-        return _future(work, lambda: wire_, spin=False)
+    def _prepare_sum(self, wire_: Tensor) -> tuple[Future, Call]:
+        # dist.all_reduce is Python: an exception in it may lose the work of a sum that was started.
+        options = dist.AllreduceOptions()
+        options.asyncOp = True
+        assert self.process_group is not None
+        works: list[dist.Work] = []
+
+        def finish() -> Tensor:
+            works[0].wait()
+            return wire_
+
+        return Future(finish), partial(works.extend, map(self.process_group.allreduce, ([wire_],), (options,)))
 
     def _broadcast(self, tensor: Tensor) -> None:
         dist.broadcast(tensor, src=self.ranks[0], group=self.process_group)

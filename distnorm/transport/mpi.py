@@ -19,13 +19,14 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
-from functools import cache
+from functools import cache, partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from distnorm.compat.at_once import Call, at_once
 from distnorm.transport.group import Group
 from distnorm.transport.patience import Patience
 from distnorm.transport.schedule import Schedule, schedule_of
@@ -163,18 +164,27 @@ class MpiGroup(Group):
         self._timeout_s = timeout.total_seconds()
 
     def _start(self, wire: Tensor, slot: Slot) -> Future:
-        return self._start_sum(wire.clone(memory_format=torch.contiguous_format))
+        future, start = self._prepare_sum(wire.clone(memory_format=torch.contiguous_format))
+        at_once(start)
+        return future
 
-    def _start_sum(self, wire_: Tensor) -> Future:
-        return self._future(self._communicator.Iallreduce(self._in_place, wire_.numpy()), wire_)
+    def _prepare_sum(self, wire_: Tensor) -> tuple[Future, Call]:
+        return self._prepare(wire_, self._communicator.Iallreduce, self._in_place, wire_.numpy())
 
     def _broadcast(self, tensor: Tensor) -> None:
         octets = tensor.view(-1).view(torch.uint8)  # numpy has no bfloat16
-        self._future(self._communicator.Ibcast(octets.numpy(), root=0), octets).wait()
+        future, start = self._prepare(octets, self._communicator.Ibcast, octets.numpy(), 0)
+        at_once(start)
+        future.wait()
 
-    def _future(self, request: MPI.Request, memory: Tensor) -> Future:
+    def _prepare(
+        self, memory: Tensor, collective: Callable[..., MPI.Request], *arguments: object
+    ) -> tuple[Future, Call]:
+        """A collective that is known before it starts, and what starts it and takes note of that, at once."""
+        requests: list[MPI.Request] = []
+
         def poll() -> bool:
-            return bool(request.Test())
+            return all(each.Test() for each in requests)
 
         # MPI writes to the memory until it is done. The request alone does not keep it (mpi4py 4.1; a use after free
         # showed it), the future does.
@@ -184,7 +194,7 @@ class MpiGroup(Group):
 
         future = Future(finish, poll)
         _under_way.add(future)
-        return future
+        return future, partial(requests.extend, map(collective, *([each] for each in arguments)))
 
     def _poll_until_done(self, poll: Callable[[], bool]) -> None:
         started, patience = time.perf_counter(), Patience(timedelta(seconds=self._timeout_s))

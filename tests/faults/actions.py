@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 LATE_S = 3.0
 CHILD_LIVES_S = 4.0
+STOPPED_LONGER_S = 2.0
+"""How much longer than the timeout ranks are stopped."""
 
 
 class Injected(Exception):
@@ -77,7 +79,7 @@ def stop_all(rank: Rank) -> None:
 def _stop(rank: Rank, pids: list[int]) -> None:
     rank.note("fault")
     ours = " ".join(map(str, pids))
-    script = f"kill -STOP {ours}; sleep {rank.fault.timeout_s + 2}; kill -CONT {ours}"
+    script = f"kill -STOP {ours}; sleep {rank.fault.timeout_s + STOPPED_LONGER_S}; kill -CONT {ours}"
     subprocess.Popen(["sh", "-c", script])
     time.sleep(1.0)  # stopped in here
 
@@ -96,6 +98,8 @@ def interrupt_while_other_is_late(rank: Rank) -> None:
     threading.Timer(LATE_S / 3, interrupt).start()
 
 
+STOPS = {"stop_one": (1,), "stop_all": (0, 1)}
+"""Which ranks are stopped."""
 OF_BOTH = (interrupt_while_other_is_late,)
 ACTIONS = {
     each.__name__: each

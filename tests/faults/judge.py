@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tests.faults.actions import STOPPED_LONGER_S, STOPS
 from tests.faults.faults import Fault, Kind
 from tests.faults.rank import SAVES, STEPS, C, batch
 
@@ -51,14 +52,19 @@ def judge(found: Found, fault: Fault, transport: str, recipe: str, undisturbed: 
         wrong = _wrong(expected, rank, last[rank], found.codes[rank], says, last, undisturbed)
         if wrong:
             judged.wrong.append(f"rank {rank} must end {expected}: {wrong}; it printed\n{found.outputs[rank][-1500:]}")
-        seconds = judged.seconds[rank]
-        if seconds is not None and seconds > limit_s:
-            judged.wrong.append(f"rank {rank} noticed after {seconds:.1f} s, more than {limit_s:.1f} s")
+        seconds, stopped_s = judged.seconds[rank], stopped(fault, rank)
+        if seconds is not None and seconds > limit_s + stopped_s:
+            judged.wrong.append(f"rank {rank} noticed after {seconds:.1f} s, more than {limit_s + stopped_s:.1f} s")
     judged.wrong += found.left
     judged.wrong += _wrong_files(found.saved, fault)
     if recipe == "sync_bn" and "right" in ends:
         judged.wrong += _wrong_values(found.seen)
     return judged
+
+
+def stopped(fault: Fault, rank: int) -> float:
+    """For how many seconds ``rank`` is stopped, and notices nothing."""
+    return fault.timeout_s + STOPPED_LONGER_S if rank in STOPS.get(fault.do, ()) else 0.0
 
 
 def _kind(last: dict[str, Any], code: int | None) -> str:

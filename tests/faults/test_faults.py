@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from tests.faults import table
-from tests.faults.faults import FAULTS, RECIPES, TRANSPORTS
+from tests.faults.faults import BY_NAME, FAULTS, RECIPES, TRANSPORTS
+from tests.faults.judge import stopped
 from tests.faults.runner import Runner
 
 
@@ -34,6 +35,14 @@ def runner() -> Iterator[Runner]:
 @pytest.mark.parametrize(("fault", "transport", "recipe"), rows())
 def test_row(runner: Runner, fault: str, transport: str, recipe: str) -> None:
     assert runner.run(fault, transport, recipe).wrong == []
+
+
+def test_a_rank_that_is_stopped_notices_when_it_goes_on() -> None:
+    """On idle cores, too: who is stopped has as much more time; the other one has not."""
+    one, every = (BY_NAME[f"SIGSTOP of {which}, longer than the timeout"] for which in ("one rank", "all ranks"))
+    assert [stopped(one, rank) for rank in range(2)] == [0.0, 5.0]
+    assert [stopped(every, rank) for rank in range(2)] == [5.0, 5.0]
+    assert stopped(BY_NAME["SIGKILL in forward"], 1) == 0.0
 
 
 def test_the_page_has_every_row_and_none_that_is_wrong() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +16,7 @@ from torch import Tensor
 pytest.importorskip("triton", reason="Triton is made for Linux only")
 
 from distnorm import Recipe
+from distnorm.compat.at_once import Call, at_once
 from distnorm.kernels import windows
 from distnorm.policies import Moving, StaleMix
 from distnorm.types import EVERY_LAYER, Direction, Future, Landed, Layout, Slot
@@ -75,8 +76,10 @@ class Two:
     def sum(self, wire: Tensor, slot: Slot) -> Tensor:
         return wire * (1 + OTHER)
 
-    def sum_async(self, wire_: Tensor, slot: Slot) -> Future:
-        return Future.completed(wire_.mul_(1 + OTHER))
+    def sum_async(self, wire_: Tensor, slot: Slot, then: Callable[[Future], list[Call]]) -> Future:
+        future = Future.completed(wire_.mul_(1 + OTHER))
+        at_once(*then(future))
+        return future
 
 
 def bind(policy: Policy, device: str = "cpu", sizes: dict[tuple[str, Direction], int] = SIZES) -> Any:

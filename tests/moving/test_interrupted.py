@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import sys
+from types import FrameType
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 import distnorm
 from distnorm import Recipe
 from distnorm.attach import conversions_of
+from distnorm.compat import at_once
+from distnorm.kernels import windows
+from distnorm.layers import binding, running_statistics
 from distnorm.methods import RMS, BatchNorm
-from distnorm.policies import Moving, StaleMix
+from distnorm.policies import Moving, StaleMix, Warmup, bucket, entries, moving, stale_mix, warmup
 from distnorm.policies.bucket import Bucket
+from distnorm.transport import group
 from tests.moving.models import batch, build, loss_of, same, shared_state, train
 from tests.support.threads import run_threads
 
@@ -168,3 +175,96 @@ def test_stock_running_statistics_are_folded_though_that_was_interrupted(place, 
     assert not layer.running_mean.any()
     momentum = 0.02
     torch.testing.assert_close(layer.running_var, torch.full_like(layer.running_var, (1 - momentum) * 10 + momentum))
+
+
+# --- at every line -------------------------------------------------------------------------------
+
+EVERYWHERE = (at_once, binding, bucket, entries, group, moving, running_statistics, stale_mix, warmup, windows)
+"""Modules in which the end of a step is interrupted."""
+
+MANY = 10**6
+
+
+class InterruptAt:
+    """Raises at the n-th line, or instruction, of ``EVERYWHERE`` that this thread comes to."""
+
+    def __init__(self, number: int, event: str) -> None:
+        self.left, self.event = number, event
+        self.files = {each.__file__ for each in EVERYWHERE}
+
+    def __call__(self, frame: FrameType, event: str, _: Any) -> Any:
+        if frame.f_code.co_filename not in self.files:
+            return None
+        frame.f_trace_opcodes = self.event == "opcode"
+        if event == self.event:
+            self.left -= 1
+            if self.left < 0:
+                raise KeyboardInterrupt
+        return self
+
+
+class Twins:
+    """One rank's model, which goes on from the same state again and again."""
+
+    def __init__(self, rank: int, recipe: Recipe, *, loading: bool) -> None:
+        self.rank, self.loading = rank, loading
+        self.model = model = build(recipe, layers=1)
+        distnorm.attach(model, manual=True)
+        for step in range(2):
+            self.step(step)
+        self.state = distnorm.state_dict(model)
+        self.buffers = {name: value.clone() for name, value in model.state_dict().items()}
+        if loading:  # into a longer warm-up: what was sent lands in a step that sends nothing
+            longer = Warmup(then=recipe.policy.then, steps=4)
+            self.model = build(Recipe(method=recipe.method, policy=longer), layers=1)
+            distnorm.attach(self.model, manual=True)
+
+    def step(self, number: int, at: InterruptAt | None = None) -> None:
+        """Rank 1 interrupts its end, and goes on: ends it again if that had not begun."""
+        loss_of(self.model(batch(number, self.rank))).backward()
+        sys.settrace(at if self.rank == 1 else None)
+        try:
+            distnorm.end_step(self.model)
+        except KeyboardInterrupt:
+            (conversion,) = conversions_of(self.model)
+            if conversion.bound().step == number and conversion.bound()._ending is None:
+                distnorm.end_step(self.model)
+        finally:
+            sys.settrace(None)
+
+    def run(self, at: InterruptAt) -> Any:
+        """What the model is after steps of which one was interrupted."""
+        distnorm.load_state_dict(self.model, self.state)
+        self.model.load_state_dict(self.buffers)
+        self.step(2, at if self.loading else None)
+        self.step(3, None if self.loading else at)
+        self.step(4)
+        (conversion,) = conversions_of(self.model)
+        buffers = {name: each.clone() for name, each in self.model.named_buffers()}
+        return shared_state(self.model), conversion.bound().step, buffers
+
+
+EXACT_FIRST = {
+    name: Recipe(method=each.method, policy=Warmup(then=each.policy, steps=1)) for name, each in RECIPES.items()
+}
+
+
+@pytest.mark.parametrize("recipe", EXACT_FIRST.values(), ids=EXACT_FIRST)
+@pytest.mark.parametrize("kernels", ["compiled", pytest.param("aten", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("loading", [False, True], ids=["", "into a longer warm-up"])
+@pytest.mark.parametrize("event", ["line", pytest.param("opcode", marks=pytest.mark.slow)])
+def test_a_step_ends_once_wherever_that_is_interrupted(recipe, kernels, loading, event, monkeypatch):
+    """As on a twin that nobody has interrupted, to the bit, on both ranks."""
+    if kernels == "aten":
+        monkeypatch.setattr(windows, "library", lambda: None)
+
+    def run(rank: int) -> list[Any]:
+        twins, counting = Twins(rank, recipe, loading=loading), InterruptAt(MANY, event)
+        found, told = [twins.run(counting)], [None, None]
+        dist.all_gather_object(told, MANY - counting.left)
+        assert told[1] > 50
+        return found + [twins.run(InterruptAt(number, event)) for number in range(told[1])]
+
+    for plain, *interrupted in run_threads(2, run, timeout=120.0):
+        for each in interrupted:
+            same(each, plain)
