@@ -23,7 +23,7 @@ from distnorm.layers.layout import layout_of
 from distnorm.policies import Periodic, Policy
 from distnorm.recipe import Recipe
 from distnorm.transport import Group, Topology
-from distnorm.transport.group import Work
+from distnorm.transport.pending import Work
 from distnorm.types import EVERY_LAYER, Slot
 
 _LATE = 10**9

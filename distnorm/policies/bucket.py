@@ -19,7 +19,7 @@ from distnorm.compat.at_once import Call, at_once, put
 from distnorm.kernels import gpu
 from distnorm.policies.stored import sizes_of
 from distnorm.transport import Group
-from distnorm.transport.group import Pending, moved
+from distnorm.transport.pending import Pending, moved
 from distnorm.types import EVERY_LAYER, Direction, Landed, Layout, Slot
 
 logger = logging.getLogger("distnorm")

@@ -17,7 +17,7 @@ from distnorm.compat.at_once import Call, put
 from distnorm.kernels.native import library
 from distnorm.policies.base import Reducer
 from distnorm.policies.bucket import Bucket
-from distnorm.transport.group import moved
+from distnorm.transport.pending import moved
 
 _STORED = ("ring", "filled", "position")
 

@@ -24,7 +24,7 @@ from distnorm.policies.facts import Facts
 from distnorm.policies.routes import Routes
 from distnorm.policies.stored import Check, array, bucket, entries, fields, sizes_of
 from distnorm.transport import Group, Topology
-from distnorm.transport.group import moved
+from distnorm.transport.pending import moved
 from distnorm.types import Landed, Layout, Slot, Watch
 from distnorm.validation import Axis, Window, check_fields
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol, TypeVar
+from typing import TypeVar
 from weakref import ref
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from distnorm.compat.at_once import Call, at_once
 from distnorm.transport.direct import AWAKE_S, Direct
+from distnorm.transport.pending import Later, Pending, Work, timed
 from distnorm.transport.rendezvous import group_timeout
 from distnorm.transport.schedule import Schedule
 from distnorm.transport.senders import Sender, mixed, sender, signature
@@ -64,58 +64,6 @@ def lost(group: dist.ProcessGroup | OtherT) -> LostGroup | OtherT:
     return group
 
 
-class Work(Protocol):
-    """A collective that was started."""
-
-    def wait(self) -> object:
-        """Return when it is done."""
-        ...
-
-
-class Pending:
-    """A sum that is under way, or about to be."""
-
-    def __init__(self, wire_: Tensor, slot: Slot) -> None:
-        """Of ``wire_``, in place."""
-        self.wire, self.slot = wire_, slot
-        self.works: list[Work] = []
-        """What sums it; none if it is done, or was not sent yet."""
-
-    def wait(self) -> Tensor:
-        """The sum; waits once. On a GPU the current stream waits, not the host."""
-        if self.works:
-            with _timed(self.slot):
-                self.works[0].wait()
-            self.works = []  # not before: a sum that failed must fail again
-        return self.wire
-
-    def to(self, device: torch.device) -> None:
-        """Wait, and keep the sum on ``device``."""
-        self.wire = moved(self.wait(), device)
-
-
-def moved(values: Tensor, device: torch.device) -> Tensor:
-    """``values`` on ``device``; zeros in place of those of a meta tensor, which has none."""
-    return torch.zeros_like(values, device=device) if values.is_meta else values.to(device)
-
-
-class Later:
-    """The sum of a vector that is left as it was, once it is there."""
-
-    def __init__(self, work: Work | None, result: Callable[[], Tensor], slot: Slot) -> None:
-        """``work`` makes ``result`` possible; None if it is already."""
-        self._work = work
-        self._result = result
-        self._slot = slot
-
-    def wait(self) -> Tensor:
-        """The sum. On a GPU the current stream waits, not the host."""
-        if self._work is not None:
-            with _timed(self._slot):
-                self._work.wait()
-        return self._result()
-
-
 class Group(ABC):
     """Ranks that share statistics, and what carries these between them."""
 
@@ -130,7 +78,7 @@ class Group(ABC):
         if self.size == 1:
             return wire
         self._announce(wire, slot)
-        with _timed(slot):
+        with timed(slot):
             return self._sum(wire.detach(), slot)
 
     def start(self, wire: Tensor, slot: Slot) -> Later:
@@ -138,7 +86,7 @@ class Group(ABC):
         if self.size == 1:
             return Later(None, lambda: wire, slot)
         self._announce(wire, slot)
-        with _timed(slot):
+        with timed(slot):
             return Later(*self._start(wire.detach(), slot), slot)
 
     def sum_async(self, pending: Pending, *then: Call) -> None:
@@ -150,7 +98,7 @@ class Group(ABC):
             at_once(*then)
             return
         self._announce(pending.wire, pending.slot)
-        with _timed(pending.slot):
+        with timed(pending.slot):
             at_once(*self._start_sum(pending.wire, pending.works), *then)
 
     def broadcast(self, tensor: Tensor) -> None:
@@ -298,11 +246,3 @@ class _Awake:
 
 def _served_by_gloo(process_group: dist.ProcessGroup) -> tuple[str, ...]:
     return tuple(device for device in ("cpu", "cuda") if backend_for(process_group, device) == "gloo")
-
-
-@contextmanager
-def _timed(slot: Slot) -> Iterator[None]:
-    started = time.perf_counter()
-    yield
-    for observer in slot.observers:
-        observer.waited(slot, time.perf_counter() - started)

@@ -27,8 +27,9 @@ import torch
 from torch import Tensor
 
 from distnorm.compat.at_once import Call, at_once
-from distnorm.transport.group import Group, Work
+from distnorm.transport.group import Group
 from distnorm.transport.patience import Patience
+from distnorm.transport.pending import Work
 from distnorm.transport.schedule import Schedule, schedule_of
 from distnorm.types import Slot
 

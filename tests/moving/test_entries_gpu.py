@@ -18,7 +18,7 @@ pytest.importorskip("triton", reason="Triton is made for Linux only")
 from distnorm import Recipe
 from distnorm.compat.at_once import Call, at_once
 from distnorm.policies import Moving, StaleMix, entries, moving, stale_mix
-from distnorm.transport.group import Pending
+from distnorm.transport.pending import Pending
 from distnorm.types import EVERY_LAYER, Direction, Landed, Layout, Slot
 from tests.moving import test_scaling, test_stale_mix
 from tests.moving.conftest import interpret

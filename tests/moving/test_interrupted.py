@@ -19,7 +19,7 @@ from distnorm.layers import binding, running_statistics
 from distnorm.methods import RMS, BatchNorm
 from distnorm.policies import Moving, StaleMix, Warmup, bucket, entries, moving, stale_mix, warmup
 from distnorm.policies.bucket import Bucket
-from distnorm.transport import group
+from distnorm.transport import group, pending
 from tests.moving.models import batch, build, loss_of, same, shared_state, train
 from tests.support.threads import run_threads
 
@@ -178,7 +178,7 @@ def test_stock_running_statistics_are_folded_though_that_was_interrupted(place, 
 
 # --- at every line -------------------------------------------------------------------------------
 
-EVERYWHERE = (at_once, binding, bucket, entries, group, moving, running_statistics, stale_mix, warmup)
+EVERYWHERE = (at_once, binding, bucket, entries, group, moving, pending, running_statistics, stale_mix, warmup)
 """Modules in which the end of a step is interrupted."""
 
 MANY = 10**6

@@ -18,7 +18,7 @@ from torch import nn
 import distnorm
 from distnorm.integrations import mpi
 from distnorm.transport import mpi as transport
-from distnorm.transport.group import Pending
+from distnorm.transport.pending import Pending
 from tests.distributed.jobs import Plan, net, train
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
