@@ -68,7 +68,7 @@ def sums(rank: int) -> list[bytes]:
     for pending in background:
         group.sum_async(pending)
         pending.wait()
-    return [each.numpy().tobytes() for each in blocking + background]
+    return [each.numpy().tobytes() for each in (*blocking, *(pending.wire for pending in background))]
 
 
 def abandoned(rank: int) -> bool:
