@@ -10,6 +10,7 @@ from functools import partial
 Call = Callable[[], object]
 
 
+# docs/decisions.md#the-end-of-a-moving-step-is-one-block
 def at_once(*calls: Call) -> None:
     """Make ``calls`` one after another, of functions written in C, such as ``put``.
 

@@ -12,6 +12,7 @@ LOOK_S = 0.1
 LONGEST_GAP_S = 2.5 * LOOK_S
 
 
+# docs/decisions.md#gloo-keeps-its-own-clock
 class Patience:
     """A timeout that runs only while this process does.
 

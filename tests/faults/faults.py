@@ -14,6 +14,7 @@ Whatever happens, no process and no file of the job is left, and files of checkp
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 from typing import Literal
 
 TRANSPORTS = ("shm", "sockets", "gloo")
@@ -59,7 +60,15 @@ class Fault:
     quick: tuple[str, str] | None = None
     """The transport and recipe with which it is a quick row, if there is such."""
     ddp: bool = False
+    transports: tuple[str, ...] = TRANSPORTS
+    recipes: tuple[str, ...] = tuple(RECIPES)
+    """With which it is tried: others make no difference."""
     but: tuple[Instead, ...] = ()
+
+    @property
+    def keys(self) -> list[tuple[str, str]]:
+        """Its rows: transports and recipes."""
+        return list(product(self.transports, self.recipes))
 
     def must(self, transport: str, recipe: str) -> tuple[Ends, str, Within, str]:
         """How ranks end, what an error says, within what time; and why, where it is not as in other rows."""
@@ -144,6 +153,15 @@ FAULTS = (
     # --- data and kernels ---
     Fault(name="NaN in a batch", at="forward", do="poison", ends=("alike", "alike"), quick=("shm", "sync_bn")),
     Fault(name="a truncated kernel in the cache", at="building", do="truncated_kernel", ends=("right", "right")),
+    *(Fault(name=name, at="building", do=do, ends=("right", "right"), transports=("shm",), recipes=("sync_bn", "mabn"))
+      for name, do in (
+          ("an empty kernel in the cache", "empty_kernel"),
+          ("a kernel of garbage in the cache", "garbage_kernel"),
+          ("somebody else's library in the cache", "foreign_kernel"),
+          ("no HOME, and no entry in passwd", "no_home"),
+          ("a cache that cannot be written", "no_writing"),
+          ('CC="gcc -m64"', "words_in_cc"),
+          ("a compile that is killed", "killed_compile"))),
 )  # fmt: skip
 
 BY_NAME = {each.name: each for each in FAULTS}

@@ -25,9 +25,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import distnorm
 from distnorm.integrations import checkpoint
-from distnorm.kernels import library_cache, native
 from distnorm.transport import rendezvous
-from tests.faults import actions
+from tests.faults import actions, kernels
 from tests.faults.faults import RECIPES, TRANSPORTS, Fault, Point
 
 C, N = 6, 4
@@ -106,8 +105,10 @@ class Rank:
             raise
 
     def _script(self) -> None:
-        if self.fault.do == "truncated_kernel":
-            self._break_the_cache()
+        if self.fault.do in (*kernels.OF_FILES, *kernels.OF_RANKS):
+            kernels.prepare(self.fault.do, self.folder / "cache", self.number)
+            dist.barrier()
+            kernels.use(self.fault.do, self.folder / "cache")
         model = self._model()
         if self.fault.at == "loading":
             self._load(model)
@@ -198,17 +199,6 @@ class Rank:
         dist.barrier()
         self.note("fault")
         checkpoint.load([model], mine)
-
-    def _break_the_cache(self) -> None:
-        """A cache with kernels in it that are broken."""
-        broken = self.folder / "cache"
-        if self.number == 0:
-            shutil.copytree(library_cache._cache_folder(os.environ), broken / "distnorm")
-            for file in broken.rglob("*.so"):
-                os.truncate(file, file.stat().st_size // 2)
-        os.environ["XDG_CACHE_HOME"] = str(broken)
-        native.library.cache_clear()
-        dist.barrier()
 
 
 def other(names: list[str], name: str) -> str:
