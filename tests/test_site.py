@@ -101,7 +101,7 @@ def test_drawings_and_formulas_are_marked(site):
 def test_pages_are_plain_markdown(path):
     """What a code host shows too; and a list after a paragraph needs a line between them, on the site."""
     text = re.sub(r"^```.*?^```", "", path.read_text(), flags=re.DOTALL | re.MULTILINE)
-    assert not re.search(r'^(!!!|\?\?\?|===|:::)|\{[:.#]', re.sub(r"`[^`]*`|\$[^$]*\$", "", text), re.MULTILINE)
+    assert not re.search(r"^(!!!|\?\?\?|===|:::)|\{[:.#]", re.sub(r"`[^`]*`|\$[^$]*\$", "", text), re.MULTILINE)
     before = ""
     for line in text.splitlines():
         if re.match(r"([*-]|\d+\.) ", line):
