@@ -16,7 +16,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Another torch lies in an environment of its own: its full wheel, with what it brings along, takes 5 to 7 GB.
 TORCH := .venv-torch-$(VERSION)
 UNITS := $(wildcard tests/test_*.py)
-STUDIES := architecture bench cli docs gpu_check help pictures plan plan_command quality quality_images site suite wheel
+STUDIES := architecture bench cli docs gpu_check help plan plan_command quality quality_images site suite wheel
 CORE := $(filter-out $(STUDIES:%=tests/test_%.py),$(UNITS)) \
 	tests/laws tests/moving $(addprefix tests/distributed/test_,backends.py ddp_buffers.py sync_batch_norm_ddp.py)
 

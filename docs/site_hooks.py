@@ -19,7 +19,8 @@ BESIDE = "repository"
 
 LANGUAGES = {".py": "python", ".yaml": "yaml", ".json": "json", ".sh": "bash", ".sbatch": "bash"}
 LINK = re.compile(r"\]\(([^)\s#:]+)(#[^)\s]*)?\)")
-OBJECT = re.compile(r"^<!-- object: (\S+) -->$", re.MULTILINE)
+OBJECT = re.compile(r"^.*\n(\[.*\))\n\n<!-- object: (\S+) -->$", re.MULTILINE)
+"""A first sentence, the link to the source, and the comment that ``generate.py`` writes."""
 
 
 def on_files(files: Files, config: Any) -> Files:
@@ -30,7 +31,7 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: object) -> str:
-    """Lead links to the site's pages, and put objects in for the comments that name them."""
+    """Lead links to the site's pages, and put whole docstrings in place of first sentences."""
     here = page.file.src_uri
     folder = os.path.dirname(os.path.join("docs", here) if not here.startswith(BESIDE) else here[len(BESIDE) + 1 :])
 
@@ -38,7 +39,7 @@ def on_page_markdown(markdown: str, page: Any, **_: object) -> str:
         there = _place(os.path.normpath(os.path.join(folder, link[1])))
         return f"]({os.path.relpath(there, os.path.dirname(here) or '.')}{link[2] or ''})"
 
-    return LINK.sub(moved, OBJECT.sub(r"::: \1", markdown))
+    return LINK.sub(moved, OBJECT.sub(r"\1\n\n::: \2", markdown))
 
 
 def _linked() -> Iterator[str]:
