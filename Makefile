@@ -16,7 +16,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # Another torch lies in an environment of its own: its full wheel, with what it brings along, takes 5 to 7 GB.
 TORCH := .venv-torch-$(VERSION)
 UNITS := $(wildcard tests/test_*.py)
-STUDIES := bench cli docs gpu_check plan plan_command quality quality_images suite
+STUDIES := architecture bench cli docs gpu_check help plan plan_command quality quality_images site suite wheel
 CORE := $(filter-out $(STUDIES:%=tests/test_%.py),$(UNITS)) \
 	tests/laws tests/moving $(addprefix tests/distributed/test_,backends.py ddp_buffers.py sync_batch_norm_ddp.py)
 
@@ -77,12 +77,14 @@ bench: $(STAMP) ## measure every figure of docs/performance.md, in under 15 minu
 gpu-check: ## check and time norms on an NVIDIA card, with a Python that has torch and Triton: ARGS="--stages abcd"
 	$(firstword $(wildcard $(BIN)/python) $(PYTHON)) benchmarks/gpu_check.py $(ARGS)
 
-docs: $(STAMP) ## write the generated tables of the documentation anew
+docs: $(STAMP) ## write the generated parts of the documentation anew, and build its pages in site/
 	$(BIN)/python docs/generate.py
+	$(BIN)/python benchmarks/recipes_picture.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 integrations: $(STAMP) ## run every launcher and framework with 2 processes, and write docs/integrations.md's tables
 	$(BIN)/python -m tests.integrations.table
 
 clean: ## remove .venv, caches and build products
-	rm -rf .venv .venv-torch-* .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis build dist *.egg-info
+	rm -rf .venv .venv-torch-* .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis build dist site *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

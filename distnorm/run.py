@@ -22,6 +22,14 @@ from distnorm.transport.mpi import end_job_after
 from distnorm.types import Transport
 from distnorm.validation import read_json
 
+_DESCRIPTION = """\
+  torchrun --nproc_per_node 2 -m distnorm.run --recipe sync_bn train.py --lr 0.1
+  mpirun -n 2 python -m distnorm.run train.py
+
+Run a script as it is. Its models are converted just before DDP, FSDP or
+DeepSpeed wraps them. Options come before the script. What no option says comes
+from the environment (DISTNORM_RECIPE and so on), then from the config file.
+"""
 _TAKES_VALUE = ("--recipe", "--options", "--where", "--transport")
 _LAUNCHER_FLAGS = ("--local_rank", "--local-rank")
 
@@ -96,20 +104,20 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="distnorm.run",
         usage="<launcher> -m distnorm.run [options] (script | -m module) [its arguments]",
-        description="Run a script whose models are converted just before DDP, FSDP or DeepSpeed wraps them. What no "
-        "option says comes from the environment (DISTNORM_RECIPE and so on), then from the launcher's config.",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--recipe", help="a recipe's name, or with options: 'group_bn(size=4)'; sync_bn by default")
+    parser.add_argument("--recipe", metavar="NAME", help="or with options: 'group_bn(size=4)'; default: sync_bn")
     parser.add_argument("--options", metavar="JSON", help="the recipe's options: '{\"size\": 4}'")
-    parser.add_argument("--where", metavar="PATTERNS", help="layers to convert: 'backbone.*,neck.*'; all by default")
+    parser.add_argument("--where", metavar="PATTERNS", help="layers to convert: 'backbone.*,neck.*'; default: all")
     parser.add_argument(
-        "--fuse", action=argparse.BooleanOptionalAction, default=None, help="norms take over what follows them"
+        "--fuse", action=argparse.BooleanOptionalAction, default=None, help="norms do the ReLU and addition behind them"
     )
     parser.add_argument(
         "--ledger", action=argparse.BooleanOptionalAction, default=None, help="print the collectives at the end"
     )
-    parser.add_argument("--transport", help=f"who carries statistics: {', '.join(get_args(Transport))}")
+    parser.add_argument("--transport", metavar="NAME", help=f"who carries statistics: {', '.join(get_args(Transport))}")
     return parser
 
 

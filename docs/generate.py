@@ -1,12 +1,14 @@
-"""Write the generated tables of README.md and docs anew, or with --check fail if they are out of date."""
+"""Write the generated parts of docs anew, or with --check fail if they are out of date."""
 
 from __future__ import annotations
 
 import argparse
+import ast
 import re
 import sys
 from pathlib import Path
 
+import distnorm
 from distnorm import Recipe, recipes
 from distnorm.policies import Policy
 
@@ -21,6 +23,47 @@ SOURCES = {
     "mabn": "Yan et al. 2020, here shared across ranks",
     "hierarchical_mabn": "our own construction",
     "lazy_bn": "our own construction",
+}
+
+# What docs/reference.md describes, by heading: modules, and the names in them.
+OBJECTS: dict[str, dict[str, tuple[str, ...]]] = {
+    "Convert a model": {"distnorm.convert": ("convert", "revert", "register_converter")},
+    "In the training loop": {
+        "distnorm.attach": ("attach", "end_step", "sync_running_stats", "state_dict", "load_state_dict")
+    },
+    "Look at what happens": {"distnorm.diagnostics.ledger": ("Ledger",), "distnorm.diagnostics.drift": ("stats",)},
+    "Layers": {
+        "distnorm.nn": ("SyncBatchNorm",),
+        "distnorm.layers.module": (*("DistNorm", "DistBatchNorm1d", "DistBatchNorm2d", "DistBatchNorm3d"),),
+    },
+    "Recipes": {
+        "distnorm.recipe": ("Recipe",),
+        "distnorm.recipes": (*SOURCES, "available", "describe", "build", "parse"),
+    },
+    "Methods": {
+        "distnorm.methods.batch_norm": ("BatchNorm",),
+        "distnorm.methods.rms": ("RMS",),
+        "distnorm.methods.base": ("Method", "ChannelAffine"),
+    },
+    "Policies": {
+        "distnorm.policies.local": ("Local",),
+        "distnorm.policies.all_reduce": ("AllReduce",),
+        "distnorm.policies.chain": ("Chain",),
+        "distnorm.policies.periodic": ("Periodic",),
+        "distnorm.policies.moving": ("Moving",),
+        "distnorm.policies.stale_mix": ("StaleMix",),
+        "distnorm.policies.warmup": ("Warmup",),
+        "distnorm.policies.base": ("Policy", "Reducer"),
+        "distnorm.policies.facts": ("Facts", "Completeness"),
+    },
+    "Frameworks": {
+        "distnorm.integrations.accelerate": ("DistNormPlugin",),
+        "distnorm.integrations.transformers": ("DistNormCallback",),
+        "distnorm.integrations.lightning": ("DistNormSync",),
+        "distnorm.integrations.deepspeed": ("enable",),
+        "distnorm.integrations.mpi": ("init_process_group",),
+        "distnorm.integrations.checkpoint": ("save", "load"),
+    },
 }
 
 
@@ -52,6 +95,35 @@ def payload(recipe: Recipe) -> str:
     return f"{16 * kinds * uses:g} C" if uses else "0"
 
 
+def object_rows() -> list[str]:
+    """A heading for every public object, with its first sentence; the site puts its docstring after it."""
+    rows = []
+    for heading, modules in OBJECTS.items():
+        rows += ["", f"## {heading}"]
+        for module, names in modules.items():
+            path = f"{module.replace('.', '/')}.py"
+            for name in names:
+                rows += ["", f"### {public_name(module, name)}", "", first_sentence(path, name)]
+                rows += [f"[{path}](../{path})", "", f"<!-- object: {module}.{name} -->"]
+    return [*rows, ""]
+
+
+def public_name(module: str, name: str) -> str:
+    """How users reach ``name``."""
+    for package in (distnorm, distnorm.methods, distnorm.policies):
+        if name in package.__all__:
+            return f"{package.__name__}.{name}"
+    return f"{module}.{name}"
+
+
+def first_sentence(path: str, name: str) -> str:
+    """The first line of a docstring, read from the source: frameworks need not be there."""
+    tree = ast.parse((ROOT / path).read_text())
+    definition = next(node for node in tree.body if getattr(node, "name", None) == name)
+    assert isinstance(definition, ast.ClassDef | ast.FunctionDef)
+    return (ast.get_docstring(definition) or "").partition("\n")[0].replace("``", "`")
+
+
 def filled(text: str, name: str, rows: list[str]) -> str:
     """``text`` with ``rows`` between the markers of the table ``name``."""
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
@@ -61,18 +133,22 @@ def filled(text: str, name: str, rows: list[str]) -> str:
     return pattern.sub(lambda _: "\n".join([begin, *rows, end]), text)
 
 
+PARTS = {"which-recipe.md": ("recipes", recipe_rows), "reference.md": ("objects", object_rows)}
+
+
 def main() -> int:
     """Rewrite or check."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if a table is out of date")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if a page is out of date")
     check = parser.parse_args().check
-    readme = ROOT / "README.md"
-    old = readme.read_text()
-    new = filled(old, "recipes", recipe_rows())
-    if check and new != old:
-        print("README.md is out of date: run make docs", file=sys.stderr)
-        return 1
-    readme.write_text(new)
+    for name, (part, rows) in PARTS.items():
+        page = ROOT / "docs" / name
+        old = page.read_text()
+        new = filled(old, part, rows())
+        if check and new != old:
+            print(f"docs/{name} is out of date: run make docs", file=sys.stderr)
+            return 1
+        page.write_text(new)
     return 0
 
 

@@ -7,13 +7,14 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
 
 import distnorm
-from distnorm import Recipe
+from distnorm import Recipe, methods, policies, settings, validation
 from distnorm.methods import BatchNorm, Method
 from distnorm.policies import AllReduce, Local, Policy
 from tests.laws.ranks import answer_on_rank, random_case
@@ -23,11 +24,15 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 INLINE = re.compile(r"`(make [\w-]+|distnorm \w+)`")
+PACKAGES = (distnorm, methods, policies)
+NOT_OURS = {"distnorm/methods/power.py", "first.py", "train.py", "zero_to_fp32.py"}
+"""Files that pages speak of, and that are the reader's or a framework's."""
 TROUBLES = ROOT / "docs" / "troubleshooting.md"
 LINK = re.compile(r"\]\(([^)#:]+)(?:#([^)]*))?\)")
 
 # Commands that this very run is, or contains, and names of commands that take more words.
 RUN_ELSEWHERE = {"make test", "make test-all", "make test-faults", "make integrations", "make bench"}
+RUN_ELSEWHERE |= {"make check", "make docs"}  # tests/test_site.py builds the site
 RUN_ELSEWHERE |= {"distnorm launch", "distnorm config", "distnorm bench", "distnorm plan"}
 
 
@@ -84,8 +89,54 @@ def test_the_policy_in_contributing_shares_the_layers_it_names():
     assert run_threads(2, run) == [{"1": 2}] * 2
 
 
-def test_generated_tables_are_current():
-    subprocess.run([sys.executable, "docs/generate.py", "--check"], cwd=ROOT, check=True, timeout=60)
+@pytest.mark.parametrize("script", ["docs/generate.py", "benchmarks/recipes_picture.py"])
+def test_generated_parts_are_current(script):
+    subprocess.run([sys.executable, script, "--check"], cwd=ROOT, check=True, timeout=60)
+
+
+def test_everything_public_is_in_the_reference():
+    page = (ROOT / "docs" / "reference.md").read_text()
+    names = {f"{package.__name__}.{name}" for package in PACKAGES for name in package.__all__}
+    names -= {f"distnorm.{name}" for name in ("methods", "nn", "policies", "recipes")}  # rooms, not objects
+    names -= {f"distnorm.DistNorm{dims}d" for dims in (1, 2, 3)}  # older names of DistBatchNorm
+    assert names <= set(re.findall(r"^### (\S+)$", page, re.MULTILINE))
+
+
+def test_every_setting_is_listed():
+    page = (ROOT / "docs" / "settings.md").read_text()
+    words = set(re.findall(r"`([\w-]+)`", page))
+    keys = {each.name for each in fields(settings.Settings)} - {"source"}
+    assert {*validation.VARIABLES, *keys, *(f"--{key}" for key in keys)} <= words
+
+
+FIGURE = re.compile(r"[+−]?\d+\.\d+(?: ± \d+\.\d+| \[[\d., ]+\])?")
+
+
+def test_figures_are_those_of_the_pages_they_come_from():
+    """In each row of the table, and each point of the list, of which recipe to take."""
+    page = (ROOT / "docs" / "which-recipe.md").read_text().partition("## What each costs")[0]
+    parts = [part for part in re.split(r"\n(?=\||\* |## )", page) if FIGURE.search(part)]
+    assert len(parts) > 10
+    for part in parts:
+        named = [target for target, _ in LINK.findall(part) if target.endswith(".md")]
+        text = re.sub(r"\s+", " ", " ".join((ROOT / "docs" / each).read_text() for each in named)).replace("**", "")
+        figures = FIGURE.findall(re.sub(r"\s+", " ", part))
+        missing = [each for each in figures if not re.search(rf"(?<![\d.]){re.escape(each)}(?!\d)", text)]
+        assert not missing, f"{part}: not in {named}: {missing}"
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 120
+
+
+def test_files_that_pages_name_exist():
+    """Between backticks, with a folder or without; of any folder, since pages say kernels/dense.py or dense.py."""
+    folders = ("benchmarks", "distnorm", "docs", "examples", "tests")
+    there = [path.as_posix() for folder in folders for path in (ROOT / folder).rglob("*.[pch]*")]
+    for page in PAGES:
+        text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+        for name in set(re.findall(r"`([\w/]+\.(?:py|c|h))`", text)) - NOT_OURS:
+            assert any(path.endswith(f"/{name}") for path in there), f"{page.name}: {name}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -1,6 +1,6 @@
 """Activation checkpointing: a recomputed forward gets the statistics of the first one, without a second collective.
 
-Whether a forward is a recomputation is known from the calls that led to it (``boundary.repeating``). Which first
+Whether a forward is a recomputation is known from the calls that led to it (``engine.repeating``). Which first
 forward it repeats is known from its local sums, which it forms again from the same values, up to rounding. On a CPU
 they are proof, too: where no record has them, the forward is a new one. A GPU is not asked, since the host would wait.
 """

@@ -27,25 +27,30 @@ _ALONE = 2
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the command's arguments."""
-    parser.description = (
-        "Measure latency, bandwidth and the step of each recipe on the ranks of a job: start it by torchrun, mpirun or "
-        f"srun, as `torchrun ... -m distnorm bench ...`. Without a launcher it starts {_ALONE} ranks on this machine's "
-        "CPU. See docs/bench.md."
-    )
+    parser.usage = "[launcher] distnorm bench --model MODULE:FUNCTION [options]"
+    parser.description = f"""\
+  torchrun --nproc_per_node 8 -m distnorm bench --model my_models:resnet
+  mpirun -n 16 python -m distnorm bench --model my_models:resnet
+  distnorm bench --model my_models:resnet --shape 3,64,64 --seconds 20
+
+Measure, with your model on your ranks, how long sums take and what each recipe
+adds to a step. Without a launcher it starts {_ALONE} ranks on this machine's CPU.
+docs/bench.md explains the figures.
+"""
     add = parser.add_argument
-    add("--model", required=True, metavar="MODULE:FUNCTION", help="a function without arguments that returns the model")
-    add("--input", metavar="MODULE:FUNCTION", help="returns what this rank's forward takes: a tensor, tuple or dict")
-    add("--shape", metavar="N,N,...", help="of one random sample, in place of --input; default: 3,224,224")
+    add("--model", required=True, metavar="MODULE:FUNCTION", help="returns the model; takes no arguments")
+    add("--input", metavar="MODULE:FUNCTION", help="returns the input: a tensor, tuple or dict")
+    add("--shape", metavar="N,N,...", help="in place of --input: random samples; default: 3,224,224")
     add("--batch", type=int, metavar="N", help="samples per rank with --shape; default: 4")
     add(
         "--recipes",
         nargs="+",
         metavar="RECIPE",
-        help="default: local_bn, sync_bn, mabn, lazy_bn and, on several nodes, the recipes with two levels",
+        help="default: local_bn, sync_bn, mabn, lazy_bn, and on several nodes those with two levels",
     )
-    add("--seconds", type=float, default=60.0, help="of measuring; default: %(default)g")
-    add("--device", choices=["cpu", "cuda"], help="default: cuda if there is one and a launcher started the ranks")
-    add("--json", type=Path, metavar="FILE", help="write what was measured; `distnorm plan --measured` reads it")
+    add("--seconds", type=float, default=60.0, metavar="N", help="of measuring; default: %(default)g")
+    add("--device", choices=["cpu", "cuda"], help="default: cuda, if there is one and a launcher")
+    add("--json", type=Path, metavar="FILE", help="write the figures, for `distnorm plan --measured`")
     add("--picture", type=Path, metavar="FILE", help="draw it; needs matplotlib")
 
 

@@ -18,18 +18,28 @@ _KEYS = ("recipe", "options", "where", "fuse", "ledger", "transport")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the command's arguments."""
-    parser.description = (
-        "Write the section of distnorm into accelerate's config file. Without further flags it asks; where it cannot "
-        "ask, it shows and checks what stands there."
-    )
+    parser.usage = "distnorm config [--config_file FILE] [options]"
+    parser.description = """\
+  distnorm config --config_file cfg.yaml --recipe mabn --option window=8
+
+Write distnorm's section into accelerate's config file; all other lines stay as
+they are. Without options it asks. Where it cannot ask, it shows and checks the
+section that is there. Start the job by `distnorm launch`.
+"""
     add = parser.add_argument
-    add("--config_file", "--config-file", metavar="FILE", help="an accelerate config; default: accelerate's own")
-    add("--recipe", help="see `distnorm recipes`")
-    add("--option", action="append", metavar="KEY=VALUE", dest="options", help="an option of the recipe; repeatable")
+    add("--config_file", "--config-file", metavar="FILE", help="default: accelerate's own")
+    add("--recipe", metavar="NAME", help="see `distnorm recipes`")
+    add(
+        "--option",
+        action="append",
+        metavar="KEY=VALUE",
+        dest="options",
+        help="an option of the recipe; may be repeated",
+    )
     add("--where", nargs="+", metavar="PATTERN", help="layers to convert, such as 'backbone.*'; default: all")
-    add("--fuse", action=argparse.BooleanOptionalAction, help="whether norms take over what follows them")
-    add("--ledger", action=argparse.BooleanOptionalAction, help="whether rank 0 prints the collectives of the job")
-    add("--transport", help=f"who carries statistics: {' or '.join(get_args(Transport))}")
+    add("--fuse", action=argparse.BooleanOptionalAction, help="norms do the ReLU and addition that follow them")
+    add("--ledger", action=argparse.BooleanOptionalAction, help="rank 0 prints the collectives at the end")
+    add("--transport", metavar="NAME", help=f"who carries statistics: {', '.join(get_args(Transport))}")
     add("--remove", action="store_true", help="take the section out")
 
 

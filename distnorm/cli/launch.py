@@ -21,14 +21,38 @@ from distnorm.cli.config_file import SECTION, ConfigFile, default_path
 from distnorm.cli.processes import Processes, foresee, nested
 from distnorm.settings import SECTION_VARIABLE, Settings, from_environment
 
+_HELP = """\
+usage: distnorm launch [options of accelerate launch] script [its arguments]
+
+  distnorm launch --config_file cfg.yaml train.py --lr 0.1
+
+Run `accelerate launch` on a config file that has a section of distnorm. The
+models of the script are converted as the section says, just before Accelerate
+wraps them. Arguments, output and exit code are those of `accelerate launch`.
+
+`distnorm config --config_file cfg.yaml --recipe mabn` writes the section:
+
+  distnorm_config:
+    recipe: mabn
+    options: {window: 8}      # see `distnorm recipes mabn`
+    where: [backbone.*]       # layers to convert; all if this is left out
+
+Environment variables (DISTNORM_RECIPE and so on) come before the section.
+All other options: accelerate launch --help.
+"""
 _SETTING = "Set num_processes in the config file or pass --num_processes; on CPU also set use_cpu: true or pass --cpu."
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command; return 0, or 2 after a message about what was given.
 
+    Help by itself is ours and short; accelerate's own has some 500 lines.
+
     Whatever accelerate raises when a worker fails goes through, so that the exit code is that of accelerate.
     """
+    if list(arguments) in (["-h"], ["--help"]):
+        print(_HELP, end="")
+        return 0
     try:
         job = plan(parse(arguments), os.environ)
     except (ImportError, ValueError) as error:

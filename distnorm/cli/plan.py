@@ -27,22 +27,30 @@ _BANDWIDTHS = ("beta", "beta_node")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the command's arguments."""
-    parser.description = "Predict collectives, bytes and exposed time per recipe and number of ranks: docs/plan.md."
+    parser.usage = "distnorm plan --model MODULE:FUNCTION [options]"
+    parser.description = """\
+  distnorm plan --model my_models:resnet --measured bench.json --world 8,64
+  distnorm plan --model my_models:resnet --alpha-node 30us --beta-node 25Gbit/s
+
+Predict collectives, bytes and exposed time per step, for each recipe and number
+of ranks. Starts no ranks and trains nothing. docs/plan.md has the formulas.
+Times are written 30us or 1.5ms, bandwidths 10GB/s or 25Gbit/s.
+"""
     add = parser.add_argument
-    add("--model", required=True, metavar="MODULE:FUNCTION", help="a function without arguments that returns the model")
+    add("--model", required=True, metavar="MODULE:FUNCTION", help="returns the model; takes no arguments")
     add("--recipes", nargs="+", metavar="RECIPE", default=list(DEFAULT_RECIPES), help="default: all of them")
     add("--world", default="2,8,64,512,4096", metavar="N,N,...", help="numbers of ranks; default: %(default)s")
     add("--local", type=int, default=8, metavar="N", help="ranks per node; default: %(default)s")
-    add("--step", metavar="TIME", help=f"a step without communication; default: as measured, else {_ASSUMED_STEP}")
-    add("--backend", choices=["gloo", "nccl"], help="default: as measured, else nccl")
-    add("--measured", type=Path, metavar="FILE", help="take the numbers from what `distnorm bench --json FILE` wrote")
-    add("--alpha", metavar="TIME", help=f"a round of messages in a node; default: {_ASSUMED['alpha']}")
+    add("--step", metavar="TIME", help=f"a step that shares nothing; default: measured, or {_ASSUMED_STEP}")
+    add("--backend", choices=["gloo", "nccl"], help="default: measured, or nccl")
+    add("--measured", type=Path, metavar="FILE", help="numbers that `distnorm bench --json FILE` wrote")
+    add("--alpha", metavar="TIME", help=f"one round of messages in a node; default: {_ASSUMED['alpha']}")
     add("--beta", metavar="BANDWIDTH", help=f"bandwidth in a node; default: {_ASSUMED['beta']}")
-    add("--alpha-node", metavar="TIME", help="a round of messages between nodes; default: as --alpha")
-    add("--beta-node", metavar="BANDWIDTH", help="bandwidth of a node's link; default: as --beta")
-    add("--overhead", metavar="TIME", help=f"the host's part of a collective; default: {_ASSUMED['overhead']}")
-    add("--message", metavar="TIME", help=f"the host's part per peer, on gloo; default: {_ASSUMED['message']}")
-    add("--wake", metavar="TIME", help="the host's part of a round of gloo's own collectives; default: 0us")
+    add("--alpha-node", metavar="TIME", help="the same between nodes; default: as --alpha")
+    add("--beta-node", metavar="BANDWIDTH", help="of a node's link; default: as --beta")
+    add("--overhead", metavar="TIME", help=f"host time of a collective; default: {_ASSUMED['overhead']}")
+    add("--message", metavar="TIME", help=f"host time per peer, on gloo; default: {_ASSUMED['message']}")
+    add("--wake", metavar="TIME", help="host time of a round of gloo's own; default: 0us")
     add("--json", type=Path, metavar="FILE", help="write the predictions")
     add("--picture", type=Path, metavar="FILE", help="draw exposed time against ranks; needs matplotlib")
 

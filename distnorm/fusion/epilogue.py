@@ -1,9 +1,9 @@
 """Fuse norms with what follows them: find it in the model's own code, and run that code in a version with tails.
 
 A module that owns a norm and calls it (``out = self.relu(self.bn(out) + x)``, or a ``Sequential`` with a ReLU behind a
-norm) is given a class of its own, in whose methods the norm is told to do the rest (``versions.py``). The methods as
-they are run in evaluation, inside ``torch.compile``, which fuses by itself, and as long as a norm or a ReLU has hooks
-or is another than it was. Norms keep their places, so collectives have one order whichever version runs.
+norm) is given a class of its own, in whose methods the norm is told to do the rest (``fused_classes.py``). The methods
+as they are run in evaluation, inside ``torch.compile``, which fuses by itself, and as long as a norm or a ReLU has
+hooks or is another than it was. Norms keep their places, so collectives have one order whichever version runs.
 """
 
 from __future__ import annotations

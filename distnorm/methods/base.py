@@ -58,7 +58,7 @@ class Method(ABC):
 class ChannelAffine(Method):
     """Methods of the form ``y = scale_C * x + shift_C``, written in C-sized float64 arithmetic alone.
 
-    ``normalize`` below is their executable specification; ``fused`` computes the same with one pass per loop.
+    ``normalize`` below is their executable specification; ``autograd.normalize`` computes the same, one pass per loop.
     """
 
     raw: ClassVar[slice]

@@ -150,9 +150,11 @@ def test_no_script(capsys: pytest.CaptureFixture[str]) -> None:
     assert "the following arguments are required: training_script" in capsys.readouterr().err
 
 
-def test_help_is_that_of_accelerate(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_help_on_further_options_is_that_of_accelerate(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(SystemExit) as stopped:
-        launch.main(["--help"])
+        launch.parse(["--help"])
     assert stopped.value.code == 0
     ours = capsys.readouterr().out
     monkeypatch.setattr(sys, "argv", ["distnorm launch", "--help"])

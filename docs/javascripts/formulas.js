@@ -1,0 +1,5 @@
+// Formulas of pages: what pymdownx.arithmatex marks, MathJax sets.
+window.MathJax = {
+  tex: { inlineMath: [["\\(", "\\)"]], displayMath: [["\\[", "\\]"]] },
+  options: { ignoreHtmlClass: ".*|", processHtmlClass: "arithmatex" },
+};
