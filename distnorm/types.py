@@ -169,9 +169,6 @@ class Share(Protocol):
 class Exchange(Share, Protocol):
     """A share whose two directions can be had one by one, for kernels that know their own derivative."""
 
-    absorbed: bool
-    """Whether kernels have let the running statistics absorb what was gathered, if it landed."""
-
     def gather(self, wire: Tensor, *, held: bool, enough: bool) -> Tensor:
         """The shared counterpart of sums and count, values only; ``held`` says that a backward may follow.
 

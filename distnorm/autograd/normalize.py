@@ -21,6 +21,7 @@ from torch import Tensor
 from distnorm.autograd.engine import Left
 from distnorm.compat.dispatch_state import are_plain, is_batch
 from distnorm.kernels import gpu
+from distnorm.kernels.absorbing import absorb_shared
 from distnorm.kernels.passes import new_pass
 from distnorm.methods import ChannelAffine
 from distnorm.types import Affine, Exchange, Running, Tail
@@ -52,8 +53,7 @@ def normalize(
 ) -> Tensor:
     """As ``method.normalize``, and then the ``tail``: same values to rounding, same collectives.
 
-    If given, ``running`` statistics shall absorb what landed. Kernels that do so by the way say
-    it: ``share.absorbed``.
+    If given, ``running`` statistics absorb what landed.
 
     If given, ``between`` makes nodes of the graph that shall run while cotangents are under way: the engine takes ready
     nodes newest first, so they come after the node that sends them, and before the one that waits.
@@ -113,8 +113,10 @@ class _Normalize(torch.autograd.Function):
         shared = share.gather(kernels.sums(x_NCL), held=ctx.needs_input_grad[0], enough=enough)
         tail = Tail(residual_NCL, relu) if relu or residual_NCL is not None else NO_TAIL
         landed = running if running is not None and share.lands() else None
-        y_NCL = kernels.normalize(x_NCL, shared, weight_C, bias_C, tail, landed)
-        share.absorbed = landed is None or kernels.absorbed
+        by_the_way = landed is not None and kernels.absorbs(landed)
+        y_NCL = kernels.normalize(x_NCL, shared, weight_C, bias_C, tail, landed if by_the_way else None)
+        if landed is not None and not by_the_way:
+            absorb_shared(method, shared, landed, x_NCL.shape[1])
         ctx.save_for_backward(x_NCL, weight_C, bias_C, y_NCL if relu else None)
         ctx.method, ctx.share, ctx.finish, ctx.adds = method, share, finish, residual_NCL is not None
         return y_NCL

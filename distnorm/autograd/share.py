@@ -96,7 +96,6 @@ class LayerShare:
         self.learning = backward_may_follow()
         self._builds_graph = torch.is_grad_enabled()  # inside of a Function's forward it never is
         self.shared: Tensor | None = None
-        self.absorbed = False
 
     def __call__(self, count: int, sums_KC: Tensor, link: Link) -> tuple[Tensor, Tensor]:
         """``theta = link(shared sums / shared count)``, and the shared count, a float64 scalar without gradient.
@@ -173,7 +172,6 @@ class KeepLocal:
     def __init__(self) -> None:
         """Nothing yet."""
         self.shared: Tensor | None = None
-        self.absorbed = False
 
     def __call__(self, count: int, sums_KC: Tensor, link: Link) -> tuple[Tensor, Tensor]:
         """``link(sums / count)``, and the count."""

@@ -1,11 +1,13 @@
-"""Which methods' C-sized arithmetic ``arithmetic.c`` and the kernels for GPUs know."""
+"""What passes need of a method, and which methods' arithmetic ``arithmetic.c`` and the kernels for GPUs know."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+from distnorm.types import Affine, Moments
 
 
 class Formula(NamedTuple):
@@ -22,16 +24,37 @@ class Formula(NamedTuple):
     clip_after: int = 0
 
 
+class Shared(Protocol):
+    """What running statistics need of a method: its moments, and the name of its arithmetic, if that is written out."""
+
+    def formula(self, affine: Affine | None = None) -> Formula | None:
+        """The name of the same arithmetic in C, if there is one; with ``affine`` if the transform is wanted."""
+        ...
+
+    def moments(self, means_KC: Tensor, count: Tensor) -> Moments:
+        """What running statistics absorb."""
+        ...
+
+
+class PerChannel(Shared, Protocol):
+    """What a pass needs of its method, in C-sized float64 arithmetic. ``methods.ChannelAffine`` documents each."""
+
+    raw: ClassVar[slice]
+
+    def link(self, means_KC: Tensor, eps: float) -> Tensor:
+        """``theta_KC``."""
+        ...
+
+    def coefficients(self, theta_KC: Tensor, affine: Affine) -> tuple[Tensor, Tensor]:
+        """``scale_C, shift_C``."""
+        ...
+
+
 RAW_MOMENTS = 2
 """Kinds of raw sums that exist: of x, and of x squared."""
 
-FORMULAS = ("rms", "batch_norm")
-"""By the numbers that ``dense.c`` has for them."""
-
-
-def address(values_C: Tensor | None) -> int | None:
-    """Where C finds ``[C]`` values."""
-    return None if values_C is None else values_C.data_ptr()
+FORMULAS = {"rms": 0, "batch_norm": 1}
+"""The numbers that ``dense.c`` has for them."""
 
 
 def plain(values_C: Tensor | None) -> bool:

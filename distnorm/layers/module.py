@@ -19,6 +19,7 @@ from distnorm.autograd import normalize
 from distnorm.autograd.operators import NOW, absorb_unseen
 from distnorm.autograd.share import KeepLocal, LayerShare
 from distnorm.compat.dispatch_state import are_own, are_plain, exporting, is_fake, transforming
+from distnorm.kernels.absorbing import absorb_shared
 from distnorm.layers import checks, overlap, running_statistics
 from distnorm.layers.site import Site
 from distnorm.layers.tracing import is_traced, leaf
@@ -96,14 +97,14 @@ class DistNorm(_BatchNorm):
         share = self._share(input, plain)
         method, tracks = self.recipe.method, self.track_running_stats
         if isinstance(method, ChannelAffine) and tail is not None:
-            tracked = state if tracks and state.is_whole else None
+            tracked = state if tracks else None
             between = overlap.arrangement(self, input) if self.recipe.overlap else None
             y = normalize.normalize(method, input, share, affine, between, tracked, tail)
         elif isinstance(share, KeepLocal) and isinstance(method, BatchNorm) and transforming():
             return _BatchNorm.forward(self, input)  # torch's own: nobody else knows its rules under transforms
         else:
             y = method.normalize(input, share, affine)
-        if tracks and not (share.absorbed and state.is_whole):
+        if tracks and tail is None:
             self._track(share)
         return y
 
@@ -185,7 +186,8 @@ class DistNorm(_BatchNorm):
         else:  # unseen by dispatch modes, for a repetition has no such operations
             absorb_unseen(self._site, share.shared)
             return
-        running_statistics.absorb_shared(self, self.recipe.method, share.shared, landed, guarded=conversion.guards)
+        running = running_statistics.running_of(self, guarded=conversion.guards)
+        absorb_shared(self.recipe.method, share.shared, running, self.num_features, landed)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DistNorm:
         """Move or cast as torch does, but keep running statistics in float32 or better, whatever an engine casts."""

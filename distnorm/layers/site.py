@@ -14,10 +14,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from distnorm.autograd.engine import NO_BACKWARD, graph_task, repeating
 from distnorm.autograd.operators import NOW, open_channel
 from distnorm.autograd.recompute import Record, Records
-from distnorm.layers import running_statistics
+from distnorm.kernels.absorbing import absorb_shared, with_landed
 from distnorm.layers.binding import Binding
 from distnorm.layers.conversion import Conversion
-from distnorm.layers.running_statistics import running_of, with_landed
+from distnorm.layers.running_statistics import running_of
 from distnorm.transport import LostGroup, lost
 from distnorm.types import Direction, Landed, Running, Slot
 
@@ -181,8 +181,8 @@ class Site:
         """Let the layer's running statistics absorb ``shared`` sums and count of the current step, if fit for them."""
         layer = self.conversion.layer(self.index)
         if layer is not None and self.lands(NOW, learning=learning):
-            method, guarded = self.conversion.recipe.method, self.conversion.guards
-            running_statistics.absorb_shared(layer, method, shared, True, guarded=guarded)
+            running = running_of(layer, guarded=self.conversion.guards)
+            absorb_shared(self.conversion.recipe.method, shared, running, layer.num_features)
 
     def lands(self, step: int, *, learning: bool) -> bool:
         """Whether the statistics of ``step`` are fit for the running statistics."""
