@@ -164,29 +164,3 @@ class Share(Protocol):
     def __call__(self, count: int, sums_KC: Tensor, link: Link) -> tuple[Tensor, Tensor]:
         """Return ``(link(shared means), shared count)``; both are equal on all ranks that share. Differentiable."""
         ...
-
-
-class Exchange(Share, Protocol):
-    """A share whose two directions can be had one by one, for kernels that know their own derivative."""
-
-    def gather(self, wire: Tensor, *, held: bool, enough: bool) -> Tensor:
-        """The shared counterpart of sums and count, values only; ``held`` says that a backward may follow.
-
-        ``enough``: the local count alone is above 1, so that nobody need look at the shared one.
-        """
-        ...
-
-    def lands(self) -> bool:
-        """Whether what was gathered is fit for the running statistics."""
-        ...
-
-    def scatter(self, cotangents: Tensor) -> Callable[[], Tensor]:
-        """Send the cotangents of ``link(shared means)``; return what waits for their shared counterpart."""
-        ...
-
-    def again(self, *, opaque: bool = False) -> Exchange:
-        """A share for a repetition of the forward that gathered, without a second collective.
-
-        ``opaque``: for tensors that kernels do not take.
-        """
-        ...

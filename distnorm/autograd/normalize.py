@@ -18,13 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distnorm.autograd.engine import Left
+from distnorm.autograd.engine import Left, bare_apply
+from distnorm.autograd.share import Exchange
 from distnorm.compat.dispatch_state import are_plain, is_batch
 from distnorm.kernels import gpu
 from distnorm.kernels.absorbing import absorb_shared
 from distnorm.kernels.passes import new_pass
 from distnorm.methods import ChannelAffine
-from distnorm.types import Affine, Exchange, Running, Tail
+from distnorm.types import Affine, Running, Tail
 
 NO_TAIL = Tail()
 NOT_TENSORS = (None,) * 7
@@ -39,7 +40,7 @@ def suits(method: ChannelAffine, x_NCL: Tensor) -> bool:
     Empty ones, too: parameters must receive their gradients in the same order on a rank without values as on others.
     DeepSpeed's ZeRO 2 fills the buckets that ranks add up in that order (0.19.8).
     """
-    return x_NCL.device.type == "cpu" or (gpu.takes(x_NCL) and method.formula() is not None)
+    return x_NCL.is_cpu or (gpu.takes(x_NCL) and method.formula() is not None)
 
 
 def normalize(
@@ -64,9 +65,10 @@ def normalize(
         finish = Left()
         waiting_NCL = _Wait.apply(x_NCL, finish)
         between()
-    y_NCL: Tensor = _Normalize.apply(
-        *(waiting_NCL, affine.weight_C, affine.bias_C, tail.residual_NCL),
-        *(x_NCL, method, share, affine, finish, running, tail.relu),
+    weight_C, bias_C, *_ = affine
+    residual_NCL, relu = tail
+    y_NCL: Tensor = _apply(
+        waiting_NCL, weight_C, bias_C, residual_NCL, x_NCL, method, share, affine, finish, running, relu
     )
     return y_NCL
 
@@ -148,6 +150,9 @@ class _Normalize(torch.autograd.Function):
                 dx_NCL = dy_NCL
         gradients = [dx_NCL, _like(weight_C, weight_grad_C), _like(bias_C, bias_grad_C)]
         return *gradients, dz_NCL if ctx.adds else None, *NOT_TENSORS
+
+
+_apply = bare_apply(_Normalize)
 
 
 def _as_of_now(affine: Affine) -> Affine:

@@ -57,6 +57,9 @@ FORMULAS = {"rms": 0, "batch_norm": 1}
 """The numbers that ``dense.c`` has for them."""
 
 
-def plain(values_C: Tensor | None) -> bool:
+def plain(*values_C: Tensor | None) -> bool:
     """Whether C can read ``[C]`` values of a layer whose input is on the CPU."""
-    return values_C is None or (values_C.dtype is torch.float32 and values_C.is_contiguous() and values_C.is_cpu)
+    for each in values_C:
+        if each is not None and not (each.dtype is torch.float32 and each.is_contiguous() and each.is_cpu):
+            return False
+    return True

@@ -19,9 +19,18 @@ from distnorm.types import Running, Tail
 HEAD = 8  # doubles
 
 
-class DensePass:
-    """What the kernels remember between the loops of a forward, and for its backward."""
+def absorbs(running: Running) -> bool:
+    """Whether C can let ``running`` statistics absorb: all three are there, as stock layers have them."""
+    mean_C, var_C, updates, *_ = running
+    if mean_C is None or var_C is None or updates is None:
+        return False
+    return plain(mean_C, var_C) and updates.is_cpu
 
+
+class DensePass:
+    """A ``passes.Pass``: what the kernels remember between the loops of a forward, and for its backward."""
+
+    absorbs = staticmethod(absorbs)
     __slots__ = "_at", "_c", "_eps", "_formula", "_image", "_memory", "_rows", "_signs_known", "_stride"
 
     def __init__(self, formula: Formula, compiled: Loops, eps: float) -> None:
@@ -40,10 +49,6 @@ class DensePass:
         self._at = self._memory.data_ptr()
         self._c.dense_sums(self._at, self._rows, FORMULAS[name], self._eps, x_NCL.data_ptr(), *self._image)
         return self._memory[HEAD + (2 - kinds) * channels : HEAD + 2 * channels + 1]
-
-    def absorbs(self, running: Running) -> bool:
-        """Whether ``normalize`` can let ``running`` statistics absorb."""
-        return absorbs(running)
 
     def normalize(
         self,
@@ -141,14 +146,6 @@ _Addresses = tuple[int | None, int | None, int | None, float, bool]
 NOTHING: _Addresses = None, None, None, 0.0, False
 
 
-def absorbs(running: Running) -> bool:
-    """Whether C can let ``running`` statistics absorb: all three are there, as stock layers have them."""
-    mean_C, var_C, updates, *_ = running
-    if mean_C is None or var_C is None or updates is None:
-        return False
-    return plain(mean_C) and plain(var_C) and updates.is_cpu
-
-
 def _addresses(running: Running) -> _Addresses:
     mean_C, var_C, updates, momentum, guarded = running
     assert mean_C is not None and var_C is not None and updates is not None, "they are whole"
@@ -162,6 +159,6 @@ def dense_pass(
 ) -> DensePass | None:
     """A pass over ``x_NCL``; None where the C does not take it."""
     compiled = loops(x_NCL) if formula.name in FORMULAS else None
-    if compiled is None or not (plain(weight_C) and plain(bias_C) and plain(formula.running_var_C)):
+    if compiled is None or not plain(weight_C, bias_C, formula.running_var_C):
         return None
     return DensePass(formula, compiled, eps)

@@ -5,22 +5,56 @@ Shapes: as in kernels/dense.py.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from distnorm.kernels import cpu, gradients
 from distnorm.kernels.arithmetic import RAW_MOMENTS, PerChannel
-from distnorm.kernels.dense import DensePass, dense_pass
+from distnorm.kernels.dense import dense_pass
 from distnorm.types import Affine, Running, Tail
 
-if TYPE_CHECKING:
-    from distnorm.kernels.gpu.gpu_pass import GpuPass
+
+class Pass(Protocol):
+    """One forward of one layer, and its backward: what comes before and after its sums are shared, twice."""
+
+    def sums(self, x_NCL: Tensor) -> Tensor:
+        """What the method shares: local sums and their count, float64 ``[K C + 1]``."""
+        ...
+
+    def absorbs(self, running: Running) -> bool:
+        """Whether ``normalize`` can let ``running`` statistics absorb by the way."""
+        ...
+
+    def normalize(
+        self,
+        x_NCL: Tensor,
+        shared: Tensor,
+        weight_C: Tensor | None,
+        bias_C: Tensor | None,
+        tail: Tail,
+        running: Running | None,
+    ) -> Tensor:
+        """The output, by ``shared`` sums and their count; ``running`` statistics absorb these, if given."""
+        ...
+
+    def pull(
+        self, dy_NCL: Tensor, x_NCL: Tensor, y_NCL: Tensor | None, weight_C: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+        """Cotangents of what was shared, gradients of weight and bias, and what ``combine`` takes for the gradient.
+
+        The output is given behind a relu. What ``combine`` takes is a residual's gradient.
+        """
+        ...
+
+    def combine(self, dz_NCL: Tensor, x_NCL: Tensor, cotangents: Tensor) -> Tensor:
+        """The input's gradient, by shared cotangents."""
+        ...
 
 
 class FormulaPass:
-    """As ``DensePass``, for any CPU tensor and method."""
+    """A ``Pass`` over any CPU tensor, by any method."""
 
     def __init__(self, method: PerChannel, affine: Affine) -> None:
         """Nothing is computed yet."""
@@ -83,7 +117,7 @@ class FormulaPass:
         return cpu.combine(dz_NCL, x_NCL, self._pivot_C, self._scale_C, level_C.to(dtype), slope_C.to(dtype))
 
 
-def new_pass(method: PerChannel, x_NCL: Tensor, affine: Affine) -> DensePass | FormulaPass | GpuPass:
+def new_pass(method: PerChannel, x_NCL: Tensor, affine: Affine) -> Pass:
     """What computes one forward, and its backward."""
     formula = method.formula(affine)
     if formula is not None and x_NCL.is_cuda:

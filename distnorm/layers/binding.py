@@ -13,7 +13,7 @@ from torch import Tensor
 from distnorm.autograd.engine import NO_BACKWARD, at_end_of_backward, graph_task
 from distnorm.compat.dispatch_state import unseen
 from distnorm.layers import agreement, running_statistics
-from distnorm.layers.ddp import Broadcasts, refuse_join
+from distnorm.layers.ddp import Broadcasts
 from distnorm.transport.rendezvous import tell_and_collect
 from distnorm.types import EVERY_LAYER, Landed, Slot
 
@@ -31,6 +31,7 @@ class Binding:
         self.conversion = conversion
         self._world = None if world is None else ref(world)  # weakly, as ``TorchGroup`` holds its group
         self.topology, self.reducer = met.topology, met.reducer
+        self.alone = met.reducer.alone
         self.agrees = met.agrees
         """Whether running statistics are equal on all data-parallel ranks without further communication."""
         self.step = self._passes = 0
@@ -56,19 +57,20 @@ class Binding:
         return [text] if timeout is None else tell_and_collect(self.topology.ranks, text, timeout)
 
     def forward_begins(self, layer: str) -> None:
-        """Outside of a backward pass nothing can be queued; a queue left by a pass that raised is forgotten.
+        """A training forward of ``layer``; one inside of a backward pass, which may repeat another, changes nothing.
 
-        Training goes on, so stock running statistics that were loaded must now mean what the method tracks.
+        Outside of one nothing can be queued; a queue left by a pass that raised is forgotten. Training goes on, so
+        stock running statistics that were loaded must now mean what the method tracks.
 
         Raises:
-            RuntimeError: as ``refuse_join``.
+            RuntimeError: as ``Broadcasts.forward_begins``.
         """
+        if graph_task() != NO_BACKWARD:
+            return
         self._boundary_queued = False
         if layer in self._used:
             self._end_skipped_step()
-        if not self.reducer.alone:
-            refuse_join(layer)
-        self._broadcasts.forward_begins(layer)
+        self._broadcasts.forward_begins(layer, shares=not self.alone)
         if self.conversion.means_to_fold:
             with unseen():  # by modes: no part of the forward
                 self.conversion.training_goes_on()

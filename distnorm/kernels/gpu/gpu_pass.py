@@ -17,7 +17,7 @@ from distnorm.types import Landed, Running, Tail
 
 
 class GpuPass:
-    """As ``DensePass``, for dense or other CUDA tensors."""
+    """A ``passes.Pass`` over dense or other CUDA tensors."""
 
     def __init__(self, formula: Formula, eps: float) -> None:
         """Nothing is computed yet."""
