@@ -1,6 +1,6 @@
 """Activation checkpointing: a recomputed forward gets the statistics of the first one, without a second collective.
 
-Whether a forward is a recomputation is known from the calls that led to it (``boundary.repeating``). Which first
+Whether a forward is a recomputation is known from the calls that led to it (``engine.repeating``). Which first
 forward it repeats is known from its local sums, which it forms again from the same values, up to rounding. On a CPU
 they are proof, too: where no record has them, the forward is a new one. A GPU is not asked, since the host would wait.
 """
@@ -24,9 +24,9 @@ class Record:
     """One forward's local sums and the shared ones that answered them, in training step ``step``."""
 
     def __init__(self, local: Tensor, shared: Tensor, step: int, *, held: bool) -> None:
-        """Remember detached values; ``held`` says that an autograd node keeps the record."""
-        self.local = local.detach()
-        self.shared = shared.detach()
+        """Remember values without their graph; ``held`` says that an autograd node keeps the record."""
+        self.local = local.detach() if local.requires_grad else local
+        self.shared = shared.detach() if shared.requires_grad else shared
         self.step = step
         self.held = held
         self.repeated = False

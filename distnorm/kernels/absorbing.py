@@ -20,11 +20,11 @@ def absorb_shared(
         return
     if shared.is_cpu and not torch.compiler.is_compiling():
         # In C where that can be, as layers' passes do: ranks whose batches take other paths must agree to the bit.
-        formula = method.formula()
-        if formula is not None and dense.absorb(formula, shared, running):
+        formula, count = method.formula(), shared[-1].item()
+        if formula is not None and dense.absorb(formula, shared, count, count, running):
             return
-    count = shared[-1]  # without gradient, like all that was shared
-    absorb(running, method.moments(shared[:-1].view(-1, features) / count.clamp_min(1), count), count, landed)
+    total = shared[-1]  # without gradient, like all that was shared
+    absorb(running, method.moments(shared[:-1].view(-1, features) / total.clamp_min(1), total), total, landed)
 
 
 def absorb(running: Running, moments: Moments, count: Tensor, landed: Tensor | bool) -> None:
@@ -84,21 +84,24 @@ def _lerp(buffer_C: Tensor, fresh_C: Tensor, rate: Tensor) -> None:
     buffer_C.lerp_(fresh_C, rate.to(buffer_C.dtype))
 
 
-@torch.no_grad()
 def absorb_landed(running: Running, landed: Landed, method: Shared, features: int) -> None:
-    """``absorb`` what became global at a step's end, on whichever device that is."""
+    """``absorb`` what became global at a step's end, on whichever device that is. Not where gradients are on."""
     if running.var_C is not None and landed.means.device != running.var_C.device:  # the layer has moved since
         landed = Landed(landed.layer, *(values.to(running.var_C.device) for values in landed[1:]))
-    formula = method.formula() if landed.means.is_cuda and running.is_whole else None
-    if formula is not None and gpu.available():
+    _, means, total, weight = landed
+    formula = method.formula()
+    if means.is_cpu and formula is not None:
+        if not weight or dense.absorb(formula, means, 1.0, total.item(), running):
+            return
+    elif means.is_cuda and formula is not None and running.is_whole and gpu.available():
         from distnorm.kernels.gpu.gpu_pass import absorb_means  # imports Triton
 
         absorb_means(formula, landed, running)
-    else:
-        moments = method.moments(landed.means.view(-1, features), landed.total)
-        absorb(running, moments, landed.total, landed.weight)
+        return
+    absorb(running, method.moments(means.view(-1, features), total), total, weight)
 
 
+@torch.no_grad()
 def with_landed(running: Running, landed: Landed, method: Shared, features: int) -> Running:
     """What ``absorb_landed`` would make of ``running``, which stays as it is."""
     mean_C, var_C, updates = (None if each is None else each.detach().clone() for each in running[:3])

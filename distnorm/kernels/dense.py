@@ -125,18 +125,18 @@ class DensePass:
         return image_NCL.new_empty_strided(image_NCL.shape, self._stride, dtype=torch.float32).copy_(image_NCL)
 
 
-def absorb(formula: Formula, shared: Tensor, running: Running) -> bool:
-    """Let ``running`` statistics absorb ``shared`` sums and their count, if C can: to the bit as ``normalize`` does.
+def absorb(formula: Formula, means: Tensor, over: float, count: float, running: Running) -> bool:
+    """Let ``running`` statistics absorb ``means / over`` of ``count`` values, to the bit as ``normalize`` does.
 
-    Nothing happens where fewer than two values were seen.
+    Whether C can. Nothing happens where fewer than two values were seen.
     """
     found = library() if formula.name in FORMULAS else None
     if found is None or not absorbs(running):
         return False
+    assert running.var_C is not None, "it absorbs"
     mean_C, var_C, updates, *rate = _addresses(running)
-    wire = shared.contiguous()
-    function = getattr(found, f"{formula.name}_absorb")
-    function(wire.data_ptr(), (len(wire) - 1) // formula.kinds, *rate, updates, mean_C, var_C)
+    wire, function = means.contiguous(), getattr(found, f"{formula.name}_absorb")
+    function(wire.data_ptr(), over, count, len(running.var_C), *rate, updates, mean_C, var_C)
     return True
 
 

@@ -41,7 +41,7 @@ _DENSE: dict[str, list[Any]] = {
     "pull": [*_THREE, *_THREE, *_THREE],
     "combine": [*_THREE, _POINTER, _POINTER],
 }
-_ABSORB: dict[str, list[Any]] = {"absorb": [_POINTER, _INDEX, *_RATE, *_THREE]}
+_ABSORB: dict[str, list[Any]] = {"absorb": [_POINTER, _DOUBLE, _DOUBLE, _INDEX, *_RATE, *_THREE]}
 _EXCHANGE: dict[str, list[Any]] = {
     "post": [_POINTER, _INDEX, _INDEX, _INDEX, _TURN, _TURN, _POINTER, _INDEX],
     "await": [_POINTER, _INDEX, _TURN, _DOUBLE, _DOUBLE],

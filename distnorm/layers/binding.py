@@ -137,7 +137,8 @@ class Binding:
         self.step += 1
         self._used.clear()
         self._in_flight = None
-        running_statistics.absorb_all(dict(self.conversion.layers()), landed, self.conversion.recipe.method)
+        if landed:
+            running_statistics.absorb_all(dict(self.conversion.layers()), landed, self.conversion.recipe.method)
 
     def in_flight(self) -> dict[str, Landed]:
         """By layer, what the last step sent and the running statistics have not absorbed yet; waits for it once.

@@ -22,6 +22,7 @@ logger = logging.getLogger("distnorm")
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 
+@torch.no_grad()
 def absorb_all(layers: Mapping[str, _BatchNorm], landed: Iterable[Landed], method: Method) -> None:
     """``absorb_landed``, for those of ``layers`` that track; guarded, as windows are."""
     for each in landed:

@@ -63,9 +63,10 @@ void dense_normalize(head_t *head, const float *x, const float *residual, float 
     head_t h = *head;
     memory_t m = laid_out(head);
     formula_t f = FORMULAS[h.formula];
-    head->count = shared[f.kinds * h.C], head->relu = relu && !residual;
+    double count = head->count = shared[f.kinds * h.C];
+    head->relu = relu && !residual;
     f.forward(shared, m.pivot, weight, bias, followed, clip, h.eps, h.C, m.means, m.factor, m.scale, m.shift);
-    if (tracked) f.absorb(shared, h.C, momentum, guarded, tracked, running_mean, running_var);
+    if (tracked) f.absorb(shared, count, count, h.C, momentum, guarded, tracked, running_mean, running_var);
     LOOPS[h.rows].apply(x, residual, y, m.pivot, m.scale, m.shift, relu, h.N, h.C, h.L, h.threads);
 }
 
