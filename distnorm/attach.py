@@ -72,6 +72,7 @@ def attach(
     return Attachment(conversions, undo if projection is None else [*undo, projection])
 
 
+# docs/decisions.md#attaching-twice
 def _end_steps(conversion: Conversion, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
     """Let ``optimizer`` end the steps of ``conversion``, once each, however often it is told so."""
     known = conversion.optimizers.get(optimizer)

@@ -188,6 +188,7 @@ def undo(model: ModelT) -> ModelT:
     return model
 
 
+# docs/decisions.md#which-ranks-a-conversion-concerns
 def narrower(process_group: dist.ProcessGroup | LostGroup | None, owner: str) -> dist.ProcessGroup | None:
     """``process_group`` of a layer, unless all ranks of the job are in it.
 
@@ -244,6 +245,7 @@ def _recipe(recipe: Recipe | str, options: dict[str, object]) -> Recipe:
     return recipe
 
 
+# docs/decisions.md#converting-twice
 def _select(model: nn.Module, recipe: Recipe, where: Where | None) -> list[tuple[str, _BatchNorm]]:
     candidates = [(name or type(layer).__name__, layer) for name, layer in _batch_norms(model)]
     if not candidates:

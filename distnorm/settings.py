@@ -20,6 +20,7 @@ from distnorm.recipe import Recipe
 from distnorm.types import Transport
 from distnorm.validation import Options, Patterns, RecipeName, admits, hints_of, read_json, shown, suggest, words
 
+# docs/decisions.md#a-section-reaches-workers-in-one-variable
 SECTION_VARIABLE = "DISTNORM_CONFIG"
 """Carries a config file's section from the launcher to its workers, as JSON: ``{"source": ..., "section": {...}}``."""
 

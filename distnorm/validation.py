@@ -24,6 +24,7 @@ _SHOWN = Repr()
 _SHOWN.maxstring = _SHOWN.maxother = 200
 
 
+# docs/decisions.md#values-are-checked-by-type-hints
 @dataclass(frozen=True)
 class Rule:
     """Which values are allowed, and that in words."""

@@ -1,6 +1,7 @@
 """The pool of gloo processes, the profile of the property tests, and what to do where a package is missing.
 
 Tests marked gpu need torch, Triton and pytest, nothing else.
+docs/decisions.md#test-files-run-whole-in-two-processes
 """
 
 from __future__ import annotations

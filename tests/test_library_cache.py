@@ -23,7 +23,7 @@ FLAGS = ("-O0", "-shared", "-fPIC")  # quick to compile
 LINE = f"""
 import sys, types
 package = sys.modules["distnorm"] = types.ModuleType("distnorm")
-package.__path__ = [{str(Path(native.__file__).parent)!r}]
+package.__path__ = [{str(Path(native.__file__).parents[1])!r}]
 from distnorm.kernels import native
 native.FLAGS = {FLAGS}
 sys.exit(native.library() is None)

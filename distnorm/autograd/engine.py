@@ -30,6 +30,7 @@ def graph_task() -> int:
     return task
 
 
+# docs/decisions.md#how-a-recomputation-is-recognized
 def repeating() -> bool:
     """Whether a forward that runs now repeats an earlier one, for its gradients.
 
@@ -50,6 +51,7 @@ def _called_by_engine() -> Iterator[CodeType]:
         frame = frame.f_back
 
 
+# docs/decisions.md#forward-passes-without-gradients
 def backward_may_follow() -> bool:
     """Whether a backward pass may come for a forward that runs now.
 

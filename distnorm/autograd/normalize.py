@@ -86,6 +86,7 @@ class _Wait(torch.autograd.Function):
         return dx_NCL if gradient is None else gradient(), None
 
 
+# docs/decisions.md#one-function-per-layer
 class _Normalize(torch.autograd.Function):
     """A function of its first four arguments.
 

@@ -72,6 +72,7 @@ class Records:
         else:
             self._loose.append(record)
 
+    # docs/decisions.md#which-forward-pass-a-recomputation-repeats
     def recall(self, local: Tensor, kinds: int = 1) -> Record | None:
         """The record whose local sums, of so many ``kinds``, are nearest to ``local``; None if they are others.
 

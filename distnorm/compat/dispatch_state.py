@@ -20,6 +20,7 @@ from torch.nn.modules import module
 from torch.utils._python_dispatch import _disable_current_modes
 
 
+# docs/decisions.md#transforms-see-only-what-is-not-shared
 def transforming() -> bool:
     """Whether tensors are replaced or recorded: by functorch, forward-mode derivatives or ``torch.jit.trace``."""
     differentiating = torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
@@ -48,6 +49,7 @@ def is_batch(gradient: Tensor) -> bool:
     return torch._C._functorch.is_legacy_batchedtensor(gradient)
 
 
+# docs/decisions.md#kernels-take-plain-tensors-only
 def are_plain(*tensors: Tensor | None) -> bool:
     """Whether ``tensors`` have memory of their own that holds their values, and nobody looks on."""
     if watched() or transforming():

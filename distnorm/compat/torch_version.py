@@ -10,6 +10,7 @@ from functools import reduce
 
 import torch
 
+# docs/decisions.md#torch-211-or-newer
 OLDEST = (2, 11)
 """As pyproject.toml declares. In 2.8 a compiled step of moving statistics computes something else after the warm-up."""
 

@@ -48,6 +48,7 @@ def is_relu(path: tuple[str, ...], names: dict[str, Any]) -> bool:
     return any(value is each for each in _RELUS)
 
 
+# docs/decisions.md#addition-in-place-keeps-the-dtype
 class _Tail(NamedTuple):
     """What a norm takes over: a name that is added, by ``+=`` unless ``widen``; then a relu."""
 

@@ -51,6 +51,7 @@ class Fused:
         return _made, (vars(cls)[_WANTED], make, *args), *rest
 
 
+# docs/decisions.md#fused-modules-have-their-own-class
 def fused_class(base: type[nn.Module], wanted: Wanted) -> type[nn.Module]:
     """``base`` with a version of each method that is ``wanted``; the same class whenever it is asked for."""
     for cls in base.__subclasses__():

@@ -30,6 +30,7 @@ from distnorm.fusion.ast import Attributes, Found, Joiner
 _CODE = ("co_code", "co_names", "co_varnames", "co_freevars", "co_cellvars")
 
 
+# docs/decisions.md#a-method-is-compiled-again-from-its-source
 @cache
 def rewrite(function: FunctionType, attributes: Attributes) -> tuple[FunctionType, Found] | None:
     """``function`` with tails, and what they rest on; None where there are none, or its source is not at hand."""

@@ -30,6 +30,7 @@ def file_of(folder: str | Path, rank: int) -> Path:
     return Path(folder) / f"distnorm_state_{rank}.pt"
 
 
+# docs/decisions.md#one-state-file-per-rank
 def save(models: Iterable[nn.Module], folder: str | Path) -> None:
     """Write this rank's statistics of the converted ones among ``models``; nothing if there are none.
 

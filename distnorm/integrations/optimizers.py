@@ -22,6 +22,7 @@ from distnorm.layers.conversion import Conversion
 from distnorm.layers.module import DistNorm
 
 
+# docs/decisions.md#scripts-are-watched-not-parsed
 class Optimizers:
     """The optimizers of this process, and the models whose steps they end."""
 

@@ -33,6 +33,7 @@ Check = Callable[[ctypes.CDLL], None]
 """Declares what a library must have; raises AttributeError where it does not."""
 
 
+# docs/decisions.md#c-code-is-compiled-on-first-use
 def load(sources: Sequence[Path], headers: Sequence[Path], flags: Sequence[str], check: Check) -> ctypes.CDLL:
     """The library of ``sources``, kept or made now; from a temporary folder where it cannot be kept, with a warning.
 

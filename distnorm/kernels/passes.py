@@ -117,6 +117,7 @@ class FormulaPass:
         return cpu.combine(dz_NCL, x_NCL, self._pivot_C, self._scale_C, level_C.to(dtype), slope_C.to(dtype))
 
 
+# docs/decisions.md#saved-tensors-are-examined-again
 def new_pass(method: PerChannel, x_NCL: Tensor, affine: Affine) -> Pass:
     """What computes one forward, and its backward."""
     formula = method.formula(affine)

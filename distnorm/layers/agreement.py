@@ -200,6 +200,7 @@ def _all_equal(joined: Joined) -> bool:
     return all(sums == distinct[0] for sums in distinct)
 
 
+# docs/decisions.md#a-warm-up-among-other-ranks-is-refused
 def _check_handover(recipe: Recipe, first: list[Joined] | None, then: list[Joined] | None) -> None:
     if first is None or then is None:
         raise ValueError(

@@ -86,6 +86,7 @@ class Binding:
             self._scaled_pass = graph_task()
         return self.loss_scale
 
+    # docs/decisions.md#a-step-that-a-loss-scaler-skipped
     def _end_skipped_step(self) -> None:
         """A loss scale that fell says that the optimizer skipped a step: end it, or its NaN would enter the next.
 
@@ -98,6 +99,7 @@ class Binding:
                     self.end_step()
         self._judged_pass = self._scaled_pass
 
+    # docs/decisions.md#calls-of-one-layer-share-one-window
     def note_use(self, layer: str) -> None:
         """Watch for a second forward of ``layer`` in one step, which a window cannot tell from a missed step."""
         if layer in self._used and not self._warned and self.conversion.ends_with_backward:
@@ -110,6 +112,7 @@ class Binding:
                 )
         self._used.add(layer)
 
+    # docs/decisions.md#when-a-step-ends
     def expect_boundary(self) -> None:
         """End the step when the outermost backward pass of this thread ends.
 
@@ -140,6 +143,7 @@ class Binding:
         if landed:
             running_statistics.absorb_all(dict(self.conversion.layers()), landed, self.conversion.recipe.method)
 
+    # docs/decisions.md#evaluation-and-checkpoints-include-sums-in-flight
     def in_flight(self) -> dict[str, Landed]:
         """By layer, what the last step sent and the running statistics have not absorbed yet; waits for it once.
 

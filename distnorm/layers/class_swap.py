@@ -38,6 +38,7 @@ def _made_again(cls: type[nn.Module], target: type[nn.Module]) -> type[nn.Module
     return type(f"{prefix}{target.__name__}", (*mixins, target), own)
 
 
+# docs/decisions.md#classes-that-tools-create
 def _is_made(cls: type[nn.Module]) -> bool:
     """Whether ``cls`` was made at run time, on top of one that does the work.
 

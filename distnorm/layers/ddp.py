@@ -77,6 +77,7 @@ def relist(model: nn.Module, layers: Iterable[nn.Module]) -> None:
             module._assign_modules_buffers()
 
 
+# docs/decisions.md#join-is-refused
 def _refuse_join(layer: str, active: DistributedDataParallel) -> None:
     """Raise where DDP has promised to stand in for ranks without data: it does not know of sums inside of a forward.
 
@@ -101,6 +102,7 @@ def _enclosing() -> Iterator[DistributedDataParallel]:
             yield frame.f_locals["self"]
 
 
+# docs/decisions.md#running-statistics-leave-the-buffers-that-ddp-broadcasts
 def _unlist(module: DistributedDataParallel, layers: Iterable[nn.Module]) -> None:
     names = _names(module, layers) - module.parameters_to_ignore
     module.parameters_to_ignore |= names

@@ -2,7 +2,7 @@
 
 Only a layer whose output goes to converted norms, and nowhere else, may have its weight centred. ``convert`` has no
 input to see that with. So it starts from a guess, and ``Watch`` looks on while the model runs in training for the first
-time; docs/decisions.md says what that takes for granted.
+time (docs/decisions.md#which-weights-are-centralized).
 """
 
 from __future__ import annotations
@@ -105,6 +105,7 @@ class Watch:
         self.remove()
 
 
+# docs/decisions.md#what-the-first-forward-pass-cannot-show
 class _Uses(TorchFunctionMode):
     """Follows the outputs of a model's convolutions and linear layers during one forward."""
 

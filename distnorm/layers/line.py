@@ -91,6 +91,7 @@ def _share_cotangents(wire: Tensor, count: Tensor, number: Tensor | None, line: 
     return shared
 
 
+# docs/decisions.md#one-line-from-a-layer-to-its-policy
 class Line:
     """One forward's line to the policy; see ``autograd.share.Exchange``. ``open_line`` makes those that are bound."""
 

@@ -269,6 +269,7 @@ class DistBatchNorm3d(DistNorm, nn.BatchNorm3d):
     """``[N, C, D, H, W]``."""
 
 
+# docs/decisions.md#syncbatchnorm-is-not-a-base-class
 class DistSyncBatchNorm(DistNorm):
     """Any layout from ``[N, C]`` on, as torch's SyncBatchNorm takes it."""
 

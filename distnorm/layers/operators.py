@@ -15,6 +15,7 @@ from distnorm.layers.running_statistics import running_of
 from distnorm.layers.site import Site
 
 
+# docs/decisions.md#compiled-graphs-hold-the-policy-as-operators
 @torch.library.custom_op("distnorm::statistics", mutates_args=())
 def statistics_op(wire: Tensor, number: Tensor, learning: bool) -> Tensor:
     """``Line.gather``."""

@@ -16,6 +16,7 @@ _alive: dict[int, ReferenceType[Any]] = {}
 """The layers of this process with centred weights, for the hook on optimizers, which may step any of them."""
 
 
+# docs/decisions.md#optimizers-that-step-flat-copies
 def note(layer: Any) -> None:
     """Keep the weight of ``layer``, a ``Centralized``, centred from now on, as long as the layer lives."""
     _watch_optimizers()

@@ -82,6 +82,7 @@ _TARGETS: dict[type[nn.Module], type[nn.Module]] = {
 _ORIGINALS = {late: original for original, late in _TARGETS.items()}
 
 
+# docs/decisions.md#overlap-is-optional
 def pair(model: nn.Module, layers: Iterable[_BatchNorm]) -> None:
     """Give each of ``layers`` the next convolution registered after it, unless another norm comes first."""
     wanted = {id(layer) for layer in layers}

@@ -58,6 +58,7 @@ def fold_means(layers: Iterable[_BatchNorm]) -> None:
         logger.info("running statistics of %d layers: running_var += running_mean^2, running_mean = 0", folded)
 
 
+# docs/decisions.md#running-statistics-at-binding
 @torch.no_grad()
 def take_over(layers: Iterable[_BatchNorm], group: Group) -> None:
     """Give every rank of ``group`` the running statistics of its first rank. One broadcast per dtype.

@@ -26,6 +26,7 @@ def belonging(recipe: Recipe, layers: Layers) -> dict[str, Any]:
     return {"version": VERSION, "recipe": repr(recipe), "memory": _memory(recipe), "layers": named}
 
 
+# docs/decisions.md#state-is-checked-before-it-is-loaded
 def check(state: object, recipe: Recipe, layers: Layers) -> None:
     """Whether ``state`` fits ``layers`` under ``recipe``. No collective.
 

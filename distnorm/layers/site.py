@@ -109,6 +109,7 @@ class Site:
             copied.conversion.add(self.index, self.name, memo[id(layer)])
         return copied
 
+    # docs/decisions.md#one-value-per-channel
     def check_count(self, count: Tensor, size: int) -> None:
         """Raise where the ``count`` that so many ranks share is 1; on a GPU, remember it.
 

@@ -15,6 +15,7 @@ def is_traced(value: object) -> bool:
     return isinstance(value, Proxy)
 
 
+# docs/decisions.md#converted-layers-are-leaf-modules
 def leaf(module: nn.Module, proxy: Any) -> Any:
     """The node that calls ``module`` with ``proxy``.
 

@@ -3,7 +3,8 @@
 ``centralized``: W <- W - mean of W per output filter. It stands in for the centring that RMS lacks. Yan et al., ICLR
 2020 (CenConv2d in their code). Training computes with the centred weight, and gradients pass through the projection;
 after every step of an optimizer the parameter itself is centred, in place. So what a state_dict holds is what training
-computed with, for stock models too, and every alias of the parameter stays valid. docs/decisions.md says more.
+computed with, for stock models too, and every alias of the parameter stays valid:
+docs/decisions.md#centralized-weights-are-kept-in-the-parameters.
 """
 
 from __future__ import annotations

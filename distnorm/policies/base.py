@@ -83,6 +83,7 @@ class Reducer(ABC):
         """Take over ``state``, which ``Policy.stores`` has checked; ``own``: this very rank wrote it, in such a job."""
 
 
+# docs/decisions.md#a-policy-is-a-value
 class Policy(ABC):
     """How sums are shared. Concrete policies are frozen dataclasses: values that compare, print and travel."""
 

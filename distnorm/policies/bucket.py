@@ -35,6 +35,7 @@ def at_or_number(scale: Tensor | float) -> tuple[Tensor | None, float]:
     return (scale, 1.0) if isinstance(scale, Tensor) else (None, scale)
 
 
+# docs/decisions.md#an-asynchronous-sum-gets-one-whole-step
 class Bucket:
     """Collects slots during a step and sums them over a group while the next step runs."""
 

@@ -20,6 +20,7 @@ from distnorm.transport.group import moved
 _STORED = ("ring", "filled", "position")
 
 
+# docs/decisions.md#state-moves-with-the-values
 class Entries:
     """Up to ``depth`` entries for each slot of ``bucket``."""
 

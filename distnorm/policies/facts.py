@@ -9,6 +9,7 @@ import torch.distributed as dist
 from distnorm.transport import LostGroup
 
 
+# docs/decisions.md#what-is-known-of-a-policy-before-ranks-are
 @dataclass(frozen=True, kw_only=True)
 class Facts:
     """What tools, layers and binding ask of a policy.

@@ -24,6 +24,7 @@ def either(routes: Routes, others: Routes) -> Routes:
     return None if routes is None or others is None else routes + others
 
 
+# docs/decisions.md#what-is-known-of-a-policy-before-ranks-are
 def joined(by_rank: Mapping[int, Route]) -> dict[int, Counter[int]]:
     """For every rank, how often each rank's sums are contained in what it gets, where all follow their routes."""
     held = {rank: Counter({rank: 1}) for rank in by_rank}

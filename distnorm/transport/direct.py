@@ -18,9 +18,11 @@ from distnorm.transport.senders import Sender, mixed
 
 logger = logging.getLogger("distnorm")
 
+# docs/decisions.md#where-the-direct-exchange-ends
 CAPACITY = 16 * 1024
 """Longest vector, in values: 128 KiB."""
 
+# docs/decisions.md#a-waiting-rank-spins-first
 AWAKE_S = 5e-3
 """How long a rank keeps looking for the others before it sleeps between looks.
 
@@ -36,6 +38,7 @@ class Declined(NamedTuple):
     level: int = logging.WARNING
 
 
+# docs/decisions.md#small-all-reduces-do-not-use-gloo
 class Direct(ABC):
     """Sums of float64 vectors on the CPU among the ranks of a group, which hand in the same number of values."""
 
@@ -56,6 +59,7 @@ class Direct(ABC):
         """Whether ``wire`` can travel here: the same on every rank."""
         return wire.dtype is torch.float64 and wire.is_cpu and wire.numel() <= CAPACITY
 
+    # docs/decisions.md#a-collective-can-be-interrupted
     def start(self, wire: Tensor, who: Sender) -> Turn:
         """Hand in ``wire`` of ``who``; one turn at a time. Where this raises, nothing was handed in, or all of it."""
         last = self._last

@@ -25,6 +25,7 @@ EXCHANGE_LIMIT_BYTES = 128 * 1024
 """Largest vector that gloo ranks send to each other directly; ``benchmarks/exchange.py`` measures the switch point."""
 
 
+# docs/decisions.md#groups-are-held-weakly
 @dataclass(frozen=True)
 class LostGroup:
     """Stands in a pickled recipe where a process group was: groups belong to the process that made them."""

@@ -50,6 +50,7 @@ class _Guest:
     heard: bytes = b""
 
 
+# docs/decisions.md#unknown-processes-that-connect
 class Handshake:
     """This rank's part in connecting all with all."""
 

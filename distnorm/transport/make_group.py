@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
 
+# docs/decisions.md#process-groups-are-made-among-their-members
 def make_group(ranks: tuple[int, ...], purpose: str, timeout: timedelta) -> dist.ProcessGroup:
     """Make the group of the global ``ranks``, in this order, for ``purpose``; once per job for each pair of the two.
 

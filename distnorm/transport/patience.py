@@ -8,6 +8,7 @@ from datetime import timedelta
 LOOK_S = 0.1
 """Who waits looks around as often: whether those it waits for still live, and for signals."""
 
+# docs/decisions.md#suspended-time-does-not-count
 LONGEST_GAP_S = 2.5 * LOOK_S
 
 

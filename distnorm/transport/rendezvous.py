@@ -36,6 +36,7 @@ def group_timeout(process_group: dist.ProcessGroup) -> timedelta:
     return distributed_c10d.default_pg_timeout
 
 
+# docs/decisions.md#ranks-compare-through-the-first-rank
 def tell_and_collect(ranks: tuple[int, ...], text: str, timeout: timedelta, *, doing: str = START) -> list[str]:
     """Publish ``text`` and return every rank's, in the order of ``ranks``. Collective over ``ranks``; no tensors move.
 
@@ -58,6 +59,7 @@ def tell_and_collect(ranks: tuple[int, ...], text: str, timeout: timedelta, *, d
     return texts
 
 
+# docs/decisions.md#several-groups-in-one-policy
 def connected(groups: list[tuple[int, ...]], timeout: timedelta) -> tuple[int, ...]:
     """All ranks that share groups with this one, with those that share groups with these, and so on; in order.
 

@@ -21,6 +21,7 @@ class Sender(NamedTuple):
     number: int
 
 
+# docs/decisions.md#messages-name-their-layer
 @lru_cache(maxsize=16 * 1024)
 def sender(layer: str, direction: str, model: int) -> Sender:
     """Of a layer in the ``model`` that ranks count alike."""

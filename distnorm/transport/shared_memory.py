@@ -134,6 +134,7 @@ def attempt(ranks: tuple[int, ...], rank: int, timeout: timedelta) -> SharedMemo
     return Declined("; ".join(f"rank {rank}: {why}" for rank, why in zip(ranks, causes, strict=True) if why))
 
 
+# docs/decisions.md#shared-memory-belongs-to-one-host-and-leaves-nothing-behind
 def host_id() -> str:
     """Names the host: the boot of its kernel, and its network and processes, as containers see them.
 

@@ -1,7 +1,7 @@
 """Runs rows of the table, each as two forks of a process that has imported torch, and judges how the ranks ended.
 
 ``python -m tests.faults.runner`` reads rows from its input, a line of JSON each, and writes a line for each; `Runner`
-is the other end.
+is the other end. docs/decisions.md#the-fault-table-forks-its-ranks
 """
 
 from __future__ import annotations

@@ -106,7 +106,8 @@ static gradient_t moved(gradient_t g, index_t values, index_t channels)
     return g;
 }
 
-/* The gradient of a block before a relu: in dz, or in a block of its own. Returns where. */
+/* The gradient of a block before a relu: in dz, or in a block of its own. Returns where.
+   docs/decisions.md#the-mask-of-a-relu-is-recomputed */
 static const float *masked_plane(gradient_t g, const float *x, block_t block, float *own, index_t *step)
 {
     *step = g.y ? block.stride : block.length;
