@@ -94,6 +94,49 @@ class Landed(NamedTuple):
     weight: Tensor
 
 
+class Future:
+    """A sum over ranks that was started: ``wait`` gives it, whoever carries it.
+
+    It owns how the sum ended. Where ``finish``, which it is made from, returns (the sum, or an error that all ranks
+    agree on), that is what every ``wait`` returns or raises. Where ``finish`` raises (a timeout, Ctrl-C), the wait was
+    cut short, and the next one goes on. A timeout counts from the beginning of a wait, and only while the process runs
+    (``transport/patience.py``); gloo and NCCL count their own, from the start.
+    """
+
+    __slots__ = "_finish", "_outcome", "_poll"
+
+    def __init__(self, finish: Callable[[], Tensor | RuntimeError], poll: Callable[[], bool] | None = None) -> None:
+        """``poll``, if there is such a way, says without waiting whether ``finish`` need not wait."""
+        self._finish: Callable[[], Tensor | RuntimeError] | None = finish
+        self._poll = poll
+        self._outcome: Tensor | RuntimeError | None = None
+
+    @classmethod
+    def completed(cls, result: Tensor) -> Future:
+        """One that nobody need wait for."""
+        future = cls.__new__(cls)
+        future._finish, future._poll, future._outcome = None, None, result
+        return future
+
+    def done(self) -> bool:
+        """Whether ``wait`` is known not to wait. Does not wait."""
+        return self._finish is None or (self._poll is not None and self._poll())
+
+    def wait(self) -> Tensor:
+        """The sum. On a GPU the current stream waits, not the host.
+
+        Raises:
+            RuntimeError: a rank has ended, did not take part in time, or shares something else.
+        """
+        if self._finish is not None:
+            self._outcome = self._finish()
+            self._finish = self._poll = None  # with the memory that only the wait needed
+        if isinstance(self._outcome, RuntimeError):
+            raise self._outcome
+        assert self._outcome is not None, "it has ended"
+        return self._outcome
+
+
 class Moments(NamedTuple):
     """What running statistics absorb: ``mean_C`` (None where the method has no mean) and ``var_C``."""
 

@@ -142,9 +142,9 @@ class _Normalize(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             shared = share.scatter(cotangents)
             if finish is None:
-                dx_NCL = kernels.combine(dz_NCL, x_NCL, shared())
+                dx_NCL = kernels.combine(dz_NCL, x_NCL, shared.wait())
             else:
-                finish.leave(lambda: kernels.combine(dz_NCL, x_NCL, shared()))
+                finish.leave(lambda: kernels.combine(dz_NCL, x_NCL, shared.wait()))
                 dx_NCL = dy_NCL
         gradients = [dx_NCL, _like(weight_C, weight_grad_C), _like(bias_C, bias_grad_C)]
         return *gradients, dz_NCL if ctx.adds else None, None, None

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from distnorm.autograd.engine import repeating
-from distnorm.types import Link
+from distnorm.types import Future, Link
 
 
 class Exchange(Protocol):
@@ -29,8 +28,8 @@ class Exchange(Protocol):
         """
         ...
 
-    def scatter(self, cotangents: Tensor) -> Callable[[], Tensor]:
-        """Send the cotangents of ``link(shared means)``; return what waits for their shared counterpart."""
+    def scatter(self, cotangents: Tensor) -> Future:
+        """Send the cotangents of ``link(shared means)``, to get their shared counterpart."""
         ...
 
     def lands(self) -> bool:
@@ -60,9 +59,9 @@ class KeepLocal:
         """The local sums and count."""
         return wire
 
-    def scatter(self, cotangents: Tensor) -> Callable[[], Tensor]:
+    def scatter(self, cotangents: Tensor) -> Future:
         """The cotangents."""
-        return lambda: cotangents
+        return Future.completed(cotangents)
 
     def lands(self) -> bool:
         """Local statistics are there, unless a forward is repeated, whose first run has absorbed them."""

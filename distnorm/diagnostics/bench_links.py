@@ -116,7 +116,7 @@ def of_all_ranks(times: Tensor, group: TorchGroup) -> Tensor:
     for nobody: the least. Where messages travel, a rank that is early by less than their delay waits as much longer as
     the other waits shorter, and so on from sum to sum: the mean is the delay, and the least can be anything below.
     """
-    if group.direct is None or not group.direct.travels:
+    if group.direct is None or not group.direct.over_network:
         dist.all_reduce(times, dist.ReduceOp.MIN)
         return times
     dist.all_reduce(times)
@@ -156,7 +156,7 @@ def _timer(group: TorchGroup, nbytes: int, device: torch.device) -> Callable[[],
     wire = torch.ones(nbytes // 8, dtype=torch.float64, device=device)
     work = torch.ones(_WORK, _WORK, device=device)
 
-    at_once = group.direct is not None and not group.direct.travels
+    at_once = group.direct is not None and not group.direct.over_network
 
     def once() -> float:
         if at_once:  # so quick a sum shows what the threads of the last contender left to do

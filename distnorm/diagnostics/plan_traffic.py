@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,8 +21,7 @@ from distnorm.layers.layout import layout_of
 from distnorm.policies import Periodic, Policy
 from distnorm.recipe import Recipe
 from distnorm.transport import Group, Topology
-from distnorm.transport.group import Work
-from distnorm.types import EVERY_LAYER, Slot
+from distnorm.types import EVERY_LAYER, Future, Slot
 
 _LATE = 10**9
 """A step after every warm-up, once it is made a multiple of the period."""
@@ -98,24 +97,19 @@ class _Noting(Group):
         self.reach = reach
         self.sent = sent
 
-    def _start(self, wire: Tensor, slot: Slot) -> tuple[Work, Callable[[], Tensor]]:
+    def _start(self, wire: Tensor, slot: Slot) -> Future:
         self._note(wire, background=False)
-        return _Done(), wire.clone
+        return Future.completed(wire.clone())
 
-    def _start_sum(self, wire_: Tensor) -> Work:
+    def _start_sum(self, wire_: Tensor) -> Future:
         self._note(wire_, background=True)
-        return _Done()
+        return Future.completed(wire_)
 
     def _broadcast(self, tensor: Tensor) -> None:
         pass
 
     def _note(self, wire: Tensor, *, background: bool) -> None:
         self.sent[Sent(self.reach, wire.numel() * wire.element_size(), background)] += 1
-
-
-class _Done:
-    def wait(self) -> None:
-        """It is."""
 
 
 def _empty(size: int) -> Tensor:

@@ -177,7 +177,7 @@ def _compare_groups(groups: dict[int, list[list[int]]]) -> None:
 
 def _running_statistics_agree(ranks: tuple[int, ...], recipe: Recipe, reducer: Reducer, timeout: timedelta) -> bool:
     """Whether all ranks absorb the same sums. Raises on every rank alike."""
-    own = [reducer.landing(), *chain.from_iterable(reducer.handovers())]
+    own = [reducer.facts.global_routes, *chain.from_iterable(reducer.facts.handovers)]
     texts = tell_and_collect(ranks, json.dumps([_written(each, ranks) for each in own]), timeout)
     told = [[_read(each, ranks) for each in json.loads(text)] for text in texts]
     landing, *handovers = (_joined(ranks, [each[at] for each in told]) for at in range(len(own)))

@@ -31,7 +31,7 @@ class Binding:
         self.conversion = conversion
         self._world = None if world is None else ref(world)  # weakly, as ``TorchGroup`` holds its group
         self.topology, self.reducer = met.topology, met.reducer
-        self.alone = met.reducer.alone
+        self.alone = met.reducer.facts.alone
         self.agrees = met.agrees
         """Whether running statistics are equal on all data-parallel ranks without further communication."""
         self.step = self._passes = 0

@@ -182,7 +182,7 @@ class Conversion:
         kept: dict[str, Any] = {}
         if self.feeders.left or self.feeders.feeds:
             kept["feeders"] = [sorted(self.feeders.left), self.feeders.feeds]
-        if not self.facts.always_lands:
+        if not self.facts.always_global:
             # A model's state_dict may have absorbed what a run that goes on from here has yet to absorb.
             kept["running"] = running_statistics.snapshot(self.layers())
         belonging = saved_state.belonging(self.recipe, list(self.layers()))

@@ -13,7 +13,6 @@ per direction. Kernels, which know their own derivative, ``gather`` and ``scatte
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from distnorm.autograd.recompute import Record
 from distnorm.compat.dispatch_state import are_plain, is_batch, transforming
 from distnorm.layers.binding import Binding
 from distnorm.layers.site import Site
-from distnorm.types import Direction, Link, Slot
+from distnorm.types import Direction, Future, Link, Slot
 
 NOW = -1
 """The step in which a compiled graph runs, unknown while it is traced."""
@@ -83,7 +82,7 @@ class ReduceBackward(torch.autograd.Function):
 
 def _share_cotangents(wire: Tensor, count: Tensor, number: Tensor | None, line: Line | None, learning: bool) -> Tensor:
     if line is not None and number is None and are_plain(wire):
-        return line.start_cotangents(wire, count, learning=learning)()
+        return line.start_cotangents(wire, count, learning=learning).wait()
     if number is None:
         assert line is not None, "one or the other leads to the policy"
         number = line.site.scalar()
@@ -172,7 +171,7 @@ class Line:
             shared = binding.reducer.reduce(wire, slot)
         except RuntimeError as error:
             raise self._failed(binding, "forward", error) from error
-        if not enough and binding.reducer.counts(slot):
+        if not enough and binding.reducer.completeness(slot).is_counted:
             # A policy that shares nothing in this step gives the wire back.
             site.check_count(shared[-1], 1 if shared is wire else binding.reducer.size)
         record = Record(wire, shared, slot.step, held=held)
@@ -182,19 +181,20 @@ class Line:
     def lands(self) -> bool:
         """Whether what was gathered is fit for the running statistics, and not there already."""
         assert self._binding is not None, "it has gathered"
-        return not self._record.repeated and self._binding.reducer.lands(self._slot)
+        return not self._record.repeated and self._binding.reducer.completeness(self._slot).is_global
 
     def step_lands(self) -> bool:
         """Whether statistics of its step are fit for the running statistics, whoever gathered them."""
         assert self._binding is not None, "operators run on a line that is bound"
-        return self._binding.reducer.lands(self._slot_of(self._binding, "forward", learning=self.learning))
+        slot = self._slot_of(self._binding, "forward", learning=self.learning)
+        return self._binding.reducer.completeness(slot).is_global
 
-    def scatter(self, cotangents: Tensor) -> Callable[[], Tensor]:
+    def scatter(self, cotangents: Tensor) -> Future:
         """What gives the shared counterpart of the cotangents. One use of the policy."""
         assert self.shared is not None, "it has gathered"
         return self.start_cotangents(cotangents, self.shared[-1], learning=True)
 
-    def start_cotangents(self, wire: Tensor, count: Tensor, *, learning: bool) -> Callable[[], Tensor]:
+    def start_cotangents(self, wire: Tensor, count: Tensor, *, learning: bool) -> Future:
         """What gives the shared counterpart of the cotangents of a forward that was given ``count``.
 
         ``learning``: not while a graph is being built (``create_graph=True``), when the pass ends no step.
@@ -220,11 +220,11 @@ class Line:
 
         def wait() -> Tensor:
             try:
-                return answer()
+                return answer.wait()
             except RuntimeError as error:
                 raise self._failed(binding, "backward", error) from error
 
-        return wait
+        return Future(wait)
 
     def again(self, *, opaque: bool = False) -> Line:
         """For a repetition inside a backward pass, which the layer's records answer."""

@@ -178,7 +178,7 @@ class DistNorm(_BatchNorm):
     def _running_statistics(self, running: Running) -> tuple[Tensor | None, Tensor | None]:
         """With what is in flight, if an asynchronous policy has sent statistics that no step's end has absorbed yet."""
         mean_C, var_C = running[:2]
-        if self._site.conversion.facts.always_lands or exporting() or mean_C is None or var_C is None:
+        if self._site.conversion.facts.always_global or exporting() or mean_C is None or var_C is None:
             return mean_C, var_C
         if torch.compiler.is_compiling():
             ahead_of: tuple[Tensor, Tensor] = torch.ops.distnorm.running(mean_C, var_C, self._site.number)
@@ -191,7 +191,7 @@ class DistNorm(_BatchNorm):
         shared, conversion, landed = share.shared, self._site.conversion, True
         assert shared is not None, "the method has shared"
         if torch.compiler.is_compiling():
-            if isinstance(share, Line) and not conversion.facts.always_lands:
+            if isinstance(share, Line) and not conversion.facts.always_global:
                 landed = torch.ops.distnorm.lands(shared[-1], self._site.number, share.learning)
         elif (isinstance(share, Line) and share.opaque) or not are_plain(shared):
             # Unseen by dispatch modes, for a repetition has no such operations.

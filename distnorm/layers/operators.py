@@ -25,7 +25,7 @@ def statistics_op(wire: Tensor, number: Tensor, learning: bool) -> Tensor:
 @torch.library.custom_op("distnorm::cotangents", mutates_args=())
 def cotangents_op(wire: Tensor, count: Tensor, number: Tensor) -> Tensor:
     """``Line.scatter``, and the result."""
-    return _now(number, True).start_cotangents(wire, count, learning=True)().clone()
+    return _now(number, True).start_cotangents(wire, count, learning=True).wait().clone()
 
 
 @torch.library.custom_op("distnorm::lands", mutates_args=())
