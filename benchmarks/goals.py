@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import moving
+import tiny
 from measure import Interval, exposed_ratio, markdown, ratio
 
 Record = Mapping[str, Any]
@@ -35,6 +37,18 @@ def layer_goals(record: Record) -> Iterator[Goal]:
         most = 0.7 if case["format"] == "contiguous" else 1.15
         what = f"layers, {case['format']}, width {case['width']}: `local_bn` over stock"
         yield Goal(what, most, ratio(case["ms"]["local_bn"], case["ms"]["stock"]))
+
+
+def tiny_goals(record: Record) -> Iterator[Goal]:
+    """What the host does for a layer of almost no values."""
+    for result in record["results"]:
+        ms, where = result["ms"], f"layers of {math.prod(tiny.SHAPE)} values, {result['ranks']} ranks"
+        if result["ranks"] == 1:
+            for name, most in (("local_bn", 1.25), ("sync_bn", 1.25), ("mabn", 2)):
+                yield Goal(f"{where}: `{name}` over stock", most, ratio(ms[name], ms["stock"]))
+        else:
+            over = ratio(ms["sync_bn"], ms["gather, no network"])
+            yield Goal(f"{where}: `sync_bn` over gather without network", 1, over)
 
 
 def step_goals(record: Record, where: str, over_gather: float, over_naive: float) -> Iterator[Goal]:
@@ -88,6 +102,8 @@ def goals(records: Mapping[str, Record]) -> list[Goal]:
     have = {name for name, record in records.items() if record["results"]}
     if "layer" in have:
         found += layer_goals(records["layer"])
+    if "tiny" in have:
+        found += tiny_goals(records["tiny"])
     for part in sorted(have & {"step-32", "step-64"}):
         found += step_goals(records[part], "2 ranks, loopback", 0.6, 0.45)
     for part in sorted(have & {"hosts-16", "hosts-32"}):

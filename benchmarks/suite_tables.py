@@ -18,6 +18,7 @@ import moving
 import plan_check
 import step
 import tails
+import tiny
 from generate import filled
 
 from distnorm.diagnostics.draw import to_file
@@ -46,6 +47,7 @@ def _growth(results: Results) -> list[str]:
 
 TABLES: dict[str, Callable[[Results], list[str]]] = {
     "layer": lambda results: layer.table(results[0]["cases"]),
+    "tiny": tiny.table,
     "tails": _tails,
     "exchange": exchange.table,
     "step-32": _step,

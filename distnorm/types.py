@@ -114,8 +114,8 @@ class Future:
     @classmethod
     def completed(cls, result: Tensor) -> Future:
         """One that nobody need wait for."""
-        future = cls(lambda: result)
-        future.wait()
+        future = cls.__new__(cls)
+        future._finish, future._poll, future._outcome = None, None, result
         return future
 
     def done(self) -> bool:
@@ -206,33 +206,4 @@ class Share(Protocol):
 
     def __call__(self, count: int, sums_KC: Tensor, link: Link) -> tuple[Tensor, Tensor]:
         """Return ``(link(shared means), shared count)``; both are equal on all ranks that share. Differentiable."""
-        ...
-
-
-class Exchange(Share, Protocol):
-    """A share whose two directions can be had one by one, for kernels that know their own derivative."""
-
-    absorbed: bool
-    """Whether kernels have let the running statistics absorb what was gathered, if it landed."""
-
-    def gather(self, wire: Tensor, *, held: bool, enough: bool) -> Tensor:
-        """The shared counterpart of sums and count, values only; ``held`` says that a backward may follow.
-
-        ``enough``: the local count alone is above 1, so that nobody need look at the shared one.
-        """
-        ...
-
-    def lands(self) -> bool:
-        """Whether what was gathered is fit for the running statistics."""
-        ...
-
-    def scatter(self, cotangents: Tensor) -> Future:
-        """Send the cotangents of ``link(shared means)``, to get their shared counterpart."""
-        ...
-
-    def again(self, *, opaque: bool = False) -> Exchange:
-        """A share for a repetition of the forward that gathered, without a second collective.
-
-        ``opaque``: for tensors that kernels do not take.
-        """
         ...

@@ -175,6 +175,23 @@ def test_a_checkpoint_repeats_and_a_hook_does_not(reentrant: bool) -> None:
     assert seen == [False, False, True]
 
 
+def test_the_apply_below_that_of_functions_makes_the_same_node() -> None:
+    class Double(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return 2 * x
+
+        @staticmethod
+        def backward(ctx: Any, dy: Tensor) -> Tensor:
+            return 2 * dy
+
+    x = torch.ones(2, requires_grad=True)
+    for apply in (Double.apply, engine.bare_apply(Double)):
+        y = apply(x)
+        assert type(y.grad_fn).__name__ == "DoubleBackward"
+        assert torch.autograd.grad(y.sum(), x)[0].tolist() == [2, 2]
+
+
 # --- surroundings: modes and transforms ----------------------------------------------------------
 
 
@@ -210,6 +227,13 @@ def test_transforms_are_known_and_can_be_hidden() -> None:
     with forward_ad.dual_level():
         assert dispatch_state.transforming()
     assert not dispatch_state.transforming()
+
+
+def test_tensors_that_a_transform_leaves_behind_are_known() -> None:
+    left: list[Tensor] = []
+    torch.func.grad(lambda x: left.append(x) or x.sum())(torch.ones(2))
+    assert type(left[0]) is Tensor and not dispatch_state.are_plain(left[0])
+    assert dispatch_state.are_plain(torch.ones(2))
 
 
 @pytest.mark.parametrize("strict", [False, True])

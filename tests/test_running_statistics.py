@@ -10,6 +10,10 @@ import torch
 from torch import Tensor, nn
 
 import distnorm
+from distnorm.compat.at_once import at_once
+from distnorm.kernels.absorbing import absorb, absorb_shared, absorbing_landed
+from distnorm.methods import RMS, BatchNorm
+from distnorm.types import Landed, Running
 from tests.support.threads import run_threads
 
 Batch = Callable[[Tensor], Tensor]
@@ -59,3 +63,24 @@ def test_an_empty_batch_counts_for_nothing() -> None:
     for given in run_threads(2, run):
         for one, two in zip(given, stock.buffers(), strict=True):
             torch.testing.assert_close(one.double(), two.double(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("count", [1.0, 50.0])
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("method", [BatchNorm(), RMS()], ids=repr)
+def test_what_landed_is_absorbed_in_c_as_in_torch(method, momentum, weight, count):
+    """As sums of this step, or as means that became global at its end."""
+    x = torch.randn(50, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    means = torch.cat([x.mean(0), x.square().mean(0)][method.raw])
+    total = torch.tensor(count, dtype=torch.float64)
+    in_torch, by_sums, by_means = (
+        Running(torch.full((3,), 0.5), torch.ones(3), torch.tensor(3), momentum) for _ in range(3)
+    )
+    absorb(in_torch, method.moments(means.view(-1, 3), total), total, bool(weight))
+    absorb_shared(method, torch.cat((means * count, total[None])), by_sums, 3, bool(weight))
+    at_once(*absorbing_landed(by_means, Landed("layer", means, total, torch.tensor(weight)), method, 3))
+    for ours in (by_sums, by_means):
+        for buffer, expected in zip(ours[:3], in_torch[:3], strict=True):
+            torch.testing.assert_close(buffer, expected)
+    assert (in_torch.updates == 3) == (not weight or count == 1)

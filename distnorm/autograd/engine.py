@@ -1,9 +1,9 @@
 """Where autograd's engine stands: inside a backward pass or not, repeating a forward or not, and when that pass ends.
 
-The only user of torch's private graph-task id, forward-gradient mode, ``queue_callback``, and of the two functions
-through which the engine is called and calls a Function's backward (torch 2.13; see
-tests/test_private_apis.py). FSDP2 relies on the same callback. It runs after the last gradient of the pass and needs no
-hook on a root module.
+The only user of torch's private graph-task id, forward-gradient mode, ``queue_callback``, of the ``apply`` below that
+of Functions, and of the two functions through which the engine is called and calls a Function's backward (torch 2.13;
+see tests/test_private_apis.py). FSDP2 relies on the same callback. It runs after the last gradient of the pass and
+needs no hook on a root module.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from types import CodeType, FrameType
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch.autograd import Variable
@@ -38,7 +38,7 @@ def repeating() -> bool:
     saved tensor is unpacked. A forward that a hook of the backward pass runs is a new one. Told from the calls that led
     here, since values may be the same. An unpacking is known by its name, which must have "unpack" in it.
     """
-    return graph_task() != NO_BACKWARD and any(
+    return torch._C._current_graph_task_id() != NO_BACKWARD and any(
         code is _FUNCTION or "unpack" in code.co_name for code in _called_by_engine()
     )
 
@@ -66,6 +66,12 @@ def backward_may_follow() -> bool:
 def at_end_of_backward(callback: Callable[[], None]) -> None:
     """Run ``callback`` once when the backward pass that this thread is in has finished."""
     Variable._execution_engine.queue_callback(callback)
+
+
+def bare_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """``function.apply`` for inputs that no transform has, or had, to do with: torch looks at each of them for one."""
+    apply: Callable[..., Any] = super(torch.autograd.Function, function).apply  # type: ignore[misc]
+    return apply
 
 
 class Left(Generic[ValueT]):

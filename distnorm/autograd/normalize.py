@@ -18,16 +18,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distnorm.autograd.engine import Left
+from distnorm.autograd.engine import Left, bare_apply
+from distnorm.autograd.share import Exchange
 from distnorm.compat.dispatch_state import are_plain, is_batch
 from distnorm.kernels import gpu
+from distnorm.kernels.absorbing import absorb_shared
 from distnorm.kernels.passes import new_pass
 from distnorm.methods import ChannelAffine
-from distnorm.types import Affine, Exchange, Running, Tail
+from distnorm.types import Affine, Running, Tail
 
 NO_TAIL = Tail()
-NOT_TENSORS = (None,) * 7
-"""Gradients of ``_Normalize`` for x once more, and for what is no tensor."""
+_Call = tuple[ChannelAffine, Exchange, Affine, Left[Tensor] | None, Running | None, bool]
+"""Method, share, affine, what ``_Wait`` waits for, running statistics, and whether a relu follows."""
 
 
 def suits(method: ChannelAffine, x_NCL: Tensor) -> bool:
@@ -38,7 +40,7 @@ def suits(method: ChannelAffine, x_NCL: Tensor) -> bool:
     Empty ones, too: parameters must receive their gradients in the same order on a rank without values as on others.
     DeepSpeed's ZeRO 2 fills the buckets that ranks add up in that order (0.19.8).
     """
-    return x_NCL.device.type == "cpu" or (gpu.takes(x_NCL) and method.formula() is not None)
+    return x_NCL.is_cpu or (gpu.takes(x_NCL) and method.formula() is not None)
 
 
 def normalize(
@@ -52,22 +54,22 @@ def normalize(
 ) -> Tensor:
     """As ``method.normalize``, and then the ``tail``: same values to rounding, same collectives.
 
-    If given, ``running`` statistics shall absorb what landed. Kernels that do so by the way say
-    it: ``share.absorbed``.
+    If given, ``running`` statistics absorb what landed.
 
     If given, ``between`` makes nodes of the graph that shall run while cotangents are under way: the engine takes ready
     nodes newest first, so they come after the node that sends them, and before the one that waits.
     """
-    finish: Left[Tensor] | None = None
-    waiting_NCL = x_NCL
-    if between is not None:
-        finish = Left()
-        waiting_NCL = _Wait.apply(x_NCL, finish)
-        between()
-    y_NCL: Tensor = _Normalize.apply(
-        *(waiting_NCL, affine.weight_C, affine.bias_C, tail.residual_NCL),
-        *(x_NCL, method, share, affine, finish, running, tail.relu),
-    )
+    weight_C, bias_C, *_ = affine
+    residual_NCL, relu = tail
+    if between is None:
+        call: _Call = method, share, affine, None, running, relu
+        y_NCL: Tensor = _apply(x_NCL, weight_C, bias_C, residual_NCL, None, call)
+        return y_NCL
+    finish: Left[Tensor] = Left()
+    waiting_NCL = _Wait.apply(x_NCL, finish)
+    between()
+    call = method, share, affine, finish, running, relu
+    y_NCL = _apply(waiting_NCL, weight_C, bias_C, residual_NCL, x_NCL, call)
     return y_NCL
 
 
@@ -88,8 +90,8 @@ class _Wait(torch.autograd.Function):
 class _Normalize(torch.autograd.Function):
     """A function of its first four arguments.
 
-    ``x_NCL`` is ``waiting_NCL`` before ``_Wait``: what second derivatives have to say of x must not pass there, where
-    the gradient that was left takes the place of what comes.
+    ``x_NCL`` is ``waiting_NCL`` before ``_Wait``, if there is one: what second derivatives have to say of x must not
+    pass there, where the gradient that was left takes the place of what comes.
     """
 
     @staticmethod
@@ -99,25 +101,24 @@ class _Normalize(torch.autograd.Function):
         weight_C: Tensor | None,
         bias_C: Tensor | None,
         residual_NCL: Tensor | None,
-        x_NCL: Tensor,
-        method: ChannelAffine,
-        share: Exchange,
-        affine: Affine,
-        finish: Left[Tensor] | None,
-        running: Running | None,
-        relu: bool,
+        x_NCL: Tensor | None,
+        call: _Call,
     ) -> Tensor:
         """Sums, and one pass that applies."""
+        method, share, affine, _, running, relu = ctx.call = call
+        x_NCL = waiting_NCL if x_NCL is None else x_NCL
         ctx.affine = _as_of_now(affine) if method.follows else affine
         kernels = ctx.kernels = new_pass(method, x_NCL, ctx.affine)
         enough = x_NCL.numel() > x_NCL.shape[1]
         shared = share.gather(kernels.sums(x_NCL), held=ctx.needs_input_grad[0], enough=enough)
         tail = Tail(residual_NCL, relu) if relu or residual_NCL is not None else NO_TAIL
         landed = running if running is not None and share.lands() else None
-        y_NCL = kernels.normalize(x_NCL, shared, weight_C, bias_C, tail, landed)
-        share.absorbed = landed is None or kernels.absorbed
+        by_the_way = landed is not None and kernels.absorbs(landed)
+        y_NCL = kernels.normalize(x_NCL, shared, weight_C, bias_C, tail, landed if by_the_way else None)
+        if landed is not None and not by_the_way:
+            absorb_shared(method, shared, landed, x_NCL.shape[1])
         ctx.save_for_backward(x_NCL, weight_C, bias_C, y_NCL if relu else None)
-        ctx.method, ctx.share, ctx.finish, ctx.adds = method, share, finish, residual_NCL is not None
+        ctx.adds = residual_NCL is not None
         return y_NCL
 
     @staticmethod
@@ -134,19 +135,22 @@ class _Normalize(torch.autograd.Function):
             # Of y's gradient nothing arrives; that it is zero reaches parameters which nothing else does.
             dz_NCL = dy_NCL if y_NCL is None else torch.ops.aten.threshold_backward(dy_NCL, y_NCL, 0)
             gradients = _plain_gradients(ctx, x_NCL, affine, dz_NCL, opaque=not plain)
-            return *gradients, dz_NCL if ctx.adds else None, *NOT_TENSORS
-        kernels = ctx.kernels
+            return *gradients, dz_NCL if ctx.adds else None, None, None
+        kernels, (_, share, _, finish, *_) = ctx.kernels, ctx.call
         cotangents, weight_grad_C, bias_grad_C, dz_NCL = kernels.pull(dy_NCL, x_NCL, y_NCL, weight_C)
         dx_NCL = None
         if ctx.needs_input_grad[0]:
-            shared = ctx.share.scatter(cotangents)
-            if ctx.finish is None:
+            shared = share.scatter(cotangents)
+            if finish is None:
                 dx_NCL = kernels.combine(dz_NCL, x_NCL, shared.wait())
             else:
-                ctx.finish.leave(lambda: kernels.combine(dz_NCL, x_NCL, shared.wait()))
+                finish.leave(lambda: kernels.combine(dz_NCL, x_NCL, shared.wait()))
                 dx_NCL = dy_NCL
         gradients = [dx_NCL, _like(weight_C, weight_grad_C), _like(bias_C, bias_grad_C)]
-        return *gradients, dz_NCL if ctx.adds else None, *NOT_TENSORS
+        return *gradients, dz_NCL if ctx.adds else None, None, None
+
+
+_apply = bare_apply(_Normalize)
 
 
 def _as_of_now(affine: Affine) -> Affine:
@@ -156,14 +160,15 @@ def _as_of_now(affine: Affine) -> Affine:
 
 
 def _plain_gradients(ctx: Any, x_NCL: Tensor, affine: Affine, dz_NCL: Tensor, *, opaque: bool) -> list[Tensor | None]:
+    method, share, *_ = ctx.call
     create_graph = torch.is_grad_enabled()
     leaves = [x_NCL, affine.weight_C, affine.bias_C]
     if not create_graph:  # tensors as they come from hooks may belong to no graph
         leaves = [each if each is None else each.detach().requires_grad_() for each in leaves]
     wanted = [leaf for leaf, needed in zip(leaves, ctx.needs_input_grad, strict=False) if needed and leaf is not None]
     with torch.enable_grad():
-        share = ctx.share.again(opaque=opaque)
-        y_NCL = ctx.method.normalize(leaves[0], share, affine._replace(weight_C=leaves[1], bias_C=leaves[2]))
+        share = share.again(opaque=opaque)
+        y_NCL = method.normalize(leaves[0], share, affine._replace(weight_C=leaves[1], bias_C=leaves[2]))
     found = iter(torch.autograd.grad(y_NCL, wanted, dz_NCL, create_graph=create_graph))
     return [next(found) if needed else None for needed in ctx.needs_input_grad[:3]]
 

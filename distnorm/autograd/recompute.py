@@ -24,9 +24,9 @@ class Record:
     """One forward's local sums and the shared ones that answered them, in training step ``step``."""
 
     def __init__(self, local: Tensor, shared: Tensor, step: int, *, held: bool) -> None:
-        """Remember detached values; ``held`` says that an autograd node keeps the record."""
-        self.local = local.detach()
-        self.shared = shared.detach()
+        """Remember values without their graph; ``held`` says that an autograd node keeps the record."""
+        self.local = local.detach() if local.requires_grad else local
+        self.shared = shared.detach() if shared.requires_grad else shared
         self.step = step
         self.held = held
         self.repeated = False

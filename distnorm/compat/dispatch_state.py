@@ -1,8 +1,8 @@
 """Who looks on while a layer runs: what decides whether kernels may read and write its tensors by address.
 
 The only user of torch's private counts of dispatch modes and of functorch levels, of the level of forward-mode
-differentiation, of the hooks on all modules, of the flag of ``torch.export``, and of the switches that hide work from
-modes and transforms (torch 2.13; see tests/test_private_apis.py).
+differentiation, of what tells wrapped tensors and traces, of the hooks on all modules, of the flag of ``torch.export``,
+and of the switches that hide work from modes and transforms (torch 2.13; see tests/test_private_apis.py).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 def transforming() -> bool:
     """Whether tensors are replaced or recorded: by functorch, forward-mode derivatives or ``torch.jit.trace``."""
     differentiating = torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
-    return differentiating or torch.jit.is_tracing()
+    return differentiating or torch._C._is_tracing()
 
 
 def exporting() -> bool:
@@ -52,19 +52,30 @@ def is_batch(gradient: Tensor) -> bool:
 # docs/decisions.md#kernels-take-plain-tensors-only
 def are_plain(*tensors: Tensor | None) -> bool:
     """Whether ``tensors`` have memory of their own that holds their values, and nobody looks on."""
-    return not watched() and not transforming() and all(each is None or _is_plain(each) for each in tensors)
+    if watched() or transforming():
+        return False
+    for each in tensors:
+        if each is not None and not (type(each) in _OWN and _is_plain(each)):
+            return False
+    return True
 
 
 def are_own(*values_C: Tensor | None) -> bool:
     """Whether a layer's own ``values_C`` are as torch makes them, by their classes: these are never views."""
-    return all(each is None or type(each) is Tensor or type(each) is Parameter for each in values_C)
+    for each in values_C:
+        if each is not None and type(each) not in _OWN:
+            return False
+    return True
+
+
+# Subclasses may have no memory, or another meaning.
+_OWN = frozenset((Tensor, Parameter))
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    # Subclasses may have no memory, or another meaning; a negative view holds its values negated.
-    return (type(tensor) is Tensor or type(tensor) is Parameter) and (
-        tensor.layout is torch.strided and not tensor.is_neg()
-    )
+    # A negative view holds its values negated; what a transform has left behind is a wrapper.
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return tensor.layout is torch.strided and not tensor.is_neg() and not wrapped
 
 
 def is_fake(tensor: Tensor) -> bool:

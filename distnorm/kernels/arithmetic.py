@@ -1,11 +1,13 @@
-"""Which methods' C-sized arithmetic ``arithmetic.c`` and the kernels for GPUs know."""
+"""What passes need of a method, and which methods' arithmetic ``arithmetic.c`` and the kernels for GPUs know."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+from distnorm.types import Affine, Moments
 
 
 class Formula(NamedTuple):
@@ -22,18 +24,42 @@ class Formula(NamedTuple):
     clip_after: int = 0
 
 
+class Shared(Protocol):
+    """What running statistics need of a method: its moments, and the name of its arithmetic, if that is written out."""
+
+    def formula(self, affine: Affine | None = None) -> Formula | None:
+        """The name of the same arithmetic in C, if there is one; with ``affine`` if the transform is wanted."""
+        ...
+
+    def moments(self, means_KC: Tensor, count: Tensor) -> Moments:
+        """What running statistics absorb."""
+        ...
+
+
+class PerChannel(Shared, Protocol):
+    """What a pass needs of its method, in C-sized float64 arithmetic. ``methods.ChannelAffine`` documents each."""
+
+    raw: ClassVar[slice]
+
+    def link(self, means_KC: Tensor, eps: float) -> Tensor:
+        """``theta_KC``."""
+        ...
+
+    def coefficients(self, theta_KC: Tensor, affine: Affine) -> tuple[Tensor, Tensor]:
+        """``scale_C, shift_C``."""
+        ...
+
+
 RAW_MOMENTS = 2
 """Kinds of raw sums that exist: of x, and of x squared."""
 
-FORMULAS = ("rms", "batch_norm")
-"""By the numbers that ``dense.c`` has for them."""
+FORMULAS = {"rms": 0, "batch_norm": 1}
+"""The numbers that ``dense.c`` has for them."""
 
 
-def address(values_C: Tensor | None) -> int | None:
-    """Where C finds ``[C]`` values."""
-    return None if values_C is None else values_C.data_ptr()
-
-
-def plain(values_C: Tensor | None) -> bool:
+def plain(*values_C: Tensor | None) -> bool:
     """Whether C can read ``[C]`` values of a layer whose input is on the CPU."""
-    return values_C is None or (values_C.dtype is torch.float32 and values_C.is_contiguous() and values_C.is_cpu)
+    for each in values_C:
+        if each is not None and not (each.dtype is torch.float32 and each.is_contiguous() and each.is_cpu):
+            return False
+    return True

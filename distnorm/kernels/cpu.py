@@ -7,6 +7,8 @@ least float32); sums_KC float64, of two kinds. ``kernels.aten`` says what each c
 from __future__ import annotations
 
 from collections.abc import Callable
+from ctypes import CDLL
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -18,14 +20,19 @@ from distnorm.kernels.native import library
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
-class Loops(NamedTuple):
-    """The compiled loops for one layout, rows or planes, and the arguments that end each call."""
+class Family(NamedTuple):
+    """The compiled loops for rows or for planes."""
 
     rows: bool
     sums: Callable[..., None]
     apply: Callable[..., None]
     combine: Callable[..., None]
-    image: tuple[int, int, int, int]
+
+
+Image = tuple[int, int, int, int]
+"""N, C, L and the number of threads, the arguments that end each call of a loop."""
+
+Loops = tuple[Family, Image]
 
 
 def moments(x_NCL: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -33,11 +40,12 @@ def moments(x_NCL: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     compiled = loops(x_NCL)
     if compiled is None:
         return aten.moments(x_NCL)
+    family, image = compiled
     channels = x_NCL.shape[1]
     wire = torch.empty(2 * channels + 1, dtype=torch.float64)
     pivot_C = x_NCL.new_empty(channels)
     x, pivot, sums = (each.data_ptr() for each in (x_NCL, pivot_C, wire))
-    compiled.sums(None, x, None, None, pivot, None, None, sums, *compiled.image)
+    family.sums(None, x, None, None, pivot, None, None, sums, *image)
     return wire, pivot_C, None
 
 
@@ -46,9 +54,10 @@ def apply(x_NCL: Tensor, pivot_C: Tensor, scale_C: Tensor, shift_C: Tensor, *, i
     compiled = loops(x_NCL)
     if compiled is None:
         return aten.apply(x_NCL, pivot_C, scale_C, shift_C, into=into)
+    family, image = compiled
     y_NCL = torch.empty_like(x_NCL) if into is None else into
     x, y, *vectors = (each.data_ptr() for each in (x_NCL, y_NCL, pivot_C, scale_C, shift_C))
-    compiled.apply(x, None, y, *vectors, False, *compiled.image)
+    family.apply(x, None, y, *vectors, False, *image)
     return y_NCL
 
 
@@ -57,10 +66,11 @@ def cosums(dy_NCL: Tensor, x_NCL: Tensor, pivot_C: Tensor) -> Tensor:
     compiled = loops(x_NCL)
     if compiled is None:
         return aten.cosums(dy_NCL, x_NCL, pivot_C)
+    family, image = compiled
     dy_NCL = like(dy_NCL, x_NCL)
     sums_KC = torch.empty(2, x_NCL.shape[1], dtype=torch.float64)
     dy, x, pivot, sums = (each.data_ptr() for each in (dy_NCL, x_NCL, pivot_C, sums_KC))
-    compiled.sums(dy, x, None, None, pivot, None, None, sums, *compiled.image)
+    family.sums(dy, x, None, None, pivot, None, None, sums, *image)
     return sums_KC
 
 
@@ -71,28 +81,37 @@ def combine(
     compiled = loops(x_NCL)
     if compiled is None:
         return aten.combine(dy_NCL, x_NCL, pivot_C, scale_C, level_C, slope_C)
+    family, image = compiled
     dx_NCL = torch.empty_like(x_NCL)
     dy_NCL = like(dy_NCL, x_NCL)
     images = (each.data_ptr() for each in (dy_NCL, x_NCL, dx_NCL))
     pivot, scale, level, slope = (each.data_ptr() for each in (pivot_C, scale_C, level_C, slope_C))
-    compiled.combine(*images, pivot, scale, None, level, slope, *compiled.image)
+    family.combine(*images, pivot, scale, None, level, slope, *image)
     return dx_NCL
 
 
 def loops(x_NCL: Tensor) -> Loops | None:
     """The compiled loops for ``x_NCL``; None where it is another dtype, has gaps, or is empty."""
-    found = library() if x_NCL.dtype is torch.float32 and x_NCL.numel() else None
+    values = x_NCL.numel()
+    found = library() if x_NCL.dtype is torch.float32 and values else None
     if found is None:
         return None
-    batch, channels = x_NCL.shape[:2]
-    length = x_NCL.numel() // (batch * channels)
+    batch, channels, *_ = x_NCL.shape
+    length = values // (batch * channels)
     image = batch, channels, length, torch.get_num_threads()
-    if x_NCL.is_contiguous() and length > 1:
-        return Loops(False, found.plane_sums, found.plane_apply, found.plane_combine, image)
+    if length > 1 and x_NCL.is_contiguous():
+        return _families(found)[False], image
     memory_format = _CHANNELS_LAST.get(x_NCL.dim(), torch.contiguous_format)
     if x_NCL.is_contiguous(memory_format=memory_format) and (length == 1 or x_NCL.dim() in _CHANNELS_LAST):
-        return Loops(True, found.row_sums, found.row_apply, found.row_combine, image)
+        return _families(found)[True], image
     return None
+
+
+@cache
+def _families(found: CDLL) -> tuple[Family, Family]:
+    """Of planes, and of rows."""
+    planes = Family(False, found.plane_sums, found.plane_apply, found.plane_combine)
+    return planes, Family(True, found.row_sums, found.row_apply, found.row_combine)
 
 
 def like(dy_NCL: Tensor, x_NCL: Tensor) -> Tensor:

@@ -7,50 +7,51 @@ dx_NCL, dy_NCL, and dz_NCL, which is dy_NCL before the tail; weight_C, bias_C; s
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from distnorm.kernels.arithmetic import FORMULAS, Formula, address, plain
-from distnorm.kernels.cpu import Loops, like, loops
+from distnorm.compat.at_once import Call
+from distnorm.kernels.arithmetic import FORMULAS, Formula, plain
+from distnorm.kernels.cpu import Loops, loops
 from distnorm.kernels.native import library
 from distnorm.types import Running, Tail
 
-DOUBLE = 8  # bytes
+HEAD = 8  # doubles
+
+
+def absorbs(running: Running) -> bool:
+    """Whether C can let ``running`` statistics absorb: all three are there, as stock layers have them."""
+    mean_C, var_C, updates, *_ = running
+    if mean_C is None or var_C is None or updates is None:
+        return False
+    return plain(mean_C, var_C) and updates.is_cpu
 
 
 class DensePass:
-    """What the kernels remember between the loops of a forward, and for its backward."""
+    """A ``passes.Pass``: what the kernels remember between the loops of a forward, and for its backward."""
+
+    absorbs = staticmethod(absorbs)
+    __slots__ = "_at", "_c", "_eps", "_formula", "_image", "_memory", "_rows", "_signs_known", "_stride"
 
     def __init__(self, formula: Formula, compiled: Loops, eps: float) -> None:
         """Nothing is computed yet."""
         found = library()
         assert found is not None, "there are loops"
         self._c, self._formula, self._eps = found, formula, eps
-        self._lay_out(compiled)
-        self.absorbed = False
-
-    def _lay_out(self, compiled: Loops) -> None:
-        self._way = compiled.rows, FORMULAS.index(self._formula.name)
-        self._image = compiled.image
-
-    def _dense(self, x_NCL: Tensor) -> Tensor:
-        """``x`` as the loops take it. Hooks of saved tensors may give the backward another layout than they got."""
-        compiled = loops(x_NCL)
-        if compiled is None:
-            x_NCL = x_NCL.float().contiguous()
-            compiled = loops(x_NCL)
-        assert compiled is not None, "dense float32 values, of which there are some"
-        self._lay_out(compiled)
-        return x_NCL
+        (self._rows, *_), self._image = compiled
 
     def sums(self, x_NCL: Tensor) -> Tensor:
         """What the method shares: local sums and their count, float64 ``[K C + 1]``."""
-        channels, kinds = x_NCL.shape[1], self._formula.kinds
-        self._memory = x_NCL.new_empty(7 * channels + 1 + (5 * channels + 1) // 2, dtype=torch.float64)
+        name, kinds, *_ = self._formula
+        channels = self._image[1]
+        self._stride = x_NCL.stride()
+        self._memory = x_NCL.new_empty(HEAD + 7 * channels + 1 + (5 * channels + 1) // 2, dtype=torch.float64)
         self._at = self._memory.data_ptr()
-        self._c.dense_sums(self._way[0], x_NCL.data_ptr(), self._at, *self._image)
-        return self._memory[(2 - kinds) * channels : 2 * channels + 1]
+        self._c.dense_sums(self._at, self._rows, FORMULAS[name], self._eps, x_NCL.data_ptr(), *self._image)
+        return self._memory[HEAD + (2 - kinds) * channels : HEAD + 2 * channels + 1]
 
     def normalize(
         self,
@@ -61,25 +62,27 @@ class DensePass:
         tail: Tail,
         running: Running | None,
     ) -> Tensor:
-        """The output, by ``shared`` sums and their count; ``running`` statistics absorb these, if given and plain."""
-        self._shared = shared = shared.contiguous()
+        """The output, by ``shared`` sums and their count; ``running`` statistics absorb these, if given."""
         formula, y_NCL = self._formula, torch.empty_like(x_NCL)
-        residual_NCL = None if tail.residual_NCL is None else like(tail.residual_NCL, x_NCL)
+        residual_NCL, relu = tail
         # Without a residual, the output's sign is known from x.
-        self._relu = tail.relu and residual_NCL is None
+        self._signs_known = relu and residual_NCL is None
+        residual_NCL = None if residual_NCL is None else self._laid_out(residual_NCL)
+        shared = shared.contiguous()
         self._c.dense_normalize(
-            *(*self._way, x_NCL.data_ptr(), address(residual_NCL), y_NCL.data_ptr(), tail.relu, shared.data_ptr()),
-            *(address(weight_C), address(bias_C), address(formula.running_var_C), formula.clip, self._eps, self._at),
-            *(*self._statistics(running), *self._image),
+            self._at,
+            x_NCL.data_ptr(),
+            None if residual_NCL is None else residual_NCL.data_ptr(),
+            y_NCL.data_ptr(),
+            relu,
+            shared.data_ptr(),
+            None if weight_C is None else weight_C.data_ptr(),
+            None if bias_C is None else bias_C.data_ptr(),
+            None if formula.running_var_C is None else formula.running_var_C.data_ptr(),
+            formula.clip,
+            *(NOTHING if running is None else _addresses(running)),
         )
         return y_NCL
-
-    def _statistics(self, running: Running | None) -> _Addresses:
-        """Where C finds what absorbs, the momentum and the guard."""
-        if running is None or not _absorbs(running):
-            return None, None, None, 0.0, False
-        self.absorbed = True
-        return _addresses(running)
 
     def pull(
         self, dy_NCL: Tensor, x_NCL: Tensor, y_NCL: Tensor | None, weight_C: Tensor | None
@@ -88,57 +91,63 @@ class DensePass:
 
         With a relu the output is given, too. With a residual, the last result is its gradient.
         """
-        x_NCL, weight_C = self._dense(x_NCL), None if weight_C is None else weight_C.float().contiguous()
-        dz_NCL = dy_NCL = like(dy_NCL, x_NCL)
-        output = masked = None
-        if y_NCL is not None and not self._relu:
-            y_NCL, dz_NCL = like(y_NCL, x_NCL), torch.empty_like(x_NCL)
+        x_NCL, dz_NCL = self._laid_out(x_NCL), self._laid_out(dy_NCL)
+        weight_C = weight_C if weight_C is None or plain(weight_C) else weight_C.float().contiguous()
+        dy, output, masked = dz_NCL.data_ptr(), None, None
+        if y_NCL is not None and not self._signs_known:
+            y_NCL, dy_NCL, dz_NCL = self._laid_out(y_NCL), dz_NCL, torch.empty_like(x_NCL)
             output, masked = y_NCL.data_ptr(), dz_NCL.data_ptr()
-        channels = x_NCL.shape[1]
+        channels = self._image[1]
         cotangents = self._memory.new_empty(self._formula.kinds * channels)
         weight_grad_C, bias_grad_C = x_NCL.new_empty(channels), x_NCL.new_empty(channels)
-        found = cotangents.data_ptr(), weight_grad_C.data_ptr(), bias_grad_C.data_ptr()
         self._c.dense_pull(
-            *(*self._way, self._relu, dy_NCL.data_ptr(), x_NCL.data_ptr(), output, masked, address(weight_C), self._at),
-            *(*found, *self._image),
+            self._at,
+            dy,
+            x_NCL.data_ptr(),
+            output,
+            masked,
+            None if weight_C is None else weight_C.data_ptr(),
+            cotangents.data_ptr(),
+            weight_grad_C.data_ptr(),
+            bias_grad_C.data_ptr(),
         )
         return cotangents, weight_grad_C, bias_grad_C, dz_NCL
 
     def combine(self, dz_NCL: Tensor, x_NCL: Tensor, cotangents: Tensor) -> Tensor:
         """The input's gradient, by shared cotangents and the last result of ``pull``."""
-        x_NCL = self._dense(x_NCL)
-        dz_NCL = like(dz_NCL, x_NCL)
-        count = self._shared.data_ptr() + self._formula.kinds * x_NCL.shape[1] * DOUBLE
-        cotangents, dx_NCL = cotangents.contiguous(), torch.empty_like(x_NCL)
-        self._c.dense_combine(
-            *(*self._way, self._relu, dz_NCL.data_ptr(), x_NCL.data_ptr(), dx_NCL.data_ptr()),
-            *(cotangents.data_ptr(), count, self._eps, self._at, *self._image),
-        )
+        x_NCL, dz_NCL, cotangents = self._laid_out(x_NCL), self._laid_out(dz_NCL), cotangents.contiguous()
+        dx_NCL = torch.empty_like(x_NCL)
+        addresses = dz_NCL.data_ptr(), x_NCL.data_ptr(), dx_NCL.data_ptr(), cotangents.data_ptr()
+        self._c.dense_combine(self._at, *addresses)
         return dx_NCL
 
+    def _laid_out(self, image_NCL: Tensor) -> Tensor:
+        """As the forward's input was. Hooks of saved tensors may give the backward another layout than they got."""
+        if image_NCL.stride() == self._stride and image_NCL.dtype is torch.float32:
+            return image_NCL
+        return image_NCL.new_empty_strided(image_NCL.shape, self._stride, dtype=torch.float32).copy_(image_NCL)
 
-def absorb(formula: Formula, shared: Tensor, running: Running) -> bool:
-    """Let ``running`` statistics absorb ``shared`` sums and their count, if C can: to the bit as ``normalize`` does.
 
-    Nothing happens where fewer than two values were seen.
+def absorbing(formula: Formula, means: Tensor, over: float, count: float, running: Running) -> Call | None:
+    """A call of C that lets ``running`` statistics absorb ``means / over`` of ``count`` values; None where C cannot.
+
+    To the bit as ``normalize`` does. Nothing happens where fewer than two values were seen.
     """
     found = library() if formula.name in FORMULAS else None
-    if found is None or not _absorbs(running):
-        return False
+    if found is None or not absorbs(running):
+        return None
+    assert running.var_C is not None, "it absorbs"
     mean_C, var_C, updates, *rate = _addresses(running)
-    wire = shared.contiguous()
-    function = getattr(found, f"{formula.name}_absorb")
-    function(wire.data_ptr(), (len(wire) - 1) // formula.kinds, *rate, updates, mean_C, var_C)
-    return True
+    wire, function = means.contiguous(), getattr(found, f"{formula.name}_absorb")
+    call = partial(function, wire.data_ptr(), over, count, len(running.var_C), *rate, updates, mean_C, var_C)
+    call.__dict__["reads"] = wire  # which must live as long
+    return call
 
 
 _Addresses = tuple[int | None, int | None, int | None, float, bool]
 """Of running_mean, running_var and the number of updates; the momentum, negative for the plain average; the guard."""
 
-
-def _absorbs(running: Running) -> bool:
-    on_cpu = running.updates is not None and running.updates.is_cpu
-    return running.is_whole and plain(running.mean_C) and plain(running.var_C) and on_cpu
+NOTHING: _Addresses = None, None, None, 0.0, False
 
 
 def _addresses(running: Running) -> _Addresses:
@@ -154,6 +163,6 @@ def dense_pass(
 ) -> DensePass | None:
     """A pass over ``x_NCL``; None where the C does not take it."""
     compiled = loops(x_NCL) if formula.name in FORMULAS else None
-    if compiled is None or not (plain(weight_C) and plain(bias_C) and plain(formula.running_var_C)):
+    if compiled is None or not plain(weight_C, bias_C, formula.running_var_C):
         return None
     return DensePass(formula, compiled, eps)

@@ -36,12 +36,12 @@ _LOOPS: dict[str, list[Any]] = {
     "combine": [_POINTER] * 8 + _IMAGE,
 }
 _DENSE: dict[str, list[Any]] = {
-    "sums": [_INT, _POINTER, _POINTER, *_IMAGE],
-    "normalize": [_INT, _INT, *_THREE, _INT, *_THREE, _POINTER, _DOUBLE, _DOUBLE, *_THREE, _POINTER, *_RATE, *_IMAGE],
-    "pull": [_INT, _INT, _INT, *_THREE, *_THREE, *_THREE, *_IMAGE],
-    "combine": [_INT, _INT, _INT, *_THREE, _POINTER, _POINTER, _DOUBLE, _POINTER, *_IMAGE],
+    "sums": [_POINTER, _INT, _INT, _DOUBLE, _POINTER, *_IMAGE],
+    "normalize": [_POINTER, *_THREE, _INT, *_THREE, _POINTER, _DOUBLE, *_THREE, *_RATE],
+    "pull": [*_THREE, *_THREE, *_THREE],
+    "combine": [*_THREE, _POINTER, _POINTER],
 }
-_ABSORB: dict[str, list[Any]] = {"absorb": [_POINTER, _INDEX, *_RATE, *_THREE]}
+_ABSORB: dict[str, list[Any]] = {"absorb": [_POINTER, _DOUBLE, _DOUBLE, _INDEX, *_RATE, *_THREE]}
 _EXCHANGE: dict[str, list[Any]] = {
     "post": [_POINTER, _INDEX, _INDEX, _INDEX, _TURN, _TURN, _POINTER, _INDEX],
     "await": [_POINTER, _INDEX, _TURN, _DOUBLE, _DOUBLE],

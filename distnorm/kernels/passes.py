@@ -5,52 +5,56 @@ Shapes: as in kernels/dense.py.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from distnorm.kernels import cpu
-from distnorm.kernels.arithmetic import RAW_MOMENTS, Formula
-from distnorm.kernels.dense import DensePass, dense_pass
+from distnorm.kernels import cpu, gradients
+from distnorm.kernels.arithmetic import RAW_MOMENTS, PerChannel
+from distnorm.kernels.dense import dense_pass
 from distnorm.types import Affine, Running, Tail
 
-if TYPE_CHECKING:
-    from distnorm.kernels.gpu.gpu_pass import GpuPass
 
+class Pass(Protocol):
+    """One forward of one layer, and its backward: what comes before and after its sums are shared, twice."""
 
-class PerChannel(Protocol):
-    """What a pass needs of its method, in C-sized float64 arithmetic. ``methods.ChannelAffine`` documents each."""
-
-    raw: ClassVar[slice]
-
-    def formula(self, affine: Affine | None = None) -> Formula | None:
-        """The name of the same arithmetic in C, if there is one."""
+    def sums(self, x_NCL: Tensor) -> Tensor:
+        """What the method shares: local sums and their count, float64 ``[K C + 1]``."""
         ...
 
-    def link(self, means_KC: Tensor, eps: float) -> Tensor:
-        """``theta_KC``."""
+    def absorbs(self, running: Running) -> bool:
+        """Whether ``normalize`` can let ``running`` statistics absorb by the way."""
         ...
 
-    def coefficients(self, theta_KC: Tensor, affine: Affine) -> tuple[Tensor, Tensor]:
-        """``scale_C, shift_C``."""
+    def normalize(
+        self,
+        x_NCL: Tensor,
+        shared: Tensor,
+        weight_C: Tensor | None,
+        bias_C: Tensor | None,
+        tail: Tail,
+        running: Running | None,
+    ) -> Tensor:
+        """The output, by ``shared`` sums and their count; ``running`` statistics absorb these, if given."""
         ...
 
     def pull(
-        self, theta_KC: Tensor, affine: Affine, scale_grad_C: Tensor, shift_grad_C: Tensor
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Gradients for theta_KC, weight_C and bias_C."""
+        self, dy_NCL: Tensor, x_NCL: Tensor, y_NCL: Tensor | None, weight_C: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
+        """Cotangents of what was shared, gradients of weight and bias, and what ``combine`` takes for the gradient.
+
+        The output is given behind a relu. What ``combine`` takes is a residual's gradient.
+        """
         ...
 
-    def pull_link(self, means_KC: Tensor, theta_KC: Tensor, theta_grad_KC: Tensor, eps: float) -> Tensor:
-        """The gradient for means_KC."""
+    def combine(self, dz_NCL: Tensor, x_NCL: Tensor, cotangents: Tensor) -> Tensor:
+        """The input's gradient, by shared cotangents."""
         ...
 
 
 class FormulaPass:
-    """As ``DensePass``, for any CPU tensor and method; running statistics are left alone."""
-
-    absorbed = False
+    """A ``Pass`` over any CPU tensor, by any method."""
 
     def __init__(self, method: PerChannel, affine: Affine) -> None:
         """Nothing is computed yet."""
@@ -61,6 +65,10 @@ class FormulaPass:
         """What the method shares: local sums and their count, float64 ``[K C + 1]``."""
         wire, self._pivot_C, self._spare_NCL = cpu.moments(x_NCL)
         return wire[self._method.raw.start * x_NCL.shape[1] :]
+
+    def absorbs(self, running: Running) -> bool:
+        """Not by the way."""
+        return False
 
     def normalize(
         self,
@@ -93,13 +101,14 @@ class FormulaPass:
         shift_grad_C, scale_grad_C = cpu.cosums(dz_NCL, x_NCL, self._pivot_C).unbind()
         scale_grad_C = torch.addcmul(scale_grad_C, self._pivot_C.double(), shift_grad_C)
         affine = self._affine._replace(weight_C=weight_C)
-        cotangents_KC, *grads = self._method.pull(self._theta_KC, affine, scale_grad_C, shift_grad_C)
+        cotangents_KC, *grads = gradients.pull(self._method, self._theta_KC, affine, scale_grad_C, shift_grad_C)
         return cotangents_KC.flatten(), grads[0], grads[1], dz_NCL
 
     def combine(self, dz_NCL: Tensor, x_NCL: Tensor, cotangents: Tensor) -> Tensor:
         """The input's gradient, by shared cotangents."""
         theta_grad_KC = cotangents.view_as(self._theta_KC)
-        grad_KC = self._method.pull_link(self._means_KC, self._theta_KC, theta_grad_KC, self._affine.eps) / self._total
+        found_KC = gradients.pull_link(self._method, self._means_KC, self._theta_KC, theta_grad_KC, self._affine.eps)
+        grad_KC = found_KC / self._total
         slope_C = 2 * grad_KC[-1]
         level_C = self._pivot_C.double() * slope_C
         if len(grad_KC) == RAW_MOMENTS:
@@ -109,7 +118,7 @@ class FormulaPass:
 
 
 # docs/decisions.md#saved-tensors-are-examined-again
-def new_pass(method: PerChannel, x_NCL: Tensor, affine: Affine) -> DensePass | FormulaPass | GpuPass:
+def new_pass(method: PerChannel, x_NCL: Tensor, affine: Affine) -> Pass:
     """What computes one forward, and its backward."""
     formula = method.formula(affine)
     if formula is not None and x_NCL.is_cuda:

@@ -14,7 +14,7 @@ from distnorm.autograd.engine import NO_BACKWARD, at_end_of_backward, graph_task
 from distnorm.compat.at_once import at_once, put
 from distnorm.compat.dispatch_state import unseen
 from distnorm.layers import agreement, running_statistics
-from distnorm.layers.ddp import Broadcasts, refuse_join
+from distnorm.layers.ddp import Broadcasts
 from distnorm.transport.rendezvous import tell_and_collect
 from distnorm.types import EVERY_LAYER, Landed, Slot
 
@@ -32,6 +32,7 @@ class Binding:
         self.conversion = conversion
         self._world = None if world is None else ref(world)  # weakly, as ``TorchGroup`` holds its group
         self.topology, self.reducer = met.topology, met.reducer
+        self.alone = met.reducer.facts.alone
         self.agrees = met.agrees
         """Whether running statistics are equal on all data-parallel ranks without further communication."""
         self.step = self._passes = 0
@@ -59,20 +60,22 @@ class Binding:
         return [text] if timeout is None else tell_and_collect(self.topology.ranks, text, timeout)
 
     def forward_begins(self, layer: str) -> None:
-        """Outside of a backward pass nothing can be queued; a queue left by a pass that raised is forgotten.
+        """A training forward of ``layer``; one inside of a backward pass, which may repeat another, changes nothing.
 
-        Training goes on, so stock running statistics that were loaded must now mean what the method tracks.
+        Outside of one nothing can be queued; a queue left by a pass that raised is forgotten. Training goes on, so
+        stock running statistics that were loaded must now mean what the method tracks.
 
         Raises:
-            RuntimeError: as ``refuse_join``.
+            RuntimeError: as ``Broadcasts.forward_begins``.
         """
+        if graph_task() != NO_BACKWARD:
+            return
         self._boundary_queued = False
-        self.finish_step()
+        if self._ending is not None:
+            self.finish_step()
         if layer in self._used:
             self._end_skipped_step()
-        if not self.reducer.facts.alone:
-            refuse_join(layer)
-        self._broadcasts.forward_begins(layer)
+        self._broadcasts.forward_begins(layer, shares=not self.alone)
         if self.conversion.means_to_fold:
             with unseen():  # by modes: no part of the forward
                 self.conversion.training_goes_on()

@@ -18,9 +18,10 @@ def check_input(layer: _BatchNorm, site: Site, x_NCL: Tensor, state: Running) ->
         raise ValueError(f"{site.name}: {error}") from None
     if not x_NCL.is_floating_point():
         raise TypeError(f"{site.name}: given {x_NCL.dtype} values; normalization needs a floating-point input.")
-    if not torch.jit.is_tracing() and x_NCL.shape[1] != layer.num_features:
+    channels = x_NCL.shape[1]
+    if not isinstance(channels, Tensor) and channels != layer.num_features:  # tensors are being traced
         raise ValueError(
-            f"{site.name}: given {x_NCL.shape[1]} channels (shape {tuple(x_NCL.shape)}); the layer "
+            f"{site.name}: given {channels} channels (shape {tuple(x_NCL.shape)}); the layer "
             f"normalizes {layer.num_features}, in dimension 1."
         )
     used = layer.track_running_stats or not layer.training
@@ -48,3 +49,14 @@ def check_training(layer: _BatchNorm, site: Site, x_NCL: Tensor) -> None:
             "must know the loss scale. Pass it: distnorm.attach(model, loss_scale=scaler.get_scale) with a "
             "GradScaler, or loss_scale=lambda: 1.0 if the loss is not scaled; bfloat16 needs none."
         )
+
+
+def check_alone(site: Site, x_NCL: Tensor) -> None:
+    """Raise where nothing is shared, and ``x_NCL`` has 1 value per channel.
+
+    Raises:
+        ValueError: so it is.
+    """
+    channels = x_NCL.shape[1]
+    if not isinstance(channels, Tensor) and x_NCL.numel() == channels:  # tensors are being traced
+        raise site.too_few(1)

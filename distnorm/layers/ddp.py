@@ -40,14 +40,21 @@ class Broadcasts:
         self._ranks = frozenset(ranks)
         self._settled: WeakKeyDictionary[DistributedDataParallel, set[str]] = WeakKeyDictionary()
 
-    def forward_begins(self, layer: str) -> None:
+    def forward_begins(self, layer: str, *, shares: bool) -> None:
         """A training forward of ``layer``; the first one inside a DDP module takes all layers that train off its list.
 
         All at once, as a layer that runs on some ranks only must not make their lists differ. A DDP module that serves
         other ranks, too, keeps its list.
+
+        Raises:
+            RuntimeError: as ``_refuse_join``, if it ``shares`` anything.
         """
         active = DistributedDataParallel._active_ddp_module
-        if active is None or layer in self._settled.get(active, ()):
+        if active is None:
+            return
+        if shares:
+            _refuse_join(layer, active)
+        if layer in self._settled.get(active, ()):
             return
         training = {name: each for name, each in self._layers() if each.training}
         for module in _enclosing():
@@ -56,25 +63,6 @@ class Broadcasts:
             if fresh and self._ranks.issuperset(dist.get_process_group_ranks(module.process_group)):
                 _unlist(module, fresh)
             settled.update(training)
-
-
-# docs/decisions.md#join-is-refused
-def refuse_join(layer: str) -> None:
-    """Raise where DDP has promised to stand in for ranks without data: it does not know of sums inside of a forward.
-
-    Raises:
-        RuntimeError: this forward runs under ``Join(..., throw_on_early_termination=False)``.
-    """
-    active = DistributedDataParallel._active_ddp_module
-    if active is None:
-        return
-    config = active._join_config
-    if config.enable and not config.throw_on_early_termination:
-        raise RuntimeError(
-            f"{layer}: Join(throw_on_early_termination=False) stands in for the gradients of a rank that ran out of "
-            "data, but not for its statistics: the others would wait for them. Pass throw_on_early_termination=True, "
-            "which ends all ranks together, or let ranks without data go on with empty batches."
-        )
 
 
 def relist(model: nn.Module, layers: Iterable[nn.Module]) -> None:
@@ -87,6 +75,22 @@ def relist(model: nn.Module, layers: Iterable[nn.Module]) -> None:
             ours -= names
             module.parameters_to_ignore -= names
             module._assign_modules_buffers()
+
+
+# docs/decisions.md#join-is-refused
+def _refuse_join(layer: str, active: DistributedDataParallel) -> None:
+    """Raise where DDP has promised to stand in for ranks without data: it does not know of sums inside of a forward.
+
+    Raises:
+        RuntimeError: this forward runs under ``Join(..., throw_on_early_termination=False)``.
+    """
+    config = active._join_config
+    if config.enable and not config.throw_on_early_termination:
+        raise RuntimeError(
+            f"{layer}: Join(throw_on_early_termination=False) stands in for the gradients of a rank that ran out of "
+            "data, but not for its statistics: the others would wait for them. Pass throw_on_early_termination=True, "
+            "which ends all ranks together, or let ranks without data go on with empty batches."
+        )
 
 
 def _enclosing() -> Iterator[DistributedDataParallel]:

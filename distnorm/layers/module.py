@@ -15,14 +15,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torch.nn.modules.batchnorm import _BatchNorm
 
+import distnorm.layers.operators  # noqa: F401  what torch.ops.distnorm has
 from distnorm.autograd import normalize
-from distnorm.autograd.operators import NOW, absorb_unseen
-from distnorm.autograd.share import KeepLocal, LayerShare
+from distnorm.autograd.engine import backward_may_follow
+from distnorm.autograd.share import KeepLocal
 from distnorm.compat.dispatch_state import are_own, are_plain, exporting, is_fake, transforming
-from distnorm.layers import checks, overlap, running_statistics
+from distnorm.kernels.absorbing import absorb_shared
+from distnorm.layers import checks, overlap
+from distnorm.layers.line import NOW, Line
+from distnorm.layers.running_statistics import BUFFERS, running_of
 from distnorm.layers.site import Site
 from distnorm.layers.tracing import is_traced, leaf
-from distnorm.methods import BatchNorm, ChannelAffine
+from distnorm.methods import BatchNorm
 from distnorm.methods.base import compute_dtype
 from distnorm.policies import Local
 from distnorm.recipe import Recipe
@@ -77,47 +81,54 @@ class DistNorm(_BatchNorm):
     def _forward(self, input: Tensor, residual: Tensor | None, relu: bool, widen: bool) -> Tensor:
         if is_traced(input):
             return _finish(leaf(self, input), residual, relu, widen)
-        state = running_statistics.running_of(self, guarded=self._site.conversion.guards)
-        checks.check_input(self, self._site, input, state)
-        affine = Affine(self.weight, self.bias, self.eps, state.var_C, state.updates)
+        site = self._site
+        running = running_of(self, site.conversion.guards)
+        checks.check_input(self, site, input, running)
+        parameters = self._parameters
+        weight_C = parameters["weight"] if "weight" in parameters else self.weight  # tools may compute one
+        bias_C = parameters["bias"] if "bias" in parameters else self.bias
+        affine = Affine(weight_C, bias_C, self.eps, running.var_C, running.updates)
         if not self.training:
-            return _finish(self._evaluate(input, affine, state), residual, relu, widen)
-        checks.check_training(self, self._site, input)
-        plain = not torch.compiler.is_compiling() and are_plain(input, residual) and are_own(*affine[:2], *state[:3])
-        method = self.recipe.method
-        if not (plain and isinstance(method, ChannelAffine) and normalize.suits(method, input)):
-            return _finish(self._train(input, affine, state, None, plain), residual, relu, widen)
-        if _fits(residual, input):
-            return self._train(input, affine, state, Tail(residual, relu), plain)
-        return _finish(self._train(input, affine, state, normalize.NO_TAIL, plain), residual, relu, widen)
+            return _finish(self._evaluate(input, affine, running), residual, relu, widen)
+        checks.check_training(self, site, input)
+        plain = not torch.compiler.is_compiling() and are_plain(input, residual) and are_own(*affine[:2], *running[:3])
+        method, tracked = site.channel_affine if plain else None, running if self.track_running_stats else None
+        if method is None or not normalize.suits(method, input):
+            return _finish(self._train_plainly(input, affine, tracked, plain), residual, relu, widen)
+        fits = residual is None or _fits(residual, input)
+        tail = Tail(residual, relu) if fits else normalize.NO_TAIL
+        between = overlap.arrangement(self, input) if site.conversion.recipe.overlap else None
+        y = normalize.normalize(method, input, self._exchange(input, True), affine, between, tracked, tail)
+        return y if fits else _finish(y, residual, relu, widen)
 
-    def _train(self, input: Tensor, affine: Affine, state: Running, tail: Tail | None, plain: bool) -> Tensor:
-        """Normalize: by the kernels, which add the ``tail``, or if that is None on the plain path."""
-        share = self._share(input, plain)
-        method, tracks = self.recipe.method, self.track_running_stats
-        if isinstance(method, ChannelAffine) and tail is not None:
-            tracked = state if tracks and state.is_whole else None
-            between = overlap.arrangement(self, input) if self.recipe.overlap else None
-            y = normalize.normalize(method, input, share, affine, between, tracked, tail)
-        elif isinstance(share, KeepLocal) and isinstance(method, BatchNorm) and transforming():
+    def _train_plainly(self, input: Tensor, affine: Affine, running: Running | None, plain: bool) -> Tensor:
+        """Normalize by the method's specification, for what the kernels do not take."""
+        method, share = self.recipe.method, self._exchange(input, plain)
+        transformed = not torch.compiler.is_compiling() and transforming()
+        if transformed and isinstance(share, KeepLocal) and isinstance(method, BatchNorm):
             return _BatchNorm.forward(self, input)  # torch's own: nobody else knows its rules under transforms
-        else:
-            y = method.normalize(input, share, affine)
-        if tracks and not (share.absorbed and state.is_whole):
-            self._track(share)
+        y = method.normalize(input, share, affine)
+        if running is not None:
+            self._absorb(share, running)
         return y
 
-    def _share(self, input: Tensor, plain: bool) -> LayerShare | KeepLocal:
-        if torch.compiler.is_compiling():
+    def _exchange(self, input: Tensor, plain: bool) -> Line | KeepLocal:
+        """What a training forward shares through, which begins now; ``plain``: nobody looks on."""
+        site = self._site
+        if not plain and torch.compiler.is_compiling():
             if isinstance(self.recipe.policy, Local) and exporting():  # it needs no model to run
-                self._site.refuse_one_value(input)
+                checks.check_alone(site, input)
                 return KeepLocal()
-            return LayerShare(self._site, NOW, opaque=True)
-        if is_fake(input):  # there may be no ranks to ask, and there are no values to share
-            return LayerShare(self._site, NOW, opaque=True)
-        if self._site.alone(input):
-            return KeepLocal()
-        return LayerShare(self._site, self._site.begin() if plain else NOW, opaque=not plain)
+            return Line(site, None, NOW, opaque=True)
+        if not plain and is_fake(input):  # there may be no ranks to ask, and there are no values to share
+            return Line(site, None, NOW, opaque=True)
+        binding = site.conversion.bound()
+        alone = binding.alone and (input.is_cpu or input.is_cuda)
+        if alone:
+            checks.check_alone(site, input)
+        if alone or plain:
+            binding.forward_begins(site.name)
+        return KeepLocal() if alone else Line(site, binding, binding.step, opaque=not plain)
 
     def extra_repr(self) -> str:
         """As torch's, and the recipe."""
@@ -135,8 +146,8 @@ class DistNorm(_BatchNorm):
         super().__setstate__(state)
         self._site.conversion.add(self._site.index, self._site.name, self)
 
-    def _evaluate(self, x_NCL: Tensor, affine: Affine, state: Running) -> Tensor:
-        mean_C, var_C = self._running_statistics(state)
+    def _evaluate(self, x_NCL: Tensor, affine: Affine, running: Running) -> Tensor:
+        mean_C, var_C = self._running_statistics(running)
         if mean_C is None or var_C is None:
             return self.recipe.method.normalize(x_NCL, KeepLocal(), affine)
         weight_C, bias_C = (None if each is None else each.to(mean_C.dtype) for each in affine[:2])
@@ -164,9 +175,9 @@ class DistNorm(_BatchNorm):
             )
         return self
 
-    def _running_statistics(self, state: Running) -> tuple[Tensor | None, Tensor | None]:
+    def _running_statistics(self, running: Running) -> tuple[Tensor | None, Tensor | None]:
         """With what is in flight, if an asynchronous policy has sent statistics that no step's end has absorbed yet."""
-        mean_C, var_C = state[:2]
+        mean_C, var_C = running[:2]
         if self._site.conversion.facts.always_global or exporting() or mean_C is None or var_C is None:
             return mean_C, var_C
         if torch.compiler.is_compiling():
@@ -175,17 +186,20 @@ class DistNorm(_BatchNorm):
         ahead = self._site.running(self)
         return (mean_C, var_C) if ahead is None else ahead[:2]
 
-    def _track(self, share: LayerShare | KeepLocal) -> None:
-        assert share.shared is not None
-        conversion = self._site.conversion
+    def _absorb(self, share: Line | KeepLocal, running: Running) -> None:
+        """Let ``running`` statistics absorb what was shared on the plain path, if it landed."""
+        shared, conversion, landed = share.shared, self._site.conversion, True
+        assert shared is not None, "the method has shared"
         if torch.compiler.is_compiling():
-            landed = conversion.facts.always_global or share.landed()
-        elif not share.opaque and are_plain(share.shared):
-            landed = share.landed()
-        else:  # unseen by dispatch modes, for a repetition has no such operations
-            absorb_unseen(self._site, share.shared)
+            if isinstance(share, Line) and not conversion.facts.always_global:
+                landed = torch.ops.distnorm.lands(shared[-1], self._site.number, share.learning)
+        elif (isinstance(share, Line) and share.opaque) or not are_plain(shared):
+            # Unseen by dispatch modes, for a repetition has no such operations.
+            torch.ops.distnorm.absorb(shared, self._site.scalar(), backward_may_follow())
             return
-        running_statistics.absorb_shared(self, self.recipe.method, share.shared, landed, guarded=conversion.guards)
+        elif not share.lands():
+            return
+        absorb_shared(conversion.recipe.method, shared, running, self.num_features, landed)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DistNorm:
         """Move or cast as torch does, but keep running statistics in float32 or better, whatever an engine casts."""
@@ -224,13 +238,11 @@ class DistNorm(_BatchNorm):
         if self._site.conversion.ahead(self._site.name) is None:
             return {}
         ahead = self._site.running(self)
-        found = zip(running_statistics.BUFFERS, (None, None, None) if ahead is None else ahead[:3], strict=True)
+        found = zip(BUFFERS, (None, None, None) if ahead is None else ahead[:3], strict=True)
         return {name: each.clone() for name, each in found if each is not None}
 
 
-def _fits(residual: Tensor | None, x_NCL: Tensor) -> bool:
-    if residual is None:
-        return True
+def _fits(residual: Tensor, x_NCL: Tensor) -> bool:
     alike = isinstance(residual, Tensor) and residual.shape == x_NCL.shape and residual.dtype == x_NCL.dtype
     return alike and residual.device == x_NCL.device
 

@@ -1,28 +1,33 @@
-"""One converted layer's place: what it is called, what it was, and its line to the policy."""
+"""One converted layer's place: what it is called, what it was, and what it remembers between forwards."""
 
 from __future__ import annotations
 
+import itertools
 from copy import deepcopy
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from distnorm.autograd.engine import NO_BACKWARD, graph_task, repeating
-from distnorm.autograd.operators import NOW, open_channel
-from distnorm.autograd.recompute import Record, Records
-from distnorm.layers import running_statistics
-from distnorm.layers.binding import Binding
+from distnorm.autograd.recompute import Records
+from distnorm.compat.dispatch_state import unseen
+from distnorm.kernels.absorbing import with_landed
 from distnorm.layers.conversion import Conversion
-from distnorm.layers.running_statistics import running_of, with_landed
+from distnorm.layers.running_statistics import running_of
+from distnorm.methods import ChannelAffine
 from distnorm.transport import LostGroup, lost
-from distnorm.types import Direction, Future, Landed, Running, Slot
+from distnorm.types import Landed, Running
+
+# Graphs carry numbers, not objects: this is where an operator finds the site that a number stands for.
+_sites: WeakValueDictionary[int, Site] = WeakValueDictionary()
+_keys = itertools.count()
 
 
 class Site:
-    """The channel (see ``share.Channel``) of one layer, and what ``revert`` and error messages need to know of it."""
+    """What operators, ``revert`` and error messages need to know of one layer, and forwards that may be repeated."""
 
     process_group: dist.ProcessGroup | LostGroup | None = None
     """The one that the layer had of its own."""
@@ -46,12 +51,40 @@ class Site:
         self._open()
 
     def _open(self) -> None:
-        self.key, self.number = open_channel(self)
+        method = self.conversion.recipe.method
+        self.channel_affine = method if isinstance(method, ChannelAffine) else None
+        """The recipe's method, if kernels can take it."""
+        self.key = next(_keys)
+        _sites[self.key] = self
+        with unseen():
+            self.number = self.scalar()
+            """By which operators find it: an input of compiled graphs, which are equal then for equal layers."""
         self.records = Records()
         self._starved: dict[int, Tensor] = {}
         """Whether a GPU has seen 1 value per channel, by the number of ranks that shared it."""
         self._ahead: tuple[Landed, list[object], Running] | None = None
         """What running statistics will be, and what that was made of."""
+
+    @staticmethod
+    def of(number: Tensor) -> Site:
+        """The site that ``number`` stands for.
+
+        Raises:
+            RuntimeError: it is gone.
+        """
+        found = _sites.get(int(number))
+        if found is None:
+            raise RuntimeError(
+                "distnorm: this graph was traced in training mode and shares statistics for layer number "
+                f"{int(number)} of the process that traced it, but the model is gone, or this is another process. Keep "
+                "the model while its graph trains; to save a graph, export the model in eval(), or convert and compile "
+                "it where it trains."
+            )
+        return found
+
+    def scalar(self) -> Tensor:
+        """``number`` once more, of the mode that looks on if there is one."""
+        return torch.full((), self.key, dtype=torch.int64, device="cpu")
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies keep what was configured and drop what is in use."""
@@ -76,135 +109,16 @@ class Site:
             copied.conversion.add(self.index, self.name, memo[id(layer)])
         return copied
 
-    def alone(self, x_NCL: Tensor) -> bool:
-        """Whether nothing is shared, so that ``x_NCL`` can be normalized without this channel.
-
-        Raises:
-            ValueError: 1 value per channel.
-        """
-        binding = self.conversion.bound()
-        if not binding.reducer.facts.alone or x_NCL.device.type not in ("cpu", "cuda"):
-            return False
-        self.refuse_one_value(x_NCL)
-        self._begin(binding)
-        return True
-
-    def refuse_one_value(self, x_NCL: Tensor) -> None:
-        """Raise where nothing is shared and ``x_NCL`` has 1 value per channel.
-
-        Raises:
-            ValueError: so it is.
-        """
-        if not torch.jit.is_tracing() and x_NCL.numel() == x_NCL.shape[1]:
-            raise self._too_few(1)
-
-    def begin(self) -> int:
-        """The training step of the forward that begins now."""
-        binding = self.conversion.bound()
-        self._begin(binding)
-        return binding.step
-
-    def _begin(self, binding: Binding) -> None:
-        if graph_task() == NO_BACKWARD:
-            binding.forward_begins(self.name)
-
-    def statistics(self, wire: Tensor, step: int, *, learning: bool, held: bool, enough: bool = False) -> Record:
-        """Shared counterpart of the local sums ``wire``, whose last element is the count.
-
-        One use of the policy, or none in a recomputation. ``held`` says that a graph will hold the record, ``enough``
-        that the local count is known to be above 1.
-
-        Raises:
-            ValueError: 1 value per channel over all sharing ranks.
-        """
-        binding = self.conversion.bound()
-        record = self.records.recall(wire, self.conversion.recipe.method.kinds) if repeating() else None
-        if record is not None:
-            record.repeated = True
-            # A reentrant checkpoint: cotangents will come in a nested pass, whose end is not the step's.
-            if not record.held:
-                binding.expect_boundary()
-            return record
-        self._begin(binding)
-        slot = self._slot(binding, "forward", step, learning=learning)
-        if learning:
-            binding.note_use(self.name)
-        else:
-            binding.forget_in_flight()
-        try:
-            shared = binding.reducer.reduce(wire, slot)
-        except RuntimeError as error:
-            raise self._failed(binding, slot, error) from error
-        if not enough and binding.reducer.completeness(slot).is_counted:
-            # A policy that shares nothing in this step gives the wire back.
-            self._check_count(shared[-1], 1 if shared is wire else binding.reducer.size)
-        record = Record(wire, shared, slot.step, held=held)
-        self.records.note(record)
-        return record
-
-    def cotangents(self, wire: Tensor, count: Tensor, step: int, *, learning: bool) -> Tensor:
-        """Shared counterpart of local cotangents. One use of the policy; raises as ``start_cotangents``."""
-        return self.start_cotangents(wire, count, step, learning=learning).wait()
-
-    def start_cotangents(self, wire: Tensor, count: Tensor, step: int, *, learning: bool) -> Future:
-        """``cotangents``, whose result is asked for later.
-
-        Raises:
-            RuntimeError: second derivatives of a policy whose cotangents outlive their step.
-        """
-        binding = self.conversion.bound()
-        if not learning and self.conversion.facts.keeps_cotangents:
-            raise RuntimeError(
-                f"{self.name}: {self.conversion.recipe.policy} averages cotangents over steps, so there is no second "
-                "derivative (create_graph=True). Use an exact recipe such as sync_bn for this layer."
-            )
-        if learning and graph_task() != NO_BACKWARD:
-            binding.expect_boundary()
-        slot = self._slot(binding, "backward", step, learning=learning)
-        if self.conversion.facts.keeps_cotangents:
-            slot = slot._replace(loss_scale=binding.loss_scale_of_pass())
-        try:
-            answer = binding.reducer.start(wire, slot._replace(forward_count=count))
-        except RuntimeError as error:
-            raise self._failed(binding, slot, error) from error
-
-        def wait() -> Tensor:
-            try:
-                return answer.wait()
-            except RuntimeError as error:
-                raise self._failed(binding, slot, error) from error
-
-        return Future(wait)
-
-    def absorb(self, shared: Tensor, *, learning: bool) -> None:
-        """Let the layer's running statistics absorb ``shared`` sums and count of the current step, if fit for them."""
-        layer = self.conversion.layer(self.index)
-        if layer is not None and self.lands(NOW, learning=learning):
-            method, guarded = self.conversion.recipe.method, self.conversion.guards
-            running_statistics.absorb_shared(layer, method, shared, True, guarded=guarded)
-
-    def lands(self, step: int, *, learning: bool) -> bool:
-        """Whether the statistics of ``step`` are fit for the running statistics."""
-        binding = self.conversion.bound()
-        return binding.reducer.completeness(self._slot(binding, "forward", step, learning=learning)).is_global
-
-    def _slot(self, binding: Binding, direction: Direction, step: int, *, learning: bool) -> Slot:
-        step = binding.step if step == NOW else step
-        observers = tuple(self.conversion.observers)
-        return Slot(self.name, direction, step, learning=learning, observers=observers, model=binding.topology.model)
-
-    def _failed(self, binding: Binding, slot: Slot, error: RuntimeError) -> RuntimeError:
-        return RuntimeError(
-            f"{self.name}: sharing {slot.direction} statistics ({self.conversion.recipe.policy}) among ranks "
-            f"{list(binding.topology.ranks)} failed. Another rank has probably stopped, ran out of data, or runs "
-            f"other layers; its own message says more. Cause: {error}"
-        )
-
     # docs/decisions.md#one-value-per-channel
-    def _check_count(self, count: Tensor, size: int) -> None:
+    def check_count(self, count: Tensor, size: int) -> None:
+        """Raise where the ``count`` that so many ranks share is 1; on a GPU, remember it.
+
+        Raises:
+            ValueError: it is 1.
+        """
         if count.device.type == "cpu":
             if count.item() == 1:
-                raise self._too_few(size)
+                raise self.too_few(size)
             return
         if count.device.type == "meta":
             return
@@ -245,9 +159,10 @@ class Site:
         starved, self._starved = self._starved, {}
         for size, found in starved.items():
             if bool(found):
-                raise self._too_few(size)
+                raise self.too_few(size)
 
-    def _too_few(self, size: int) -> ValueError:
+    def too_few(self, size: int) -> ValueError:
+        """The error where so many ranks share 1 value per channel."""
         return ValueError(
             f"{self.name}: 1 value per channel across {size} rank{'s' if size > 1 else ''}; training needs at least 2. "
             "Raise the batch size, share over more ranks, or put the layer in eval()."

@@ -42,6 +42,10 @@ class Method(ABC):
         """Whether the transform depends on the running statistics."""
         return False
 
+    def formula(self, affine: Affine | None = None) -> Formula | None:
+        """The name of its arithmetic, where ``kernels`` has it in C; with ``affine`` if the transform is wanted."""
+        return None
+
     @abstractmethod
     def normalize(self, x_NCL: Tensor, share: Share, affine: Affine) -> Tensor:
         """Normalize ``x_NCL`` by shared statistics; shape and dtype kept.
@@ -58,7 +62,7 @@ class Method(ABC):
 class ChannelAffine(Method):
     """Methods of the form ``y = scale_C * x + shift_C``, written in C-sized float64 arithmetic alone.
 
-    ``normalize`` below is their executable specification; ``autograd.normalize`` computes the same, one pass per loop.
+    ``normalize`` below is their executable specification; ``kernels`` compute the same with one pass per loop.
     """
 
     raw: ClassVar[slice]
@@ -69,10 +73,6 @@ class ChannelAffine(Method):
         """Kinds of raw moments."""
         return len(range(RAW_MOMENTS)[self.raw])
 
-    def formula(self, affine: Affine | None = None) -> Formula | None:
-        """The same arithmetic in C, where ``kernels`` has it; with ``affine`` if the transform is wanted."""
-        return None
-
     @abstractmethod
     def link(self, means_KC: Tensor, eps: float) -> Tensor:
         """The coordinates theta_KC of the shared means, in which cotangents travel."""
@@ -80,33 +80,6 @@ class ChannelAffine(Method):
     @abstractmethod
     def coefficients(self, theta_KC: Tensor, affine: Affine) -> tuple[Tensor, Tensor]:
         """``scale_C, shift_C``, float64."""
-
-    def pull(
-        self, theta_KC: Tensor, affine: Affine, scale_grad_C: Tensor, shift_grad_C: Tensor
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Gradients for theta_KC, weight_C and bias_C, given those for ``coefficients``.
-
-        Autograd finds them here. A method that writes them out saves the making of a graph in every step.
-        """
-        leaves = [None if each is None else each.detach().requires_grad_() for each in (theta_KC, *affine[:2])]
-        theta_KC_, weight_C, bias_C = leaves
-        assert theta_KC_ is not None
-        with torch.enable_grad():
-            both = self.coefficients(theta_KC_, affine._replace(weight_C=weight_C, bias_C=bias_C))
-        pairs = [(out, grad) for out, grad in zip(both, (scale_grad_C, shift_grad_C), strict=True) if out.requires_grad]
-        outputs, grads = zip(*pairs, strict=True)
-        given = [leaf for leaf in leaves if leaf is not None]
-        found = iter(torch.autograd.grad(outputs, given, grads, allow_unused=True, materialize_grads=True))
-        theta_grad_KC, weight_grad_C, bias_grad_C = (None if leaf is None else next(found) for leaf in leaves)
-        assert theta_grad_KC is not None
-        return theta_grad_KC, weight_grad_C, bias_grad_C
-
-    def pull_link(self, means_KC: Tensor, theta_KC: Tensor, theta_grad_KC: Tensor, eps: float) -> Tensor:
-        """The gradient for means_KC, given that for ``theta_KC = link(means_KC)``. As ``pull``."""
-        leaf_KC = means_KC.detach().requires_grad_()
-        with torch.enable_grad():
-            out_KC = self.link(leaf_KC, eps)
-        return torch.autograd.grad(out_KC, leaf_KC, theta_grad_KC)[0]
 
     def normalize(self, x_NCL: Tensor, share: Share, affine: Affine) -> Tensor:
         """The plain path: differentiable any number of times, traceable, on any device.

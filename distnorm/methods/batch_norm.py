@@ -18,6 +18,8 @@ from distnorm.kernels.arithmetic import Formula
 from distnorm.methods.base import ChannelAffine
 from distnorm.types import Affine, Moments
 
+_WRITTEN_OUT = Formula("batch_norm", kinds=2)
+
 
 @final
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +29,8 @@ class BatchNorm(ChannelAffine):
     raw: ClassVar[slice] = slice(0, 2)
 
     def formula(self, affine: Affine | None = None) -> Formula:
-        """Written out in arithmetic.c."""
-        return Formula("batch_norm", kinds=2)
+        """Written out in arithmetic.c and kernels/gradients.py."""
+        return _WRITTEN_OUT
 
     def link(self, means_KC: Tensor, eps: float) -> Tensor:
         """``(mean, log(var + eps) / 2)``: location and log-scale."""
@@ -44,23 +46,6 @@ class BatchNorm(ChannelAffine):
             scale_C = scale_C * affine.weight_C
         shift_C = -mean_C * scale_C
         return scale_C, shift_C if affine.bias_C is None else shift_C + affine.bias_C
-
-    def pull(
-        self, theta_KC: Tensor, affine: Affine, scale_grad_C: Tensor, shift_grad_C: Tensor
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """``d mean = -scale dshift``, ``d log_std = -scale (dscale - mean dshift)``."""
-        mean_C, log_std_C = theta_KC.unbind()
-        invstd_C = torch.exp(-log_std_C)
-        slope_C = -invstd_C if affine.weight_C is None else -invstd_C * affine.weight_C
-        centred_C = scale_grad_C - mean_C * shift_grad_C
-        return torch.stack((slope_C * shift_grad_C, slope_C * centred_C)), invstd_C.mul_(centred_C), shift_grad_C
-
-    def pull_link(self, means_KC: Tensor, theta_KC: Tensor, theta_grad_KC: Tensor, eps: float) -> Tensor:
-        """``d square = d log_std / (2 (var + eps))``, ``d mean' = d mean - 2 mean d square``."""
-        mean_C, log_std_C = theta_KC.unbind()
-        mean_grad_C, log_std_grad_C = theta_grad_KC.unbind()
-        square_grad_C = torch.exp(-2 * log_std_C).mul_(log_std_grad_C).div_(2)
-        return torch.stack((torch.addcmul(mean_grad_C, mean_C, square_grad_C, value=-2), square_grad_C))
 
     def moments(self, means_KC: Tensor, count: Tensor) -> Moments:
         """Mean and unbiased variance."""

@@ -20,6 +20,8 @@ from distnorm.methods.base import ChannelAffine
 from distnorm.types import Affine, Moments
 from distnorm.validation import Clip, Steps, check_fields
 
+_WRITTEN_OUT = Formula("rms", kinds=1)
+
 
 @final
 @dataclass(frozen=True, kw_only=True)
@@ -47,11 +49,11 @@ class RMS(ChannelAffine):
         return self.clip is not None
 
     def formula(self, affine: Affine | None = None) -> Formula:
-        """Written out in arithmetic.c, with the correction if it is due."""
+        """Written out in arithmetic.c and kernels/gradients.py, with the correction if it is due."""
         if self.clip is None or affine is None or affine.running_var_C is None or affine.updates is None:
-            return Formula("rms", kinds=1)
+            return _WRITTEN_OUT
         if affine.updates.is_cpu and int(affine.updates) < self.clip_after:
-            return Formula("rms", kinds=1)
+            return _WRITTEN_OUT
         return Formula("rms", 1, affine.running_var_C, self.clip, affine.updates, self.clip_after)
 
     def link(self, means_KC: Tensor, eps: float) -> Tensor:
@@ -65,19 +67,6 @@ class RMS(ChannelAffine):
             scale_C = scale_C * affine.weight_C
         shift_C = torch.zeros_like(scale_C) if affine.bias_C is None else affine.bias_C.to(scale_C.dtype)
         return scale_C, shift_C
-
-    def pull(
-        self, theta_KC: Tensor, affine: Affine, scale_grad_C: Tensor, shift_grad_C: Tensor
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """``d log_rms = -scale dscale``."""
-        slope_C = torch.exp(-theta_KC[0]) * self._correction(theta_KC[0], affine)
-        weight_grad_C = slope_C * scale_grad_C
-        scaled_C = weight_grad_C if affine.weight_C is None else weight_grad_C * affine.weight_C
-        return -scaled_C[None], weight_grad_C, shift_grad_C
-
-    def pull_link(self, means_KC: Tensor, theta_KC: Tensor, theta_grad_KC: Tensor, eps: float) -> Tensor:
-        """``d square = d log_rms / (2 (mean(x^2) + eps))``."""
-        return torch.exp(-2 * theta_KC).mul_(theta_grad_KC).div_(2)
 
     def _correction(self, log_rms_C: Tensor, affine: Affine) -> Tensor | float:
         if self.clip is None or affine.running_var_C is None or affine.updates is None:

@@ -4,7 +4,8 @@
    Forward, of a method: means[K * C]; factor = d scale / d weight; y = (x - pivot) * scale + shift.
    Pull: from sum(dy) and sum(dy * (x - pivot)) to the cotangents of the method's link, and to the parameters' gradients.
    Link: from shared cotangents to dx = dy * scale + level + (x - pivot) * slope.
-   Absorb: running += (moments - running) * rate, if there are two values at least; guarded, if all moments fit. */
+   Absorb: running += (moments of means / over - running) * rate, if there are two values at least, of count; guarded, if
+   all moments fit. */
 
 #include <float.h>
 #include <math.h>
@@ -67,19 +68,18 @@ static double next_rate(double momentum, int64_t *tracked)
 /* Whether running statistics stay finite when they move towards a value. */
 static int fits(double value) { return fabs(value) <= FLT_MAX / 2; }
 
-void batch_norm_absorb(const double *wire, index_t C, double momentum, int guarded, int64_t *tracked,
-                       float *running_mean, float *running_var)
+void batch_norm_absorb(const double *means, double over, double count, index_t C, double momentum, int guarded,
+                       int64_t *tracked, float *running_mean, float *running_var)
 {
-    double count = wire[2 * C];
     if (!(count > 1)) return;
     double bessel = count / (count - 1);
     for (index_t c = 0; guarded && c < C; c++) {
-        double mean = wire[c] / count;
-        if (!fits(mean) || !fits(variance(mean, wire[C + c] / count) * bessel)) return;
+        double mean = means[c] / over;
+        if (!fits(mean) || !fits(variance(mean, means[C + c] / over) * bessel)) return;
     }
     double rate = next_rate(momentum, tracked);
     for (index_t c = 0; c < C; c++) {
-        double mean = wire[c] / count, unbiased = variance(mean, wire[C + c] / count) * bessel;
+        double mean = means[c] / over, unbiased = variance(mean, means[C + c] / over) * bessel;
         running_mean[c] += (mean - running_mean[c]) * rate;
         running_var[c] += (unbiased - running_var[c]) * rate;
     }
@@ -127,15 +127,14 @@ void rms_link(const double *cotangents, const double *means, const double *count
     }
 }
 
-void rms_absorb(const double *wire, index_t C, double momentum, int guarded, int64_t *tracked, float *running_mean,
-                float *running_var)
+void rms_absorb(const double *means, double over, double count, index_t C, double momentum, int guarded,
+                int64_t *tracked, float *running_mean, float *running_var)
 {
     (void)running_mean;
-    double count = wire[C];
     if (!(count > 1)) return;
     for (index_t c = 0; guarded && c < C; c++) {
-        if (!fits(wire[c] / count)) return;
+        if (!fits(means[c] / over)) return;
     }
     double rate = next_rate(momentum, tracked);
-    for (index_t c = 0; c < C; c++) running_var[c] += (wire[c] / count - running_var[c]) * rate;
+    for (index_t c = 0; c < C; c++) running_var[c] += (means[c] / over - running_var[c]) * rate;
 }

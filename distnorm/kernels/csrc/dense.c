@@ -2,7 +2,7 @@
    of loops.c with the arithmetic of arithmetic.c before or behind them; one call, for a call from Python costs as much as
    a small layer. rows: channels last. formula: 0 is RMS, of one sum per channel, 1 batch norm, of two.
 
-   memory is the layer's from its forward to its backward: 7 C + 1 doubles and then 5 C floats. */
+   memory is the layer's from its forward to its backward: a head, 7 C + 1 doubles, then 5 C floats. */
 
 #include "kernels.h"
 
@@ -13,6 +13,7 @@ typedef struct {
 } loops_t;
 
 typedef struct {
+    index_t kinds;
     forward_t *forward;
     pull_t *pull;
     link_t *link;
@@ -20,59 +21,73 @@ typedef struct {
 } formula_t;
 
 static const loops_t LOOPS[] = {{plane_sums, plane_apply, plane_combine}, {row_sums, row_apply, row_combine}};
-static const formula_t FORMULAS[] = {{rms_forward, rms_pull, rms_link, rms_absorb},
-                                     {batch_norm_forward, batch_norm_pull, batch_norm_link, batch_norm_absorb}};
+static const formula_t FORMULAS[] = {{1, rms_forward, rms_pull, rms_link, rms_absorb},
+                                     {2, batch_norm_forward, batch_norm_pull, batch_norm_link, batch_norm_absorb}};
+
+/* What one pass is, as dense.py begins it: as long as 8 doubles. */
+typedef struct {
+    index_t N, C, L;
+    double eps, count;
+    int rows, formula, threads, relu, unused[2];
+} head_t;
 
 typedef struct {
     double *sums, *means, *factor, *cosums;
     float *pivot, *scale, *shift, *level, *slope;
 } memory_t;
 
-static memory_t laid_out(double *memory, index_t C)
+static memory_t laid_out(head_t *head)
 {
-    float *narrow = (float *)(memory + 7 * C + 1);
-    return (memory_t){memory,     memory + 2 * C + 1, memory + 4 * C + 1, memory + 5 * C + 1, narrow, narrow + C,
-                      narrow + 2 * C, narrow + 3 * C,     narrow + 4 * C};
+    index_t C = head->C;
+    double *wide = (double *)(head + 1);
+    float *narrow = (float *)(wide + 7 * C + 1);
+    return (memory_t){wide,           wide + 2 * C + 1, wide + 4 * C + 1, wide + 5 * C + 1, narrow, narrow + C,
+                      narrow + 2 * C, narrow + 3 * C,   narrow + 4 * C};
 }
 
-/* Sums of x, of its squares, and their count begin the memory. */
-void dense_sums(int rows, const float *x, double *memory, index_t N, index_t C, index_t L, int threads)
+/* Begins the memory with a pass over x; sums of x, of its squares, and their count follow the head. */
+void dense_sums(head_t *head, int rows, int formula, double eps, const float *x, index_t N, index_t C, index_t L,
+                int threads)
 {
-    memory_t m = laid_out(memory, C);
+    *head = (head_t){.N = N, .C = C, .L = L, .eps = eps, .rows = rows, .formula = formula, .threads = threads};
+    memory_t m = laid_out(head);
     LOOPS[rows].sums(NULL, x, NULL, NULL, m.pivot, NULL, NULL, m.sums, N, C, L, threads);
 }
 
-/* The output by shared sums and their count, which running statistics absorb if there are any (tracked is not NULL). */
-void dense_normalize(int rows, int formula, const float *x, const float *residual, float *y, int relu,
-                     const double *shared, const float *weight, const float *bias, const float *followed, double clip,
-                     double eps, double *memory, float *running_mean, float *running_var, int64_t *tracked,
-                     double momentum, int guarded, index_t N, index_t C, index_t L, int threads)
+/* The output by shared sums and their count, which running statistics absorb if there are any (tracked is not NULL).
+   Behind a relu alone, the backward forms the output's sign anew. */
+void dense_normalize(head_t *head, const float *x, const float *residual, float *y, int relu, const double *shared,
+                     const float *weight, const float *bias, const float *followed, double clip, float *running_mean,
+                     float *running_var, int64_t *tracked, double momentum, int guarded)
 {
-    memory_t m = laid_out(memory, C);
-    formula_t f = FORMULAS[formula];
-    f.forward(shared, m.pivot, weight, bias, followed, clip, eps, C, m.means, m.factor, m.scale, m.shift);
-    if (tracked) f.absorb(shared, C, momentum, guarded, tracked, running_mean, running_var);
-    LOOPS[rows].apply(x, residual, y, m.pivot, m.scale, m.shift, relu, N, C, L, threads);
+    head_t h = *head;
+    memory_t m = laid_out(head);
+    formula_t f = FORMULAS[h.formula];
+    double count = head->count = shared[f.kinds * h.C];
+    head->relu = relu && !residual;
+    f.forward(shared, m.pivot, weight, bias, followed, clip, h.eps, h.C, m.means, m.factor, m.scale, m.shift);
+    if (tracked) f.absorb(shared, count, count, h.C, momentum, guarded, tracked, running_mean, running_var);
+    LOOPS[h.rows].apply(x, residual, y, m.pivot, m.scale, m.shift, relu, h.N, h.C, h.L, h.threads);
 }
 
-/* Cotangents of what was shared, and the parameters' gradients. Behind a relu the output's sign is formed anew from x
-   (relu), or read from y, which gives dz, too. */
-void dense_pull(int rows, int formula, int relu, const float *dy, const float *x, const float *y, float *dz,
-                const float *weight, double *memory, double *cotangents, float *weight_grad, float *bias_grad,
-                index_t N, index_t C, index_t L, int threads)
+/* Cotangents of what was shared, and the parameters' gradients. Behind a relu the output's sign is formed anew from x,
+   or read from y, which gives dz, too. */
+void dense_pull(head_t *head, const float *dy, const float *x, const float *y, float *dz, const float *weight,
+                double *cotangents, float *weight_grad, float *bias_grad)
 {
-    memory_t m = laid_out(memory, C);
-    const float *scale = relu ? m.scale : NULL, *shift = relu ? m.shift : NULL;
-    LOOPS[rows].sums(dy, x, y, dz, m.pivot, scale, shift, m.cosums, N, C, L, threads);
-    FORMULAS[formula].pull(m.cosums, m.means, m.factor, m.pivot, weight, C, cotangents, weight_grad, bias_grad);
+    head_t h = *head;
+    memory_t m = laid_out(head);
+    const float *scale = h.relu ? m.scale : NULL, *shift = h.relu ? m.shift : NULL;
+    LOOPS[h.rows].sums(dy, x, y, dz, m.pivot, scale, shift, m.cosums, h.N, h.C, h.L, h.threads);
+    FORMULAS[h.formula].pull(m.cosums, m.means, m.factor, m.pivot, weight, h.C, cotangents, weight_grad, bias_grad);
 }
 
-/* The input's gradient, by shared cotangents and their forward's count. */
-void dense_combine(int rows, int formula, int relu, const float *dz, const float *x, float *dx,
-                   const double *cotangents, const double *count, double eps, double *memory, index_t N, index_t C,
-                   index_t L, int threads)
+/* The input's gradient, by shared cotangents. */
+void dense_combine(head_t *head, const float *dz, const float *x, float *dx, const double *cotangents)
 {
-    memory_t m = laid_out(memory, C);
-    FORMULAS[formula].link(cotangents, m.means, count, m.pivot, eps, C, m.level, m.slope);
-    LOOPS[rows].combine(dz, x, dx, m.pivot, m.scale, relu ? m.shift : NULL, m.level, m.slope, N, C, L, threads);
+    head_t h = *head;
+    memory_t m = laid_out(head);
+    FORMULAS[h.formula].link(cotangents, m.means, &h.count, m.pivot, h.eps, h.C, m.level, m.slope);
+    const float *shift = h.relu ? m.shift : NULL;
+    LOOPS[h.rows].combine(dz, x, dx, m.pivot, m.scale, shift, m.level, m.slope, h.N, h.C, h.L, h.threads);
 }

@@ -23,8 +23,8 @@ typedef void pull_t(const double *sums, const double *means, const double *facto
                     const float *weight, index_t C, double *cotangents, float *weight_grad, float *bias_grad);
 typedef void link_t(const double *cotangents, const double *means, const double *count, const float *pivot, double eps,
                     index_t C, float *level, float *slope);
-typedef void absorb_t(const double *wire, index_t C, double momentum, int guarded, int64_t *tracked,
-                      float *running_mean, float *running_var);
+typedef void absorb_t(const double *means, double over, double count, index_t C, double momentum, int guarded,
+                      int64_t *tracked, float *running_mean, float *running_var);
 forward_t rms_forward, batch_norm_forward;
 pull_t rms_pull, batch_norm_pull;
 link_t rms_link, batch_norm_link;

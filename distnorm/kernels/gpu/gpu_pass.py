@@ -17,9 +17,7 @@ from distnorm.types import Landed, Running, Tail
 
 
 class GpuPass:
-    """As ``DensePass``, for dense or other CUDA tensors."""
-
-    absorbed = True
+    """A ``passes.Pass`` over dense or other CUDA tensors."""
 
     def __init__(self, formula: Formula, eps: float) -> None:
         """Nothing is computed yet."""
@@ -30,6 +28,10 @@ class GpuPass:
         wire: Tensor
         wire, self._pivot_C = moments(dense(x_NCL))
         return wire[(2 - self._formula.kinds) * x_NCL.shape[1] :]
+
+    def absorbs(self, running: Running) -> bool:
+        """Whether ``normalize`` can let ``running`` statistics absorb."""
+        return running.is_whole
 
     def normalize(
         self,

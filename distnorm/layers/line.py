@@ -1,0 +1,262 @@
+"""Communication meets autograd: one forward's line from its layer to the policy.
+
+On the plain path two Functions are conjugate at every order. ``ReduceForward`` sends a vector through the policy, and
+its derivative is ``ReduceBackward``; ``ReduceBackward`` is the identity, and its derivative sends the cotangent through
+the policy, which is ``ReduceForward`` again. Between the two stand only values that are equal on all sharing ranks, and
+no trainable parameter::
+
+    local sums -> ReduceForward -> shared means -> link -> ReduceBackward -> theta -> local outputs
+
+docs/autograd.md derives why this gives the gradient of the joined batch at first and second order, with one collective
+per direction. Kernels, which know their own derivative, ``gather`` and ``scatter``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distnorm.autograd.engine import NO_BACKWARD, backward_may_follow, graph_task, repeating
+from distnorm.autograd.recompute import Record
+from distnorm.compat.dispatch_state import are_plain, is_batch, transforming
+from distnorm.layers.binding import Binding
+from distnorm.layers.site import Site
+from distnorm.types import Direction, Future, Link, Slot
+
+NOW = -1
+"""The step in which a compiled graph runs, unknown while it is traced."""
+
+
+class ReduceForward(torch.autograd.Function):
+    """``y = policy(wire)``; its derivative is ``ReduceBackward``.
+
+    The wire is statistics with their count if ``count`` is None, else cotangents of a forward that was given ``count``.
+    The policy is reached through the forward's ``line``, or through operators if there is a ``number``.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, wire: Tensor, count: Tensor | None, number: Tensor | None, line: Line | None, learning: bool
+    ) -> Tensor:
+        """Reduce. One use of the policy."""
+        ctx.line = line
+        if count is not None:
+            ctx.save_for_backward(count, number)
+            return _share_cotangents(wire, count, number, line, learning)
+        if number is not None:
+            shared: Tensor = torch.ops.distnorm.statistics(wire, number, learning)
+        else:
+            assert line is not None, "one or the other leads to the policy"
+            shared = line.gather(wire, held=ctx.needs_input_grad[0]).view_as(wire)
+        ctx.save_for_backward(shared[-1].clone(), number)
+        return shared
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+        """The cotangent has been shared already, where it passed ``ReduceBackward``."""
+        count, number = ctx.saved_tensors
+        return ReduceBackward.apply(grad, count, number, ctx.line), None, None, None, None
+
+
+class ReduceBackward(torch.autograd.Function):
+    """``y = theta``; its derivative is ``ReduceForward`` of the cotangent."""
+
+    @staticmethod
+    def forward(ctx: Any, theta: Tensor, count: Tensor, number: Tensor | None, line: Line | None) -> Tensor:
+        """The identity. No collective."""
+        ctx.line = line
+        ctx.save_for_backward(count, number)
+        return theta.view_as(theta)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        """Share the cotangent."""
+        if not torch.compiler.is_compiling() and is_batch(grad):
+            raise ctx.line.refusal()
+        count, number = ctx.saved_tensors
+        shared = ReduceForward.apply(grad.flatten(), count, number, ctx.line, not torch.is_grad_enabled())
+        return shared.view_as(grad), None, None, None
+
+
+def _share_cotangents(wire: Tensor, count: Tensor, number: Tensor | None, line: Line | None, learning: bool) -> Tensor:
+    if line is not None and number is None and are_plain(wire):
+        return line.start_cotangents(wire, count, learning=learning).wait()
+    if number is None:
+        assert line is not None, "one or the other leads to the policy"
+        number = line.site.scalar()
+    shared: Tensor = torch.ops.distnorm.cotangents(wire, count, number)
+    return shared
+
+
+# docs/decisions.md#one-line-from-a-layer-to-its-policy
+class Line:
+    """One forward's line to the policy; see ``autograd.share.Exchange``. ``open_line`` makes those that are bound."""
+
+    shared: Tensor | None = None
+
+    def __init__(
+        self, site: Site, binding: Binding | None, step: int, *, opaque: bool, learning: bool | None = None
+    ) -> None:
+        """Of the layer at ``site``, in training step ``step``.
+
+        ``binding``: None in a compiled graph and for fake tensors, which reach ranks by operators alone, if at all.
+        ``opaque``: the plain path shares by operators. ``learning``: a backward may follow; None asks the engine.
+        """
+        self.site, self._binding, self._step = site, binding, step
+        self.opaque = opaque
+        self.learning = backward_may_follow() if learning is None else learning
+        self._builds_graph = torch.is_grad_enabled()  # inside of a Function's forward it never is
+
+    def __call__(self, count: int, sums_KC: Tensor, link: Link) -> tuple[Tensor, Tensor]:
+        """``theta = link(shared sums / shared count)``, and the shared count, a float64 scalar without gradient.
+
+        One use of the policy forward, and one backward if ``sums_KC`` needs a gradient.
+        """
+        compiling = torch.compiler.is_compiling()
+        if not compiling and transforming():
+            raise self.refusal()
+        local = torch.cat((sums_KC.flatten(), sums_KC.new_full((1,), count)))
+        way = (self.number() if self.opaque else None, None if compiling else self)
+        shared = ReduceForward.apply(local, None, *way, self.learning)
+        total = shared[-1].detach()
+        means_KC = shared[:-1].view_as(sums_KC) / _divisor(total)
+        self.shared = shared.detach()
+        theta_KC = ReduceBackward.apply(link(means_KC), total, *way)
+        return theta_KC, total
+
+    def number(self) -> Tensor:
+        """By which operators find the layer."""
+        return self.site.number if torch.compiler.is_compiling() else self.site.scalar()
+
+    def refusal(self) -> RuntimeError:
+        """What says that transforms do not reach other ranks."""
+        return RuntimeError(
+            f"{self.site.name}: statistics that ranks or steps share cannot pass a transform (torch.func.grad, "
+            "vmap, jvp, forward-mode derivatives, is_grads_batched=True, vectorize=True) or torch.jit.trace. Use "
+            "autograd's backward pass, one gradient at a time, or a recipe that shares nothing, such as local_bn; or "
+            "call eval() first."
+        )
+
+    def gather(self, wire: Tensor, *, held: bool, enough: bool = False) -> Tensor:
+        """The shared counterpart of local sums and count. One use of the policy, or none in a recomputation.
+
+        Raises:
+            ValueError: 1 value per channel over all sharing ranks.
+        """
+        site, binding = self.site, self._binding
+        assert binding is not None, "operators and kernels run on a line that is bound"
+        record = site.records.recall(wire, site.conversion.recipe.method.kinds) if repeating() else None
+        if record is not None:
+            record.repeated = True
+            # A reentrant checkpoint: cotangents will come in a nested pass, whose end is not the step's.
+            if not record.held:
+                binding.expect_boundary()
+        else:
+            record = self._share(binding, wire, held=held and self._builds_graph, enough=enough)
+        # The graph keeps this line and its record alive, for as long as a checkpoint may recompute this forward.
+        self._record = record
+        self.shared = record.shared
+        return record.shared
+
+    def _share(self, binding: Binding, wire: Tensor, *, held: bool, enough: bool) -> Record:
+        site = self.site
+        slot = self._slot = self._slot_of(binding, "forward", learning=self.learning)
+        if self.learning:
+            binding.note_use(site.name)
+        else:
+            binding.forget_in_flight()
+        try:
+            shared = binding.reducer.reduce(wire, slot)
+        except RuntimeError as error:
+            raise self._failed(binding, "forward", error) from error
+        if not enough and binding.reducer.completeness(slot).is_counted:
+            # A policy that shares nothing in this step gives the wire back.
+            site.check_count(shared[-1], 1 if shared is wire else binding.reducer.size)
+        record = Record(wire, shared, slot.step, held=held)
+        site.records.note(record)
+        return record
+
+    def lands(self) -> bool:
+        """Whether what was gathered is fit for the running statistics, and not there already."""
+        assert self._binding is not None, "it has gathered"
+        return not self._record.repeated and self._binding.reducer.completeness(self._slot).is_global
+
+    def step_lands(self) -> bool:
+        """Whether statistics of its step are fit for the running statistics, whoever gathered them."""
+        assert self._binding is not None, "operators run on a line that is bound"
+        slot = self._slot_of(self._binding, "forward", learning=self.learning)
+        return self._binding.reducer.completeness(slot).is_global
+
+    def scatter(self, cotangents: Tensor) -> Future:
+        """What gives the shared counterpart of the cotangents. One use of the policy."""
+        assert self.shared is not None, "it has gathered"
+        return self.start_cotangents(cotangents, self.shared[-1], learning=True)
+
+    def start_cotangents(self, wire: Tensor, count: Tensor, *, learning: bool) -> Future:
+        """What gives the shared counterpart of the cotangents of a forward that was given ``count``.
+
+        ``learning``: not while a graph is being built (``create_graph=True``), when the pass ends no step.
+
+        Raises:
+            RuntimeError: second derivatives of a policy whose cotangents outlive their step.
+        """
+        conversion = self.site.conversion
+        binding, keeps = conversion.bound(), conversion.facts.keeps_cotangents
+        if keeps and not learning:
+            raise RuntimeError(
+                f"{self.site.name}: {conversion.recipe.policy} averages cotangents over steps, so there is no second "
+                "derivative (create_graph=True). Use an exact recipe such as sync_bn for this layer."
+            )
+        if learning and graph_task() != NO_BACKWARD:
+            binding.expect_boundary()
+        scale = binding.loss_scale_of_pass() if keeps else 1.0
+        slot = self._slot_of(binding, "backward", learning=learning, count=count, scale=scale)
+        try:
+            answer = binding.reducer.start(wire, slot)
+        except RuntimeError as error:
+            raise self._failed(binding, "backward", error) from error
+
+        def wait() -> Tensor:
+            try:
+                return answer.wait()
+            except RuntimeError as error:
+                raise self._failed(binding, "backward", error) from error
+
+        return Future(wait)
+
+    def again(self, *, opaque: bool = False) -> Line:
+        """For a repetition inside a backward pass, which the layer's records answer."""
+        return Line(self.site, self._binding, self._step, opaque=opaque)
+
+    def _slot_of(
+        self,
+        binding: Binding,
+        direction: Direction,
+        *,
+        learning: bool,
+        count: Tensor | None = None,
+        scale: Tensor | float = 1.0,
+    ) -> Slot:
+        site = self.site
+        observers = tuple(site.conversion.observers)
+        return Slot(site.name, direction, self._step, learning, count, scale, observers, 0, binding.topology.model)
+
+    def _failed(self, binding: Binding, direction: Direction, error: RuntimeError) -> RuntimeError:
+        return RuntimeError(
+            f"{self.site.name}: sharing {direction} statistics ({self.site.conversion.recipe.policy}) among ranks "
+            f"{list(binding.topology.ranks)} failed. Another rank has probably stopped, ran out of data, or runs "
+            f"other layers; its own message says more. Cause: {error}"
+        )
+
+
+def open_line(site: Site, *, opaque: bool, learning: bool | None = None) -> Line:
+    """The line of a forward that begins now, in the current step of the layer's binding, which is made if need be."""
+    binding = site.conversion.bound()
+    binding.forward_begins(site.name)
+    return Line(site, binding, binding.step, opaque=opaque, learning=learning)
+
+
+def _divisor(total: Tensor) -> Tensor:
+    return torch.where(total > 0, total, 1)
