@@ -29,4 +29,4 @@ def test_from_a_layer_to_its_policy(monkeypatch: pytest.MonkeyPatch) -> None:
     along = Facts.along
     monkeypatch.setattr(Facts, "along", lambda facts, routes, alone: along(facts, routes))
     forward, backward = tiny.beyond_stock("sync_bn")
-    assert forward <= 50 and backward <= 48
+    assert forward <= 50 and backward <= 53, (forward, backward)

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distnorm.autograd.engine import NO_BACKWARD, at_end_of_backward, graph_task
-from distnorm.compat.at_once import at_once, put
+from distnorm.compat.at_once import Call, at_once, put
 from distnorm.compat.dispatch_state import unseen
 from distnorm.layers import agreement, running_statistics
 from distnorm.layers.ddp import Broadcasts
@@ -72,7 +72,7 @@ class Binding:
             return
         self._boundary_queued = False
         if self._ending is not None:
-            self.finish_step()
+            self.finish_step()  # it was interrupted
         if layer in self._used:
             self._end_skipped_step()
         self._broadcasts.forward_begins(layer, shares=not self.alone)
@@ -143,21 +143,26 @@ class Binding:
             passes = self._passes if self.conversion.ends_with_backward else 0
             observers = tuple(self.conversion.observers)
             self._ending = Slot(EVERY_LAYER, "forward", self.step, observers=observers, passes=passes)
-        self.finish_step()
+        with torch.inference_mode(False):
+            self._finish(self._ending)
 
     def finish_step(self) -> None:
         """Go on with the end of a step that was interrupted, if any: each part of it is done once."""
-        slot = self._ending
-        if slot is None:
-            return
-        with unseen(), torch.no_grad():
-            landed = self.reducer.end_step(slot)
-            layers, method = dict(self.conversion.layers()), self.conversion.recipe.method
-            at_once(
-                *running_statistics.absorbing(layers, landed, method),
-                *(self._used.clear, put(self, "_in_flight", None), put(self, "step", slot.step + 1)),
-                put(self, "_ending", None),
-            )
+        if self._ending is not None:
+            with unseen():  # by modes: no part of a forward, or of what else goes on
+                self._finish(self._ending)
+
+    def _finish(self, slot: Slot) -> None:
+        landed = self.reducer.end_step(slot)
+        absorbing: list[Call] = []
+        if landed:
+            with torch.no_grad():
+                layers = dict(self.conversion.layers())
+                absorbing = running_statistics.absorbing(layers, landed, self.conversion.recipe.method)
+        at_once(
+            *(*absorbing, self._used.clear),
+            *(put(self, "_in_flight", None), put(self, "step", slot.step + 1), put(self, "_ending", None)),
+        )
 
     # docs/decisions.md#evaluation-and-checkpoints-include-sums-in-flight
     def in_flight(self) -> dict[str, Landed]:
