@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from distnorm.settings import Settings
-from distnorm.validation import refuse_twins, shown, suggest, without_twins
+from distnorm.validation import refuse_duplicates, shown, suggest, unique_keys
 
 SECTION = "distnorm_config"
 
@@ -127,7 +127,7 @@ class ConfigFile:
                 raise ValueError(f"{self.path}: unknown key {key!r}{hint}.")
         if SECTION in self.values and not _is_json(self.path):
             root = _yaml().compose(self.text, Loader=_yaml().SafeLoader)
-            _refuse_yaml_twins(self.source, next(value for key, value in root.value if key.value == SECTION))
+            _refuse_yaml_duplicates(self.source, next(value for key, value in root.value if key.value == SECTION))
 
 
 def read_options(pairs: Sequence[str]) -> dict[str, object]:
@@ -137,7 +137,7 @@ def read_options(pairs: Sequence[str]) -> dict[str, object]:
         ValueError: not of this form, or one option twice.
     """
     options: dict[str, object] = {}
-    refuse_twins([pair.partition("=")[0] for pair in pairs])
+    refuse_duplicates([pair.partition("=")[0] for pair in pairs])
     for pair in pairs:
         key, equals, text = pair.partition("=")
         if not (key and equals):
@@ -176,7 +176,7 @@ def _whole_lines(text: str, start: int, end: int) -> _Span:
 def _parse(path: str, text: str) -> dict[str, Any]:
     yaml = _yaml()
     try:
-        values = json.loads(text, object_pairs_hook=without_twins) if _is_json(path) else yaml.safe_load(text)
+        values = json.loads(text, object_pairs_hook=unique_keys) if _is_json(path) else yaml.safe_load(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}, line {error.lineno}: {error.msg}.") from None
     except yaml.YAMLError as error:
@@ -184,19 +184,19 @@ def _parse(path: str, text: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: {error}.") from None
     if not isinstance(values, dict):
-        raise ValueError(f"{path}: expected a mapping of keys to values, as `accelerate config` writes it.")
+        raise ValueError(f"{path}: need a mapping of keys to values, as `accelerate config` writes it.")
     return values
 
 
-def _refuse_yaml_twins(source: str, node: Any) -> None:
+def _refuse_yaml_duplicates(source: str, node: Any) -> None:
     """Of two equal keys YAML's loader takes the last one in silence."""
     if isinstance(node, _yaml().MappingNode):
         try:
-            refuse_twins([key.value for key, _ in node.value])
+            refuse_duplicates([key.value for key, _ in node.value])
         except ValueError as error:
             raise ValueError(f"{source}: {error}.") from None
         for _, value in node.value:
-            _refuse_yaml_twins(source, value)
+            _refuse_yaml_duplicates(source, value)
 
 
 def _where_yaml_stops(path: str, error: Any) -> str:
