@@ -122,7 +122,7 @@ def load_state_dict(model: nn.Module, state: list[dict[str, Any]]) -> None:
     conversions = conversions_of(model)
     for conversion, each in zip(conversions, state, strict=True):
         conversion.load_state_dict(each)
-    weights.goes_on(model)
+    weights.mark_trained(model)
 
 
 def check_state_dict(model: nn.Module, state: object) -> None:

@@ -162,7 +162,7 @@ def revert(model: ModelT) -> ModelT:
 
     Evaluation output does not change. Centralized weights are written into the parameters. Issues no collective.
     """
-    weights.bake(model)
+    weights.write_centred(model)
     for layer in model.modules():
         if isinstance(layer, DistNorm):
             layer.absorb_in_flight()

@@ -21,21 +21,21 @@ from distnorm.integrations import mpi
 from distnorm.integrations.launchers import has_rendezvous, read_launcher
 from distnorm.recipes import parse
 
-_ALONE = 2
-"""Ranks on this machine where no launcher started any."""
+_LOCAL_RANKS = 2
+"""The number of ranks on this machine, if there is no launcher."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Describe the command's arguments."""
+    """Add the command's arguments to ``parser``."""
     parser.description = (
-        "Measure latency, bandwidth and the step of each recipe on the ranks of a job: start it by torchrun, mpirun or "
-        f"srun, as `torchrun ... -m distnorm bench ...`. Without a launcher it starts {_ALONE} ranks on this machine's "
-        "CPU. See docs/bench.md."
+        "Measure latency, bandwidth and the step of each recipe on the ranks of a job. Start it with torchrun, mpirun "
+        f"or srun, as in `torchrun ... -m distnorm bench ...`. Without a launcher it starts {_LOCAL_RANKS} ranks on "
+        "the CPU of this machine. See docs/bench.md."
     )
     add = parser.add_argument
     add("--model", required=True, metavar="MODULE:FUNCTION", help="a function without arguments that returns the model")
-    add("--input", metavar="MODULE:FUNCTION", help="returns what this rank's forward takes: a tensor, tuple or dict")
-    add("--shape", metavar="N,N,...", help="of one random sample, in place of --input; default: 3,224,224")
+    add("--input", metavar="MODULE:FUNCTION", help="returns the input of this rank's forward: a tensor, tuple or dict")
+    add("--shape", metavar="N,N,...", help="shape of one random sample, instead of --input; default: 3,224,224")
     add("--batch", type=int, metavar="N", help="samples per rank with --shape; default: 4")
     add(
         "--recipes",
@@ -43,14 +43,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="RECIPE",
         help="default: local_bn, sync_bn, mabn, lazy_bn and, on several nodes, the recipes with two levels",
     )
-    add("--seconds", type=float, default=60.0, help="of measuring; default: %(default)g")
+    add("--seconds", type=float, default=60.0, help="time to measure; default: %(default)g")
     add("--device", choices=["cpu", "cuda"], help="default: cuda if there is one and a launcher started the ranks")
-    add("--json", type=Path, metavar="FILE", help="write what was measured; `distnorm plan --measured` reads it")
-    add("--picture", type=Path, metavar="FILE", help="draw it; needs matplotlib")
+    add("--json", type=Path, metavar="FILE", help="write the measurements, for `distnorm plan --measured`")
+    add("--picture", type=Path, metavar="FILE", help="plot the measurements; needs matplotlib")
 
 
 def main(chosen: argparse.Namespace, arguments: Sequence[str]) -> int:
-    """Run the command; ``arguments`` are those it was given. Return 0, or 2 after a message about what was given."""
+    """Run the command, whose command line is ``arguments``. Return 0, or 2 after an error message."""
     try:
         _check(chosen)
         if not has_rendezvous(os.environ) and read_launcher(os.environ) is None:
@@ -63,7 +63,7 @@ def main(chosen: argparse.Namespace, arguments: Sequence[str]) -> int:
 
 
 def _is_first() -> bool:
-    """Whether this is rank 0, or alone, by the launcher's word: there may be no process group yet."""
+    """Return whether this is rank 0 by the launcher's variables, since there may be no process group yet."""
     place = read_launcher(os.environ)
     return os.environ.get("RANK", "0" if place is None else str(place.rank)) == "0"
 
@@ -72,7 +72,7 @@ def _check(chosen: argparse.Namespace) -> None:
     if chosen.seconds <= 0:
         raise ValueError(f"--seconds {chosen.seconds:g}: need more than 0.")
     if chosen.input is not None and (chosen.shape is not None or chosen.batch is not None):
-        raise ValueError("--input says what a forward takes, and so do --shape and --batch: give one of them.")
+        raise ValueError("--input, and --shape with --batch, both define the input of the model: give one of them.")
     if chosen.batch is not None and chosen.batch < 1:
         raise ValueError(f"--batch {chosen.batch}: need at least 1.")
     for path in (chosen.json, chosen.picture):
@@ -87,9 +87,9 @@ def _check(chosen: argparse.Namespace) -> None:
 
 
 def _start_ranks(arguments: Sequence[str]) -> int:
-    """Run the same command on two local ranks, by torchrun; one thread each, as torchrun has it."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(_ALONE), "-m", "distnorm"]
-    print(f"no launcher: starting {_ALONE} ranks on this machine's CPU", file=sys.stderr)
+    """Run the same command on local ranks with torchrun, with one thread each, which is torchrun's default."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(_LOCAL_RANKS), "-m", "distnorm"]
+    print(f"no launcher: starting {_LOCAL_RANKS} ranks on the CPU of this machine", file=sys.stderr)
     device = [] if "--device" in arguments else ["--device", "cpu"]
     environment = {"OMP_NUM_THREADS": "1", **os.environ}
     return subprocess.run([sys.executable, *launcher, *arguments, *device], env=environment, check=False).returncode
@@ -113,14 +113,14 @@ def _run(chosen: argparse.Namespace) -> int:
         )
         progress.close()
         if first:
-            _hand_over(report, chosen)
+            _write(report, chosen)
         dist.barrier()
     finally:
         dist.destroy_process_group()
     return 0
 
 
-def _hand_over(report: Report, chosen: argparse.Namespace) -> None:
+def _write(report: Report, chosen: argparse.Namespace) -> None:
     print(report.table())
     if chosen.json is not None:
         chosen.json.write_text(json.dumps(report.record(), indent=1) + "\n")
@@ -155,7 +155,7 @@ def _batch(chosen: argparse.Namespace) -> tuple[str, object]:
 
 
 class _Progress:
-    """A bar on stderr if that is a terminal and tqdm is installed; else a line per tenth of the budget."""
+    """A progress bar on stderr if that is a terminal and tqdm is installed; else a line per tenth of the budget."""
 
     def __init__(self, seconds: float, *, show: bool) -> None:
         self._seconds = seconds

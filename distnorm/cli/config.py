@@ -17,24 +17,28 @@ _KEYS = ("recipe", "options", "where", "fuse", "ledger", "transport")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Describe the command's arguments."""
+    """Add the command's arguments to ``parser``."""
     parser.description = (
-        "Write the section of distnorm into accelerate's config file. Without further flags it asks; where it cannot "
-        "ask, it shows and checks what stands there."
+        "Write the section of distnorm into accelerate's config file. Without further flags it asks questions; without "
+        "a terminal it checks and prints the current section."
     )
     add = parser.add_argument
     add("--config_file", "--config-file", metavar="FILE", help="an accelerate config; default: accelerate's own")
     add("--recipe", help="see `distnorm recipes`")
     add("--option", action="append", metavar="KEY=VALUE", dest="options", help="an option of the recipe; repeatable")
     add("--where", nargs="+", metavar="PATTERN", help="layers to convert, such as 'backbone.*'; default: all")
-    add("--fuse", action=argparse.BooleanOptionalAction, help="whether norms take over what follows them")
+    add(
+        "--fuse",
+        action=argparse.BooleanOptionalAction,
+        help="whether norms also compute the additions and ReLUs that follow them",
+    )
     add("--ledger", action=argparse.BooleanOptionalAction, help="whether rank 0 prints the collectives of the job")
-    add("--transport", help=f"who carries statistics: {' or '.join(get_args(Transport))}")
-    add("--remove", action="store_true", help="take the section out")
+    add("--transport", help=f"what sends statistics: {' or '.join(get_args(Transport))}")
+    add("--remove", action="store_true", help="remove the section")
 
 
 def main(chosen: argparse.Namespace) -> int:
-    """Run the command; return 0, or 2 after a message about what was given."""
+    """Run the command; return 0, or 2 after an error message."""
     try:
         _run(chosen)
     except (ImportError, ValueError, OSError) as error:
@@ -59,19 +63,19 @@ def _run(chosen: argparse.Namespace) -> None:
     _write(file, file.replaced(settings.section()))
     _show(ConfigFile.read(file.path))
     option = f" --config_file {chosen.config_file}" if chosen.config_file else ""
-    print(f"Start jobs by `distnorm launch{option}`; accelerate itself refuses a file with this section.")
+    print(f"Start jobs with `distnorm launch{option}`; `accelerate launch` refuses a file with this section.")
 
 
 def _default() -> str:
     path = default_path()
     if not os.path.isfile(path):
-        raise ValueError(f"{path} is not there yet: `accelerate config` creates it. Or name a file by --config_file.")
+        raise ValueError(f"{path} does not exist: `accelerate config` creates it. Or give a file with --config_file.")
     return path
 
 
 def _remove(file: ConfigFile, flags: dict[str, Any]) -> None:
     if flags:
-        raise ValueError(f"--remove takes the whole section out; drop {', '.join(flags)}.")
+        raise ValueError(f"--remove removes the whole section; do not give {', '.join(flags)}.")
     if SECTION not in file.values:
         raise ValueError(f"{file.path} has no section {SECTION}.")
     _write(file, file.replaced(None))
@@ -81,16 +85,16 @@ def _remove(file: ConfigFile, flags: dict[str, Any]) -> None:
 def _show(file: ConfigFile) -> None:
     settings = file.settings()
     if settings is None:
-        raise ValueError(f"{file.path} has no section {SECTION}; write one by --recipe, such as --recipe sync_bn.")
+        raise ValueError(f"{file.path} has no section {SECTION}; write one with --recipe, such as --recipe sync_bn.")
     print(f"{file.path}:\n{dump(file.values[SECTION])}", end="")
 
 
 def _merged(file: ConfigFile, flags: dict[str, Any]) -> object:
-    """The section as it is, with ``flags`` over it; another recipe drops the options of the one before."""
-    standing = file.values.get(SECTION, {})
-    if not isinstance(standing, dict):
-        return standing  # the check says what is wrong with it
-    section, given = dict(standing), dict(flags)
+    """Return the current section, overridden by ``flags``; a recipe in ``flags`` drops the current options."""
+    current = file.values.get(SECTION, {})
+    if not isinstance(current, dict):
+        return current  # Settings.of raises for it
+    section, given = dict(current), dict(flags)
     options = read_options(given.pop("options", []))
     if "recipe" in given:
         section.pop("options", None)

@@ -21,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     listing = commands.add_parser("recipes", help="list the recipes, or describe one")
     listing.add_argument("name", nargs="?", help="a recipe's name")
-    commands.add_parser("launch", help="accelerate launch, with models converted as the config file says")
+    commands.add_parser("launch", help="accelerate launch, with models converted by the settings in the config file")
     config.add_arguments(commands.add_parser("config", help="write distnorm's section into accelerate's config file"))
     bench.add_arguments(commands.add_parser("bench", help="measure what each recipe costs on this cluster"))
     plan.add_arguments(commands.add_parser("plan", help="predict what each recipe costs on any number of ranks"))

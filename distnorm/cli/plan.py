@@ -1,4 +1,4 @@
-"""``distnorm plan``: predict what each recipe costs, from a model and the numbers of a network."""
+"""``distnorm plan``: predict what each recipe costs, from a model and the parameters of a network."""
 
 from __future__ import annotations
 
@@ -26,29 +26,29 @@ _BANDWIDTHS = ("beta", "beta_node")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Describe the command's arguments."""
+    """Add the command's arguments to ``parser``."""
     parser.description = "Predict collectives, bytes and exposed time per recipe and number of ranks: docs/plan.md."
     add = parser.add_argument
     add("--model", required=True, metavar="MODULE:FUNCTION", help="a function without arguments that returns the model")
     add("--recipes", nargs="+", metavar="RECIPE", default=list(DEFAULT_RECIPES), help="default: all of them")
     add("--world", default="2,8,64,512,4096", metavar="N,N,...", help="numbers of ranks; default: %(default)s")
     add("--local", type=int, default=8, metavar="N", help="ranks per node; default: %(default)s")
-    add("--step", metavar="TIME", help=f"a step without communication; default: as measured, else {_ASSUMED_STEP}")
+    add("--step", metavar="TIME", help=f"step without communication; default: as measured, else {_ASSUMED_STEP}")
     add("--backend", choices=["gloo", "nccl"], help="default: as measured, else nccl")
-    add("--measured", type=Path, metavar="FILE", help="take the numbers from what `distnorm bench --json FILE` wrote")
+    add("--measured", type=Path, metavar="FILE", help="use the measurements of `distnorm bench --json FILE`")
     add("--alpha", metavar="TIME", help=f"a round of messages in a node; default: {_ASSUMED['alpha']}")
     add("--beta", metavar="BANDWIDTH", help=f"bandwidth in a node; default: {_ASSUMED['beta']}")
     add("--alpha-node", metavar="TIME", help="a round of messages between nodes; default: as --alpha")
     add("--beta-node", metavar="BANDWIDTH", help="bandwidth of a node's link; default: as --beta")
-    add("--overhead", metavar="TIME", help=f"the host's part of a collective; default: {_ASSUMED['overhead']}")
-    add("--message", metavar="TIME", help=f"the host's part per peer, on gloo; default: {_ASSUMED['message']}")
-    add("--wake", metavar="TIME", help="the host's part of a round of gloo's own collectives; default: 0us")
+    add("--overhead", metavar="TIME", help=f"host time per collective; default: {_ASSUMED['overhead']}")
+    add("--message", metavar="TIME", help=f"host time per peer, on gloo; default: {_ASSUMED['message']}")
+    add("--wake", metavar="TIME", help="host time per round of gloo's own collectives; default: 0us")
     add("--json", type=Path, metavar="FILE", help="write the predictions")
-    add("--picture", type=Path, metavar="FILE", help="draw exposed time against ranks; needs matplotlib")
+    add("--picture", type=Path, metavar="FILE", help="plot exposed time against ranks; needs matplotlib")
 
 
 def main(chosen: argparse.Namespace) -> int:
-    """Run the command; return 0, or 2 after a message about what was given."""
+    """Run the command; return 0, or 2 after an error message."""
     try:
         plan = _plan(chosen)
         print(plan.table())
@@ -80,7 +80,10 @@ def _plan(chosen: argparse.Namespace) -> Plan:
 
 
 def _network(chosen: argparse.Namespace, measured: dict[str, Any] | None) -> Network:
-    """What the command line gives; the rest as measured, else as assumed, nodes being like their inside then."""
+    """Return the network: parameters from the command line, the others as measured, else as assumed.
+
+    Without a measurement, parameters between nodes default to those within a node.
+    """
     times = {name: _given(f"--{name.replace('_', '-')}", text, seconds) for name, text in _texts(chosen, _TIMES)}
     for name, text in _texts(chosen, _BANDWIDTHS):
         times[f"inverse_{name}"] = 1 / _given(f"--{name.replace('_', '-')}", text, bytes_per_second)

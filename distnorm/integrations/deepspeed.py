@@ -190,7 +190,7 @@ def _connect(engine: Any) -> None:
     engine.step = _ends_step(engine, engine.step)
     engine.save_checkpoint = _saves(engine, engine.save_checkpoint)
     engine.load_checkpoint = _loads(engine, engine.load_checkpoint)
-    weights.goes_on(engine.module)  # the optimizer may step flat copies of the weights
+    weights.mark_trained(engine.module)  # the optimizer may step flat copies of the weights
     if engine.zero_optimization_stage() == _PARTITIONED:
         collect = "_zero3_consolidated_16bit_state_dict"
         setattr(engine, collect, _centres(engine, getattr(engine, collect)))
@@ -266,7 +266,7 @@ def _centres(engine: Any, collect: Callable[..., Any]) -> Callable[..., Any]:
         layers = weights.centralized(engine.module)
         zero = importlib.import_module("deepspeed").zero
         with zero.GatheredParameters([layer.weight for layer in layers], modifier_rank=0):
-            weights.bake(engine.module)
+            weights.write_centred(engine.module)
         return collect(*args, **kwargs)
 
     return collecting

@@ -134,13 +134,13 @@ def test_flags_change_what_they_name(config: Path) -> None:
             ["--recipe", "group_bn", "--option", "sizes=4"],
             "option 'sizes' (did you mean 'size'?); its options are size, axis",
         ),
-        (["--recipe", "group_bn", "--option", "size"], "option 'size': write key=value, such as size=4"),
-        (["--recipe", "group_bn", "--option", "size=[4"], "'[4' is no value that YAML can hold"),
+        (["--recipe", "group_bn", "--option", "size"], "option 'size': need key=value, such as size=4"),
+        (["--recipe", "group_bn", "--option", "size=[4"], "'[4' is not a value in YAML"),
         (["--recipe", "periodic_bn", "--option", "every=0"], "every"),
         (["--transport", "nccl"], 'transport must be "torch" or "mpi" or "shm" or "sockets" or "gloo"'),
         (["--remove"], "has no section distnorm_config"),
         (["--remove", "--ledger"], "drop ledger"),
-        ([], "has no section distnorm_config; write one by --recipe"),
+        ([], "has no section distnorm_config; write one with --recipe"),
     ],
 )
 def test_what_is_not_allowed_is_not_written(
@@ -204,7 +204,7 @@ def test_a_layout_without_room(config: Path, capsys: pytest.CaptureFixture[str])
 def test_a_missing_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(tmp_path / "gone.yaml", *FLAGS) == 2
     err = capsys.readouterr().err
-    assert "gone.yaml is no file" in err and "accelerate config --config_file" in err
+    assert "gone.yaml is not a file" in err and "accelerate config --config_file" in err
 
 
 def test_the_default_file_is_that_of_accelerate(
@@ -215,7 +215,7 @@ def test_the_default_file_is_that_of_accelerate(
     path = tmp_path / "default_config.yaml"
     monkeypatch.setattr(config, "default_config_file", str(path))
     assert cli.main(["config", "--recipe", "mabn"]) == 2
-    assert f"{path} is not there yet: `accelerate config` creates it" in capsys.readouterr().err
+    assert f"{path} does not exist: `accelerate config` creates it" in capsys.readouterr().err
     path.write_text(PLAIN)
     assert cli.main(["config", "--recipe", "mabn"]) == 0
     assert yaml.safe_load(path.read_text())["distnorm_config"] == {"recipe": "mabn"}
@@ -268,7 +268,7 @@ def test_answers_that_end_write_nothing(
 ) -> None:
     monkeypatch.setattr(sys, "stdin", Terminal("mabn\n"))
     assert run(config) == 2
-    assert "the answers ended; nothing was written" in capsys.readouterr().err
+    assert "before all questions were answered; nothing was written" in capsys.readouterr().err
     assert config.read_text() == PLAIN
 
 
