@@ -139,7 +139,7 @@ def test_flags_change_what_they_name(config: Path) -> None:
         (["--recipe", "periodic_bn", "--option", "every=0"], "every"),
         (["--transport", "nccl"], 'transport must be "torch" or "mpi" or "shm" or "sockets" or "gloo"'),
         (["--remove"], "has no section distnorm_config"),
-        (["--remove", "--ledger"], "drop ledger"),
+        (["--remove", "--ledger"], "do not give ledger"),
         ([], "has no section distnorm_config; write one with --recipe"),
     ],
 )
