@@ -54,7 +54,7 @@ def kernels(log: Log, *, wanted: bool = True) -> Iterator[None]:
     layers: Any = mock.patch("distnorm.autograd.normalize.new_pass", gpu_pass)
     if not wanted:
         layers = mock.patch("distnorm.autograd.normalize.suits", lambda *given: False)
-    with layers, mock.patch("distnorm.policies.bucket.Bucket.in_triton", lambda *given: wanted):
+    with layers, mock.patch("distnorm.kernels.windows.in_triton", lambda *given: wanted):
         yield
 
 

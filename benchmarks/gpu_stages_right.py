@@ -144,8 +144,8 @@ def windows(log: Log) -> None:
         torch.testing.assert_close(entered[values + number], before[values + number] + 3)
     with log.part("mix"):
         entered = outbox.clone()
-        out = entries.mix(newest, scale, 1.0, sums, entered, start, number, 3)
-        torch.testing.assert_close(out, newest + 6 * sums[span])
+        out = entries.mix(newest, scale, 1.0, sums, entered, start, number)
+        torch.testing.assert_close(out, newest + 2 * sums[span])
         torch.testing.assert_close(entered[span], outbox[span] + newest / 2)
     with log.part("push"):
         starts = torch.tensor([0, 3, 303, 306, 310], device=log.device)

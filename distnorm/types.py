@@ -96,6 +96,49 @@ class Landed(NamedTuple):
     weight: Tensor
 
 
+class Future:
+    """A started sum over ranks, with any transport. ``wait`` returns it.
+
+    It stores the outcome. If ``finish`` returns (the sum, or an error on which all ranks agree), every ``wait`` returns
+    or raises that. If ``finish`` raises (a timeout, Ctrl-C), the wait was interrupted, and the next ``wait`` continues
+    it. A timeout counts from the beginning of a wait, and only while the process runs (``transport/patience.py``); gloo
+    and NCCL count their own, from the start of the collective.
+    """
+
+    __slots__ = "_finish", "_outcome", "_poll"
+
+    def __init__(self, finish: Callable[[], Tensor | RuntimeError], poll: Callable[[], bool] | None = None) -> None:
+        """``poll``, if given, returns without waiting whether ``finish`` would return at once."""
+        self._finish: Callable[[], Tensor | RuntimeError] | None = finish
+        self._poll = poll
+        self._outcome: Tensor | RuntimeError | None = None
+
+    @classmethod
+    def completed(cls, result: Tensor) -> Future:
+        """Return a future that has completed."""
+        future = cls(lambda: result)
+        future.wait()
+        return future
+
+    def done(self) -> bool:
+        """Return whether ``wait`` is known to return at once. Does not wait."""
+        return self._finish is None or (self._poll is not None and self._poll())
+
+    def wait(self) -> Tensor:
+        """Return the sum. On a GPU the current stream waits, not the host.
+
+        Raises:
+            RuntimeError: a rank has ended, did not take part in time, or shares something else.
+        """
+        if self._finish is not None:
+            self._outcome = self._finish()
+            self._finish = self._poll = None  # frees the memory that only the wait needed
+        if isinstance(self._outcome, RuntimeError):
+            raise self._outcome
+        assert self._outcome is not None, "it has ended"
+        return self._outcome
+
+
 class Moments(NamedTuple):
     """Moments that update the running statistics: ``mean_C`` (None if the method has no mean) and ``var_C``."""
 
@@ -188,8 +231,8 @@ class Exchange(Share, Protocol):
         """Return whether what was gathered is global, so that it may update the running statistics."""
         ...
 
-    def scatter(self, cotangents: Tensor) -> Callable[[], Tensor]:
-        """Start sharing the cotangents of ``link(shared means)``; return a function that waits for the shared ones."""
+    def scatter(self, cotangents: Tensor) -> Future:
+        """Start sharing the cotangents of ``link(shared means)``; the result is a future of the shared ones."""
         ...
 
     def again(self, *, opaque: bool = False) -> Exchange:

@@ -24,7 +24,7 @@ pytest.importorskip("triton", reason="Triton is made for Linux only")
 import distnorm
 from distnorm import Recipe
 from distnorm.compat import dispatch_state
-from distnorm.kernels import gpu
+from distnorm.kernels import gpu, windows
 from distnorm.kernels.gpu import entries
 from distnorm.methods import BatchNorm
 from distnorm.policies import Moving, StaleMix
@@ -187,12 +187,18 @@ class NoCopies(TorchDispatchMode):
         return found
 
 
+def zeros_on_card(like: Tensor) -> Tensor:
+    return torch.zeros(like.shape, dtype=like.dtype, device="cuda")
+
+
 def on_card(reducer: Any) -> Any:
     """The reducer, as if it had been bound to a CUDA device."""
     for holder in (reducer, reducer.bucket, reducer.entries):
         for name, value in vars(holder).items():
             if isinstance(value, Tensor):
-                setattr(holder, name, torch.zeros(value.shape, dtype=value.dtype, device="cuda"))
+                setattr(holder, name, zeros_on_card(value))
+            elif isinstance(value, windows.Slots):
+                setattr(holder, name, windows.Slots(*map(zeros_on_card, value)))
     return reducer
 
 

@@ -19,10 +19,9 @@ from distnorm import Recipe
 from distnorm.attach import conversions_of
 from distnorm.autograd import normalize
 from distnorm.compat import dispatch_state
-from distnorm.kernels import gpu
+from distnorm.kernels import gpu, windows
 from distnorm.methods import RMS, BatchNorm, Method
 from distnorm.policies import AllReduce, Moving, Policy, StaleMix, Warmup
-from distnorm.policies.bucket import Bucket
 from tests.support.gpu import gpu_pass
 
 POLICIES = [AllReduce(), Moving(window=3), Moving(window=3, loss_reduction="sum"), StaleMix()]
@@ -45,7 +44,7 @@ def meta_for_cuda(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(dispatch_state, "watched", lambda: False)  # layers run as if nobody looked on
     monkeypatch.setattr(gpu, "takes", lambda x: request.param and x.is_meta)
     monkeypatch.setattr(normalize, "new_pass", gpu_pass)
-    monkeypatch.setattr(Bucket, "in_triton", lambda bucket, values: request.param)
+    monkeypatch.setattr(windows, "in_triton", lambda values, outbox: request.param)
 
 
 def network(times: int) -> nn.Module:

@@ -13,7 +13,7 @@ import distnorm
 from distnorm import Recipe
 from distnorm.layers.overlap import LateConv
 from distnorm.methods import BatchNorm
-from distnorm.policies import AllReduce
+from distnorm.policies import AllReduce, Facts
 
 
 def converted(model: nn.Module) -> nn.Module:
@@ -24,7 +24,8 @@ def converted(model: nn.Module) -> nn.Module:
 @pytest.fixture(autouse=True)
 def shared(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if there were others to share with."""
-    monkeypatch.setattr("distnorm.policies.all_reduce._GroupSum.alone", False)
+    along = Facts.along
+    monkeypatch.setattr(Facts, "along", lambda facts, routes, alone: along(facts, routes))
 
 
 def chain() -> nn.Sequential:

@@ -141,9 +141,9 @@ class _Normalize(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             shared = ctx.share.scatter(cotangents)
             if ctx.finish is None:
-                dx_NCL = kernels.combine(dz_NCL, x_NCL, shared())
+                dx_NCL = kernels.combine(dz_NCL, x_NCL, shared.wait())
             else:
-                ctx.finish.leave(lambda: kernels.combine(dz_NCL, x_NCL, shared()))
+                ctx.finish.leave(lambda: kernels.combine(dz_NCL, x_NCL, shared.wait()))
                 dx_NCL = dy_NCL
         gradients = [dx_NCL, _like(weight_C, weight_grad_C), _like(bias_C, bias_grad_C)]
         return *gradients, dz_NCL if ctx.adds else None, *NOT_TENSORS

@@ -6,7 +6,6 @@ Graphs carry numbers, not objects: an operator looks its layer's channel up when
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 from typing import Protocol
 from weakref import WeakValueDictionary
 
@@ -16,6 +15,7 @@ from torch import Tensor
 from distnorm.autograd.engine import backward_may_follow, repeating
 from distnorm.autograd.recompute import Record
 from distnorm.compat.dispatch_state import unseen
+from distnorm.types import Future
 
 
 class Channel(Protocol):
@@ -45,7 +45,7 @@ class Channel(Protocol):
         """
         ...
 
-    def start_cotangents(self, wire: Tensor, count: Tensor, step: int, *, learning: bool) -> Callable[[], Tensor]:
+    def start_cotangents(self, wire: Tensor, count: Tensor, step: int, *, learning: bool) -> Future:
         """``cotangents``, whose result is asked for later."""
         ...
 

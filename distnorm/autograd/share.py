@@ -12,7 +12,6 @@ per direction.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from torch import Tensor
 from distnorm.autograd.engine import backward_may_follow, repeating
 from distnorm.autograd.operators import Channel, scalar
 from distnorm.compat.dispatch_state import are_plain, is_batch, transforming
-from distnorm.types import Link
+from distnorm.types import Future, Link
 
 
 class ReduceForward(torch.autograd.Function):
@@ -143,7 +142,7 @@ class LayerShare:
         found: Tensor = torch.ops.distnorm.cotangents(wire, count, scalar(self._channel.key))
         return found
 
-    def scatter(self, cotangents: Tensor) -> Callable[[], Tensor]:
+    def scatter(self, cotangents: Tensor) -> Future:
         """What gives the cotangents' shared counterpart. One use of the policy; nothing is differentiated."""
         assert self.shared is not None, "nothing was shared yet"
         return self._channel.start_cotangents(cotangents, self.shared[-1], self.step, learning=True)
@@ -186,9 +185,9 @@ class KeepLocal:
         self.shared = wire
         return wire
 
-    def scatter(self, cotangents: Tensor) -> Callable[[], Tensor]:
+    def scatter(self, cotangents: Tensor) -> Future:
         """The cotangents."""
-        return lambda: cotangents
+        return Future.completed(cotangents)
 
     def again(self, *, opaque: bool = False) -> KeepLocal:
         """Another one."""

@@ -117,7 +117,7 @@ def of_all_ranks(times: Tensor, group: TorchGroup) -> Tensor:
     waits longer by as much as the other waits less, from sum to sum. Then the mean is the delay, and the minimum can be
     anything below it.
     """
-    if group.direct is None or not group.direct.travels:
+    if group.direct is None or not group.direct.over_network:
         dist.all_reduce(times, dist.ReduceOp.MIN)
         return times
     dist.all_reduce(times)
@@ -157,7 +157,7 @@ def _timer(group: TorchGroup, nbytes: int, device: torch.device) -> Callable[[],
     wire = torch.ones(nbytes // 8, dtype=torch.float64, device=device)
     work = torch.ones(_WORK, _WORK, device=device)
 
-    at_once = group.direct is not None and not group.direct.travels
+    at_once = group.direct is not None and not group.direct.over_network
 
     def once() -> float:
         if at_once:  # without this sum, work that the previous measurement's threads left would be measured too

@@ -175,7 +175,7 @@ def predict(
         blocking_seconds=spent[False],
         background_seconds=spent[True],
         exposed_seconds=spent[False] + max(0.0, spent[True] - (step_seconds + spent[False])),
-        exact=covers_all and recipe.policy.facts.staleness == 0 and recipe.policy.facts.always_lands,
+        exact=covers_all and recipe.policy.facts.staleness == 0 and recipe.policy.facts.always_global,
         covers_all=covers_all,
     )
 

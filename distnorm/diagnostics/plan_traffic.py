@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,8 +21,7 @@ from distnorm.layers.layout import layout_of
 from distnorm.policies import Periodic, Policy
 from distnorm.recipe import Recipe
 from distnorm.transport import Group, Topology
-from distnorm.transport.group import Work
-from distnorm.types import EVERY_LAYER, Slot
+from distnorm.types import EVERY_LAYER, Future, Slot
 
 _LATE = 10**9
 """Times the period of a policy: a step that is after any warm-up."""
@@ -98,24 +97,19 @@ class _RecordingGroup(Group):
         self.reach = reach
         self.sent = sent
 
-    def _start(self, wire: Tensor, slot: Slot) -> tuple[Work, Callable[[], Tensor]]:
+    def _start(self, wire: Tensor, slot: Slot) -> Future:
         self._record(wire, background=False)
-        return _Completed(), wire.clone
+        return Future.completed(wire.clone())
 
-    def _start_sum(self, wire_: Tensor) -> Work:
+    def _start_sum(self, wire_: Tensor) -> Future:
         self._record(wire_, background=True)
-        return _Completed()
+        return Future.completed(wire_)
 
     def _broadcast(self, tensor: Tensor) -> None:
         pass
 
     def _record(self, wire: Tensor, *, background: bool) -> None:
         self.sent[Sent(self.reach, wire.numel() * wire.element_size(), background)] += 1
-
-
-class _Completed:
-    def wait(self) -> None:
-        """Return at once."""
 
 
 def _empty(size: int) -> Tensor:

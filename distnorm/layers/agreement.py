@@ -177,13 +177,13 @@ def _compare_groups(groups: dict[int, list[list[int]]]) -> None:
 
 def _running_statistics_agree(ranks: tuple[int, ...], recipe: Recipe, reducer: Reducer, timeout: timedelta) -> bool:
     """Return whether the same sums update the running statistics of all ranks. Raises on all ranks or on none."""
-    own = [reducer.landing(), *chain.from_iterable(reducer.handovers())]
+    own = [reducer.facts.global_routes, *chain.from_iterable(reducer.facts.handovers)]
     texts = tell_and_collect(ranks, json.dumps([_written(each, ranks) for each in own]), timeout)
     by_rank = [[_read(each, ranks) for each in json.loads(text)] for text in texts]
-    landing, *handovers = (_joined(ranks, [each[at] for each in by_rank]) for at in range(len(own)))
+    global_routes, *handovers = (_joined(ranks, [each[at] for each in by_rank]) for at in range(len(own)))
     for first, then in zip(handovers[::2], handovers[1::2], strict=True):
         _check_handover(recipe, first, then)
-    return landing is not None and all(map(_all_equal, landing))
+    return global_routes is not None and all(map(_all_equal, global_routes))
 
 
 Joined = dict[int, Counter[int]]

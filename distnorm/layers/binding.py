@@ -66,7 +66,7 @@ class Binding:
         self._boundary_queued = False
         if layer in self._used:
             self._end_skipped_step()
-        if not self.reducer.alone:
+        if not self.reducer.facts.alone:
             refuse_join(layer)
         self._broadcasts.forward_begins(layer)
         if self.conversion.means_to_fold:

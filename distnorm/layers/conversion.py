@@ -187,7 +187,7 @@ class Conversion:
         kept: dict[str, Any] = {}
         if self.feeders.left or self.feeders.feeds:
             kept["feeders"] = [sorted(self.feeders.left), self.feeders.feeds]
-        if not self.facts.always_lands:
+        if not self.facts.always_global:
             # Those in the model's state_dict may include sums in flight, with which a resumed run updates them later.
             kept["running"] = running_statistics.snapshot(self.layers())
         header = saved_state.header(self.recipe, list(self.layers()))

@@ -167,7 +167,7 @@ class DistNorm(_BatchNorm):
     def _running_statistics(self, state: Running) -> tuple[Tensor | None, Tensor | None]:
         """With what is in flight, if an asynchronous policy has sent statistics that no step's end has absorbed yet."""
         mean_C, var_C = state[:2]
-        if self._site.conversion.facts.always_lands or exporting() or mean_C is None or var_C is None:
+        if self._site.conversion.facts.always_global or exporting() or mean_C is None or var_C is None:
             return mean_C, var_C
         if torch.compiler.is_compiling():
             ahead_of: tuple[Tensor, Tensor] = torch.ops.distnorm.running(mean_C, var_C, self._site.number)
@@ -179,7 +179,7 @@ class DistNorm(_BatchNorm):
         assert share.shared is not None
         conversion = self._site.conversion
         if torch.compiler.is_compiling():
-            landed = conversion.facts.always_lands or share.landed()
+            landed = conversion.facts.always_global or share.landed()
         elif not share.opaque and are_plain(share.shared):
             landed = share.landed()
         else:  # unseen by dispatch modes, for a repetition has no such operations

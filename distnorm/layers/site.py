@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
 
@@ -19,7 +18,7 @@ from distnorm.layers.binding import Binding
 from distnorm.layers.conversion import Conversion
 from distnorm.layers.running_statistics import running_of, with_landed
 from distnorm.transport import LostGroup, lost
-from distnorm.types import Direction, Landed, Running, Slot
+from distnorm.types import Direction, Future, Landed, Running, Slot
 
 
 class Site:
@@ -84,7 +83,7 @@ class Site:
             ValueError: 1 value per channel.
         """
         binding = self.conversion.bound()
-        if not binding.reducer.alone or x_NCL.device.type not in ("cpu", "cuda"):
+        if not binding.reducer.facts.alone or x_NCL.device.type not in ("cpu", "cuda"):
             return False
         self.refuse_one_value(x_NCL)
         self._begin(binding)
@@ -136,7 +135,7 @@ class Site:
             shared = binding.reducer.reduce(wire, slot)
         except RuntimeError as error:
             raise self._failed(binding, slot, error) from error
-        if not enough and binding.reducer.counts(slot):
+        if not enough and binding.reducer.completeness(slot).is_counted:
             # A policy that shares nothing in this step gives the wire back.
             self._check_count(shared[-1], 1 if shared is wire else binding.reducer.size)
         record = Record(wire, shared, slot.step, held=held)
@@ -145,9 +144,9 @@ class Site:
 
     def cotangents(self, wire: Tensor, count: Tensor, step: int, *, learning: bool) -> Tensor:
         """Shared counterpart of local cotangents. One use of the policy; raises as ``start_cotangents``."""
-        return self.start_cotangents(wire, count, step, learning=learning)()
+        return self.start_cotangents(wire, count, step, learning=learning).wait()
 
-    def start_cotangents(self, wire: Tensor, count: Tensor, step: int, *, learning: bool) -> Callable[[], Tensor]:
+    def start_cotangents(self, wire: Tensor, count: Tensor, step: int, *, learning: bool) -> Future:
         """``cotangents``, whose result is asked for later.
 
         Raises:
@@ -171,11 +170,11 @@ class Site:
 
         def wait() -> Tensor:
             try:
-                return answer()
+                return answer.wait()
             except RuntimeError as error:
                 raise self._failed(binding, slot, error) from error
 
-        return wait
+        return Future(wait)
 
     def absorb(self, shared: Tensor, *, learning: bool) -> None:
         """Let the layer's running statistics absorb ``shared`` sums and count of the current step, if fit for them."""
@@ -187,7 +186,7 @@ class Site:
     def lands(self, step: int, *, learning: bool) -> bool:
         """Whether the statistics of ``step`` are fit for the running statistics."""
         binding = self.conversion.bound()
-        return binding.reducer.lands(self._slot(binding, "forward", step, learning=learning))
+        return binding.reducer.completeness(self._slot(binding, "forward", step, learning=learning)).is_global
 
     def _slot(self, binding: Binding, direction: Direction, step: int, *, learning: bool) -> Slot:
         step = binding.step if step == NOW else step

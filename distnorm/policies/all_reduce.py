@@ -6,7 +6,6 @@ one axis, blocks of neighbours, or a process group of the user's.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, final
 
@@ -15,30 +14,22 @@ from torch import Tensor
 
 from distnorm.policies.base import Policy, Reducer
 from distnorm.policies.facts import Facts
-from distnorm.policies.routes import Routes
 from distnorm.policies.stored import Check, fields
 from distnorm.transport import Group, LostGroup, Topology, check_group, lost
-from distnorm.types import Layout, Slot
+from distnorm.types import Future, Layout, Slot
 from distnorm.validation import Axis, Ranks, check_fields
 
 
 class _GroupSum(Reducer):
-    def __init__(self, group: Group) -> None:
-        super().__init__(group.size)
+    def __init__(self, group: Group, facts: Facts) -> None:
+        super().__init__(group.size, facts.along([(group.ranks,)], alone=group.size == 1))
         self.group = group
-
-    @property
-    def alone(self) -> bool:
-        return self.size == 1
-
-    def routes(self) -> Routes:
-        return [(self.group.ranks,)]
 
     def reduce(self, wire: Tensor, slot: Slot) -> Tensor:
         return self.group.sum(wire, slot)
 
-    def start(self, wire: Tensor, slot: Slot) -> Callable[[], Tensor]:
-        return self.group.start(wire, slot).wait
+    def start(self, wire: Tensor, slot: Slot) -> Future:
+        return self.group.start(wire, slot)
 
 
 @final
@@ -86,13 +77,16 @@ class AllReduce(Policy):
 
     def bind(self, topology: Topology, layout: Layout) -> Reducer:
         """Make, or find, the group of this rank."""
+        return _GroupSum(self._group(topology), self.facts)
+
+    def _group(self, topology: Topology) -> Group:
         if isinstance(self.process_group, LostGroup):
             raise self.process_group.refuse()
         if self.process_group is not None:
-            return _GroupSum(topology.joining(self.process_group))
+            return topology.joining(self.process_group)
         if self.group_size is not None:
-            return _GroupSum(topology.blocks(self.group_size))
-        return _GroupSum(topology.along(self.axis) if self.axis is not None else topology.everyone())
+            return topology.blocks(self.group_size)
+        return topology.along(self.axis) if self.axis is not None else topology.everyone()
 
     @property
     def facts(self) -> Facts:

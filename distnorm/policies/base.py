@@ -3,62 +3,48 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from functools import cached_property
 from typing import Annotated, Any
 
 from torch import Tensor
 
-from distnorm.policies.facts import Facts
+from distnorm.policies.facts import Completeness, Facts
 from distnorm.policies.routes import Routes
 from distnorm.policies.stored import Check, anything
 from distnorm.transport import Topology
-from distnorm.types import Landed, Layout, Slot, Watch
+from distnorm.types import Future, Landed, Layout, Slot, Watch
 from distnorm.validation import kind
 
 
 class Reducer(ABC):
     """A policy at work among real ranks. Linear and self-adjoint: it serves statistics and cotangents alike."""
 
-    def __init__(self, size: int) -> None:
-        """``size``: how many ranks share."""
+    def __init__(self, size: int, facts: Facts | None = None) -> None:
+        """``size``: how many ranks share. ``facts``: what is known of it among them; by default ``routes()``."""
         self.size = size
+        if facts is not None:
+            self.facts = facts
+
+    @cached_property
+    def facts(self) -> Facts:
+        """What is known of it among its ranks."""
+        return Facts().along(self.routes())
 
     @abstractmethod
     def reduce(self, wire: Tensor, slot: Slot) -> Tensor:
         """The shared counterpart of the local sums ``wire``; shape and dtype kept."""
 
-    def start(self, wire: Tensor, slot: Slot) -> Callable[[], Tensor]:
+    def start(self, wire: Tensor, slot: Slot) -> Future:
         """``reduce``, whose result is asked for later: where the policy can, what comes meanwhile hides its waiting."""
-        shared = self.reduce(wire, slot)
-        return lambda: shared
-
-    @property
-    def alone(self) -> bool:
-        """Whether ``reduce`` is the identity, in every step."""
-        return False
-
-    late = False
-    """Whether ``end_step`` may return statistics that have landed."""
+        return Future.completed(self.reduce(wire, slot))
 
     def routes(self) -> Routes:
         """By which groups ``reduce`` joins statistics, in one step or another; None if that is not known."""
         return None
 
-    def landing(self) -> Routes:
-        """Those of statistics that running statistics absorb."""
-        return self.routes()
-
-    def handovers(self) -> list[tuple[Routes, Routes]]:
-        """Pairs of routes that must join the same ranks: what one policy has shared becomes another one's memory."""
-        return []
-
-    def lands(self, slot: Slot) -> bool:
-        """Whether what ``reduce`` returns for ``slot`` is shared, and fit for the running statistics."""
-        return True
-
-    def counts(self, slot: Slot) -> bool:
-        """Whether the count that ``reduce`` returns is how many values the statistics rest on."""
-        return True
+    def completeness(self, slot: Slot) -> Completeness:
+        """How much of what it shares is in what ``reduce`` returns for ``slot``. By default all."""
+        return Completeness()
 
     def observe(self, shared: Tensor, slot: Slot, contributions: float) -> None:  # noqa: B027
         """Take note of sums that another policy has shared among ``contributions`` ranks, while it is in charge."""

@@ -8,20 +8,17 @@ from __future__ import annotations
 
 import logging
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from distnorm.kernels import gpu
+from distnorm.kernels import windows
 from distnorm.policies.stored import sizes_of
 from distnorm.transport import Group
-from distnorm.transport.group import Pending, moved
-from distnorm.types import EVERY_LAYER, Direction, Landed, Layout, Slot
+from distnorm.types import EVERY_LAYER, Direction, Future, Landed, Layout, Slot
 
 logger = logging.getLogger("distnorm")
-
-DOUBLE = 8  # bytes
 
 
 def loss_scale_of(slot: Slot, values: Tensor) -> Tensor | float:
@@ -30,9 +27,17 @@ def loss_scale_of(slot: Slot, values: Tensor) -> Tensor | float:
     return float(scale) if isinstance(scale, Tensor) and scale.device != values.device else scale
 
 
-def at_or_number(scale: Tensor | float) -> tuple[Tensor | None, float]:
-    """``scale`` as kernels/gpu/entries.py takes it: where it lies, or else the number."""
-    return (scale, 1.0) if isinstance(scale, Tensor) else (None, scale)
+def moved(values: Tensor, device: torch.device) -> Tensor:
+    """``values`` on ``device``; zeros in place of those of a meta tensor, which has none."""
+    return torch.zeros_like(values, device=device) if values.is_meta else values.to(device)
+
+
+class _InFlight(NamedTuple):
+    """The sum of a step's vector; ``passes`` is what this rank sent along, None if another process sent it."""
+
+    sum: Future
+    step: int
+    passes: int | None
 
 
 # docs/decisions.md#an-asynchronous-sum-gets-one-whole-step
@@ -40,8 +45,9 @@ class Bucket:
     """Collects slots during a step and sums them over a group while the next step runs."""
 
     def __init__(self, layout: Layout, group: Group, *, extra: int = 0) -> None:
-        """Room for ``layout``, with ``extra`` more values per forward slot."""
+        """Room for ``layout``, with ``extra`` more values per forward slot, behind the others."""
         self.group = group
+        self._extra = extra
         self.index = {slot: number for number, slot in enumerate(layout.sizes)}
         sizes = sizes_of(layout, extra)
         self._starts = starts = list(accumulate(sizes, initial=0))
@@ -49,31 +55,27 @@ class Bucket:
         self.values = starts[-1]
         self.slots = len(sizes)
         self._sizes = sizes
-        self._lay_out(layout.device)
+        self.layout = self._lay_out(layout.device)
         self.outbox = torch.zeros(self.values + self.slots + 1, dtype=torch.float64, device=layout.device)
         self.dropped = torch.zeros(self.slots, dtype=torch.int64, device=layout.device)
         """How often each slot came back with NaN or Inf and was left out."""
         self.last = torch.zeros_like(self.outbox)
         """This rank's part of the last step."""
-        self._pending: Pending | None = None
-        self._passes: int | None = None
-        """What this rank sent along with the pending vector, unless another process sent it."""
+        self._pending: _InFlight | None = None
         self._warned: set[str] = set()
 
-    def _lay_out(self, device: torch.device) -> None:
+    def _lay_out(self, device: torch.device) -> windows.Slots:
         # Made on the CPU, whatever the default device is: one copy, and no waiting for a GPU.
-        self.starts = torch.tensor(self._starts, device="cpu").to(device)
-        """Where slots begin, and where the last one ends."""
-        sizes = torch.tensor(self._sizes, device="cpu")
-        self.slot_of = torch.repeat_interleave(sizes, output_size=self.values).to(device)
-        """Which slot each value belongs to."""
+        starts, sizes = torch.tensor(self._starts, device="cpu"), torch.tensor(self._sizes, device="cpu")
+        slot_of = torch.repeat_interleave(sizes, output_size=self.values)
+        return windows.Slots(starts.to(device), slot_of.to(device))
 
     def to(self, device: torch.device) -> None:
         """Go on there. Waits for the vector in flight."""
-        self._lay_out(device)
-        if self._pending is not None:
-            self._wait()
-            self._pending.to(device)
+        self.layout = self._lay_out(device)
+        landed = self._wait()
+        if landed is not None and self._pending is not None:
+            self._pending = self._pending._replace(sum=Future.completed(moved(landed, device)))
         if self.outbox.is_meta:
             self._pending = None  # it carried nothing
         self.outbox, self.dropped, self.last = (moved(each, device) for each in (self.outbox, self.dropped, self.last))
@@ -81,37 +83,7 @@ class Bucket:
     def write(self, layer: str, direction: Direction, values: Tensor, weight: Tensor | float) -> None:
         """Add to a slot of this step."""
         key = layer, direction
-        self.outbox[self.span[key]].add_(values)
-        self.outbox[self.values + self.index[key]].add_(weight)
-
-    def addresses(self, slot: tuple[str, Direction]) -> tuple[int, int]:
-        """Where C finds the values and the weight of ``slot`` in this step's vector."""
-        start = self.outbox.data_ptr()
-        return start + DOUBLE * self.span[slot].start, start + DOUBLE * (self.values + self.index[slot])
-
-    def in_triton(self, values: Tensor) -> bool:
-        """Whether kernels/gpu/entries.py enters ``values``, as C does on a CPU; what they compute is said in torch."""
-        return values.is_cuda and values.device == self.outbox.device and gpu.available()
-
-    def parts(self, vector: Tensor) -> tuple[Tensor, Tensor]:
-        """The values and the weights of ``vector``."""
-        return vector[: self.values], vector[self.values : -1]
-
-    def usable(self, vector: Tensor) -> Tensor:
-        """Which slots of a landed ``vector`` hold finite values of a weight above 0; counts those that are not finite.
-
-        The vector is a sum over ranks, so every rank judges alike.
-        """
-        finite, usable = self.judge(vector)
-        self.dropped += ~finite
-        return usable
-
-    def judge(self, vector: Tensor) -> tuple[Tensor, Tensor]:
-        """Which slots of ``vector`` hold finite values, and which of them have a weight above 0."""
-        values, weights = self.parts(vector)
-        broken = torch.zeros_like(weights).index_add_(0, self.slot_of, (~values.isfinite()).to(weights.dtype))
-        finite = (broken == 0) & weights.isfinite()
-        return finite, finite & (weights > 0)
+        windows.add(self.outbox, self.span[key], self.values + self.index[key], values, weight)
 
     def in_flight(self) -> Tensor | None:
         """The sum that is under way, if any, waited for; None where ranks are out of phase, and it may never come."""
@@ -123,15 +95,15 @@ class Bucket:
         What is interrupted before this step's vector has been sent has changed nothing, and can be repeated.
         """
         landed = self._wait()
-        if landed is not None and self._passes is not None:
-            self._check_phase(landed, self._passes)
+        if landed is not None and self._pending is not None and self._pending.passes is not None:
+            self._check_phase(landed, self._pending.passes)
         travelling = self.outbox.clone()
         travelling[-1].fill_(slot.passes)  # to assign a number copies it to a GPU, which waits
         try:
-            self._pending = self.group.sum_async(travelling, slot._replace(layer=EVERY_LAYER))
+            started = self.group.sum_async(travelling, slot._replace(layer=EVERY_LAYER))
+            self._pending = _InFlight(started, slot.step, slot.passes)
         except RuntimeError as error:
             raise self._missed(slot.step, error) from error
-        self._passes = slot.passes
         return landed, self.take()
 
     def land(self) -> Tensor | None:
@@ -143,7 +115,7 @@ class Bucket:
         if self._pending is None:
             return None
         try:
-            return self._pending.wait()
+            return self._pending.sum.wait()
         except RuntimeError as error:
             raise self._missed(self._pending.step, error) from error
 
@@ -163,16 +135,19 @@ class Bucket:
         self.outbox.zero_()
         return self.last
 
-    def means(self, vector: Tensor) -> Tensor:
-        """The values of ``vector`` over their weights; 0 where a slot was not used."""
-        values, weights = self.parts(vector)
-        spread = weights[self.slot_of]
-        return torch.where(spread > 0, values / spread, 0.0)
-
     def landed(self, means: Tensor, weights: Tensor, usable: Tensor) -> list[Landed]:
         """What the running statistics shall absorb: the forward slots of these vectors."""
         rows = zip(self.index, means.split(self._sizes), weights.unbind(), usable.double().unbind(), strict=True)
-        return [Landed(layer, *each) for (layer, direction), *each in rows if direction == "forward"]
+        return [
+            Landed(layer, values[: len(values) - self._extra], *rest)
+            for (layer, direction), values, *rest in rows
+            if direction == "forward"
+        ]
+
+    def statistics(self, means: Tensor) -> dict[str, Tensor]:
+        """By layer, what ``means`` of all slots hold of its forward one."""
+        spans = {layer: span for (layer, direction), span in self.span.items() if direction == "forward"}
+        return {layer: means[span.start : span.stop - self._extra] for layer, span in spans.items()}
 
     def _check_phase(self, landed: Tensor, passes: int) -> None:
         if landed.device.type == "cpu" and landed[-1].item() != passes * self.group.size:
@@ -214,8 +189,7 @@ class Bucket:
         if own:
             self.outbox.copy_(state["outbox"])
         in_flight = state.get("in_flight")
-        self._pending = self._passes = None
+        self._pending = None
         if in_flight is not None:
             vector = in_flight.to(self.outbox.device, copy=True)
-            slot = Slot(EVERY_LAYER, "forward", -1)
-            self._pending = Pending(vector, None, slot)
+            self._pending = _InFlight(Future.completed(vector), -1, None)

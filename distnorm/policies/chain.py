@@ -6,7 +6,6 @@ AllReduce("node"))`` adds up within each node, then between nodes: the exact glo
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass
 from typing import Any, final
@@ -14,8 +13,7 @@ from typing import Any, final
 from torch import Tensor
 
 from distnorm.policies.base import Policy, Reducer
-from distnorm.policies.facts import Facts, in_sequence
-from distnorm.policies.routes import Routes, either, followed_by
+from distnorm.policies.facts import Completeness, Facts, in_sequence
 from distnorm.policies.stored import Check, fields
 from distnorm.transport import Topology
 from distnorm.types import Landed, Layout, Slot, Watch
@@ -23,29 +21,9 @@ from distnorm.types import Landed, Layout, Slot, Watch
 
 class _Sequence(Reducer):
     def __init__(self, parts: list[Reducer]) -> None:
-        super().__init__(math.prod(part.size for part in parts))
+        facts = in_sequence(*(part.facts for part in parts))
+        super().__init__(math.prod(part.size for part in parts), facts)
         self.parts = parts
-        self.late = any(part.late for part in parts)
-
-    @property
-    def alone(self) -> bool:
-        return all(part.alone for part in self.parts)
-
-    def routes(self) -> Routes:
-        return functools.reduce(followed_by, (part.routes() for part in self.parts))
-
-    def landing(self) -> Routes:
-        # All parts let what they return land, or a part does at a step's end with what came to it.
-        found = functools.reduce(followed_by, (part.landing() for part in self.parts))
-        before: Routes = [()]
-        for part in self.parts:
-            if part.late:
-                found = either(found, followed_by(before, part.landing()))
-            before = followed_by(before, part.routes())
-        return found
-
-    def handovers(self) -> list[tuple[Routes, Routes]]:
-        return [pair for part in self.parts for pair in part.handovers()]
 
     def reduce(self, wire: Tensor, slot: Slot) -> Tensor:
         # The adjoint of "first a, then b" is "first b, then a".
@@ -53,11 +31,9 @@ class _Sequence(Reducer):
             wire = part.reduce(wire, slot)
         return wire
 
-    def lands(self, slot: Slot) -> bool:
-        return all(part.lands(slot) for part in self.parts)
-
-    def counts(self, slot: Slot) -> bool:
-        return all(part.counts(slot) for part in self.parts)
+    def completeness(self, slot: Slot) -> Completeness:
+        found = [part.completeness(slot) for part in self.parts]
+        return Completeness(all(each.is_global for each in found), all(each.is_counted for each in found))
 
     def observe(self, shared: Tensor, slot: Slot, contributions: float) -> None:
         # What a part would have seen: statistics that earlier parts have summed, cotangents that later ones have.

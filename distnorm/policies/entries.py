@@ -6,16 +6,17 @@ Inf, keeps the entries that it has.
 
 from __future__ import annotations
 
-from ctypes import CDLL
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from distnorm.kernels.native import library
+from distnorm.kernels import windows
 from distnorm.policies.base import Reducer
-from distnorm.policies.bucket import Bucket
-from distnorm.transport.group import moved
+from distnorm.policies.bucket import Bucket, moved
+from distnorm.policies.facts import Completeness, Facts
+from distnorm.transport import Group
+from distnorm.types import Layout, Slot, Watch
 
 _STORED = ("ring", "filled", "position")
 
@@ -37,49 +38,17 @@ class Entries:
 
     def push(self, vector: Tensor) -> Tensor:
         """Make an entry of each usable slot of ``vector``; return which these are. Counts those that are broken."""
-        if self.depth and self.bucket.in_triton(vector):
-            return self._push_in_triton(vector)
-        if self.depth and vector.is_cpu and (compiled := library()) is not None:
-            return self._push_in_c(compiled, vector.contiguous())
-        usable = self.bucket.usable(vector)
-        if not self.depth:
-            return usable
-        values, weights = self.bucket.parts(vector)
-        slot_of = self.bucket.slot_of
-        row = self.position[slot_of]
-        column = torch.arange(self.bucket.values, device=row.device)
-        entry = torch.where(usable[slot_of], values / weights[slot_of], self.ring[row, column])
-        self.ring[row, column] = entry
-        self.position = torch.where(usable, (self.position + 1) % self.depth, self.position)
-        # In place, as ``Bucket.take`` says.
-        self.filled.add_(usable).clamp_max_(self.depth)
-        torch.sum(self.ring, 0, out=self.sums)
-        return usable
-
-    def _push_in_triton(self, vector: Tensor) -> Tensor:
-        from distnorm.kernels.gpu.entries import push  # imports Triton
-
         ring = self.ring, self.filled, self.position, self.sums
-        usable: Tensor
-        usable, self.position = push(vector.contiguous(), self.bucket.starts, *ring, self.bucket.dropped)
-        return usable
-
-    def _push_in_c(self, compiled: CDLL, vector: Tensor) -> Tensor:
-        bucket, usable = self.bucket, torch.empty(self.bucket.slots, dtype=torch.bool, device="cpu")
-        ring = self.ring, self.filled, self.position, self.sums
-        compiled.entries_push(
-            *(vector.data_ptr(), bucket.starts.data_ptr(), bucket.slots, self.depth),
-            *(each.data_ptr() for each in (*ring, bucket.dropped, usable)),
-        )
+        usable, self.position = windows.push(vector, self.bucket.layout, *ring, self.bucket.dropped)
         return usable
 
     def mean(self, out: Tensor | None = None) -> Tensor:
         """Of the entries of each slot; 0 where there is none. In ``out``, if it is given."""
-        return torch.div(self.sums, self.filled[self.bucket.slot_of].clamp_min(1), out=out)
+        return torch.div(self.sums, self.filled[self.bucket.layout.slot_of].clamp_min(1), out=out)
 
     def mean_after(self, entry: Tensor, usable: Tensor) -> Tensor:
         """What ``mean`` would be with ``entry`` pushed into the ``usable`` slots."""
-        slot_of = self.bucket.slot_of
+        slot_of = self.bucket.layout.slot_of
         oldest = self.ring[self.position[slot_of], torch.arange(self.bucket.values, device=slot_of.device)]
         sums = self.sums + torch.where(usable[slot_of], entry - oldest, 0.0)
         return sums / (self.filled + usable).clamp_max(self.depth)[slot_of].clamp_min(1)
@@ -102,7 +71,7 @@ class Entries:
 
     def _newest(self, ring: Tensor, filled: Tensor, position: Tensor) -> dict[str, Tensor]:
         """Entries of another depth in rows of this one's, the oldest first."""
-        slot_of, columns = self.bucket.slot_of.to(ring.device), torch.arange(ring.shape[1], device=ring.device)
+        slot_of, columns = self.bucket.layout.slot_of.to(ring.device), torch.arange(ring.shape[1], device=ring.device)
         kept = filled.clamp_max(self.depth)
         rows = ring.new_zeros(self.depth, ring.shape[1])
         for row in range(min(self.depth, len(ring))):
@@ -114,8 +83,29 @@ class Entries:
 class Remembering(Reducer):
     """A reducer with a bucket and entries, on the device of the layers: they follow when these move."""
 
-    bucket: Bucket
-    entries: Entries
+    def __init__(
+        self, facts: Facts, groups: tuple[Group, Group], layout: Layout, *, depth: int, extra: int = 0
+    ) -> None:
+        """``groups``: for blocking sums and for the bucket's, of the same ranks."""
+        self.blocking, background = groups
+        super().__init__(self.blocking.size, facts.along([(self.blocking.ranks,)]))
+        self.bucket = Bucket(layout, background, extra=extra)
+        self.entries = Entries(self.bucket, depth)
+
+    def completeness(self, slot: Slot) -> Completeness:
+        """Steps mix what is global with what is not; all else is summed at once."""
+        return Completeness(not slot.learning, not slot.learning)
+
+    def watches(self, local: Tensor, used: Tensor, shared: Tensor | None) -> dict[str, Watch]:
+        """``watch``, of means of all slots."""
+        local_of, used_of = self.bucket.statistics(local), self.bucket.statistics(used)
+        shared_of = {} if shared is None else self.bucket.statistics(shared)
+        found = {}
+        for layer in local_of:
+            number = self.bucket.index[layer, "forward"]
+            entries, dropped = int(self.entries.filled[number]), int(self.bucket.dropped[number])
+            found[layer] = Watch(local_of[layer], used_of[layer], shared_of.get(layer), entries, dropped)
+        return found
 
     def follow(self, values: Tensor) -> None:
         """Go on where the ``values`` of a layer are now. Waits for the vector in flight, if that is elsewhere."""

@@ -13,20 +13,12 @@ from torch import Tensor
 
 from distnorm.policies.base import Policy, Reducer
 from distnorm.policies.facts import Facts
-from distnorm.policies.routes import Routes
 from distnorm.policies.stored import Check, fields
 from distnorm.transport import Topology
 from distnorm.types import Layout, Slot
 
 
 class _Identity(Reducer):
-    @property
-    def alone(self) -> bool:
-        return True
-
-    def routes(self) -> Routes:
-        return [()]
-
     def reduce(self, wire: Tensor, slot: Slot) -> Tensor:
         return wire
 
@@ -38,7 +30,7 @@ class Local(Policy):
 
     def bind(self, topology: Topology, layout: Layout) -> Reducer:
         """No group is needed."""
-        return _Identity(size=1)
+        return _Identity(1, self.facts.along([()], alone=True))
 
     @property
     def facts(self) -> Facts:

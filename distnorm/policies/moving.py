@@ -9,39 +9,30 @@ is our construction.
 
 from __future__ import annotations
 
-from ctypes import CDLL
 from dataclasses import dataclass, replace
 from typing import Any, Literal, final
 
 import torch
 from torch import Tensor
 
-from distnorm.kernels.native import library
+from distnorm.kernels import windows
 from distnorm.policies.base import Policy, Reducer
-from distnorm.policies.bucket import DOUBLE, Bucket, at_or_number, loss_scale_of
-from distnorm.policies.entries import Entries, Remembering
-from distnorm.policies.facts import Facts
-from distnorm.policies.routes import Routes
+from distnorm.policies.bucket import loss_scale_of
+from distnorm.policies.entries import Remembering
+from distnorm.policies.facts import Completeness, Facts
 from distnorm.policies.stored import Check, bucket, entries, fields, sizes_of
 from distnorm.transport import Group, Topology
-from distnorm.types import Direction, Landed, Layout, Slot, Watch
+from distnorm.types import Landed, Layout, Slot, Watch
 from distnorm.validation import Axis, Staleness, Window, check_fields
 
 LossReduction = Literal["mean", "sum"]
 
 
 class _Window(Remembering):
-    def __init__(self, policy: Moving, blocking: Group, background: Group, layout: Layout) -> None:
-        super().__init__(blocking.size)
-        self.policy = policy
-        self.late = policy.staleness > 0
-        self.blocking = blocking
-        self.bucket = Bucket(layout, background)
+    def __init__(self, policy: Moving, groups: tuple[Group, Group], layout: Layout) -> None:
         # The newest entry never enters the ring before it is global: the window is the ring and the newest.
-        self.entries = Entries(self.bucket, policy.window - 1)
-
-    def routes(self) -> Routes:
-        return [(self.blocking.ranks,)]
+        super().__init__(policy.facts, groups, layout, depth=policy.window - 1)
+        self.policy = policy
 
     def reduce(self, wire: Tensor, slot: Slot) -> Tensor:
         if not slot.learning:
@@ -66,60 +57,16 @@ class _Window(Remembering):
 
         Statistics come with their count, and leave with it.
         """
-        if self.bucket.in_triton(newest):
-            return self._enter_in_triton(newest, weight, slot)
-        compiled = library() if newest.is_cpu and newest.is_contiguous() else None
-        if compiled is not None:
-            return self._enter_in_c(compiled, newest, weight, slot)
-        key, scale = (slot.layer, slot.direction), loss_scale_of(slot, newest)
-        weight = newest.new_ones(()) if weight is None else weight
-        values = (newest[:-1] if slot.direction == "forward" else newest) / scale
-        self.bucket.write(*key, values, weight)
-        share = self._windowed(key, values, weight) * weight * scale
-        return torch.cat((share, weight.view(1))) if slot.direction == "forward" else share
-
-    def _windowed(self, key: tuple[str, Direction], values: Tensor, weight: Tensor) -> Tensor:
-        """Mean over the landed entries and the newest, if it has any weight."""
-        entries = self.entries.filled[self.bucket.index[key]] + (weight > 0)
-        own = torch.where(weight > 0, values / weight, 0)
-        return (self.entries.sums[self.bucket.span[key]] + own) / entries.clamp_min(1)
-
-    def _enter_in_triton(self, newest: Tensor, weight: Tensor | None, slot: Slot) -> Tensor:
-        from distnorm.kernels.gpu.entries import window  # imports Triton
-
         key = slot.layer, slot.direction
-        span, number = self.bucket.span[key], self.bucket.index[key]
-        out: Tensor = window(
-            *(
-                newest.contiguous(),
-                weight,
-                *at_or_number(loss_scale_of(slot, newest)),
-                self.entries.sums,
-                self.entries.filled,
-            ),
-            *(self.bucket.outbox, span.start, span.stop - span.start, number, slot.direction == "forward"),
+        return windows.window(
+            *(newest, weight, loss_scale_of(slot, newest), self.entries.sums, self.entries.filled, self.bucket.outbox),
+            *(self.bucket.span[key], self.bucket.index[key]),
+            counted=slot.direction == "forward",
         )
-        return out
 
-    def _enter_in_c(self, compiled: CDLL, newest: Tensor, weight: Tensor | None, slot: Slot) -> Tensor:
-        key = slot.layer, slot.direction
-        span, number = self.bucket.span[key], self.bucket.index[key]
-        own, scale = 1.0 if weight is None else weight.item(), float(loss_scale_of(slot, newest))
-        out = torch.empty_like(newest)
-        if slot.direction == "forward":
-            out[-1] = own
-        compiled.entries_window(
-            *(newest.data_ptr(), span.stop - span.start, scale, own, own * scale),
-            *(self.entries.sums.data_ptr() + DOUBLE * span.start, self.entries.filled.data_ptr() + DOUBLE * number),
-            *(*self.bucket.addresses(key), out.data_ptr()),
-        )
-        return out
-
-    def lands(self, slot: Slot) -> bool:
-        return not slot.learning or self.policy.staleness == 0
-
-    def counts(self, slot: Slot) -> bool:
-        return not slot.learning
+    def completeness(self, slot: Slot) -> Completeness:
+        found = super().completeness(slot)
+        return found if self.policy.staleness else found._replace(is_global=True)
 
     def observe(self, shared: Tensor, slot: Slot, contributions: float) -> None:
         self.follow(shared)
@@ -140,33 +87,24 @@ class _Window(Remembering):
         if landed is None:
             return []
         usable = self.entries.push(landed)
-        weights = self.bucket.parts(landed)[1]
+        weights = self.bucket.layout.parts(landed)[1]
         # A window of one keeps no entry: what landed is all there is.
-        shared = self.entries.mean() if self.entries.depth else self.bucket.means(landed)
+        shared = self.entries.mean() if self.entries.depth else self.bucket.layout.means(landed)
         return self.bucket.landed(shared, weights, usable)
 
     def in_flight(self) -> list[Landed]:
         landed = self.bucket.in_flight()
         if landed is None:
             return []
-        usable = self.bucket.judge(landed)[1]
-        means = self.bucket.means(landed)
+        usable = self.bucket.layout.judge(landed)[1]
+        means = self.bucket.layout.means(landed)
         shared = self.entries.mean_after(means, usable) if self.entries.depth else means
-        return self.bucket.landed(shared, self.bucket.parts(landed)[1], usable)
+        return self.bucket.landed(shared, self.bucket.layout.parts(landed)[1], usable)
 
     def watch(self, slot: Slot, *, exact: bool) -> dict[str, Watch]:
-        local = self.bucket.means(self.bucket.last)
-        shared = self.bucket.means(self.blocking.sum(self.bucket.last, slot)) if exact else None
-        used = self.entries.mean()
-        found = {}
-        for (layer, direction), number in self.bucket.index.items():
-            span = self.bucket.span[layer, direction]
-            if direction == "forward":
-                entries, dropped = int(self.entries.filled[number]), int(self.bucket.dropped[number])
-                found[layer] = Watch(
-                    local[span], used[span], None if shared is None else shared[span], entries, dropped
-                )
-        return found
+        local = self.bucket.layout.means(self.bucket.last)
+        shared = self.bucket.layout.means(self.blocking.sum(self.bucket.last, slot)) if exact else None
+        return self.watches(local, self.entries.mean(), shared)
 
     def state_dict(self) -> dict[str, Any]:
         self.bucket.warn_of_drops()
@@ -207,8 +145,7 @@ class Moving(Policy):
 
     def bind(self, topology: Topology, layout: Layout) -> Reducer:
         """Make one group for blocking sums and one for the bucket."""
-        blocking, background = topology.pair(self.axis)
-        return _Window(self, blocking, background, layout)
+        return _Window(self, topology.pair(self.axis), layout)
 
     @property
     def facts(self) -> Facts:
@@ -217,7 +154,7 @@ class Moving(Policy):
             collectives=1.0 - self.staleness,
             background=float(self.staleness),
             staleness=self.staleness,
-            always_lands=self.staleness == 0,
+            always_global=self.staleness == 0,
             keeps_cotangents=True,
         )
 

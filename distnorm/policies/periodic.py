@@ -13,8 +13,7 @@ from torch import Tensor
 
 from distnorm.policies.all_reduce import AllReduce
 from distnorm.policies.base import APolicy, Policy, Reducer
-from distnorm.policies.facts import Facts, every_kth
-from distnorm.policies.routes import Routes, either
+from distnorm.policies.facts import Completeness, Facts, every_kth
 from distnorm.policies.stored import Check, fields
 from distnorm.transport import Topology
 from distnorm.types import Layout, Slot
@@ -23,18 +22,9 @@ from distnorm.validation import Period, check_fields
 
 class _EveryKth(Reducer):
     def __init__(self, inner: Reducer, every: int) -> None:
-        super().__init__(inner.size)
+        super().__init__(inner.size, every_kth(inner.facts, every))
         self.inner = inner
         self.every = every
-
-    def routes(self) -> Routes:
-        return self.inner.routes() if self.every == 1 else either(self.inner.routes(), [()])
-
-    def landing(self) -> Routes:
-        return self.inner.landing()
-
-    def handovers(self) -> list[tuple[Routes, Routes]]:
-        return self.inner.handovers()
 
     def reduce(self, wire: Tensor, slot: Slot) -> Tensor:
         return self.inner.reduce(wire, slot) if self._shares(slot) else wire
@@ -44,8 +34,8 @@ class _EveryKth(Reducer):
         still = slot.direction == "forward" and not slot.learning
         return still or slot.step % self.every == 0
 
-    def lands(self, slot: Slot) -> bool:
-        return self._shares(slot) and self.inner.lands(slot)
+    def completeness(self, slot: Slot) -> Completeness:
+        return self.inner.completeness(slot) if self._shares(slot) else Completeness(is_global=False)
 
 
 @final

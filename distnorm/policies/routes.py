@@ -27,13 +27,13 @@ def either(routes: Routes, others: Routes) -> Routes:
 # docs/decisions.md#what-is-known-of-a-policy-before-ranks-are
 def joined(by_rank: Mapping[int, Route]) -> dict[int, Counter[int]]:
     """For every rank, how often each rank's sums are contained in what it gets, where all follow their routes."""
-    held = {rank: Counter({rank: 1}) for rank in by_rank}
+    contained = {rank: Counter({rank: 1}) for rank in by_rank}
     for hop in range(len(next(iter(by_rank.values())))):
         totals: dict[tuple[int, ...], Counter[int]] = {}
         for route in by_rank.values():
             if route[hop] not in totals:
                 total = totals[route[hop]] = Counter()
                 for rank in route[hop]:
-                    total.update(held.get(rank, ()))  # in place: adding P counters up would take P^2
-        held = {rank: totals[route[hop]] for rank, route in by_rank.items()}
-    return held
+                    total.update(contained.get(rank, ()))  # in place: adding P counters up would take P^2
+        contained = {rank: totals[route[hop]] for rank, route in by_rank.items()}
+    return contained

@@ -8,78 +8,38 @@ batches.
 
 from __future__ import annotations
 
-from ctypes import CDLL
 from dataclasses import dataclass, replace
 from typing import Any, final
 
 import torch
 from torch import Tensor
 
-from distnorm.kernels.native import library
+from distnorm.kernels import windows
 from distnorm.policies.base import Policy, Reducer
-from distnorm.policies.bucket import DOUBLE, Bucket, at_or_number, loss_scale_of
-from distnorm.policies.entries import Entries, Remembering
+from distnorm.policies.bucket import loss_scale_of, moved
+from distnorm.policies.entries import Remembering
 from distnorm.policies.facts import Facts
-from distnorm.policies.routes import Routes
 from distnorm.policies.stored import Check, array, bucket, entries, fields, sizes_of
 from distnorm.transport import Group, Topology
-from distnorm.transport.group import moved
 from distnorm.types import Landed, Layout, Slot, Watch
 from distnorm.validation import Axis, Window, check_fields
 
 
 class _Mix(Remembering):
-    late = True
-
-    def __init__(self, window: int, blocking: Group, background: Group, layout: Layout) -> None:
-        super().__init__(blocking.size)
-        self.blocking = blocking
+    def __init__(self, policy: StaleMix, groups: tuple[Group, Group], layout: Layout) -> None:
         # Counts are values here, to be mixed like sums; weights count contributions.
-        self.bucket = Bucket(layout, background, extra=1)
-        self.entries = Entries(self.bucket, window)
+        super().__init__(policy.facts, groups, layout, depth=policy.window, extra=1)
         self.others = torch.zeros_like(self.entries.sums)
         """Per slot, what one other rank contributes on average; 0 before anything landed."""
         self._sent: Tensor | None = None
-
-    def routes(self) -> Routes:
-        return [(self.blocking.ranks,)]
 
     def reduce(self, wire: Tensor, slot: Slot) -> Tensor:
         if not slot.learning:
             return self.blocking.sum(wire, slot)
         self.follow(wire)
-        if self.bucket.in_triton(wire):
-            return self._mix_in_triton(wire, slot)
-        compiled = library() if wire.is_cpu and wire.is_contiguous() else None
-        if compiled is not None:
-            return self._mix_in_c(compiled, wire, slot)
-        scale = loss_scale_of(slot, wire)
-        self.bucket.write(slot.layer, slot.direction, wire / scale, 1.0)
-        return wire + scale * self.others[self.bucket.span[slot.layer, slot.direction]]
-
-    def _mix_in_triton(self, wire: Tensor, slot: Slot) -> Tensor:
-        from distnorm.kernels.gpu.entries import mix  # imports Triton
-
         key = slot.layer, slot.direction
-        place = self.others, self.bucket.outbox, self.bucket.span[key].start, self.bucket.index[key]
-        out: Tensor = mix(wire.contiguous(), *at_or_number(loss_scale_of(slot, wire)), *place)
-        return out
-
-    def _mix_in_c(self, compiled: CDLL, wire: Tensor, slot: Slot) -> Tensor:
-        key, scale = (slot.layer, slot.direction), float(loss_scale_of(slot, wire))
-        others = self.others.data_ptr() + DOUBLE * self.bucket.span[key].start
-        out = torch.empty_like(wire)
-        compiled.entries_mix(
-            *(wire.data_ptr(), wire.numel(), scale, 1.0, scale),
-            *(others, *self.bucket.addresses(key), out.data_ptr()),
-        )
-        return out
-
-    def lands(self, slot: Slot) -> bool:
-        return not slot.learning
-
-    def counts(self, slot: Slot) -> bool:
-        return not slot.learning
+        place = self.bucket.outbox, self.bucket.span[key], self.bucket.index[key]
+        return windows.mix(wire, loss_scale_of(slot, wire), self.others, *place)
 
     def observe(self, shared: Tensor, slot: Slot, contributions: float) -> None:
         self.follow(shared)
@@ -105,25 +65,21 @@ class _Mix(Remembering):
         return [] if landed is None else self._landed(landed)
 
     def _landed(self, vector: Tensor) -> list[Landed]:
-        """Of all slots at once, of which the forward ones end with their counts."""
-        values, usable = self.bucket.parts(vector)[0], self.bucket.judge(vector)[1]
-        counts = values[self.bucket.starts[1:] - 1]
-        means = values / counts.clamp_min(1)[self.bucket.slot_of]
-        landed = self.bucket.landed(means, counts, usable & (counts > 0))
-        return [each._replace(means=each.means[:-1]) for each in landed]
+        """Of all slots at once: the forward ones end with their counts."""
+        values, usable = self.bucket.layout.parts(vector)[0], self.bucket.layout.judge(vector)[1]
+        means, counts = self._means(values)
+        return self.bucket.landed(means, counts, usable & (counts > 0))
+
+    def _means(self, sums: Tensor) -> tuple[Tensor, Tensor]:
+        """Of all slots, over the last of their values; which these are."""
+        counts = sums[self.bucket.layout.starts[1:] - 1]
+        return sums / counts.clamp_min(1)[self.bucket.layout.slot_of], counts
 
     def watch(self, slot: Slot, *, exact: bool) -> dict[str, Watch]:
-        last, _ = self.bucket.parts(self.bucket.last)
-        total = self.bucket.parts(self.blocking.sum(self.bucket.last, slot))[0] if exact else None
-        used = last + self.others
-        found = {}
-        for (layer, direction), number in self.bucket.index.items():
-            if direction == "forward":
-                span = self.bucket.span[layer, direction]
-                shared = None if total is None else _mean(total[span])
-                entries, dropped = int(self.entries.filled[number]), int(self.bucket.dropped[number])
-                found[layer] = Watch(_mean(last[span]), _mean(used[span]), shared, entries, dropped)
-        return found
+        last, _ = self.bucket.layout.parts(self.bucket.last)
+        total = self.bucket.layout.parts(self.blocking.sum(self.bucket.last, slot))[0] if exact else None
+        shared = None if total is None else self._means(total)[0]
+        return self.watches(self._means(last)[0], self._means(last + self.others)[0], shared)
 
     def _represent(self, vector: Tensor) -> None:
         """Let ``vector``, of other ranks, speak for them."""
@@ -150,12 +106,8 @@ class _Mix(Remembering):
     def _one_entry(self, others: Tensor) -> dict[str, Tensor]:
         """As entries, what states without a version hold: what one other rank contributed to the last landed step."""
         filled = torch.zeros_like(self.bucket.dropped, device=others.device)
-        filled.index_add_(0, self.bucket.slot_of.to(others.device), (others != 0).long()).clamp_max_(1)
+        filled.index_add_(0, self.bucket.layout.slot_of.to(others.device), (others != 0).long()).clamp_max_(1)
         return {"ring": others[None], "filled": filled, "position": torch.zeros_like(filled)}
-
-
-def _mean(wire: Tensor) -> Tensor:
-    return wire[:-1] / wire[-1].clamp_min(1)
 
 
 @final
@@ -179,13 +131,12 @@ class StaleMix(Policy):
 
     def bind(self, topology: Topology, layout: Layout) -> Reducer:
         """Make one group for blocking sums and one for the bucket."""
-        blocking, background = topology.pair(self.axis)
-        return _Mix(self.window, blocking, background, layout)
+        return _Mix(self, topology.pair(self.axis), layout)
 
     @property
     def facts(self) -> Facts:
         """One asynchronous collective; cotangents of an earlier step come back."""
-        return Facts(background=1.0, staleness=1, always_lands=False, keeps_cotangents=True)
+        return Facts(background=1.0, staleness=1, always_global=False, keeps_cotangents=True)
 
     @property
     def memory(self) -> str:

@@ -6,15 +6,14 @@ charge and starts warm. MABN starts this way, and so does anything whose old sta
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, final
 
 from torch import Tensor
 
 from distnorm.policies.all_reduce import AllReduce
 from distnorm.policies.base import APolicy, Policy, Reducer
-from distnorm.policies.facts import Facts, first_then
-from distnorm.policies.routes import Routes, either
+from distnorm.policies.facts import Completeness, Facts, first_then
 from distnorm.policies.stored import Check, fields
 from distnorm.transport import Topology
 from distnorm.types import Landed, Layout, Slot, Watch
@@ -24,9 +23,7 @@ from distnorm.validation import Steps, check_fields
 class _Relay(Reducer):
     def __init__(self, first: Reducer, then: Reducer, steps: int, *, remembers: bool) -> None:
         """``remembers``: ``then`` keeps what it observes."""
-        super().__init__(then.size)
-        self.late = then.late
-        self.remembers = remembers
+        super().__init__(then.size, first_then(first.facts, replace(then.facts, keeps_cotangents=remembers)))
         self.first = first
         self.then = then
         self.steps = steps
@@ -34,27 +31,14 @@ class _Relay(Reducer):
     def _in_charge(self, slot: Slot) -> Reducer:
         return self.first if slot.step < self.steps else self.then
 
-    def routes(self) -> Routes:
-        return either(self.first.routes(), self.then.routes())
-
-    def landing(self) -> Routes:
-        return either(self.first.landing(), self.then.landing())
-
-    def handovers(self) -> list[tuple[Routes, Routes]]:
-        own = [(self.first.routes(), self.then.routes())] if self.remembers else []
-        return [*own, *self.first.handovers(), *self.then.handovers()]
-
     def reduce(self, wire: Tensor, slot: Slot) -> Tensor:
         shared = self._in_charge(slot).reduce(wire, slot)
         if slot.step < self.steps and slot.learning:
             self.then.observe(shared, slot, self.first.size)
         return shared
 
-    def lands(self, slot: Slot) -> bool:
-        return self._in_charge(slot).lands(slot)
-
-    def counts(self, slot: Slot) -> bool:
-        return self._in_charge(slot).counts(slot)
+    def completeness(self, slot: Slot) -> Completeness:
+        return self._in_charge(slot).completeness(slot)
 
     def observe(self, shared: Tensor, slot: Slot, contributions: float) -> None:
         self.then.observe(shared, slot, contributions)
@@ -92,7 +76,7 @@ class Warmup(Policy):
         check_fields(self)
         if self.first.facts.keeps_cotangents:
             raise ValueError(f"Warmup(first={self.first!r}): need an exact policy, such as AllReduce().")
-        shares = self.first.facts.communicates and self.first.facts.always_lands
+        shares = self.first.facts.communicates and self.first.facts.always_global
         if self.then.facts.keeps_cotangents and not shares:
             raise ValueError(
                 f"Warmup(first={self.first!r}, then={self.then!r}): the second policy starts with what the first one "

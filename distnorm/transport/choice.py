@@ -44,7 +44,7 @@ def check(transport: Transport, ranks: Sequence[int], devices: Sequence[str], wo
                 f"distnorm: transport={transport!r} carries statistics of layers on the CPU; those of rank {rank} are "
                 f"on {device}. Use transport='torch' ({VARIABLE}=torch), which takes the job's backend there."
             )
-    # Large vectors, and those that nobody waits for, go by the job's own backend.
+    # Large vectors, and asynchronous ones, use the job's own backend.
     served = {"cpu", *devices} - {"meta"} if transport in OF_OUR_OWN else set(devices) - {"meta"}
     others = {device: backend_for(world, device) for device in sorted(served) if backend_for(world, device) != "gloo"}
     if others or (transport in OF_OUR_OWN and sys.platform != "linux"):

@@ -1,4 +1,4 @@
-"""Small sums that the ranks of a job do themselves, without a library's helper threads: turn by turn, in one order.
+"""Small all-reduces that ranks do themselves, without a library's helper threads: turn by turn, in one order.
 
 A message says whose vector it carries. Where ranks hand in those of different layers nothing is added: all of them see
 it in the same turn, tell each other through the job's store, and raise the same error.
@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from datetime import timedelta
+from functools import partial
 from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from distnorm.transport.senders import Sender, mixed
+from distnorm.types import Future
 
 logger = logging.getLogger("distnorm")
 
@@ -23,8 +26,8 @@ CAPACITY = 16 * 1024
 """Longest vector, in values: 128 KiB."""
 
 # docs/decisions.md#a-waiting-rank-spins-first
-AWAKE_S = 5e-3
-"""How long a rank keeps looking for the others before it sleeps between looks.
+SPIN_S = 5e-3
+"""How long a rank spin-waits for the others before it sleeps between looks, in seconds.
 
 A thread that sleeps is woken late, and on a core that another rank may be using: in a training step that cost about as
 much again as the collective. One that yields lets others run, and goes on as soon as they are done.
@@ -32,43 +35,53 @@ much again as the collective. One that yields lets others run, and goes on as so
 
 
 class Declined(NamedTuple):
-    """Why the ranks of a group, all of them, do without a way; and how loud that is said where nobody insists on it."""
+    """Why all ranks of a group do without a transport, and the level at which that is logged if none was asked for."""
 
     cause: str
     level: int = logging.WARNING
 
+    @classmethod
+    def by_rank(cls, ranks: tuple[int, ...], causes: Sequence[str]) -> Declined:
+        """Of each rank that has one, the cause."""
+        return cls("; ".join(f"rank {rank}: {why}" for rank, why in zip(ranks, causes, strict=True) if why))
+
+    def log(self, message: str, ranks: tuple[int, ...]) -> None:
+        """Log ``message``, with ``ranks`` and the cause in place of its two ``%s``."""
+        logger.log(self.level, message, list(ranks), self.cause)
+
 
 # docs/decisions.md#small-all-reduces-do-not-use-gloo
 class Direct(ABC):
-    """Sums of float64 vectors on the CPU among the ranks of a group, which hand in the same number of values."""
+    """All-reduces of float64 vectors on the CPU among the ranks of a group, all of the same length."""
 
-    travels: ClassVar[bool] = True
+    over_network: ClassVar[bool] = True
     """Whether vectors cross a network, so that ranks do not come out of a sum at the same time."""
 
     def __init__(self, ranks: tuple[int, ...], place: int, timeout: timedelta) -> None:
         """As rank number ``place`` of ``ranks``; no turn yet."""
         self._ranks, self._place, self._timeout = ranks, place, timeout
-        self._last: Turn | None = None
+        self._last: tuple[int, Future] | None = None
 
     @property
     def turn(self) -> int:
         """How many vectors this rank has handed in."""
-        return 0 if self._last is None else self._last.number
+        return 0 if self._last is None else self._last[0]
 
     def takes(self, wire: Tensor) -> bool:
         """Whether ``wire`` can travel here: the same on every rank."""
         return wire.dtype is torch.float64 and wire.is_cpu and wire.numel() <= CAPACITY
 
     # docs/decisions.md#a-collective-can-be-interrupted
-    def start(self, wire: Tensor, who: Sender) -> Turn:
+    def start(self, wire: Tensor, who: Sender) -> Future:
         """Hand in ``wire`` of ``who``; one turn at a time. Where this raises, nothing was handed in, or all of it."""
         last = self._last
-        if last is not None:
-            last.settle()
+        if last is not None and not last[1].done():
+            last[1].wait()
         # From here on an exception, such as Ctrl-C, may come between any two lines. A turn is one assignment, which is
         # taken back if no part of the vector has left.
         turn = self._open(self.turn + 1, wire, who)
-        self._last = turn
+        future = Future(partial(self._complete, turn))
+        self._last = turn.number, future
         try:
             self.post(turn)
         except BaseException:
@@ -76,10 +89,17 @@ class Direct(ABC):
                 self._last = last
             raise
         turn.handed_in = True
-        return turn
+        return future
 
     def _open(self, number: int, wire: Tensor, who: Sender) -> Turn:
-        return Turn(self, number, wire, who)
+        return Turn(number, wire, who)
+
+    def _complete(self, turn: Turn) -> Tensor | RuntimeError:
+        if not turn.handed_in:
+            self.post(turn)
+        if self.finish(turn):
+            return turn.sum
+        return mixed(self._ranks, f"{turn.who.words}, {turn.wire.numel()} values", self._timeout)
 
     @abstractmethod
     def post(self, turn: Turn) -> None:
@@ -103,7 +123,7 @@ class Direct(ABC):
     def close(self) -> None:
         """Leave: whoever waits for this rank is told that it has ended."""
 
-    def too_late(self, place: int) -> RuntimeError:
+    def timed_out(self, place: int) -> RuntimeError:
         """The error where rank number ``place`` did not come in time."""
         return RuntimeError(
             f"rank {self._ranks[place]} did not take part within {self._timeout.total_seconds():.0f} s."
@@ -113,41 +133,12 @@ class Direct(ABC):
         """The error where rank number ``place`` has gone."""
         return RuntimeError(f"rank {self._ranks[place]} has ended.")
 
-    def mixed(self, turn: Turn) -> RuntimeError:
-        """The error where ranks were not in the same layer. Collective."""
-        return mixed(self._ranks, f"{turn.who.words}, {turn.wire.numel()} values", self._timeout)
-
 
 class Turn:
-    """One sum; done once it was waited for."""
+    """What this rank hands in, and the sum to be."""
 
-    def __init__(self, direct: Direct, number: int, wire: Tensor, who: Sender) -> None:
-        """Of vectors like ``wire``."""
+    def __init__(self, number: int, wire: Tensor, who: Sender) -> None:
+        """The vector ``wire`` of ``who``."""
         self.number, self.wire, self.who = number, wire.contiguous(), who
         self.sum = torch.empty_like(wire, memory_format=torch.contiguous_format)
         self.handed_in = False
-        self._direct: Direct | None = direct
-        self._error: RuntimeError | None = None
-
-    def wait(self) -> None:
-        """Return when all ranks have handed in."""
-        self.settle()
-        if self._error is not None:
-            raise self._error
-
-    def settle(self) -> None:
-        """``wait``, unless that was done before."""
-        if self._direct is None:
-            return
-        direct = self._direct
-        if not self.handed_in:
-            direct.post(self)
-        if not direct.finish(self):
-            self._error = direct.mixed(self)
-        self._direct = None  # not before: a sum that failed must fail again
-        if self._error is not None:
-            raise self._error
-
-    def total(self) -> Tensor:
-        """The sum."""
-        return self.sum

@@ -1,4 +1,4 @@
-"""Groups that sum small vectors: what every transport offers, and torch process groups at their lowest latency."""
+"""Groups for small all-reduces: what every transport offers, and torch process groups at their lowest latency."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import TypeVar
 from weakref import ref
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distnorm.transport.direct import AWAKE_S, Direct
+from distnorm.transport.direct import SPIN_S, Direct
 from distnorm.transport.rendezvous import group_timeout
 from distnorm.transport.schedule import Schedule
 from distnorm.transport.senders import Sender, mixed, sender, signature
-from distnorm.types import Slot
+from distnorm.types import Future, Slot
 
 EXCHANGE_LIMIT_BYTES = 128 * 1024
 """Largest vector that gloo ranks send to each other directly; ``benchmarks/exchange.py`` measures the switch point."""
@@ -63,59 +63,6 @@ def lost(group: dist.ProcessGroup | OtherT) -> LostGroup | OtherT:
     return group
 
 
-class Work(Protocol):
-    """A collective that was started."""
-
-    def wait(self) -> object:
-        """Return when it is done."""
-        ...
-
-
-class Pending:
-    """A sum that is under way."""
-
-    def __init__(self, wire_: Tensor, work: Work | None, slot: Slot) -> None:
-        """``work`` sums ``wire_`` in place; None if it is done."""
-        self.step = slot.step
-        self._wire = wire_
-        self._work = work
-        self._slot = slot
-
-    def wait(self) -> Tensor:
-        """The sum; waits once. On a GPU the current stream waits, not the host."""
-        if self._work is not None:
-            with _timed(self._slot):
-                self._work.wait()
-            self._work = None  # not before: a sum that failed must fail again
-        return self._wire
-
-    def to(self, device: torch.device) -> None:
-        """Wait, and keep the sum on ``device``."""
-        self._wire = moved(self.wait(), device)
-
-
-def moved(values: Tensor, device: torch.device) -> Tensor:
-    """``values`` on ``device``; zeros in place of those of a meta tensor, which has none."""
-    return torch.zeros_like(values, device=device) if values.is_meta else values.to(device)
-
-
-class Later:
-    """The sum of a vector that is left as it was, once it is there."""
-
-    def __init__(self, work: Work | None, result: Callable[[], Tensor], slot: Slot) -> None:
-        """``work`` makes ``result`` possible; None if it is already."""
-        self._work = work
-        self._result = result
-        self._slot = slot
-
-    def wait(self) -> Tensor:
-        """The sum. On a GPU the current stream waits, not the host."""
-        if self._work is not None:
-            with _timed(self._slot):
-                self._work.wait()
-        return self._result()
-
-
 class Group(ABC):
     """Ranks that share statistics, and what carries these between them."""
 
@@ -131,24 +78,25 @@ class Group(ABC):
             return wire
         self._announce(wire, slot)
         with _timed(slot):
-            return self._sum(wire.detach(), slot)
+            return self._start(wire.detach(), slot).wait()
 
-    def start(self, wire: Tensor, slot: Slot) -> Later:
+    def start(self, wire: Tensor, slot: Slot) -> Future:
         """``sum``, whose result is asked for later. One collective; none in a group of one rank."""
         if self.size == 1:
-            return Later(None, lambda: wire, slot)
+            return Future.completed(wire)
         self._announce(wire, slot)
         with _timed(slot):
-            return Later(*self._start(wire.detach(), slot), slot)
+            started = self._start(wire.detach(), slot)
+        return _observed(started, slot)
 
-    def sum_async(self, wire_: Tensor, slot: Slot) -> Pending:
+    def sum_async(self, wire_: Tensor, slot: Slot) -> Future:
         """Start summing ``wire_`` over the group, in place. One collective; none in a group of one rank."""
         if self.size == 1:
-            return Pending(wire_, None, slot)
+            return Future.completed(wire_)
         self._announce(wire_, slot)
         with _timed(slot):
-            work = self._start_sum(wire_)
-        return Pending(wire_, work, slot)
+            started = self._start_sum(wire_)
+        return _observed(started, slot)
 
     def broadcast(self, tensor: Tensor) -> None:
         """Overwrite ``tensor`` with the first rank's, in place. One collective; none in a group of one rank."""
@@ -156,11 +104,6 @@ class Group(ABC):
             if self._schedule is not None:
                 self._schedule.check("a broadcast", tensor)
             self._broadcast(tensor)
-
-    def _sum(self, wire: Tensor, slot: Slot) -> Tensor:
-        work, result = self._start(wire, slot)
-        work.wait()
-        return result()
 
     def _announce(self, wire: Tensor, slot: Slot) -> None:
         """Tell observers and, if so asked for, see that all ranks are at the same collective."""
@@ -170,11 +113,11 @@ class Group(ABC):
             observer.issued(slot, wire.numel() * wire.element_size())
 
     @abstractmethod
-    def _start(self, wire: Tensor, slot: Slot) -> tuple[Work, Callable[[], Tensor]]:
-        """Start a sum among two ranks at least, of which every rank gets the same bits; and what then gives it."""
+    def _start(self, wire: Tensor, slot: Slot) -> Future:
+        """Start a sum among two ranks at least, of which every rank gets the same bits."""
 
     @abstractmethod
-    def _start_sum(self, wire_: Tensor) -> Work:
+    def _start_sum(self, wire_: Tensor) -> Future:
         """``sum_async``, among two ranks at least; every rank gets the same bits."""
 
     @abstractmethod
@@ -196,7 +139,7 @@ class TorchGroup(Group):
 
     On gloo an all_reduce of P ranks costs about 2 (P - 1) message rounds and a direct exchange costs one, so small
     vectors are exchanged and added locally, in rank order: every rank gets the same bits. Larger ones, and those on a
-    device that another backend serves, go by all_reduce. Small vectors on the CPU need no gloo where ranks share memory
+    device that another backend serves, use all_reduce. Small vectors on the CPU need no gloo where ranks share memory
     or have sockets of their own.
     """
 
@@ -233,58 +176,57 @@ class TorchGroup(Group):
             raise RuntimeError(f"the process group of ranks {list(self.ranks)} has been destroyed.")
         return found
 
-    def _start(self, wire: Tensor, slot: Slot) -> tuple[Work, Callable[[], Tensor]]:
+    def _start(self, wire: Tensor, slot: Slot) -> Future:
         who = sender(slot.layer, slot.direction, slot.model)
         if self.direct is not None and self.direct.takes(wire):
-            turn = self.direct.start(wire, who)
-            return turn, turn.total
+            return self.direct.start(wire, who)
         small = wire.numel() * wire.element_size() <= self.exchange_limit_bytes
         if not small or wire.device.type not in self.gloo_devices:
             return self._all_reduce(wire)
         return self._exchange(wire, who)
 
-    def _start_sum(self, wire_: Tensor) -> Work:
-        work: Work = dist.all_reduce(wire_, group=self.process_group, async_op=True)
-        return work
+    def _start_sum(self, wire_: Tensor) -> Future:
+        work = dist.all_reduce(wire_, group=self.process_group, async_op=True)
+        return _future(work, lambda: wire_, spin=False)
 
     def _broadcast(self, tensor: Tensor) -> None:
         dist.broadcast(tensor, src=self.ranks[0], group=self.process_group)
 
-    def _exchange(self, wire: Tensor, who: Sender) -> tuple[Work, Callable[[], Tensor]]:
+    def _exchange(self, wire: Tensor, who: Sender) -> Future:
         # Behind the values stands who sends them; not on a GPU, where reading it would make the host wait.
         count = wire.numel()
         signed = torch.cat((wire.reshape(-1), signature(who, wire.dtype))) if wire.is_cpu else wire.reshape(-1)
         sent = signed.repeat(self.size)
         received = torch.empty_like(sent)
-        work = _Awake(dist.all_to_all_single(received, sent, group=self.process_group, async_op=True))
 
-        def result() -> Tensor:
+        def result() -> Tensor | RuntimeError:
             rows = received.view(self.size, -1)
             if wire.is_cpu and set(rows[:, count:].flatten().view(torch.int64).tolist()) != {who.number}:
                 assert self.process_group is not None
-                raise mixed(self.ranks, who.words, group_timeout(self.process_group))
-            total: Tensor = rows[:, :count].sum(0).view_as(wire)
-            return total
+                return mixed(self.ranks, who.words, group_timeout(self.process_group))
+            return rows[:, :count].sum(0).view_as(wire)
 
-        return work, result
+        work = dist.all_to_all_single(received, sent, group=self.process_group, async_op=True)
+        return _future(work, result, spin=True)
 
-    def _all_reduce(self, wire: Tensor) -> tuple[Work, Callable[[], Tensor]]:
+    def _all_reduce(self, wire: Tensor) -> Future:
         total = wire.clone()
         work = dist.all_reduce(total, group=self.process_group, async_op=True)
-        return _Awake(work) if wire.is_cpu and "cpu" in self.gloo_devices else work, lambda: total
+        return _future(work, lambda: total, spin=wire.is_cpu and "cpu" in self.gloo_devices)
 
 
-class _Awake:
-    """Waits for a collective of gloo's on the CPU, awake for ``AWAKE_S``."""
+def _future(work: dist.Work, result: Callable[[], Tensor | RuntimeError], *, spin: bool) -> Future:
+    """Of a collective of torch's, after which ``result`` gives the sum; ``spin``: busy-wait for it at first."""
 
-    def __init__(self, work: dist.Work) -> None:
-        self._work = work
+    def finish() -> Tensor | RuntimeError:
+        if spin:
+            until = time.perf_counter() + SPIN_S
+            while not work.is_completed() and time.perf_counter() < until:
+                os.sched_yield()
+        work.wait()
+        return result()
 
-    def wait(self) -> None:
-        until = time.perf_counter() + AWAKE_S
-        while not self._work.is_completed() and time.perf_counter() < until:
-            os.sched_yield()
-        self._work.wait()
+    return Future(finish)
 
 
 def _served_by_gloo(process_group: dist.ProcessGroup) -> tuple[str, ...]:
@@ -297,3 +239,15 @@ def _timed(slot: Slot) -> Iterator[None]:
     yield
     for observer in slot.observers:
         observer.waited(slot, time.perf_counter() - started)
+
+
+def _observed(started: Future, slot: Slot) -> Future:
+    """``started``, of whose wait the observers of ``slot`` are told."""
+    if not slot.observers:
+        return started
+
+    def finish() -> Tensor:
+        with _timed(slot):
+            return started.wait()
+
+    return Future(finish, started.done)

@@ -1,7 +1,7 @@
 """How ranks that have told each other addresses and secrets connect, whoever else calls meanwhile.
 
-Who calls says the secret of the rank that it calls, and its own place; the answer is the caller's secret. Strangers
-cannot know either. All connections are heard at the same time, and one that says nothing waits for nobody.
+A caller sends the secret of the rank that it calls, and its own place; the answer is the caller's secret. Unknown
+processes have neither. All connections are read at the same time, and one that sends nothing holds up nobody.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from distnorm.transport.patience import LOOK_S, Patience
 SECRET = 16  # bytes
 _HELLO = struct.Struct(f"!{SECRET}sI")  # the secret of the rank that is called, and who calls
 
-SILENT_S = 2.0
-"""How long a caller may take to say who it is."""
+IDENTIFY_S = 2.0
+"""How long a caller may take to identify itself."""
 
-GUESTS = 256
-"""How many callers may be taking their time; the oldest makes room for another."""
+MAX_UNIDENTIFIED = 256
+"""How many callers may be unidentified at once; the oldest is dropped for another."""
 
 
 class UnreachableError(OSError):
     """A rank could not be reached in time; the message says which."""
 
 
-class Door(NamedTuple):
+class Endpoint(NamedTuple):
     """Where a rank listens, and what a caller must know."""
 
     rank: int
@@ -41,8 +41,8 @@ class Door(NamedTuple):
 
 
 @dataclass
-class _Guest:
-    """A connection on which somebody has yet to speak: rank number ``called``, or a caller if that is None."""
+class _Unidentified:
+    """A connection whose other end has not proved who it is: rank number ``called``, or a caller if that is None."""
 
     connection: socket.socket
     called: int | None
@@ -54,11 +54,11 @@ class _Guest:
 class Handshake:
     """This rank's part in connecting all with all."""
 
-    def __init__(self, listener: socket.socket, doors: Sequence[Door], place: int) -> None:
-        """As rank number ``place`` of those behind ``doors``."""
+    def __init__(self, listener: socket.socket, endpoints: Sequence[Endpoint], place: int) -> None:
+        """As rank number ``place`` of those at ``endpoints``."""
         self.peers: dict[int, socket.socket] = {}
-        self._listener, self._doors, self._place = listener, doors, place
-        self._guests: dict[socket.socket, _Guest] = {}
+        self._listener, self._endpoints, self._place = listener, endpoints, place
+        self._unidentified: dict[socket.socket, _Unidentified] = {}
 
     def connect(self, patience: Patience) -> None:
         """Call the ranks before this one, and answer those after it: ``peers`` has them by place.
@@ -77,18 +77,18 @@ class Handshake:
                         raise UnreachableError(f"ranks {missing} did not connect within {patience.limit_s:.0f} s")
                     for key, _ in self._selector.select(LOOK_S):
                         if key.fileobj is self._listener:
-                            self._let_in()
+                            self._accept_callers()
                         else:
-                            self._hear(key.data, patience)
-                    self._turn_out()
+                            self._receive(key.data, patience)
+                    self._drop_silent()
             except BaseException:
-                self.hang_up()
+                self.close()
                 raise
             finally:
-                for guest in list(self._guests.values()):
-                    self._drop(guest)
+                for unknown in list(self._unidentified.values()):
+                    self._drop(unknown)
 
-    def hang_up(self) -> None:
+    def close(self) -> None:
         """Close all connections."""
         for connection in self.peers.values():
             connection.close()
@@ -96,11 +96,11 @@ class Handshake:
     def _missing(self) -> list[int]:
         """Ranks that are no peers yet."""
         there = {*self.peers, self._place}
-        return [door.rank for place, door in enumerate(self._doors) if place not in there]
+        return [endpoint.rank for place, endpoint in enumerate(self._endpoints) if place not in there]
 
     def _call(self, other: int, patience: Patience) -> None:
         """Again and again: a listener with many callers may refuse one, and it was there before it said where."""
-        rank, address, port, secret = self._doors[other]
+        rank, address, port, secret = self._endpoints[other]
         while True:
             try:
                 connection = socket.create_connection((address, int(port)), timeout=max(patience.look(), LOOK_S))
@@ -112,76 +112,76 @@ class Handshake:
             except OSError as error:
                 raise UnreachableError(f"no way to rank {rank} at {address}:{port}: {error}") from error
             else:
-                return self._welcome(connection, other)
+                return self._register(connection, other)
 
-    def _let_in(self) -> None:
-        for _ in range(GUESTS):
+    def _accept_callers(self) -> None:
+        for _ in range(MAX_UNIDENTIFIED):
             try:
                 connection, _ = self._listener.accept()
             except BlockingIOError:
                 return
             except OSError:  # one that has gone before it came
                 continue
-            if len(self._callers()) >= GUESTS:
+            if len(self._callers()) >= MAX_UNIDENTIFIED:
                 self._drop(self._callers()[0])
-            self._welcome(connection, None)
+            self._register(connection, None)
 
-    def _welcome(self, connection: socket.socket, called: int | None) -> None:
+    def _register(self, connection: socket.socket, called: int | None) -> None:
         connection.setblocking(False)
-        guest = self._guests[connection] = _Guest(connection, called)
-        self._selector.register(connection, selectors.EVENT_READ, guest)
+        unknown = self._unidentified[connection] = _Unidentified(connection, called)
+        self._selector.register(connection, selectors.EVENT_READ, unknown)
 
-    def _callers(self) -> list[_Guest]:
-        return [guest for guest in self._guests.values() if guest.called is None]
+    def _callers(self) -> list[_Unidentified]:
+        return [unknown for unknown in self._unidentified.values() if unknown.called is None]
 
-    def _hear(self, guest: _Guest, patience: Patience) -> None:
-        if guest.connection not in self._guests:
-            return  # turned out meanwhile
-        expected = _HELLO.size if guest.called is None else SECRET
+    def _receive(self, unknown: _Unidentified, patience: Patience) -> None:
+        if unknown.connection not in self._unidentified:
+            return  # dropped meanwhile
+        expected = _HELLO.size if unknown.called is None else SECRET
         try:
-            part = guest.connection.recv(expected - len(guest.heard))
+            part = unknown.connection.recv(expected - len(unknown.heard))
         except BlockingIOError:
             return
         except OSError:
             part = b""
-        guest.heard += part
-        if part and len(guest.heard) < expected:
+        unknown.heard += part
+        if part and len(unknown.heard) < expected:
             return
-        if self._accepts(guest):
+        if self._verify(unknown):
             return
-        self._drop(guest)
-        if guest.called is not None:
-            self._call(guest.called, patience)
+        self._drop(unknown)
+        if unknown.called is not None:
+            self._call(unknown.called, patience)
 
-    def _accepts(self, guest: _Guest) -> bool:
+    def _verify(self, unknown: _Unidentified) -> bool:
         """Whether the other end is a rank, which is then a peer."""
-        mine = bytes.fromhex(self._doors[self._place].secret)
-        if guest.called is not None:
-            other, known = guest.called, hmac.compare_digest(guest.heard, mine)
+        mine = bytes.fromhex(self._endpoints[self._place].secret)
+        if unknown.called is not None:
+            other, known = unknown.called, hmac.compare_digest(unknown.heard, mine)
         else:
-            secret, other = _HELLO.unpack(guest.heard) if len(guest.heard) == _HELLO.size else (b"", 0)
-            known = hmac.compare_digest(secret, mine) and self._place < other < len(self._doors)
+            secret, other = _HELLO.unpack(unknown.heard) if len(unknown.heard) == _HELLO.size else (b"", 0)
+            known = hmac.compare_digest(secret, mine) and self._place < other < len(self._endpoints)
         if not known:
             return False
-        if guest.called is None:
+        if unknown.called is None:
             try:
-                guest.connection.sendall(bytes.fromhex(self._doors[other].secret))
+                unknown.connection.sendall(bytes.fromhex(self._endpoints[other].secret))
             except OSError:
                 return False
-        self._selector.unregister(guest.connection)
-        del self._guests[guest.connection]
+        self._selector.unregister(unknown.connection)
+        del self._unidentified[unknown.connection]
         if other in self.peers:  # a connection that broke before its answer came
             self.peers[other].close()
-        self.peers[other] = guest.connection
+        self.peers[other] = unknown.connection
         return True
 
-    def _turn_out(self) -> None:
-        """Drop callers who have said too little for too long."""
-        for guest in self._callers():
-            if time.monotonic() - guest.since_s > SILENT_S:
-                self._drop(guest)
+    def _drop_silent(self) -> None:
+        """Drop callers that have not identified themselves in time."""
+        for unknown in self._callers():
+            if time.monotonic() - unknown.since_s > IDENTIFY_S:
+                self._drop(unknown)
 
-    def _drop(self, guest: _Guest) -> None:
-        self._selector.unregister(guest.connection)
-        del self._guests[guest.connection]
-        guest.connection.close()
+    def _drop(self, unknown: _Unidentified) -> None:
+        self._selector.unregister(unknown.connection)
+        del self._unidentified[unknown.connection]
+        unknown.connection.close()

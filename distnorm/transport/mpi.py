@@ -29,7 +29,7 @@ from torch import Tensor
 from distnorm.transport.group import Group
 from distnorm.transport.patience import Patience
 from distnorm.transport.schedule import Schedule, schedule_of
-from distnorm.types import Slot
+from distnorm.types import Future, Slot
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -112,7 +112,7 @@ def check_places(ranks: Sequence[int], told: Sequence[Mapping[str, Any]]) -> dic
         if each["device"] != "cpu":
             raise RuntimeError(
                 f"distnorm: transport='mpi' carries statistics of layers on the CPU; those of rank {rank} are on "
-                f"{each['device']}. Use transport='torch', which goes by NCCL there."
+                f"{each['device']}. Use transport='torch', which uses NCCL there."
             )
         if not each["threads"]:
             raise RuntimeError(
@@ -162,43 +162,37 @@ class MpiGroup(Group):
         self._in_place = load_mpi("transport='mpi'").IN_PLACE
         self._timeout_s = timeout.total_seconds()
 
-    def _start(self, wire: Tensor, slot: Slot) -> tuple[_Polled, Callable[[], Tensor]]:
-        total = wire.clone(memory_format=torch.contiguous_format)
-        return self._start_sum(total), lambda: total
+    def _start(self, wire: Tensor, slot: Slot) -> Future:
+        return self._start_sum(wire.clone(memory_format=torch.contiguous_format))
 
-    def _start_sum(self, wire_: Tensor) -> _Polled:
-        return self._polled(self._communicator.Iallreduce(self._in_place, wire_.numpy()), wire_)
+    def _start_sum(self, wire_: Tensor) -> Future:
+        return self._future(self._communicator.Iallreduce(self._in_place, wire_.numpy()), wire_)
 
     def _broadcast(self, tensor: Tensor) -> None:
         octets = tensor.view(-1).view(torch.uint8)  # numpy has no bfloat16
-        self._polled(self._communicator.Ibcast(octets.numpy(), root=0), octets).wait()
+        self._future(self._communicator.Ibcast(octets.numpy(), root=0), octets).wait()
 
-    def _polled(self, request: MPI.Request, memory: Tensor) -> _Polled:
-        polled = _Polled(request, memory, self.ranks, self._timeout_s)
-        _under_way.add(polled)
-        return polled
+    def _future(self, request: MPI.Request, memory: Tensor) -> Future:
+        def poll() -> bool:
+            return bool(request.Test())
 
+        # MPI writes to the memory until it is done. The request alone does not keep it (mpi4py 4.1; a use after free
+        # showed it), the future does.
+        def finish() -> Tensor:
+            self._poll_until_done(poll)
+            return memory
 
-class _Polled:
-    """A collective whose end is asked for again and again, until a deadline."""
+        future = Future(finish, poll)
+        _under_way.add(future)
+        return future
 
-    def __init__(self, request: MPI.Request, memory: Tensor, ranks: tuple[int, ...], timeout_s: float) -> None:
-        self._request = request
-        # MPI writes here until it is done. The request alone does not keep it (mpi4py 4.1; a use after free showed it).
-        self._memory = memory
-        self._ranks = ranks
-        self._timeout_s = timeout_s
-
-    def done(self) -> bool:
-        return bool(self._request.Test())
-
-    def wait(self) -> None:
+    def _poll_until_done(self, poll: Callable[[], bool]) -> None:
         started, patience = time.perf_counter(), Patience(timedelta(seconds=self._timeout_s))
-        while not self.done():
+        while not poll():
             waited_s = time.perf_counter() - started
             if not patience.look():
                 raise RuntimeError(
-                    f"an MPI collective among ranks {list(self._ranks)} was not complete after {self._timeout_s:.0f} s"
+                    f"an MPI collective among ranks {list(self.ranks)} was not complete after {self._timeout_s:.0f} s"
                 )
             if waited_s > _SLEEP_AFTER_S:
                 time.sleep(_SLEEP_S)
@@ -210,25 +204,25 @@ class _UnderWay:
     """Collectives that nobody may have waited for. MPI writes to their memory until they are done."""
 
     def __init__(self) -> None:
-        self._polled: list[_Polled] = []
+        self._futures: list[Future] = []
 
-    def add(self, polled: _Polled) -> None:
-        self._polled = [each for each in self._polled if not each.done()]
-        self._polled.append(polled)
+    def add(self, future: Future) -> None:
+        self._futures = [each for each in self._futures if not each.done()]
+        self._futures.append(future)
 
     def settle(self) -> None:
         """Give the last step's sums, which moving statistics leave behind, a moment to arrive."""
         deadline = time.perf_counter() + _SETTLING_S
-        while self._polled and time.perf_counter() < deadline:
-            self._polled = [each for each in self._polled if not each.done()]
+        while self._futures and time.perf_counter() < deadline:
+            self._futures = [each for each in self._futures if not each.done()]
             time.sleep(_SLEEP_S)
         self.keep_memory()
 
     def keep_memory(self) -> None:
         """Never free the memory of what is under way, not even when the interpreter ends: MPI ends later."""
-        for each in self._polled:
+        for each in self._futures:
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(each))
-        self._polled = []
+        self._futures = []
 
 
 _under_way = _UnderWay()

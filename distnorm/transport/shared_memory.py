@@ -1,4 +1,4 @@
-"""Sums among ranks of one host through memory that they share: no kernel, no helper thread, no socket.
+"""All-reduces among ranks of one host through shared memory: no helper thread, no socket.
 
 A gloo collective is done by threads of its own, which wake up late where ranks keep all cores busy: it takes 0.2 ms
 alone, and about 1 ms in a training step. Here the rank itself writes its vector and watches for the others'.
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from distnorm.kernels.native import library
-from distnorm.transport.direct import AWAKE_S, CAPACITY, Declined, Direct, Turn, logger
+from distnorm.transport.direct import CAPACITY, SPIN_S, Declined, Direct, Turn, logger
 from distnorm.transport.patience import LOOK_S, Patience
 from distnorm.transport.rendezvous import tell_and_collect
 
@@ -31,7 +31,7 @@ LINE = 64  # bytes, as in exchange.c
 class SharedMemory(Direct):
     """A segment that the ranks of a group share; each knows it by its own address."""
 
-    travels: ClassVar[bool] = False
+    over_network: ClassVar[bool] = False
 
     def __init__(self, file: int, ranks: tuple[int, ...], place: int, timeout: timedelta, compiled: CDLL) -> None:
         """Map the open ``file`` as rank number ``place`` of ``ranks``, and hold this rank's lock."""
@@ -58,7 +58,7 @@ class SharedMemory(Direct):
     def finish(self, turn: Turn) -> bool:
         """Watch for the turns of all, and add up in the order of ranks."""
         size, number = len(self._ranks), turn.number
-        late = self._compiled.exchange_await(self._segment, size, number, AWAKE_S, LOOK_S)
+        late = self._compiled.exchange_await(self._segment, size, number, SPIN_S, LOOK_S)
         if late >= 0:
             self._await_late(late, number)
         place: int = self._compiled.exchange_add(
@@ -77,7 +77,7 @@ class SharedMemory(Direct):
             if gone and self._compiled.exchange_await(self._segment, late + 1, number, 0, 0) == late:
                 raise self.ended(late)
             if not patience.look():
-                raise self.too_late(late)
+                raise self.timed_out(late)
             late = self._compiled.exchange_await(self._segment, len(self._ranks), number, 0, LOOK_S)
 
     def _lives(self, place: int) -> bool:
@@ -99,7 +99,7 @@ def join(ranks: tuple[int, ...], rank: int, timeout: timedelta) -> SharedMemory 
     found = attempt(ranks, rank, timeout)
     if not isinstance(found, Declined):
         return found
-    logger.log(found.level, "distnorm: ranks %s share no memory: %s", list(ranks), found.cause)
+    found.log("distnorm: ranks %s share no memory: %s", ranks)
     return None
 
 
@@ -131,7 +131,7 @@ def attempt(ranks: tuple[int, ...], rank: int, timeout: timedelta) -> SharedMemo
     causes = tell("" if isinstance(joined, SharedMemory) else joined, "open shared memory")
     if isinstance(joined, SharedMemory) and not any(causes):
         return joined
-    return Declined("; ".join(f"rank {rank}: {why}" for rank, why in zip(ranks, causes, strict=True) if why))
+    return Declined.by_rank(ranks, causes)
 
 
 # docs/decisions.md#shared-memory-belongs-to-one-host-and-leaves-nothing-behind

@@ -1,4 +1,4 @@
-"""Sums among ranks of several hosts over sockets of our own: one message each way, sent without asking.
+"""All-reduces among ranks of several hosts over sockets of our own: one message each way, sent without asking.
 
 A message of gloo's takes a round trip, since the receiver announces its buffer first, and two threads that wake up.
 Here every rank writes its vector to all others at once and reads theirs as they come: half a round trip.
@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 
 from distnorm.transport.addresses import family_of, own_address
-from distnorm.transport.direct import AWAKE_S, CAPACITY, Declined, Direct, Turn, logger
-from distnorm.transport.handshake import SECRET, Door, Handshake, UnreachableError
+from distnorm.transport.direct import CAPACITY, SPIN_S, Declined, Direct, Turn
+from distnorm.transport.handshake import SECRET, Endpoint, Handshake, UnreachableError
 from distnorm.transport.patience import LOOK_S, Patience
 from distnorm.transport.rendezvous import tell_and_collect
 from distnorm.transport.senders import Sender
@@ -40,12 +40,12 @@ CONNECT_S = 5.0
 HEADER = 3  # values
 
 
-class _Letters(Turn):
+class _SocketTurn(Turn):
     """A turn, and how far its messages have come."""
 
-    def __init__(self, direct: Direct, number: int, wire: Tensor, who: Sender, ranks: int, place: int) -> None:
+    def __init__(self, number: int, wire: Tensor, who: Sender, ranks: int, place: int) -> None:
         """To and from all ``ranks`` but number ``place``, which is this one."""
-        super().__init__(direct, number, wire, who)
+        super().__init__(number, wire, who)
         count = wire.numel()
         self.rows = torch.empty(ranks, HEADER + count, dtype=torch.float64, device="cpu")
         mine = self.rows[place]
@@ -75,27 +75,27 @@ class Sockets(Direct):
         _in_use.add(self)
 
     def _open(self, number: int, wire: Tensor, who: Sender) -> Turn:
-        return _Letters(self, number, wire, who, len(self._ranks), self._place)
+        return _SocketTurn(number, wire, who, len(self._ranks), self._place)
 
     def post(self, turn: Turn) -> None:
         """Write to all that take it; the rest of a message goes out while others are read."""
-        assert isinstance(turn, _Letters)
+        assert isinstance(turn, _SocketTurn)
         self._write(turn)
 
     def posted(self, turn: Turn) -> bool:
         """Whether a byte has left."""
-        return not isinstance(turn, _Letters) or not turn.untouched
+        return not isinstance(turn, _SocketTurn) or not turn.untouched
 
     def finish(self, turn: Turn) -> bool:
         """Read what the others have written, all of it, so that the next message begins where this one ends."""
-        assert isinstance(turn, _Letters)
+        assert isinstance(turn, _SocketTurn)
         started, patience = time.monotonic(), Patience(self._timeout)
         while turn.unread or turn.unsent:
             if self._read(turn) or self._write(turn):
                 continue
             if not patience.look():
-                raise self.too_late(next(iter(turn.unread or turn.unsent)))
-            if time.monotonic() - started < AWAKE_S:
+                raise self.timed_out(next(iter(turn.unread or turn.unsent)))
+            if time.monotonic() - started < SPIN_S:
                 os.sched_yield()
             else:
                 self._sleep(turn)
@@ -103,7 +103,7 @@ class Sockets(Direct):
             torch.sum(turn.rows[:, HEADER:], 0, out=turn.sum.view(-1))
         return turn.alike
 
-    def _sleep(self, turn: _Letters) -> None:
+    def _sleep(self, turn: _SocketTurn) -> None:
         """Until something can be read or written, or for a while."""
         poller = select.poll()
         for place, connection in self._peers.items():
@@ -117,7 +117,7 @@ class Sockets(Direct):
         for connection in self._peers.values():
             connection.close()
 
-    def _write(self, turn: _Letters) -> bool:
+    def _write(self, turn: _SocketTurn) -> bool:
         """Write what can be written; whether anything was."""
         progress = False
         for place in list(turn.unsent):
@@ -125,7 +125,7 @@ class Sockets(Direct):
             progress |= self._advance(place, turn.unsent, self._peers[place].send) > 0
         return progress
 
-    def _read(self, turn: _Letters) -> bool:
+    def _read(self, turn: _SocketTurn) -> bool:
         """Read what has come; whether anything has."""
         progress = False
         for place in list(turn.unread):
@@ -160,7 +160,7 @@ class Sockets(Direct):
             raise self.ended(place)
         return count
 
-    def _room_for(self, place: int, turn: _Letters) -> Tensor:
+    def _room_for(self, place: int, turn: _SocketTurn) -> Tensor:
         """Where the values go that a header announces: apart if they are not what this rank has handed in."""
         number, count, who = turn.rows[place, :HEADER].view(torch.int64).tolist()
         if number != turn.number or not 0 < count <= CAPACITY:
@@ -195,12 +195,7 @@ def join(ranks: tuple[int, ...], rank: int, timeout: timedelta) -> Sockets | Non
     found = attempt(ranks, rank, timeout)
     if not isinstance(found, Declined):
         return found
-    logger.log(
-        found.level,
-        "distnorm: ranks %s have no sockets, so gloo carries their statistics: %s",
-        list(ranks),
-        found.cause,
-    )
+    found.log("distnorm: ranks %s have no sockets, so gloo carries their statistics: %s", ranks)
     return None
 
 
@@ -222,12 +217,12 @@ def attempt(ranks: tuple[int, ...], rank: int, timeout: timedelta) -> Sockets | 
         mine = [address, str(listener.getsockname()[1]), secrets.token_hex(SECRET)]
     with nullcontext() if isinstance(listener, str) else closing(listener):
         told = tell_and_collect(ranks, json.dumps(mine), patience.rest(), doing="say where they listen")
-        doors = [json.loads(text) for text in told]
-        causes = ["" if len(door) == 3 else door[0] for door in doors]
+        endpoints = [json.loads(text) for text in told]
+        causes = ["" if len(endpoint) == 3 else endpoint[0] for endpoint in endpoints]
         if isinstance(listener, str) or any(causes):
-            return _declined(ranks, causes)
-        doors = [Door(rank, *door) for rank, door in zip(ranks, doors, strict=True)]
-        handshake, cause = Handshake(listener, doors, place), ""
+            return Declined.by_rank(ranks, causes)
+        endpoints = [Endpoint(rank, *endpoint) for rank, endpoint in zip(ranks, endpoints, strict=True)]
+        handshake, cause = Handshake(listener, endpoints, place), ""
         try:
             handshake.connect(Patience(min(patience.rest(), timedelta(seconds=CONNECT_S))))
         except UnreachableError as error:
@@ -235,16 +230,12 @@ def attempt(ranks: tuple[int, ...], rank: int, timeout: timedelta) -> Sockets | 
         try:
             causes = tell_and_collect(ranks, cause, patience.rest(), doing="connect")
         except BaseException:
-            handshake.hang_up()
+            handshake.close()
             raise
     if not any(causes):
         return Sockets(handshake.peers, ranks, place, timeout)
-    handshake.hang_up()
-    return _declined(ranks, causes)
-
-
-def _declined(ranks: tuple[int, ...], causes: list[str]) -> Declined:
-    return Declined("; ".join(f"rank {rank}: {why}" for rank, why in zip(ranks, causes, strict=True) if why))
+    handshake.close()
+    return Declined.by_rank(ranks, causes)
 
 
 def _listen(address: str) -> socket.socket | str:

@@ -56,9 +56,9 @@ def sum_turns(rank: int, way: str) -> list[Tensor]:
         wire = vector(rank, turn)
         started = direct.start(wire, WHO)
         wire.zero_()  # it was copied
-        started.wait()
-        torch.testing.assert_close(started.total(), in_rank_order(turn, dist.get_world_size()), rtol=0, atol=1e-14)
-        totals.append(started.total()[:200])
+        total = started.wait()
+        torch.testing.assert_close(total, in_rank_order(turn, dist.get_world_size()), rtol=0, atol=1e-14)
+        totals.append(total[:200])
     return totals
 
 
@@ -75,8 +75,7 @@ def wait_in_another_order(rank: int, way: str) -> None:
     direct = join(way)
     turns = [direct.start(vector(rank, turn), WHO) for turn in range(5)]
     for turn in (4, 0, 2, 3, 1, 0):
-        turns[turn].wait()
-        torch.testing.assert_close(turns[turn].total(), in_rank_order(turn, dist.get_world_size()))
+        torch.testing.assert_close(turns[turn].wait(), in_rank_order(turn, dist.get_world_size()))
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -179,8 +178,7 @@ def speak_to_a_stranger(rank: int) -> None:
             patch.setattr(sockets.socket, "create_connection", call_twice)
         direct = join("sockets")
     started = direct.start(torch.ones(3, dtype=torch.float64), WHO)
-    started.wait()
-    assert started.total().tolist() == [2.0] * 3
+    assert started.wait().tolist() == [2.0] * 3
 
 
 def test_strangers_are_not_let_in(pool: Pool) -> None:

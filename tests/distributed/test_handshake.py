@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from distnorm.transport import addresses, sockets
-from distnorm.transport.handshake import SECRET, Door, Handshake, UnreachableError
+from distnorm.transport.handshake import SECRET, Endpoint, Handshake, UnreachableError
 from distnorm.transport.patience import Patience
 from tests.support.pool import Pool, WorkerDiedError
 
@@ -38,15 +38,15 @@ def meet(size: int, address: str = "127.0.0.1", limit_s: float = 30.0, absent: i
     """Each rank's peers, or its error, where ``absent`` listens and does nothing."""
     with ExitStack() as stack:
         listeners = [stack.enter_context(closing(listen(address))) for _ in range(size)]
-        doors = [
-            Door(10 * place, address, str(each.getsockname()[1]), secrets.token_hex(SECRET))
+        endpoints = [
+            Endpoint(10 * place, address, str(each.getsockname()[1]), secrets.token_hex(SECRET))
             for place, each in enumerate(listeners)
         ]
-        STARTED.append(doors[0])
+        STARTED.append(endpoints[0])
         found: list[Any] = [None] * size
 
         def connect(place: int) -> None:
-            handshake = Handshake(listeners[place], doors, place)
+            handshake = Handshake(listeners[place], endpoints, place)
             try:
                 handshake.connect(Patience(timedelta(seconds=limit_s)))
                 found[place] = handshake.peers
@@ -61,7 +61,7 @@ def meet(size: int, address: str = "127.0.0.1", limit_s: float = 30.0, absent: i
         return found
 
 
-STARTED: list[Door] = []
+STARTED: list[Endpoint] = []
 
 
 @contextmanager
@@ -157,12 +157,12 @@ def test_one_deadline_whoever_calls(how: str) -> None:
 
 def test_a_port_where_nobody_listens() -> None:
     with closing(listen("127.0.0.1")) as mine, closing(listen("127.0.0.1")) as other:
-        doors = [
-            Door(place, *each.getsockname(), secrets.token_hex(SECRET)) for place, each in enumerate((other, mine))
+        endpoints = [
+            Endpoint(place, *each.getsockname(), secrets.token_hex(SECRET)) for place, each in enumerate((other, mine))
         ]
         other.close()
         with pytest.raises(UnreachableError, match=r"no connection to rank 0 at 127.0.0.1:\d+: .*refused"):
-            Handshake(mine, doors, 1).connect(Patience(timedelta(seconds=0.5)))
+            Handshake(mine, endpoints, 1).connect(Patience(timedelta(seconds=0.5)))
 
 
 @pytest.mark.parametrize("address", LOOPBACKS)

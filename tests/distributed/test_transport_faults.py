@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import distnorm
 from distnorm.transport import shared_memory, sockets
-from distnorm.transport.direct import Direct, Turn
+from distnorm.transport.direct import Direct
 from distnorm.transport.patience import LONGEST_GAP_S, Patience
 from distnorm.transport.rendezvous import tell_and_collect
 from distnorm.transport.senders import sender
@@ -109,9 +109,7 @@ def sum_interrupted(rank: int, way: str, point: str, after: bool) -> list[float]
             if after or point == "finish":  # its vector is on its way: the turn is over as soon as the next one begins
                 totals.append(0.0)
                 continue
-        started = direct.start(wire, WHO)
-        started.wait()
-        totals.append(float(started.total()[0]))
+        totals.append(float(direct.start(wire, WHO).wait()[0]))
     return totals
 
 
@@ -164,9 +162,7 @@ def sum_suspended(rank: int, way: str, flag: str) -> list[float]:
     if rank == 1:
         while not Path(flag).exists():
             time.sleep(0.05)
-    turn = direct.start(ones(rank), WHO)
-    turn.wait()
-    return turn.total().tolist()
+    return direct.start(ones(rank), WHO).wait().tolist()
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -263,7 +259,7 @@ def wait_for_mixed(rank: int) -> None:
     """An error that is told once is the same whenever the turn is asked again, without the other ranks."""
     for way in WAYS:
         direct = join(way)
-        turn: Turn = direct.start(ones(rank), WHO if rank else OTHER)
+        turn = direct.start(ones(rank), WHO if rank else OTHER)
         said = []
         for _ in range(1 + rank):
             with pytest.raises(
@@ -272,6 +268,4 @@ def wait_for_mixed(rank: int) -> None:
                 turn.wait()
             said.append(str(raised.value))
         assert len(set(said)) == 1
-        after = direct.start(ones(rank), WHO)
-        after.wait()
-        assert after.total().tolist() == [3.0] * 5
+        assert direct.start(ones(rank), WHO).wait().tolist() == [3.0] * 5

@@ -8,9 +8,7 @@ from threading import Lock
 
 import pytest
 
-from distnorm.policies import entries as remembered
-from distnorm.policies import moving, stale_mix
-from distnorm.policies.bucket import Bucket
+from distnorm.kernels import windows
 from tests.support.interpreter import INTERPRETED
 
 # The interpreter takes its time; tests/moving/test_entries_gpu.py always runs.
@@ -23,8 +21,7 @@ def entries(request: pytest.FixtureRequest) -> Iterator[None]:
     """Policies that remember steps do their arithmetic in C, in torch or in Triton."""
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "torch":
-            for module in (remembered, moving, stale_mix):
-                patch.setattr(module, "library", lambda: None)
+            patch.setattr(windows, "library", lambda: None)
         if request.param == "triton":
             interpret(patch)
         yield
@@ -41,4 +38,4 @@ def interpret(patch: pytest.MonkeyPatch) -> None:
             real(*arguments)
 
     patch.setattr(operators, "launch", launch)
-    patch.setattr(Bucket, "in_triton", lambda bucket, values: True)
+    patch.setattr(windows, "in_triton", lambda values, outbox: True)

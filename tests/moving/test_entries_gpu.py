@@ -16,9 +16,9 @@ from torch import Tensor
 pytest.importorskip("triton", reason="Triton is made for Linux only")
 
 from distnorm import Recipe
-from distnorm.policies import Moving, StaleMix, entries, moving, stale_mix
-from distnorm.transport.group import Pending
-from distnorm.types import EVERY_LAYER, Direction, Landed, Layout, Slot
+from distnorm.kernels import windows
+from distnorm.policies import Moving, StaleMix
+from distnorm.types import EVERY_LAYER, Direction, Future, Landed, Layout, Slot
 from tests.moving import test_scaling, test_stale_mix
 from tests.moving.conftest import interpret
 from tests.moving.plans import follow, make_plan
@@ -50,8 +50,7 @@ def take(way: str, patch: pytest.MonkeyPatch) -> None:
     if way == "triton":
         interpret(patch)
     else:
-        for module in (entries, moving, stale_mix):
-            patch.setattr(module, "library", lambda: None)
+        patch.setattr(windows, "library", lambda: None)
 
 
 @pytest.fixture(params=WAYS)
@@ -76,8 +75,8 @@ class Two:
     def sum(self, wire: Tensor, slot: Slot) -> Tensor:
         return wire * (1 + OTHER)
 
-    def sum_async(self, wire_: Tensor, slot: Slot) -> Pending:
-        return Pending(wire_.mul_(1 + OTHER), None, slot)
+    def sum_async(self, wire_: Tensor, slot: Slot) -> Future:
+        return Future.completed(wire_.mul_(1 + OTHER))
 
 
 def bind(policy: Policy, device: str = "cpu", sizes: dict[tuple[str, Direction], int] = SIZES) -> Any:

@@ -1,6 +1,6 @@
-/* One slot of a step under a policy that remembers earlier steps: what policies/moving.py and policies/stale_mix.py say in
-   torch. The values, divided by the loss scale, are added to the outbox with their weight; out is what the layer goes on
-   with, of as many values. */
+/* One slot of a step under a policy that remembers earlier steps: what ../windows.py says in torch. The values, divided
+   by the loss scale, are added to the outbox with their weight; out is what the layer goes on with, of as many
+   values. */
 
 #include <math.h>
 #include <stddef.h>

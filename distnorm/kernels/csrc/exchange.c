@@ -45,9 +45,9 @@ void exchange_post(char *segment, index_t rank, index_t size, index_t capacity, 
     __atomic_store_n(turn_of(segment, rank), turn, __ATOMIC_RELEASE);
 }
 
-/* Wait until all ranks have written their vectors of a turn: awake for a while, then napping, and not for ever.
-   Returns a rank that has not, or -1. */
-index_t exchange_await(char *segment, index_t size, int64_t turn, double awake, double limit)
+/* Wait until all ranks have written their vectors of a turn: spin for a while, then sleep between looks, in seconds at
+   most ``limit``. Returns a rank that has not, or -1. */
+index_t exchange_await(char *segment, index_t size, int64_t turn, double spin, double limit)
 {
     double start = now();
     for (index_t rank = 0; rank < size; rank++)
@@ -55,7 +55,7 @@ index_t exchange_await(char *segment, index_t size, int64_t turn, double awake, 
             if (glances % GLANCES) continue;
             double waited = now() - start;
             if (waited > limit) return rank;
-            if (waited < awake)
+            if (waited < spin)
                 sched_yield();
             else
                 nanosleep(&NAP, NULL);
