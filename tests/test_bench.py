@@ -231,7 +231,7 @@ def test_a_batch_that_the_model_does_not_take() -> None:
     check_forward(lambda: torch.nn.Linear(3, 2), torch.ones(4, 3), "a batch of 4 x 3", cpu)
     with pytest.raises(ValueError, match="the model does not accept a batch of 4 x 5: mat1 and mat2 shapes"):
         check_forward(lambda: torch.nn.Linear(3, 2), torch.ones(4, 5), "a batch of 4 x 5", cpu)
-    with pytest.raises(ValueError, match=r"not take data:load: .*unexpected keyword argument 'image'"):
+    with pytest.raises(ValueError, match=r"not accept data:load: .*unexpected keyword argument 'image'"):
         check_forward(lambda: torch.nn.Linear(3, 2), {"image": torch.ones(4, 3)}, "data:load", cpu)
 
 
