@@ -3,7 +3,7 @@
 >>> model = distnorm.convert(model, "sync_bn")  # doctest: +SKIP
 """
 
-import distnorm.compat.torch_version  # noqa: F401, first, since an import below may be more than this torch can do
+import distnorm.compat.torch_version  # noqa: F401, first: imports below may fail with a torch that is too old
 
 # isort: split
 from distnorm import methods, nn, policies, recipes

@@ -1,4 +1,4 @@
-"""``python -m distnorm``: the ``distnorm`` command, in the form that launchers such as torchrun can start."""
+"""``python -m distnorm``: the ``distnorm`` command, for launchers such as torchrun, which start modules."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""A converted model in a training loop: its ranks, its optimizer, its state, its running statistics."""
+"""Connect a converted model to its training loop: ranks, optimizer, loss scale, saved state, running statistics."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from distnorm.layers.module import DistNorm
 
 
 class Attachment:
-    """Undoes what ``attach`` set up with an optimizer and a loss scale; the binding to ranks stays."""
+    """Handle of one ``attach`` call: disconnects the optimizer and the loss scale. Layers stay bound to their ranks."""
 
     def __init__(self, conversions: list[Conversion], undo: list[Callable[[], None]]) -> None:
-        """``undo`` takes the hooks off the optimizer."""
+        """``undo`` removes the hooks from the optimizer."""
         self._conversions = conversions
         self._undo = undo
 
     def remove(self) -> None:
-        """Steps end with backward passes again, and no loss scale is known."""
+        """Let backward passes end steps again, and drop the loss scale."""
         for conversion in self._conversions:
             conversion.ends_with_backward = True
             conversion.loss_scale = None
@@ -39,31 +39,33 @@ def attach(
     loss_scale: Callable[[], Tensor | float] | None = None,
     manual: bool = False,
 ) -> Attachment:
-    """Bind the model's converted layers to their ranks now, and tell them of the training loop.
+    """Bind the model's converted layers to their ranks now, and connect them to the training loop.
 
-    Collective over ``process_group``, which is the data-parallel group where that is not the whole job (pipeline or
-    tensor parallelism without a mesh); None binds to the ranks that ``convert`` implied. Exact recipes need no call.
+    Collective over ``process_group``. Exact recipes need no call.
 
     Args:
-        model: has converted layers.
-        process_group: the data-parallel ranks. Layers with a process group of their own keep to that.
-        optimizer: its ``step`` ends a step of moving statistics, instead of every backward pass: for gradient
-            accumulation, several losses, GANs. One more call with another optimizer adds that one. With SGD,
-            centralized weights take a cheaper form.
-        loss_scale: gives the factor that the loss is multiplied by, such as ``scaler.get_scale``.
-        manual: steps end where you call ``end_step(model)``, and nowhere else.
+        model: a model with converted layers.
+        process_group: the data-parallel ranks, if they are not the whole job (pipeline or tensor parallelism without
+            a mesh). None binds to the ranks that ``convert`` implied. Layers that have a process group use that one.
+        optimizer: its ``step`` ends a step of moving statistics, instead of every backward pass. Needed for gradient
+            accumulation, several losses and GANs. Another call with another optimizer adds that one. With SGD,
+            centralized weights use a cheaper form.
+        loss_scale: returns the factor by which the loss is multiplied, such as ``scaler.get_scale``.
+        manual: only ``end_step(model)`` ends a step.
 
     Raises:
         RuntimeError: ranks converted different models or recipes, or do not answer within the job's timeout.
-        ValueError: the recipe does not fit the ranks, or the model has no converted layer; optimizer and manual; a
-            variable ``DISTNORM_*`` that there is not.
+        ValueError: the recipe does not fit the ranks, the model has no converted layer, both ``optimizer`` and
+            ``manual`` are given, or the environment has an unknown variable ``DISTNORM_*``.
     """
     if manual and optimizer is not None:
-        raise ValueError("attach(optimizer=..., manual=True): either the optimizer ends steps, or you do.")
+        raise ValueError(
+            "attach(optimizer=..., manual=True): either the optimizer ends steps or end_step does. Give one of the two."
+        )
     conversions = conversions_of(model)
     undo = []
     for conversion in conversions:
-        conversion.bind(process_group)  # all of them, before anything is said of steps: a bind may be refused
+        conversion.bind(process_group)  # bind all before changing any: a bind may raise
     for conversion in conversions:
         conversion.ends_with_backward = optimizer is None and not manual
         conversion.loss_scale = loss_scale
@@ -75,7 +77,7 @@ def attach(
 
 # docs/decisions.md#attaching-twice
 def _end_steps(conversion: Conversion, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
-    """Let ``optimizer`` end the steps of ``conversion``, once each, however often it is told so."""
+    """Let ``optimizer`` end the steps of ``conversion``, once per optimizer step, even if attached repeatedly."""
     known = conversion.optimizers.get(optimizer)
     handle = optimizer.register_step_post_hook(lambda *_: conversion.bound().end_step())
     conversion.optimizers[optimizer] = handle
@@ -85,7 +87,7 @@ def _end_steps(conversion: Conversion, optimizer: torch.optim.Optimizer) -> Call
 
 
 def end_step(model: nn.Module) -> None:
-    """End a step of moving statistics by hand: all ranks alike. One asynchronous collective starts.
+    """End a step of moving statistics by hand. Call it on all ranks: it starts one asynchronous collective.
 
     Raises:
         ValueError: the model has no converted layer.
@@ -96,9 +98,10 @@ def end_step(model: nn.Module) -> None:
 
 
 def state_dict(model: nn.Module) -> list[dict[str, Any]]:
-    """What moving statistics need to resume as if nothing had happened; save it per rank, beside the model's.
+    """Return this rank's state of moving statistics. Save it per rank, beside the model's state_dict.
 
-    Waits for what is in flight; the trajectory goes on unchanged. Exact recipes have little to save: their step.
+    A run that loads it continues bit for bit. Waits for the collective in flight, which does not change training.
+    Exact recipes save little more than their step.
 
     Raises:
         ValueError: the model has no converted layer.
@@ -107,42 +110,44 @@ def state_dict(model: nn.Module) -> list[dict[str, Any]]:
 
 
 def load_state_dict(model: nn.Module, state: list[dict[str, Any]]) -> None:
-    """Resume from ``state_dict``. No collective.
+    """Resume from ``state_dict``. Issues no collective.
 
-    With this rank's own state and the same number of ranks the trajectory goes on bit for bit; with another rank's, or
-    at another world size, windows start warm and a log line says so. A window of another size takes over the newest
-    entries that there are and fit.
+    With this rank's own state and the same world size, training continues bit for bit. With the state of another rank
+    or world size, windows start warm, and a log line says so. A window of another size takes over the newest entries.
 
     Raises:
-        ValueError: as ``check_state_dict``; nothing has changed then.
+        ValueError: as ``check_state_dict``; the model is unchanged.
     """
     check_state_dict(model, state)
     conversions = conversions_of(model)
     for conversion, each in zip(conversions, state, strict=True):
         conversion.load_state_dict(each)
-    weights.goes_on(model)
+    weights.mark_trained(model)
 
 
 def check_state_dict(model: nn.Module, state: object) -> None:
-    """Whether ``load_state_dict`` can take ``state``. No collective; nothing changes.
+    """Raise unless ``load_state_dict`` can load ``state``. Issues no collective and changes nothing.
 
     Raises:
-        ValueError: it is no ``state_dict``, or of a newer version, another recipe than one that differs in its window
-            or warm-up, other layers or another number of conversions; the message says which.
+        ValueError: it is not a ``state_dict``, or it has a newer version, another recipe (its window and warm-up may
+            differ), other layers or another number of conversions. The message names the difference.
     """
     conversions = conversions_of(model)
     if not isinstance(state, list) or len(state) != len(conversions):
-        given = f"{len(state)} conversions" if isinstance(state, list) else f"another kind, a {type(state).__name__},"
-        raise ValueError(f"distnorm: state of {given} given; the model has {len(conversions)}.")
+        given = f"{len(state)} states" if isinstance(state, list) else f"a {type(state).__name__}"
+        raise ValueError(
+            f"distnorm: need a list of one state per conversion of the model, {len(conversions)} in all, as "
+            f"distnorm.state_dict returns it; got {given}."
+        )
     for conversion, each in zip(conversions, state, strict=True):
         conversion.check_state(each)
 
 
 def sync_running_stats(model: nn.Module) -> None:
-    """Unite running statistics that ranks keep each for themselves (``local_bn``, ``group_bn``), in place.
+    """Average running statistics that differ between ranks (``local_bn``, ``group_bn``), in place.
 
-    mean = average of the ranks' means; var = average of var + mean^2, less mean^2. One collective over the
-    data-parallel ranks; call it on all of them, before evaluating or saving. None where they agree already.
+    mean = average of the ranks' means; var = average of var + mean^2, less mean^2. Issues one collective over the
+    data-parallel ranks, or none if the recipe keeps them equal. Call it on all ranks, before evaluating or saving.
 
     Raises:
         ValueError: the model has no converted layer.
@@ -154,10 +159,14 @@ def sync_running_stats(model: nn.Module) -> None:
 
 
 def conversions_of(model: nn.Module) -> list[Conversion]:
-    """The conversions of ``model``, in the order of its layers."""
-    found = {
+    """Return the conversions of ``model``, in the order of its layers.
+
+    Raises:
+        ValueError: the model has no converted layer.
+    """
+    conversions = {
         id(layer._site.conversion): layer._site.conversion for layer in model.modules() if isinstance(layer, DistNorm)
     }
-    if not found:
-        raise ValueError(f"{type(model).__name__} has no layer that distnorm converted; call distnorm.convert first.")
-    return list(found.values())
+    if not conversions:
+        raise ValueError(f"{type(model).__name__} has no converted layer; call distnorm.convert first.")
+    return list(conversions.values())

@@ -1,7 +1,7 @@
-"""Put a recipe in place of a model's batch norm, and take it out again.
+"""Convert the batch norm layers of a model to a recipe, and revert them.
 
-``convert`` is local and never communicates: it runs before process groups exist and before ``.to(device)``. It swaps
-the class of each layer in place, so an optimizer that was built already keeps its parameters.
+``convert`` never communicates, so it can run before process groups exist and before ``.to(device)``. It swaps the class
+of each layer in place, so an optimizer that was built before keeps its parameters.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ ModelT = TypeVar("ModelT", bound=nn.Module)
 Layers = list[tuple[str, _BatchNorm]]
 Where = Callable[[str, nn.Module], bool] | Sequence[str]
 
-# Exact types only: a subclass may do more than normalize, and a swap would drop it.
+# Exact types only: a subclass may do more than normalize, and a swap of its class would lose that.
 _targets: dict[type[_BatchNorm], type[DistNorm]] = {
     nn.BatchNorm1d: DistBatchNorm1d,
     nn.BatchNorm2d: DistBatchNorm2d,
@@ -53,19 +53,20 @@ _targets: dict[type[_BatchNorm], type[DistNorm]] = {
 
 
 def register_converter(source: type[_BatchNorm], target: type[DistNorm]) -> None:
-    """Let ``convert`` turn layers of exactly the class ``source`` into ``target``.
+    """Let ``convert`` swap layers of exactly the class ``source`` to the class ``target``.
 
-    For subclasses of batch norm that do more than normalize, such as one with a fused activation: ``target`` derives
-    from one of the DistNorm classes and does the rest in its ``forward``. The layer's ``__dict__`` stays as it is.
+    This is for subclasses of batch norm that do more than normalize, such as one with a fused activation. ``target``
+    derives from one of the DistNorm classes and does the rest in its ``forward``. The layer's ``__dict__`` is kept.
 
     Raises:
-        TypeError: ``source`` is no batch norm, or ``target`` no DistNorm.
+        TypeError: ``source`` is not a subclass of torch's batch norm, or ``target`` not one of DistNorm.
     """
     if not (isinstance(source, type) and issubclass(source, _BatchNorm)):
         raise TypeError(f"register_converter(source={source!r}): need a subclass of torch's batch norm.")
     if not (isinstance(target, type) and issubclass(target, DistNorm)):
         raise TypeError(
-            f"register_converter(target={target!r}): need a subclass of distnorm.DistBatchNorm2d or a sibling."
+            f"register_converter(target={target!r}): need a subclass of distnorm.DistNorm, such as "
+            "distnorm.DistBatchNorm2d."
         )
     _targets[source] = target
 
@@ -80,36 +81,38 @@ def convert(
     fuse: bool = False,
     **options: object,
 ) -> ModelT:
-    """Replace the model's batch norm layers by ``recipe``, in place, and return the model.
+    """Convert the model's batch norm layers to ``recipe``, in place, and return the model.
 
     Converts layers of type BatchNorm1d/2d/3d and SyncBatchNorm, and those of ``register_converter``. Parameters,
-    buffers, hooks, names and the state_dict stay as they are. Layers that the same recipe has converted before are
-    left alone. A SyncBatchNorm's own ``process_group`` bounds the ranks that its layer shares with, whatever the
-    recipe. No collective: ranks meet at the first training forward, or at ``attach``.
+    buffers, hooks, names and the keys of the state_dict do not change. Layers that the same recipe has converted before
+    are skipped. If a SyncBatchNorm has a ``process_group``, its layer shares among those ranks only, with any recipe.
+    Issues no collective: ranks first communicate at the first training forward pass, or in ``attach``.
 
     Args:
-        model: any module, also one that is a batch norm itself or is wrapped in DistributedDataParallel already.
+        model: any module. It may be a batch norm itself, or be wrapped in DistributedDataParallel already.
         recipe: a ``Recipe``, or the name of one (``distnorm.recipes.available()``), with its ``options``.
-        where: which layers: a function of name and layer, or glob patterns over names such as ``["backbone.*"]``.
-        mesh: the data-parallel device mesh, whose axes a recipe can name; statistics never leave it. Slice a mesh
-            that has other axes too: ``mesh["dp"]``.
-        transport: who carries statistics: ``"torch"``, process groups of the job's backend and what is quicker than
-            gloo where there is such; only ``"gloo"``; of what is quicker only shared memory (``"shm"``) or only
-            ``"sockets"``, with gloo for long vectors; or ``"mpi"``, mpi4py, for layers on the CPU in a job that mpirun
-            started. None is what ``DISTNORM_TRANSPORT`` says, ``"torch"`` if it says nothing.
-        fuse: whether norms do what follows them, too, where the model's code says that a ReLU or an addition follows,
-            or both: fewer passes over memory, for equal values and gradients. ``print(model)`` shows where.
+        where: which layers: a function of name and layer, or glob patterns of names such as ``["backbone.*"]``.
+        mesh: the data-parallel device mesh, whose axes a recipe can name. Statistics are shared inside it only. Slice
+            a mesh that has other axes too: ``mesh["dp"]``.
+        transport: what sends statistics. ``"torch"``: process groups of the job's backend, and on the CPU shared memory
+            and sockets where they are available, since they are faster than gloo. ``"gloo"``: only gloo. ``"shm"`` or
+            ``"sockets"``: only shared memory or only sockets, with gloo for long vectors. ``"mpi"``: mpi4py, for
+            layers on the CPU in a job that mpirun started. None: the value of ``DISTNORM_TRANSPORT``, by default
+            ``"torch"``.
+        fuse: whether a norm also computes its epilogue: the addition, the ReLU or both that follow it in the model's
+            code. This needs fewer passes over memory, for equal values and gradients. ``print(model)`` shows the
+            epilogue of each layer.
         options: options of a named recipe, such as ``size=4``.
 
     Raises:
         ImportError: ``transport="mpi"`` without mpi4py.
-        ValueError: unknown recipe, option, transport or value; an uninitialized lazy layer; a layer that another recipe
-            has converted, or whose process group has other ranks than a mesh or recipe names; ``where`` selects
-            nothing; a variable ``DISTNORM_*`` that there is not. The model is as it was.
+        ValueError: an unknown recipe, option, transport or value; an uninitialized lazy layer; a layer that another
+            recipe has converted, or whose process group has other ranks than the mesh or recipe; ``where`` selects
+            no layer; an unknown environment variable ``DISTNORM_*``. The model is unchanged.
 
     Warns:
-        UserWarning: once, naming subclasses of batch norm that were left alone; or if the model has no batch norm, or
-            nothing to ``fuse``.
+        UserWarning: once, naming subclasses of batch norm that were not converted; or if the model has no batch norm,
+            or nothing to ``fuse``.
     """
     refuse_unknown_variables(os.environ)
     wanted = _recipe(recipe, options)
@@ -121,8 +124,8 @@ def convert(
     apply_to(model, _by_group(layers, wanted, mesh, transport), _targets)
     if fuse and layers and not epilogue.fuse(model):
         warnings.warn(
-            f"distnorm.convert(fuse=True): {type(model).__name__} has no norm that is followed by nothing but a ReLU "
-            "or an addition, in code that can be read.",
+            f"distnorm.convert(fuse=True) fused nothing: in {type(model).__name__}, no readable code passes the output "
+            "of a converted norm to a ReLU or an addition only.",
             stacklevel=2,
         )
     return model
@@ -133,7 +136,7 @@ def apply_to(
     parts: Mapping[Conversion, Layers],
     targets: dict[type[_BatchNorm], type[DistNorm]],
 ) -> None:
-    """Swap the classes of layers of ``model`` for their ``targets``; all conversions have the same recipe."""
+    """Swap the classes of layers of ``model`` to their ``targets``. All conversions have the same recipe."""
     for conversion, layers in parts.items():
         for index, (name, layer) in enumerate(layers):
             _replace(layer, targets[_original(layer)], conversion, index, name)
@@ -147,7 +150,7 @@ def apply_to(
 def _replace(layer: _BatchNorm, target: type[DistNorm], conversion: Conversion, index: int, name: str) -> None:
     own = layer.__dict__.get("process_group")
     site = Site(conversion, index, name, _original(layer), layer.momentum, own)
-    if issubclass(target, DistSyncBatchNorm):  # which asks the conversion for it
+    if issubclass(target, DistSyncBatchNorm):  # its property process_group reads the conversion
         layer.__dict__.pop("process_group", None)
     swap(layer, target)
     if conversion.recipe.momentum is not None:
@@ -157,11 +160,11 @@ def _replace(layer: _BatchNorm, target: type[DistNorm], conversion: Conversion, 
 
 
 def revert(model: ModelT) -> ModelT:
-    """Give every converted layer its original class back, in place, and return the model.
+    """Restore the original class of every converted layer, in place, and return the model.
 
-    Evaluation output is unchanged; centralized weights are written into the parameters. No collective.
+    Evaluation output does not change. Centralized weights are written into the parameters. Issues no collective.
     """
-    weights.bake(model)
+    weights.write_centred(model)
     for layer in model.modules():
         if isinstance(layer, DistNorm):
             layer.absorb_in_flight()
@@ -169,7 +172,7 @@ def revert(model: ModelT) -> ModelT:
 
 
 def undo(model: ModelT) -> ModelT:
-    """``revert``, but leave the weights as they are: for a conversion that nothing has used yet."""
+    """Revert without writing centralized weights: for a conversion that was never used."""
     feeders.release(model)
     overlap.release(model)
     epilogue.release(model)
@@ -179,7 +182,7 @@ def undo(model: ModelT) -> ModelT:
         site = layer.__dict__.pop("_site")
         swap(layer, site.original)
         layer.momentum = site.momentum
-        # Stock layers want the dtype of their parameters; what a tool computes from these is not asked.
+        # Stock layers need buffers of their parameters' dtype. Computed weights (parametrizations) are not parameters.
         dtype = next((parameter.dtype for parameter in layer.parameters()), None)
         for name in ("running_mean", "running_var"):
             buffer = getattr(layer, name)
@@ -192,16 +195,16 @@ def undo(model: ModelT) -> ModelT:
 
 # docs/decisions.md#which-ranks-a-conversion-concerns
 def narrower(process_group: dist.ProcessGroup | LostGroup | None, owner: str) -> dist.ProcessGroup | None:
-    """``process_group`` of a layer, unless all ranks of the job are in it.
+    """Return the ``process_group`` of a layer, or None if it holds all ranks of the job.
 
     Raises:
-        ValueError: no group of this rank, or one that was lost; the message begins with ``owner``.
+        ValueError: this rank is not in the group, or pickling has lost it; the message begins with ``owner``.
     """
     check_group(process_group, owner)
     if isinstance(process_group, LostGroup):
         raise ValueError(
-            f"{owner}: {process_group.what} was lost in a pickle. Set the layer's process_group to a group of this "
-            "process, or to None for all ranks."
+            f"{owner}: {process_group.what} cannot be pickled, so this copy of the layer has none. Set the layer's "
+            "process_group to a group of this process, or to None for all ranks."
         )
     if process_group is None or len(dist.get_process_group_ranks(process_group)) == dist.get_world_size():
         return None
@@ -211,7 +214,7 @@ def narrower(process_group: dist.ProcessGroup | LostGroup | None, owner: str) ->
 def _by_group(
     layers: Layers, recipe: Recipe, mesh: DeviceMesh | None, transport: Transport
 ) -> dict[Conversion, Layers]:
-    """A conversion for all layers that name no process group, and one for those of each group."""
+    """Return one conversion for the layers without a process group, and one for the layers of each group."""
     conversions: dict[tuple[int, ...] | None, Conversion] = {}
     found: dict[Conversion, Layers] = {}
     for name, layer in layers:
@@ -232,8 +235,8 @@ def _check_ranks(name: str, ranks: tuple[int, ...], recipe: Recipe, mesh: Device
     for what, given in named:
         if set(given) != set(ranks):
             raise ValueError(
-                f"{name}: the layer shares in its own process group of ranks {list(ranks)}, {what} among ranks "
-                f"{list(given)}. Let them name the same ranks, or set the layer's process_group to None first."
+                f"{name}: the layer's process_group has ranks {list(ranks)}, but {what} has ranks {list(given)}. "
+                "Use the same ranks in both, or set the layer's process_group to None before you convert."
             )
 
 
@@ -243,7 +246,9 @@ def _recipe(recipe: Recipe | str, options: dict[str, object]) -> Recipe:
     if not isinstance(recipe, Recipe):
         raise ValueError(f"convert(recipe={shown(recipe)}): need a Recipe or the name of one.")
     if options:
-        raise ValueError(f"convert: options {sorted(options)} belong to named recipes; this Recipe is complete.")
+        raise ValueError(
+            f"convert: options {sorted(options)} are allowed with the name of a recipe only; set them in the Recipe."
+        )
     return recipe
 
 
@@ -259,23 +264,25 @@ def _select(model: nn.Module, recipe: Recipe, where: Where | None) -> list[tuple
     unknown = [(name, layer) for name, layer in wanted if _original(layer) not in _targets]
     for name, layer in unknown:
         if isinstance(layer, LazyModuleMixin):
-            raise ValueError(f"{name}: {type(layer).__name__} is not initialized. Run one forward, then convert.")
+            raise ValueError(
+                f"{name}: {type(layer).__name__} is not initialized. Run one forward pass, then convert the model."
+            )
         if isinstance(layer, DistNorm) and layer.recipe != recipe:
             raise ValueError(f"{name}: already converted to {layer.recipe}. Call distnorm.revert(model) first.")
-    strangers = [f"{name} ({type(layer).__name__})" for name, layer in unknown if not isinstance(layer, DistNorm)]
-    if strangers:
+    skipped = [f"{name} ({type(layer).__name__})" for name, layer in unknown if not isinstance(layer, DistNorm)]
+    if skipped:
         warnings.warn(
-            f"distnorm.convert left unknown subclasses of batch norm alone: {', '.join(strangers)}. Teach it with "
-            "distnorm.register_converter(their class, a DistNorm subclass).",
+            f"distnorm.convert did not convert unknown subclasses of batch norm: {', '.join(skipped)}. To convert "
+            "them, call distnorm.register_converter(their class, a DistNorm subclass).",
             stacklevel=3,
         )
     return [(name, layer) for name, layer in wanted if _original(layer) in _targets]
 
 
 def _original(layer: _BatchNorm) -> type[_BatchNorm]:
-    found = underlying(layer)
-    assert issubclass(found, _BatchNorm)
-    return found
+    original = underlying(layer)
+    assert issubclass(original, _BatchNorm)
+    return original
 
 
 def _batch_norms(model: nn.Module) -> Iterator[tuple[str, _BatchNorm]]:

@@ -1,4 +1,4 @@
-"""Layers to build models from: a drop-in for torch.nn.SyncBatchNorm that also runs on CPU."""
+"""Layers for new models: a drop-in replacement for torch.nn.SyncBatchNorm that also runs on the CPU."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 class SyncBatchNorm(DistSyncBatchNorm):
-    """Batch norm over the joined batch of a process group: torch.nn.SyncBatchNorm's constructor, on any device.
+    """Batch norm over the joined batch of a process group, with torch.nn.SyncBatchNorm's constructor, on any device.
 
-    ``[N, C, ...]`` in and out. One collective per direction in training, none in evaluation. Errors as ``DistNorm``.
+    Input and output are ``[N, C, ...]``. Issues one collective per direction in training, none in evaluation. Raises
+    what ``DistNorm`` raises.
     """
 
     def __init__(
@@ -39,7 +40,7 @@ class SyncBatchNorm(DistSyncBatchNorm):
         *,
         bias: bool = True,
     ) -> None:
-        """As torch.nn.SyncBatchNorm; ``process_group`` None means all ranks."""
+        """Take the arguments of torch.nn.SyncBatchNorm; a ``process_group`` of None means all ranks."""
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype)
         if not bias:  # torch 2.11 has no such option
             self.register_parameter("bias", None)
@@ -50,9 +51,9 @@ class SyncBatchNorm(DistSyncBatchNorm):
 
     @classmethod
     def convert_sync_batchnorm(cls, module: ModuleT, process_group: dist.ProcessGroup | None = None) -> ModuleT:
-        """As torch's, but in place: stock batch norm layers of ``module`` become this class. No collective.
+        """Convert stock batch norm layers of ``module`` to this class: as torch's, but in place. Issues no collective.
 
-        As there, all of them share in the ``process_group`` given here, whatever group a SyncBatchNorm had before.
+        As in torch, all of them use the ``process_group`` given here, whatever group a SyncBatchNorm had before.
         """
         stock: tuple[type[nn.modules.batchnorm._BatchNorm], ...]
         stock = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)

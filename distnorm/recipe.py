@@ -1,4 +1,4 @@
-"""A recipe: one point of the grid of methods and policies."""
+"""A recipe: a method, a policy, and what happens to weights."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ Weights = Literal["none", "centralized"]
 @final
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What ``convert`` puts in place of batch norm.
+    """The normalization to which ``convert`` converts batch norm.
 
     Args:
         method: which statistics and which transform, such as ``BatchNorm()``.
-        policy: how sums are shared, such as ``AllReduce()``.
-        weights: what happens to the weights of the layers before: ``"none"`` leaves them alone, ``"centralized"``
-            takes the mean out of every filter.
-        momentum: of the running statistics; None keeps each layer's own.
-        overlap: whether backward collectives hide behind the weight gradients of the convolutions that follow.
-        name: the recipe's name where it has one; it takes no part in comparisons.
+        policy: how ranks share sums, such as ``AllReduce()``.
+        weights: what happens to the weights of the convolutions and linear layers before the norms: ``"none"``, or
+            ``"centralized"``, which subtracts its mean from every filter.
+        momentum: momentum of the running statistics; None keeps that of each layer.
+        overlap: whether backward collectives overlap with the weight gradients of the convolutions that follow.
+        name: the name of a named recipe, else None. Comparisons ignore it.
 
     Raises:
-        ValueError: a field of another kind; the message names it.
+        ValueError: a field has the wrong type; the message names it.
     """
 
     method: Annotated[Method, kind(Method, "a distnorm method, such as BatchNorm()")]

@@ -1,4 +1,4 @@
-"""Papers and practices as points of the grid, by name, with options that a config file can carry."""
+"""The named recipes: methods from papers and practice, with options that a config file can hold."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from distnorm.validation import (
     Window,
     checked,
     hints_of,
-    refuse_twins,
+    refuse_duplicates,
     shown,
     suggest,
     written,
 )
 
 LONGEST = 1000
-"""Characters that a recipe with its options may take."""
+"""The greatest length of a recipe with its options, in characters."""
 
 
 @checked
 def local_bn(*, weights: Weights = "none") -> Recipe:
-    """Every rank normalizes by its own batch, as nn.BatchNorm does under DistributedDataParallel.
+    """Batch norm over the local batch of each rank, as nn.BatchNorm does under DistributedDataParallel.
 
-    No collective. Running statistics are each rank's own: ``distnorm.sync_running_stats(model)`` unites them. Ioffe &
-    Szegedy 2015, algorithm 1, per rank.
+    Issues no collective. Running statistics differ between ranks; ``distnorm.sync_running_stats(model)`` averages them.
+    Ioffe & Szegedy 2015, algorithm 1, per rank.
 
     Args:
-        weights: "none", or "centralized" to take the mean out of every filter that feeds a norm.
+        weights: "none", or "centralized" to subtract its mean from every filter of the layers before the norms.
     """
     return Recipe(method=BatchNorm(), policy=Local(), weights=weights)
 
@@ -47,13 +47,13 @@ def local_bn(*, weights: Weights = "none") -> Recipe:
 def sync_bn(*, weights: Weights = "none", overlap: bool = False) -> Recipe:
     """Batch norm over the joined batch of all ranks, exactly.
 
-    One collective per layer and direction, of sums and squared sums with their count: unequal and empty local batches
-    are exact too. Peng et al., "MegDet", CVPR 2018; Zhang et al., "Context Encoding", CVPR 2018.
+    Issues one collective per layer and direction, of sums, squared sums and their count, so unequal and empty local
+    batches are exact too. Peng et al., "MegDet", CVPR 2018; Zhang et al., "Context Encoding", CVPR 2018.
 
     Args:
-        weights: "none", or "centralized" to take the mean out of every filter that feeds a norm.
-        overlap: whether to hide backward collectives behind the weight gradients of the convolutions that follow;
-            not for FSDP2 and ZeRO 3, whose weights come and go.
+        weights: "none", or "centralized" to subtract its mean from every filter of the layers before the norms.
+        overlap: whether to overlap backward collectives with the weight gradients of the convolutions that follow.
+            It has no effect under FSDP2 and ZeRO 3, which shard weights.
     """
     return Recipe(method=BatchNorm(), policy=AllReduce(), weights=weights, overlap=overlap)
 
@@ -62,16 +62,16 @@ def sync_bn(*, weights: Weights = "none", overlap: bool = False) -> Recipe:
 def group_bn(*, size: Ranks | None = None, axis: Axis | None = None) -> Recipe:
     """Batch norm over groups of ranks: ``size`` neighbours, or all along a mesh ``axis``.
 
-    One collective per layer and direction among fewer ranks. Running statistics are each group's own:
-    ``distnorm.sync_running_stats(model)`` unites them. Ying et al., "Image Classification at Supercomputer
-    Scale", 2018 (contiguous groups; their 2-D tiling is a mesh axis here).
+    Issues one collective per layer and direction among the ranks of a group. Running statistics differ between groups;
+    ``distnorm.sync_running_stats(model)`` averages them. Ying et al., "Image Classification at Supercomputer Scale",
+    2018 (contiguous groups; their 2-D tiling is a mesh axis here).
 
     Args:
         size: neighbouring ranks per group; must divide the number of ranks.
         axis: ``"local"``, ``"node"``, or an axis of the mesh given to ``convert``.
     """
     if (size is None) == (axis is None):
-        raise ValueError(f"group_bn takes either size or axis; given are size={size!r}, axis={axis!r}.")
+        raise ValueError(f"group_bn: need either size or axis; got size={size!r}, axis={axis!r}.")
     return Recipe(method=BatchNorm(), policy=AllReduce(group_size=size, axis=axis))
 
 
@@ -79,11 +79,11 @@ def group_bn(*, size: Ranks | None = None, axis: Axis | None = None) -> Recipe:
 def hierarchical_bn(*, local: Axis = "local", node: Axis = "node") -> Recipe:
     """Batch norm over all ranks, exactly, in two hops: within each node, then between nodes.
 
-    Two collectives per layer and direction, each among few ranks. Equal to ``sync_bn`` to rounding.
+    Issues two collectives per layer and direction, each among few ranks. Equal to ``sync_bn`` up to rounding.
 
     Args:
-        local: the axis of ranks that are near; ``"local"`` needs no mesh.
-        node: the axis across them; ``"node"`` needs no mesh.
+        local: the axis of the ranks within a node; ``"local"`` needs no mesh.
+        node: the axis across nodes; ``"node"`` needs no mesh.
     """
     return Recipe(method=BatchNorm(), policy=Chain(AllReduce(axis=local), AllReduce(axis=node)))
 
@@ -92,8 +92,8 @@ def hierarchical_bn(*, local: Axis = "local", node: Axis = "node") -> Recipe:
 def periodic_bn(*, every: Period = 8) -> Recipe:
     """Batch norm over all ranks in every ``every``-th step, over the local batch in between.
 
-    In between, each rank normalizes by its own batch's statistics, forward and backward, without any collective;
-    running statistics absorb the shared steps only, so they are equal on all ranks and global. A step ends with a
+    In between, each rank uses the statistics of its local batch, forward and backward, and issues no collective. Only
+    shared steps update the running statistics, which are therefore global and equal on all ranks. A step ends with a
     backward pass that builds no graph and reaches the input of a converted layer. Our own construction.
 
     Args:
@@ -111,19 +111,20 @@ def mabn(
     loss_reduction: LossReduction = "mean",
     weights: Weights = "centralized",
 ) -> Recipe:
-    """Moving statistics: one asynchronous collective per step for the whole model, none that a layer waits for.
+    """Moving statistics: one asynchronous collective per step for the whole model, and none that a layer waits for.
 
-    RMS over a window of steps, global but for the newest; centralized weights stand in for centring. Running
-    statistics are global and equal on all ranks. Exact synchronization before. Gradient accumulation
-    and float16 need ``distnorm.attach``. Yan et al., ICLR 2020 (MABN), here shared across ranks.
+    Layers normalize by the RMS over a window of steps: global values of past steps, local values of the newest one.
+    Centralized weights replace the centring of activations. Running statistics are global and equal on all ranks.
+    During the warm-up, layers synchronize exactly. Gradient accumulation and float16 need ``distnorm.attach``. Yan et
+    al., ICLR 2020 (MABN), here shared across ranks.
 
     Args:
-        window: steps.
-        warmup: the step from which windows are used, counted from 1 as in the paper's code; never before the window
-            is full, which it is after as many steps as it has.
-        clip: bound of the correction that follows the running statistics after 1000 steps, see ``RMS``; None for none.
+        window: its length in steps.
+        warmup: the step from which windows are used, counted from 1 as in the paper's code. If the window is not full
+            by then, they are used from the step at which it is.
+        clip: bound of the correction by running statistics that is applied after 1000 steps (see ``RMS``), or None.
         loss_reduction: whether each rank's loss is a "mean" or a "sum" over its batch.
-        weights: "centralized" as published, or "none" to leave them alone.
+        weights: "centralized" as published, or "none" to keep weights unchanged.
     """
     moving = Moving(window=window, loss_reduction=loss_reduction)
     return _mabn(moving, window, warmup, clip, weights)
@@ -133,14 +134,15 @@ def mabn(
 def hierarchical_mabn(
     *, local: Axis = "local", node: Axis = "node", window: Window = 16, warmup: Steps = 100, clip: Clip | None = 5.0
 ) -> Recipe:
-    """``mabn`` between nodes, exact within each.
+    """Moving statistics as in ``mabn`` between nodes, exact synchronization within each node.
 
-    One blocking collective per layer and direction in the node, one asynchronous collective per step between nodes.
+    Issues one blocking collective per layer and direction in the node, and one asynchronous collective per step between
+    nodes.
 
     Args:
-        local: the axis of ranks that are near; ``"local"`` needs no mesh.
-        node: the axis across them; ``"node"`` needs no mesh.
-        window: steps.
+        local: the axis of the ranks within a node; ``"local"`` needs no mesh.
+        node: the axis across nodes; ``"node"`` needs no mesh.
+        window: its length in steps.
         warmup: the step from which windows are used, counted from 1; as in ``mabn``.
         clip: as in ``mabn``.
     """
@@ -150,15 +152,16 @@ def hierarchical_mabn(
 
 @checked
 def lazy_bn(*, window: Window = 8, warmup: Steps = 16, weights: Weights = "centralized") -> Recipe:
-    """Batch norm with one asynchronous collective per step: other ranks by their last steps, this one as it is.
+    """Batch norm with one asynchronous collective per step: past statistics of other ranks, current ones of this rank.
 
-    Exact synchronization for ``warmup`` steps. Running statistics are global and equal on all ranks. Our own
-    construction: docs/moving.md, which also says why weights are centralized.
+    Synchronizes exactly for ``warmup`` steps. Running statistics are global and equal on all ranks. Our own
+    construction; docs/moving.md derives it and explains why weights are centralized.
 
     Args:
-        window: steps of the other ranks, whose mean stands for them; with 1 training suffers on natural images.
-        warmup: synchronous steps at the start.
-        weights: "centralized", or "none" to leave them alone.
+        window: steps over which the statistics of the other ranks are averaged; with 1, accuracy on natural images is
+            lower.
+        warmup: exactly synchronized steps at the start.
+        weights: "centralized", or "none" to keep weights unchanged.
     """
     return Recipe(method=BatchNorm(), policy=Warmup(then=StaleMix(window=window), steps=warmup), weights=weights)
 
@@ -178,7 +181,7 @@ _BUILDERS: dict[str, Callable[..., Recipe]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Description:
-    """What a named recipe is: its first sentence, full text, and options with their defaults."""
+    """A named recipe: the first line and the full text of its docstring, and its options with their defaults."""
 
     name: str
     summary: str
@@ -206,16 +209,16 @@ def available() -> list[Description]:
 
 
 def build(name: str, /, **options: object) -> Recipe:
-    """The recipe ``name`` with ``options``, as a config file would give them; or what ``parse`` takes, alone.
+    """Build the recipe ``name`` with ``options``; ``name`` may also be a call with options, as ``parse`` reads it.
 
     Raises:
-        ValueError: unknown name, unknown option, or a value out of range; the message says what is allowed. Options
-            both in the name and apart.
+        ValueError: an unknown name, an unknown option, or a value out of range; the message says what is allowed. Or
+            options both in the name and as arguments.
     """
     if "(" in name:
         if options:
             raise ValueError(
-                f"recipe {shown(name)} has options in its name, and more are given apart: {', '.join(options)}. Write "
+                f"recipe {shown(name)} has options in its name, and separate options too: {', '.join(options)}. Write "
                 "all of them in one place."
             )
         return parse(name)
@@ -225,7 +228,7 @@ def build(name: str, /, **options: object) -> Recipe:
         if option not in allowed:
             raise ValueError(
                 f"recipe {name!r} has no option {option!r}{suggest(option, allowed)}; "
-                f"it takes {', '.join(allowed) if allowed else 'none'}."
+                f"its options are {', '.join(allowed)}."
             )
     recipe = builder(**options)
     given = ", ".join(f"{option}={value!r}" for option, value in options.items())
@@ -233,10 +236,10 @@ def build(name: str, /, **options: object) -> Recipe:
 
 
 def parse(text: str) -> Recipe:
-    """The recipe that ``text`` writes as a call, such as ``sync_bn`` or ``group_bn(size=4)``: a ``Recipe.name``.
+    """Build the recipe that ``text`` names, such as ``sync_bn`` or ``group_bn(size=4)``; ``Recipe.name`` has this form.
 
     Raises:
-        ValueError: not of this form, or as ``build``.
+        ValueError: ``text`` does not have this form, or as ``build``.
     """
     try:
         if len(text) > LONGEST:
@@ -249,10 +252,10 @@ def parse(text: str) -> Recipe:
         options = {str(each.arg): ast.literal_eval(each.value) for each in call.keywords}
     except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
         raise ValueError(
-            f"recipe {shown(text)}: write a name, or a name with options such as group_bn(size=4)."
+            f"recipe {shown(text)}: need a name, or a name with options such as group_bn(size=4)."
         ) from None
     try:
-        refuse_twins([str(each.arg) for each in call.keywords])
+        refuse_duplicates([str(each.arg) for each in call.keywords])
     except ValueError as error:
         raise ValueError(f"recipe {shown(text)}: {error}.") from None
     return build(call.func.id, **options)
@@ -260,5 +263,5 @@ def parse(text: str) -> Recipe:
 
 def _builder(name: str) -> Callable[..., Recipe]:
     if name not in _BUILDERS:
-        raise ValueError(f"unknown recipe {shown(name)}{suggest(name, _BUILDERS)}; there are {', '.join(_BUILDERS)}.")
+        raise ValueError(f"unknown recipe {shown(name)}{suggest(name, _BUILDERS)}; allowed are {', '.join(_BUILDERS)}.")
     return _BUILDERS[name]

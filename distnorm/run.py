@@ -1,7 +1,7 @@
-"""``<launcher> -m distnorm.run [options] train.py args``: convert the models of a script that stays as it is.
+"""``<launcher> -m distnorm.run [options] train.py args``: convert the models of an unmodified script.
 
-Each model is converted just before DistributedDataParallel, FSDP or DeepSpeed wraps it. Works wherever ``-m`` does:
-torchrun, ``accelerate launch -m``, ``deepspeed --module``, ``mpirun python -m``, plain Python.
+Each model is converted just before DistributedDataParallel, FSDP or DeepSpeed wraps it. Works with every launcher that
+has ``-m``: torchrun, ``accelerate launch -m``, ``deepspeed --module``, ``mpirun python -m``, plain Python.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ _LAUNCHER_FLAGS = ("--local_rank", "--local-rank")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the script that ``arguments`` name, ``sys.argv[1:]`` by default.
+    """Run the script that ``arguments`` name; they are ``sys.argv[1:]`` by default.
 
     Raises:
-        SystemExit: what the script exits with, or 2 for a wrong call or settings that are not allowed.
-        BaseException: what the script raises.
+        SystemExit: the script's own exit, or 2 for wrong arguments or settings.
+        BaseException: any exception of the script.
     """
-    own, as_module, target, rest = _split(sys.argv[1:] if arguments is None else arguments)
+    own, is_module, target, rest = _split(sys.argv[1:] if arguments is None else arguments)
     parser = _parser()
     options = parser.parse_args(own)
     if target is None:
-        parser.error("name the script to run, or -m and a module.")
+        parser.error("need a script to run, or -m and a module.")
     try:
         flags = {key: getattr(options, key) for key in ("recipe", "options", "where", "fuse", "ledger", "transport")}
         if options.options is not None:
@@ -53,14 +53,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         settings = from_environment(os.environ, flags)
     except ValueError as error:
         _refuse(str(error))
-    _meet()
+    _export_launcher_environment()
     job = install(settings)
     convert_in_children(job, settings, own)
     try:
-        if as_module:
+        if is_module:
             run_module(target, rest)
         else:
-            _check(target)
+            _check_readable(target)
             run_script(target, rest)
     except SystemExit as end:
         job.failed = end.code not in (None, 0)
@@ -71,33 +71,33 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise
 
 
-def _meet() -> None:
-    """Where mpirun or srun started the ranks, export what ``env://`` reads, for scripts that expect torchrun's."""
+def _export_launcher_environment() -> None:
+    """Export the variables that ``env://`` reads if mpirun or srun started the ranks, as torchrun would."""
     if "RANK" not in os.environ and read_launcher(os.environ) is not None:
         try:
             export_environment()
-        except (ImportError, RuntimeError, ValueError) as error:  # the script may know a way of its own
+        except (ImportError, RuntimeError, ValueError) as error:  # the script may initialize torch.distributed itself
             print(f"distnorm.run: RANK and MASTER_ADDR are not exported: {error}", file=sys.stderr)
 
 
 def _split(arguments: Sequence[str]) -> tuple[list[str], bool, str | None, list[str]]:
-    """Our own options, whether a module is named, the script or module, and what belongs to it.
+    """Return the options of distnorm.run, whether a module follows, the script or module, and its arguments.
 
-    Not left to argparse, which looks for options behind the script too and takes a ``--`` out of its arguments.
-    The local rank that deepspeed and older launchers put first is the script's.
+    argparse cannot do this: it would look for options behind the script too, and remove a ``--`` from its arguments.
+    The local rank that deepspeed and older launchers put first is passed on to the script.
     """
     own: list[str] = []
     forwarded: list[str] = []
-    waiting = list(arguments)
-    while waiting and waiting[0].startswith("-") and waiting[0] != "-m":
-        flag = waiting.pop(0)
-        kept = forwarded if flag.partition("=")[0] in _LAUNCHER_FLAGS else own
-        kept.append(flag)
-        if waiting and flag in (*_TAKES_VALUE, *_LAUNCHER_FLAGS):
-            kept.append(waiting.pop(0))
-    as_module = waiting[:1] == ["-m"]
-    named = waiting[1:] if as_module else waiting
-    return own, as_module, (named[0] if named else None), [*forwarded, *named[1:]]
+    remaining = list(arguments)
+    while remaining and remaining[0].startswith("-") and remaining[0] != "-m":
+        flag = remaining.pop(0)
+        options = forwarded if flag.partition("=")[0] in _LAUNCHER_FLAGS else own
+        options.append(flag)
+        if remaining and flag in (*_TAKES_VALUE, *_LAUNCHER_FLAGS):
+            options.append(remaining.pop(0))
+    is_module = remaining[:1] == ["-m"]
+    target = remaining[1:] if is_module else remaining
+    return own, is_module, (target[0] if target else None), [*forwarded, *target[1:]]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -121,8 +121,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _check(path: str) -> None:
-    """As Python does, in one line and with its exit code; an OSError of the script's own must not look like it."""
+def _check_readable(path: str) -> None:
+    """Exit as Python does if ``path`` cannot be read, before the script runs and may raise an OSError itself."""
     try:
         if not os.path.isdir(path):
             with open(path, "rb"):

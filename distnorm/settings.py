@@ -1,7 +1,7 @@
-"""What a user sets where a job is configured: recipe, options, layers and so on. Checked before a job starts.
+"""The settings of a job: recipe, options, layers and so on, checked before the job starts.
 
-The same section stands in an accelerate config (``distnorm_config:``) and in DeepSpeed's JSON (``"distnorm":``); flags
-of ``distnorm.run`` and environment variables ``DISTNORM_*`` say the same and come first.
+An accelerate config holds them in a section ``distnorm_config:``, DeepSpeed's JSON in a section ``"distnorm":``. Flags
+of ``distnorm.run`` and environment variables ``DISTNORM_*`` set the same and take precedence.
 """
 
 from __future__ import annotations
@@ -33,29 +33,29 @@ from distnorm.validation import (
 
 # docs/decisions.md#a-section-reaches-workers-in-one-variable
 SECTION_VARIABLE = "DISTNORM_CONFIG"
-"""Carries a config file's section from the launcher to its workers, as JSON: ``{"source": ..., "section": {...}}``."""
+"""Passes a config file's section from the launcher to its workers, as JSON: ``{"source": ..., "section": {...}}``."""
 
 OPTIONS_EXAMPLE = '{"size": 4}'
-_CARRIED = '{"source": "cfg.yaml", "section": {"recipe": "sync_bn"}}'
+_SECTION_EXAMPLE = '{"source": "cfg.yaml", "section": {"recipe": "sync_bn"}}'
 _SWITCHES = ("fuse", "ledger")
 _WORDS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How a job's models are to be converted.
+    """How the models of a job are converted.
 
     Args:
         recipe: a name, or a name with options as in ``group_bn(size=4)``.
         options: options of the named recipe.
-        where: patterns of layer names (``fnmatch``); none means all layers.
-        fuse: whether norms take over the additions and ReLUs that follow them in the model's code.
+        where: patterns of layer names (``fnmatch``); if empty, all layers.
+        fuse: whether norms also compute the additions and ReLUs that follow them in the model's code.
         ledger: whether rank 0 prints the ledger of collectives when the job ends.
-        transport: who carries statistics, as ``convert`` takes it; None is what ``DISTNORM_TRANSPORT`` says.
+        transport: what sends statistics, as in ``convert``; None uses the value of ``DISTNORM_TRANSPORT``.
         source: where the settings come from, for error messages.
 
     Raises:
-        ValueError: a value that is not allowed; the message names source, key, what was given and what is allowed.
+        ValueError: a value is not allowed; the message names source, key, what was given and what is allowed.
     """
 
     recipe: RecipeName = "sync_bn"
@@ -83,17 +83,15 @@ class Settings:
         """Read a config file's section.
 
         Args:
-            section: what the file holds; lists and strings are taken for ``where``.
-            source: names the file and the section.
+            section: the parsed section; ``where`` may be a list or a string separated by commas.
+            source: names the file and the section in error messages.
 
         Raises:
-            ValueError: no mapping, an unknown key, or a value that is not allowed.
+            ValueError: the section is not a mapping, or has an unknown key or a value that is not allowed.
         """
         allowed = [each.name for each in fields(cls) if each.name != "source"]
         if not isinstance(section, Mapping):
-            raise ValueError(
-                f"{source}: expected a mapping with keys out of {', '.join(allowed)}; got {shown(section)}."
-            )
+            raise ValueError(f"{source}: need a mapping; allowed keys are {', '.join(allowed)}; got {shown(section)}.")
         for key in section:
             if key not in allowed:
                 raise ValueError(
@@ -103,7 +101,7 @@ class Settings:
         return cls(**values, source=source)
 
     def section(self) -> dict[str, object]:
-        """What ``of`` reads: the settings that are not defaults, and the recipe."""
+        """Return the section that ``of`` reads: the recipe, and the settings that are not defaults."""
         section: dict[str, object] = {"recipe": self.recipe}
         if self.options:
             section["options"] = dict(self.options)
@@ -115,13 +113,13 @@ class Settings:
         return section
 
     def build(self) -> Recipe:
-        """The recipe itself."""
+        """Build the recipe."""
         return recipes.build(self.recipe, **self.options)
 
     def convert(self, model: nn.Module, *, mesh: DeviceMesh | None = None) -> bool:
-        """Convert ``model`` in place, unless it is converted already; whether there was something to convert.
+        """Convert ``model`` in place and return True; return False if it is converted already or has no batch norm.
 
-        ``mesh`` holds the data-parallel ranks, if they are not all.
+        ``mesh`` holds the data-parallel ranks, if they are not all ranks.
         """
         modules = list(model.modules())
         if any(isinstance(each, DistNorm) for each in modules):
@@ -133,22 +131,22 @@ class Settings:
 
 
 def from_environment(environment: Mapping[str, str], flags: Mapping[str, object] | None = None) -> Settings | None:
-    """Settings of this process: ``flags``, then ``DISTNORM_*``, then the section that a launcher handed on.
+    """Return the settings of this process: from ``flags``, then ``DISTNORM_*``, then the launcher's section.
 
     ``DISTNORM_RECIPE``, ``DISTNORM_OPTIONS`` (JSON), ``DISTNORM_WHERE`` (separated by commas), ``DISTNORM_FUSE``,
-    ``DISTNORM_LEDGER``, ``DISTNORM_TRANSPORT``. A recipe from a source drops the options of the sources after it. None
-    if no source says anything.
+    ``DISTNORM_LEDGER``, ``DISTNORM_TRANSPORT``. If a source names a recipe, the options of later sources are dropped.
+    None if no source sets anything.
 
     Raises:
-        ValueError: as ``Settings.of``; a variable DISTNORM_* that there is not.
+        ValueError: as ``Settings.of``; or an unknown variable DISTNORM_*.
     """
     refuse_unknown_variables(environment)
-    layers = [_read_carried(environment)] if SECTION_VARIABLE in environment else []
-    layers.append(("environment DISTNORM_*", _read_variables(environment)))
-    layers.append(("flags of distnorm.run", {key: value for key, value in (flags or {}).items() if value is not None}))
+    given = {key: value for key, value in (flags or {}).items() if value is not None}
+    sections = [_read_section(environment)] if SECTION_VARIABLE in environment else []
+    sections += [("environment DISTNORM_*", _read_variables(environment)), ("flags of distnorm.run", given)]
     sources: list[str] = []
     merged: dict[str, object] = {}
-    for source, section in layers:
+    for source, section in sections:
         if section:
             sources.append(source)
             if "recipe" in section:
@@ -157,14 +155,14 @@ def from_environment(environment: Mapping[str, str], flags: Mapping[str, object]
     return Settings.of(merged, ", ".join(sources)) if sources else None
 
 
-def _read_carried(environment: Mapping[str, str]) -> tuple[str, Mapping[str, object]]:
-    """What a launcher hands on: where a section comes from, and the section."""
+def _read_section(environment: Mapping[str, str]) -> tuple[str, Mapping[str, object]]:
+    """Return the source and the section that a launcher passes to its workers."""
     source = f"environment {SECTION_VARIABLE}"
-    match read_json(environment[SECTION_VARIABLE], source, _CARRIED):
+    match read_json(environment[SECTION_VARIABLE], source, _SECTION_EXAMPLE):
         case {"source": str(named), "section": dict(section), **others} if not others:
             return named, section
     raise ValueError(
-        f"{source}: need JSON such as '{_CARRIED}', as `distnorm launch` writes it; got "
+        f"{source}: need JSON such as '{_SECTION_EXAMPLE}', as `distnorm launch` writes it; got "
         f"{shown(environment[SECTION_VARIABLE])}."
     )
 

@@ -1,8 +1,8 @@
-"""The few types that every floor shares.
+"""The types that all folders of the package share.
 
 Shape legend, used throughout the package: N batch, C channel, L flattened space, K statistic kind.
 ``count`` is a number of values per channel, ``sums`` are additive over ranks, ``means = sums / count``,
-``wire`` is the flat float64 vector that is sent, ``slot`` names one use of it.
+``wire`` is the payload of a collective, a flat float64 vector, and ``slot`` identifies one payload.
 """
 
 from __future__ import annotations
@@ -20,32 +20,32 @@ Transport = Literal["torch", "mpi", "shm", "sockets", "gloo"]
 
 
 class Observer(Protocol):
-    """Told of collectives."""
+    """Receives events of collectives."""
 
     def issued(self, slot: Slot, nbytes: int) -> None:
-        """A collective for ``slot`` starts, with a payload of ``nbytes``."""
+        """Record that a collective for ``slot`` starts, with a payload of ``nbytes``."""
         ...
 
     def waited(self, slot: Slot, seconds: float) -> None:
-        """The host spent ``seconds`` in a collective for ``slot``."""
+        """Record that the host spent ``seconds`` in a collective for ``slot``."""
         ...
 
 
 class Slot(NamedTuple):
-    """One use of the wire.
+    """Identifies one payload: layer, direction and step, with what a policy needs to share it.
 
     Fields:
-        layer: whose values these are; ``EVERY_LAYER`` for a vector that serves all.
-        direction: statistics or cotangents.
-        step: the training step of the forward.
-        learning: whether this is part of a step: not a forward that no backward may follow (training mode under
-            no_grad), nor cotangents while a graph is being built. Only then values enter windows.
-        forward_count: for cotangents, the count that the forward's ``reduce`` returned.
-        loss_scale: what cotangents are multiplied by, as a mixed-precision loss scale does.
-        observers: who is told of collectives.
-        passes: at the end of a step, a number that is equal on ranks in phase: the backward passes of this process
-            since its first step, or 0 where the optimizer or the user ends steps.
-        model: which conversion of the ranks the layer belongs to, counted alike on all of them; 0 if to none.
+        layer: the layer whose values these are; ``EVERY_LAYER`` for a vector of all layers.
+        direction: ``"forward"`` for statistics, ``"backward"`` for cotangents.
+        step: the training step of the forward pass.
+        learning: whether this belongs to a step, so that values enter windows. False for a forward pass that no
+            backward pass can follow (training mode under no_grad), and for cotangents while a graph is being built.
+        forward_count: for cotangents, the count that the forward pass's ``reduce`` returned.
+        loss_scale: the factor in the cotangents, that is the loss scale of mixed precision.
+        observers: receive the events of collectives.
+        passes: at the end of a step, the number of backward passes of this process since its first step, or 0 if the
+            optimizer or the user ends steps. Ranks in phase have equal numbers.
+        model: number of the conversion that the layer belongs to, equal on all of its ranks; 0 if none.
     """
 
     layer: str
@@ -63,16 +63,17 @@ EVERY_LAYER = "(all layers)"
 
 
 class Layout(NamedTuple):
-    """The fixed sizes of what each layer shares: ``(layer, direction) -> values``, without counts; and where."""
+    """The payload sizes ``(layer, direction) -> number of values``, without counts, and the device of the payloads."""
 
     sizes: dict[tuple[str, Direction], int]
     device: torch.device
 
 
 class Watch(NamedTuple):
-    """What a layer's last step looked like: means of the local batch, those in use, and of all ranks if asked for.
+    """Means of a layer in its last step: of the local batch, those that were used, and those of all ranks if requested.
 
-    ``entries`` is how many steps the means in use rest on, ``dropped`` how many came back with NaN or Inf.
+    ``entries`` is the number of steps in the means that were used. ``dropped`` is the number of steps whose sums had
+    NaN or Inf.
     """
 
     local: Tensor
@@ -83,9 +84,10 @@ class Watch(NamedTuple):
 
 
 class Landed(NamedTuple):
-    """Statistics of one layer that became global at a step's end, for the running statistics.
+    """Global statistics of one layer whose collective has completed at a step's end, for the running statistics.
 
-    ``total`` is how many values they rest on; ``weight`` is a float64 scalar: 1 if anything landed, else 0.
+    ``total`` is the number of values per channel in them. ``weight`` is a float64 scalar: 1 if a collective has
+    completed, else 0.
     """
 
     layer: str
@@ -95,42 +97,42 @@ class Landed(NamedTuple):
 
 
 class Future:
-    """A sum over ranks that was started: ``wait`` gives it, whoever carries it.
+    """A started sum over ranks, with any transport. ``wait`` returns it.
 
-    It owns how the sum ended. Where ``finish``, which it is made from, returns (the sum, or an error that all ranks
-    agree on), that is what every ``wait`` returns or raises. Where ``finish`` raises (a timeout, Ctrl-C), the wait was
-    cut short, and the next one goes on. A timeout counts from the beginning of a wait, and only while the process runs
-    (``transport/patience.py``); gloo and NCCL count their own, from the start.
+    It stores the outcome. If ``finish`` returns (the sum, or an error on which all ranks agree), every ``wait`` returns
+    or raises that. If ``finish`` raises (a timeout, Ctrl-C), the wait was interrupted, and the next ``wait`` continues
+    it. A timeout counts from the beginning of a wait, and only while the process runs (``transport/patience.py``); gloo
+    and NCCL count their own, from the start of the collective.
     """
 
     __slots__ = "_finish", "_outcome", "_poll"
 
     def __init__(self, finish: Callable[[], Tensor | RuntimeError], poll: Callable[[], bool] | None = None) -> None:
-        """``poll``, if there is such a way, says without waiting whether ``finish`` need not wait."""
+        """``poll``, if given, returns without waiting whether ``finish`` would return at once."""
         self._finish: Callable[[], Tensor | RuntimeError] | None = finish
         self._poll = poll
         self._outcome: Tensor | RuntimeError | None = None
 
     @classmethod
     def completed(cls, result: Tensor) -> Future:
-        """One that nobody need wait for."""
+        """Return a future that has completed."""
         future = cls.__new__(cls)
         future._finish, future._poll, future._outcome = None, None, result
         return future
 
     def done(self) -> bool:
-        """Whether ``wait`` is known not to wait. Does not wait."""
+        """Return whether ``wait`` is known to return at once. Does not wait."""
         return self._finish is None or (self._poll is not None and self._poll())
 
     def wait(self) -> Tensor:
-        """The sum. On a GPU the current stream waits, not the host.
+        """Return the sum. On a GPU the current stream waits, not the host.
 
         Raises:
             RuntimeError: a rank has ended, did not take part in time, or shares something else.
         """
         if self._finish is not None:
             self._outcome = self._finish()
-            self._finish = self._poll = None  # with the memory that only the wait needed
+            self._finish = self._poll = None  # frees the memory that only the wait needed
         if isinstance(self._outcome, RuntimeError):
             raise self._outcome
         assert self._outcome is not None, "it has ended"
@@ -138,16 +140,16 @@ class Future:
 
 
 class Moments(NamedTuple):
-    """What running statistics absorb: ``mean_C`` (None where the method has no mean) and ``var_C``."""
+    """Moments that update the running statistics: ``mean_C`` (None if the method has no mean) and ``var_C``."""
 
     mean_C: Tensor | None
     var_C: Tensor
 
 
 class Affine(NamedTuple):
-    """A layer's learnt scale and shift, each ``[C]`` or None, and the ``eps`` that guards its division.
+    """A layer's learnable scale and shift, each ``[C]`` or None, and the ``eps`` that is added to the variance.
 
-    ``running_var_C`` and ``updates`` (how often it was updated) serve methods that correct by it.
+    ``running_var_C`` and ``updates`` (its number of updates) are for methods that correct by the running variance.
     """
 
     weight_C: Tensor | None
@@ -158,7 +160,7 @@ class Affine(NamedTuple):
 
 
 class Tail(NamedTuple):
-    """What follows a norm and can be had in the same pass: ``relu(norm(x) + residual)``, or one of the two.
+    """Epilogue of a norm, computed in the same pass: ``relu(norm(x) + residual)``, or only one of the two operations.
 
     ``residual_NCL`` has the shape, dtype and device of x.
     """
@@ -168,10 +170,10 @@ class Tail(NamedTuple):
 
 
 class Running(NamedTuple):
-    """The running statistics of a layer, changed in place; a ``momentum`` of None is the plain average over all steps.
+    """The running statistics of a layer, updated in place; a ``momentum`` of None is the plain average over all steps.
 
-    ``updates`` is how often they were changed. ``guarded`` ones leave out moments that would make any of them infinite
-    or NaN. Users may have set any of the three to None.
+    ``updates`` is the number of updates. If ``guarded``, moments that would make a value infinite or NaN are skipped.
+    Users may have set any of the three tensors to None.
     """
 
     mean_C: Tensor | None
@@ -182,18 +184,20 @@ class Running(NamedTuple):
 
     @property
     def is_whole(self) -> bool:
-        """Whether there are all three, as kernels want them."""
+        """Whether all three tensors are there, as kernels require."""
         return self.mean_C is not None and self.var_C is not None and self.updates is not None
 
 
 @dataclass
 class Feeders:
-    """Where a guess at the layers that feed converted norms was wrong, by name. Copies of a model share it.
+    """Corrections, by name, of which convolution or linear layer precedes which converted norm. Copies share them.
+
+    ``convert`` guesses these pairs, and the first training forward pass shows them.
 
     Fields:
-        known: whether it has been looked at, or an optimizer has stepped first and the guess stands.
-        left: layers whose outputs go elsewhere too.
-        feeds: layers that feed other norms than guessed, and those.
+        known: whether the pairs are final: they were observed, or an optimizer has stepped before that.
+        left: layers whose outputs go to other modules too, so that their weights are not centralized.
+        feeds: layers that precede other norms than guessed, with the names of these norms.
     """
 
     known: bool = False
@@ -202,8 +206,8 @@ class Feeders:
 
 
 class Share(Protocol):
-    """Local additive sums in, shared statistics out: all that a method knows of the other ranks."""
+    """Turns local additive sums into shared statistics: a method's only access to other ranks."""
 
     def __call__(self, count: int, sums_KC: Tensor, link: Link) -> tuple[Tensor, Tensor]:
-        """Return ``(link(shared means), shared count)``; both are equal on all ranks that share. Differentiable."""
+        """Return ``(link(shared means), shared count)``, equal on all ranks that share. Differentiable."""
         ...

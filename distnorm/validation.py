@@ -1,8 +1,8 @@
-"""What a value may be, by the hint of the field or argument that takes it: kinds, ranges and words, checked in one way.
+"""Check values against the type hint of the field or argument that receives them.
 
-Code, flags, environment and files all end in fields of dataclasses and arguments of functions. Their hints say what is
-allowed: ``bool``, ``str`` (not empty), a ``Literal``, a class, ``None``, unions of these, and ``Annotated`` with a rule
-of this file. True is no number, NaN is in no range, and an empty text is nothing.
+Values from code, flags, environment variables and files all end in fields of dataclasses and arguments of functions.
+Their hints say what is allowed: ``bool``, ``str`` (not empty), a ``Literal``, a class, ``None``, unions of these, and
+``Annotated`` with a rule of this file. True is not a number, NaN is in no range, and an empty text is not allowed.
 """
 
 from __future__ import annotations
@@ -40,26 +40,26 @@ _SHOWN.maxstring = _SHOWN.maxother = 200
 # docs/decisions.md#values-are-checked-by-type-hints
 @dataclass(frozen=True)
 class Rule:
-    """Which values are allowed, and that in words."""
+    """A predicate for allowed values, and their description for messages."""
 
     admits: Callable[[Any], bool]
     words: str
 
 
 def whole(of: str, low: int, high: int) -> Rule:
-    """A whole number ``of`` something, from ``low`` to ``high``."""
+    """Return the rule for a whole number ``of`` something, from ``low`` to ``high``."""
     words = f"a whole number of {of}, at least {low} and at most {high}"
     return Rule(lambda value: type(value) is int and low <= value <= high, words)
 
 
 def number(low: int, high: int) -> Rule:
-    """A number from ``low`` to ``high``."""
+    """Return the rule for a number from ``low`` to ``high``."""
     words = f"a number, at least {low} and at most {high}"
     return Rule(lambda value: _is_number(value) and low <= value <= high, words)
 
 
 def kind(of: type, words: str) -> Rule:
-    """Anything of a class, in words that say more than its name."""
+    """Return the rule for instances of a class, described by ``words``."""
     return Rule(lambda value: isinstance(value, of) and value != "", words)
 
 
@@ -95,7 +95,7 @@ Patterns = Annotated[
 
 
 def check(owner: str, hints: Mapping[str, Any], given: Mapping[str, object]) -> None:
-    """Raise where a value is not what the hint of its name allows.
+    """Raise if a value in ``given`` is not allowed by the hint of the same name.
 
     Raises:
         ValueError: the message says what was given to ``owner``, and what is allowed.
@@ -106,7 +106,7 @@ def check(owner: str, hints: Mapping[str, Any], given: Mapping[str, object]) -> 
 
 
 def check_fields(value: Any) -> None:
-    """``check`` the fields of a dataclass.
+    """Raise if a field of a dataclass is not allowed by its hint.
 
     Raises:
         ValueError: as ``check``.
@@ -116,7 +116,7 @@ def check_fields(value: Any) -> None:
 
 
 def checked(function: Callable[P, T]) -> Callable[P, T]:
-    """``function``, whose arguments are checked by their hints."""
+    """Return ``function`` with a check of its arguments against their hints."""
     signature = inspect.signature(function)
 
     @wraps(function)
@@ -129,12 +129,12 @@ def checked(function: Callable[P, T]) -> Callable[P, T]:
 
 @cache
 def hints_of(owner: Any) -> dict[str, Any]:
-    """The hints of a class or function, with their rules."""
+    """Return the hints of a class or function, with their rules."""
     return get_type_hints(owner, include_extras=True)
 
 
 def admits(hint: Any, value: object) -> bool:
-    """Whether ``hint`` allows ``value``."""
+    """Return whether ``hint`` allows ``value``."""
     origin = get_origin(hint)
     if origin is Annotated:
         return bool(hint.__metadata__[0].admits(value))
@@ -146,7 +146,7 @@ def admits(hint: Any, value: object) -> bool:
 
 
 def words(hint: Any) -> str:
-    """What ``hint`` allows."""
+    """Describe the values that ``hint`` allows."""
     origin = get_origin(hint)
     if origin is Annotated:
         return str(hint.__metadata__[0].words)
@@ -159,7 +159,7 @@ def words(hint: Any) -> str:
 
 
 def written(hint: Any) -> str:
-    """``hint`` as it is written where no rule belongs to it."""
+    """Return ``hint`` as source text, without its rule."""
     if get_origin(hint) is Annotated:
         return written(hint.__origin__)
     if get_origin(hint) in (Union, UnionType):
@@ -170,40 +170,40 @@ def written(hint: Any) -> str:
 
 
 def shown(value: object) -> str:
-    """``value`` in a message: not at length, whatever it is."""
+    """Return the repr of ``value`` for a message, shortened."""
     try:
         return _SHOWN.repr(value)
-    except (ValueError, RecursionError):  # an integer of thousands of digits; brackets in brackets
+    except (ValueError, RecursionError):  # an integer of thousands of digits; very deep nesting
         return f"<{type(value).__name__}>"
 
 
 def read_json(text: str, source: str, example: str) -> Any:
-    """What ``text`` holds, as JSON.
+    """Parse ``text`` as JSON.
 
     Raises:
-        ValueError: it is no JSON, is nested too deeply, or names a key twice; the message begins with ``source``.
+        ValueError: it is not JSON, is nested too deeply, or has a key twice; the message begins with ``source``.
     """
     try:
-        return json.loads(text, object_pairs_hook=without_twins)
+        return json.loads(text, object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{source}: need JSON such as '{example}'; got {shown(text)} ({error}).") from None
 
 
-def without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The mapping of ``pairs``.
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the mapping of ``pairs``.
 
     Raises:
-        ValueError: as ``refuse_twins``.
+        ValueError: as ``refuse_duplicates``.
     """
-    refuse_twins([key for key, _ in pairs])
+    refuse_duplicates([key for key, _ in pairs])
     return dict(pairs)
 
 
-def refuse_twins(keys: list[Any]) -> None:
-    """Raise where one of ``keys`` is there twice, of which one would win in silence.
+def refuse_duplicates(keys: list[Any]) -> None:
+    """Raise if one of ``keys`` is there twice, since a mapping would silently drop one of the two values.
 
     Raises:
-        ValueError: naming the key.
+        ValueError: the message names the key.
     """
     for at, key in enumerate(keys):
         if key in keys[:at]:
@@ -211,7 +211,7 @@ def refuse_twins(keys: list[Any]) -> None:
 
 
 def suggest(given: str, allowed: Iterable[str]) -> str:
-    """`` (did you mean 'sync_bn'?)``, or nothing where no allowed word is near."""
+    """Return `` (did you mean 'sync_bn'?)`` for the closest allowed word, or an empty text if none is close."""
     near = difflib.get_close_matches(given, list(allowed), n=1)
     return f" (did you mean {near[0]!r}?)" if near else ""
 
@@ -225,6 +225,6 @@ def refuse_unknown_variables(environment: Mapping[str, str]) -> None:
     for name in environment:
         if name.startswith("DISTNORM_") and name not in VARIABLES:
             raise ValueError(
-                f"environment: unknown variable {shown(name)}{suggest(name, VARIABLES)}; there are "
+                f"environment: unknown variable {shown(name)}{suggest(name, VARIABLES)}; allowed are "
                 f"{', '.join(VARIABLES)}."
             )

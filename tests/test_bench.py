@@ -72,7 +72,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Job]:
 
 
 def test_it_starts_two_ranks(job: Job) -> None:
-    assert "no launcher: starting 2 ranks on this machine's CPU" in job.ended.stderr
+    assert "no launcher: starting 2 ranks on the CPU of this machine" in job.ended.stderr
     assert sorted(path.name for path in job.folder.glob("ran-*")) == ["ran-0", "ran-1", "ran-alone"]  # and a check
     assert (job.record["ranks"], job.record["nodes"], job.record["local"], job.record["backend"]) == (2, 1, 2, "gloo")
 
@@ -127,7 +127,7 @@ def test_the_table_has_a_unit_in_every_column(job: Job) -> None:
     assert header.split("  ")[0] == "recipe" and [part.strip() for part in header.split("  ") if part] == columns
     assert [row.split()[0] for row in rows] == list(RECIPES)
     assert len({len(line) for line in steps.splitlines()[:-1]}) == 1
-    assert "exposed with 95 % interval: a step less the same without sharing" in note
+    assert "exposed: a step minus the same step without sharing, with 95 % interval" in note
 
 
 def test_progress_where_nobody_looks_is_a_line_per_tenth(job: Job) -> None:
@@ -222,16 +222,16 @@ def test_losses_of_what_models_return() -> None:
     x, y = torch.tensor([1.0, 3.0]), torch.tensor([2.0])
     assert loss_of(x).item() == 5
     assert loss_of({"out": x, "aux": [y, (torch.tensor([1]),)]}).item() == 9
-    with pytest.raises(ValueError, match="the model returned tuple without a floating-point tensor in it"):
+    with pytest.raises(ValueError, match="the model returned tuple without a floating-point tensor"):
         loss_of((torch.tensor([1]), None))
 
 
 def test_a_batch_that_the_model_does_not_take() -> None:
     cpu = torch.device("cpu")
     check_forward(lambda: torch.nn.Linear(3, 2), torch.ones(4, 3), "a batch of 4 x 3", cpu)
-    with pytest.raises(ValueError, match="the model does not take a batch of 4 x 5: mat1 and mat2 shapes"):
+    with pytest.raises(ValueError, match="the model does not accept a batch of 4 x 5: mat1 and mat2 shapes"):
         check_forward(lambda: torch.nn.Linear(3, 2), torch.ones(4, 5), "a batch of 4 x 5", cpu)
-    with pytest.raises(ValueError, match=r"not take data:load: .*unexpected keyword argument 'image'"):
+    with pytest.raises(ValueError, match=r"not accept data:load: .*unexpected keyword argument 'image'"):
         check_forward(lambda: torch.nn.Linear(3, 2), {"image": torch.ones(4, 3)}, "data:load", cpu)
 
 
@@ -255,14 +255,14 @@ def test_recipes_of_two_levels_need_two_levels() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--model benched", "--model 'benched': write module:function"),
+        ("--model benched", "--model 'benched': need module:function"),
         ("--model benched:plain", "Linear has no batch norm layer, so there is nothing to synchronize"),
         ("--recipes sink_bn", "unknown recipe 'sink_bn' (did you mean 'sync_bn'?)"),
         ("--seconds 0", "--seconds 0: need more than 0."),
         ("--shape 3,x", "--shape '3,x': need whole numbers above 0, separated by commas, such as 3,224,224."),
         ("--json there/is/none.json", "there/is/none.json: there is no directory there/is."),
         ("--batch 0", "--batch 0: need at least 1."),
-        ("--input benched:small --batch 3", "--input says what a forward takes, and so do --shape and --batch"),
+        ("--input benched:small --batch 3", "--input, and --shape with --batch, both define the input"),
         ("--input benched:data", "--input 'benched:data': module 'benched' has no function 'data'"),
     ],
 )

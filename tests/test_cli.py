@@ -73,7 +73,7 @@ def test_as_a_process() -> None:
     program = "import sys; from distnorm.cli.main import main; sys.exit(main())"
     ended = subprocess.run([sys.executable, "-c", program, "recipes", "x"], capture_output=True, text=True, timeout=60)
     assert (ended.returncode, ended.stdout) == (2, "")
-    assert ended.stderr.splitlines()[-1].startswith("distnorm: error: unknown recipe 'x'; there are local_bn")
+    assert ended.stderr.splitlines()[-1].startswith("distnorm: error: unknown recipe 'x'; allowed are local_bn")
 
 
 def test_the_installed_script_is_this_function() -> None:

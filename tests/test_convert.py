@@ -154,7 +154,7 @@ def test_a_layer_called_twice_per_forward() -> None:
 def test_an_uninitialized_lazy_layer_is_named_and_nothing_changes() -> None:
     model = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 1), nn.LazyBatchNorm2d())
     before = layout(model)
-    with pytest.raises(ValueError, match=r"^2: LazyBatchNorm2d is not initialized. Run one forward"):
+    with pytest.raises(ValueError, match=r"^2: LazyBatchNorm2d is not initialized. Run one forward pass"):
         distnorm.convert(model, "sync_bn")
     assert layout(model) == before
 
@@ -291,10 +291,10 @@ def test_a_model_without_batch_norm_warns_and_stays() -> None:
         (lambda net: distnorm.convert(net, "group_bn", sizes=2), "did you mean 'size'"),
         (
             lambda net: distnorm.convert(net, Recipe(method=BatchNorm(), policy=AllReduce()), size=2),
-            r"options \['size'\] belong to named recipes",
+            r"options \['size'\] are allowed with the name of a recipe only",
         ),
-        (distnorm.attach, "no layer that distnorm converted"),
-        (distnorm.sync_running_stats, "no layer that distnorm converted"),
+        (distnorm.attach, "no converted layer"),
+        (distnorm.sync_running_stats, "no converted layer"),
     ],
 )
 def test_a_bad_call_changes_nothing(net: Net, call: Callable[[Net], object], message: str) -> None:

@@ -160,7 +160,7 @@ def test_a_class_that_is_patched_is_heeded(monkeypatch: pytest.MonkeyPatch, when
         monkeypatch.setattr(Torchvision, "forward", doubled)
     for fuse in (True, False):
         if fuse and when == "before":
-            with pytest.warns(UserWarning, match="no norm that is followed"):
+            with pytest.warns(UserWarning, match="fused nothing"):
                 models.append(made(Torchvision, fuse=True))
         else:
             models.append(made(Torchvision, fuse=fuse))

@@ -160,11 +160,11 @@ def test_a_model_that_meta_tensors_cannot_build_is_built_for_real(here: Path) ->
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--model planned", "--model 'planned': write module:function, such as torchvision.models:resnet50."),
+        ("--model planned", "--model 'planned': need module:function, such as torchvision.models:resnet50."),
         ("--model plant:small", "--model 'plant:small': there is no module 'plant' in "),
         ("--model planned:smalll", "module 'planned' has no function 'smalll' (did you mean 'small'?)."),
         ("--model planned:number", "--model 'planned:number': it returned int; need a torch.nn.Module."),
-        ("--model planned:plain", "nothing to synchronize; its norm layers are LayerNorm."),
+        ("--model planned:plain", "nothing to synchronize; its norm layers: LayerNorm."),
         (
             "--world 12",
             "world size 12 is not divisible by the 8 ranks of a node; allowed are 1 to 8, and multiples of 8",

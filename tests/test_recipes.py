@@ -66,19 +66,19 @@ def test_build(name: str, options: dict[str, object], policy: Policy, full_name:
         (
             "synch_bn",
             {},
-            r"^unknown recipe 'synch_bn' \(did you mean 'sync_bn'\?\); there are local_bn, sync_bn, group_bn",
+            r"^unknown recipe 'synch_bn' \(did you mean 'sync_bn'\?\); allowed are local_bn, sync_bn, group_bn",
         ),
-        ("SYNC-BN-9000", {}, r"^unknown recipe 'SYNC-BN-9000'; there are local_bn"),
-        ("", {}, r"^unknown recipe ''; there are"),
+        ("SYNC-BN-9000", {}, r"^unknown recipe 'SYNC-BN-9000'; allowed are local_bn"),
+        ("", {}, r"^unknown recipe ''; allowed are"),
         (
             "group_bn",
             {"sizes": 4},
-            r"^recipe 'group_bn' has no option 'sizes' \(did you mean 'size'\?\); it takes size, axis",
+            r"^recipe 'group_bn' has no option 'sizes' \(did you mean 'size'\?\); its options are size, axis",
         ),
-        ("group_bn", {"zzz": 4}, r"^recipe 'group_bn' has no option 'zzz'; it takes size, axis"),
-        ("sync_bn", {"size": 4}, r"^recipe 'sync_bn' has no option 'size'; it takes weights"),
-        ("group_bn", {}, r"either size or axis; given are size=None, axis=None"),
-        ("group_bn", {"size": 2, "axis": "node"}, r"either size or axis; given are size=2, axis='node'"),
+        ("group_bn", {"zzz": 4}, r"^recipe 'group_bn' has no option 'zzz'; its options are size, axis"),
+        ("sync_bn", {"size": 4}, r"^recipe 'sync_bn' has no option 'size'; its options are weights"),
+        ("group_bn", {}, r"either size or axis; got size=None, axis=None"),
+        ("group_bn", {"size": 2, "axis": "node"}, r"either size or axis; got size=2, axis='node'"),
         ("group_bn", {"size": 0}, r"size=0\): need a whole number of ranks, at least 1"),
         ("group_bn", {"size": -2}, r"size=-2\): need a whole number of ranks"),
         ("group_bn", {"size": "4"}, r"size='4'\): need a whole number of ranks"),
@@ -201,5 +201,5 @@ def test_names_can_be_read_back(text: str) -> None:
 
 @pytest.mark.parametrize("text", ["group_bn(4)", "group_bn(size=four)", "a.b()", "sync_bn)(", "1()"])
 def test_what_is_not_a_recipe(text: str) -> None:
-    with pytest.raises(ValueError, match="write a name, or a name with options"):
+    with pytest.raises(ValueError, match="need a name, or a name with options"):
         recipes.parse(text)

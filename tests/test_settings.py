@@ -30,18 +30,18 @@ def carried(**section: object) -> dict[str, str]:
         ({"recipes": "mabn"}, ["unknown key 'recipes'", "mean 'recipe'?", "recipe, options, where, fuse, ledger"]),
         ({"source": "me"}, ["unknown key 'source'"]),
         ({3: 4}, ["unknown key 3"]),
-        ("mabn", ["expected a mapping", "got 'mabn'"]),
-        (None, ["expected a mapping", "got None"]),
+        ("mabn", ["need a mapping", "got 'mabn'"]),
+        (None, ["need a mapping", "got None"]),
         ({"recipe": "sinc_bn"}, ["unknown recipe 'sinc_bn'", "did you mean 'sync_bn'?", "lazy_bn"]),
         ({"recipe": 3}, ["recipe must be a recipe's name", "got 3"]),
-        ({"recipe": "group_bn(size=)"}, ["recipe 'group_bn(size=)': write a name"]),
+        ({"recipe": "group_bn(size=)"}, ["recipe 'group_bn(size=)': need a name"]),
         ({"recipe": "mabn", "options": [4]}, ["options must be a mapping", "got [4]"]),
         ({"recipe": "mabn", "options": {"windows": 4}}, ["no option 'windows'", "did you mean 'window'?", "warmup"]),
         ({"recipe": "mabn", "options": {"window": "four"}}, ["window='four'", "whole number"]),
-        ({"recipe": "group_bn"}, ["group_bn takes either size or axis"]),
+        ({"recipe": "group_bn"}, ["group_bn: need either size or axis"]),
         (
             {"recipe": "group_bn(size=4)", "options": {"axis": "node"}},
-            ["recipe 'group_bn(size=4)' has options in its name, and more are given apart: axis", "in one place"],
+            ["recipe 'group_bn(size=4)' has options in its name, and separate options too: axis", "in one place"],
         ),
         ({"where": 3}, ["where must be a list of patterns", "got 3"]),
         ({"where": ["a", 3]}, ["where must be a list of patterns", "got ('a', 3)"]),
@@ -161,5 +161,5 @@ def test_convert_takes_the_name_that_a_recipe_has() -> None:
     named = distnorm.convert(nn.BatchNorm1d(2), "group_bn(size=2)")
     apart = distnorm.convert(nn.BatchNorm1d(2), "group_bn", size=2)
     assert named.recipe == apart.recipe and named.recipe.name == "group_bn(size=2)"
-    with pytest.raises(ValueError, match="has options in its name, and more are given apart: size"):
+    with pytest.raises(ValueError, match="has options in its name, and separate options too: size"):
         distnorm.convert(nn.BatchNorm1d(2), "group_bn(size=2)", size=4)

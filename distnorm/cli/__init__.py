@@ -1,1 +1,1 @@
-"""What the subcommands of ``distnorm`` do."""
+"""The subcommands of ``distnorm``."""

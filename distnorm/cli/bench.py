@@ -21,8 +21,8 @@ from distnorm.integrations import mpi
 from distnorm.integrations.launchers import has_rendezvous, read_launcher
 from distnorm.recipes import parse
 
-_ALONE = 2
-"""Ranks on this machine where no launcher started any."""
+_LOCAL_RANKS = 2
+"""The number of ranks on this machine, if there is no launcher."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   distnorm bench --model my_models:resnet --shape 3,64,64 --seconds 20
 
 Measure, with your model on your ranks, how long sums take and what each recipe
-adds to a step. Without a launcher it starts {_ALONE} ranks on this machine's CPU.
+adds to a step. Without a launcher it starts {_LOCAL_RANKS} ranks on this machine's CPU.
 docs/bench.md explains the figures.
 """
     add = parser.add_argument
@@ -55,7 +55,7 @@ docs/bench.md explains the figures.
 
 
 def main(chosen: argparse.Namespace, arguments: Sequence[str]) -> int:
-    """Run the command; ``arguments`` are those it was given. Return 0, or 2 after a message about what was given."""
+    """Run the command, whose command line is ``arguments``. Return 0, or 2 after an error message."""
     try:
         _check(chosen)
         if not has_rendezvous(os.environ) and read_launcher(os.environ) is None:
@@ -68,7 +68,7 @@ def main(chosen: argparse.Namespace, arguments: Sequence[str]) -> int:
 
 
 def _is_first() -> bool:
-    """Whether this is rank 0, or alone, by the launcher's word: there may be no process group yet."""
+    """Return whether this is rank 0 by the launcher's variables, since there may be no process group yet."""
     place = read_launcher(os.environ)
     return os.environ.get("RANK", "0" if place is None else str(place.rank)) == "0"
 
@@ -77,7 +77,7 @@ def _check(chosen: argparse.Namespace) -> None:
     if chosen.seconds <= 0:
         raise ValueError(f"--seconds {chosen.seconds:g}: need more than 0.")
     if chosen.input is not None and (chosen.shape is not None or chosen.batch is not None):
-        raise ValueError("--input says what a forward takes, and so do --shape and --batch: give one of them.")
+        raise ValueError("--input, and --shape with --batch, both define the input of the model: give one of them.")
     if chosen.batch is not None and chosen.batch < 1:
         raise ValueError(f"--batch {chosen.batch}: need at least 1.")
     for path in (chosen.json, chosen.picture):
@@ -92,9 +92,9 @@ def _check(chosen: argparse.Namespace) -> None:
 
 
 def _start_ranks(arguments: Sequence[str]) -> int:
-    """Run the same command on two local ranks, by torchrun; one thread each, as torchrun has it."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(_ALONE), "-m", "distnorm"]
-    print(f"no launcher: starting {_ALONE} ranks on this machine's CPU", file=sys.stderr)
+    """Run the same command on local ranks with torchrun, with one thread each, which is torchrun's default."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(_LOCAL_RANKS), "-m", "distnorm"]
+    print(f"no launcher: starting {_LOCAL_RANKS} ranks on the CPU of this machine", file=sys.stderr)
     device = [] if "--device" in arguments else ["--device", "cpu"]
     environment = {"OMP_NUM_THREADS": "1", **os.environ}
     return subprocess.run([sys.executable, *launcher, *arguments, *device], env=environment, check=False).returncode
@@ -118,14 +118,14 @@ def _run(chosen: argparse.Namespace) -> int:
         )
         progress.close()
         if first:
-            _hand_over(report, chosen)
+            _write(report, chosen)
         dist.barrier()
     finally:
         dist.destroy_process_group()
     return 0
 
 
-def _hand_over(report: Report, chosen: argparse.Namespace) -> None:
+def _write(report: Report, chosen: argparse.Namespace) -> None:
     print(report.table())
     if chosen.json is not None:
         chosen.json.write_text(json.dumps(report.record(), indent=1) + "\n")
@@ -160,7 +160,7 @@ def _batch(chosen: argparse.Namespace) -> tuple[str, object]:
 
 
 class _Progress:
-    """A bar on stderr if that is a terminal and tqdm is installed; else a line per tenth of the budget."""
+    """A progress bar on stderr if that is a terminal and tqdm is installed; else a line per tenth of the budget."""
 
     def __init__(self, seconds: float, *, show: bool) -> None:
         self._seconds = seconds

@@ -44,7 +44,7 @@ section that is there. Start the job by `distnorm launch`.
 
 
 def main(chosen: argparse.Namespace) -> int:
-    """Run the command; return 0, or 2 after a message about what was given."""
+    """Run the command; return 0, or 2 after an error message."""
     try:
         _run(chosen)
     except (ImportError, ValueError, OSError) as error:
@@ -69,19 +69,19 @@ def _run(chosen: argparse.Namespace) -> None:
     _write(file, file.replaced(settings.section()))
     _show(ConfigFile.read(file.path))
     option = f" --config_file {chosen.config_file}" if chosen.config_file else ""
-    print(f"Start jobs by `distnorm launch{option}`; accelerate itself refuses a file with this section.")
+    print(f"Start jobs with `distnorm launch{option}`; `accelerate launch` refuses a file with this section.")
 
 
 def _default() -> str:
     path = default_path()
     if not os.path.isfile(path):
-        raise ValueError(f"{path} is not there yet: `accelerate config` creates it. Or name a file by --config_file.")
+        raise ValueError(f"{path} does not exist: `accelerate config` creates it. Or give a file with --config_file.")
     return path
 
 
 def _remove(file: ConfigFile, flags: dict[str, Any]) -> None:
     if flags:
-        raise ValueError(f"--remove takes the whole section out; drop {', '.join(flags)}.")
+        raise ValueError(f"--remove removes the whole section; do not give {', '.join(flags)}.")
     if SECTION not in file.values:
         raise ValueError(f"{file.path} has no section {SECTION}.")
     _write(file, file.replaced(None))
@@ -91,16 +91,16 @@ def _remove(file: ConfigFile, flags: dict[str, Any]) -> None:
 def _show(file: ConfigFile) -> None:
     settings = file.settings()
     if settings is None:
-        raise ValueError(f"{file.path} has no section {SECTION}; write one by --recipe, such as --recipe sync_bn.")
+        raise ValueError(f"{file.path} has no section {SECTION}; write one with --recipe, such as --recipe sync_bn.")
     print(f"{file.path}:\n{dump(file.values[SECTION])}", end="")
 
 
 def _merged(file: ConfigFile, flags: dict[str, Any]) -> object:
-    """The section as it is, with ``flags`` over it; another recipe drops the options of the one before."""
-    standing = file.values.get(SECTION, {})
-    if not isinstance(standing, dict):
-        return standing  # the check says what is wrong with it
-    section, given = dict(standing), dict(flags)
+    """Return the current section, overridden by ``flags``; a recipe in ``flags`` drops the current options."""
+    current = file.values.get(SECTION, {})
+    if not isinstance(current, dict):
+        return current  # Settings.of raises for it
+    section, given = dict(current), dict(flags)
     options = read_options(given.pop("options", []))
     if "recipe" in given:
         section.pop("options", None)

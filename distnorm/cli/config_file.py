@@ -1,7 +1,7 @@
-"""accelerate's config file, and distnorm's section in it.
+"""Read and write distnorm's section of accelerate's config file.
 
-accelerate refuses keys that it does not know, so it never sees the section. Everyone else's lines stay as they are when
-the section is written.
+accelerate refuses unknown keys, so it is given the file without the section. When the section is written, all other
+lines stay unchanged.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from distnorm.settings import Settings
-from distnorm.validation import refuse_twins, shown, suggest, without_twins
+from distnorm.validation import refuse_duplicates, shown, suggest, unique_keys
 
 SECTION = "distnorm_config"
 
@@ -22,7 +22,7 @@ _Span = tuple[int, int]
 
 
 def default_path() -> str:
-    """Where accelerate keeps its config file.
+    """Return the path of accelerate's default config file.
 
     Raises:
         ImportError: accelerate is not installed.
@@ -36,7 +36,7 @@ def default_path() -> str:
 
 @dataclass(frozen=True)
 class ConfigFile:
-    """A file that was read: its text, and the values in it."""
+    """A config file: its path, its text, and the values in it."""
 
     path: str
     text: str
@@ -48,12 +48,12 @@ class ConfigFile:
 
         Raises:
             ImportError: accelerate is not installed.
-            ValueError: no such file, or one that holds no mapping; the message names file and line.
+            ValueError: there is no such file, or it does not hold a mapping; the message names file and line.
         """
         if not os.path.isfile(path):
-            raise ValueError(f"{path} is no file. `accelerate config --config_file {path}` creates one.")
+            raise ValueError(f"{path} is not a file. `accelerate config --config_file {path}` creates one.")
         try:
-            text = Path(path).read_bytes().decode()  # line ends as they are
+            text = Path(path).read_bytes().decode()  # bytes, so that line ends are kept
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} cannot be read: {error}.") from None
         file = cls(path, text, _parse(path, text))
@@ -61,7 +61,7 @@ class ConfigFile:
         return file
 
     def settings(self) -> Settings | None:
-        """The section; None if there is none.
+        """Return the settings in the section; None if there is no section.
 
         Raises:
             ValueError: as ``Settings.of``.
@@ -72,18 +72,18 @@ class ConfigFile:
 
     @property
     def source(self) -> str:
-        """Names the section in messages."""
+        """The file and the section, for messages."""
         return f"{self.path}, section {SECTION}"
 
     def for_accelerate(self) -> dict[str, Any]:
-        """The values but for the section."""
+        """Return the values without the section."""
         return {key: value for key, value in self.values.items() if key != SECTION}
 
     def replaced(self, section: Mapping[str, object] | None) -> str:
-        """The text with another section, or without one; nothing else differs.
+        """Return the text with another section, or with none; nothing else changes.
 
         Raises:
-            ValueError: the file is written in a way that allows no such change.
+            ValueError: the layout of the file does not allow that.
         """
         wanted = self.for_accelerate() if section is None else {**self.for_accelerate(), SECTION: dict(section)}
         if _is_json(self.path):
@@ -94,7 +94,7 @@ class ConfigFile:
         except ValueError:
             unchanged = False
         if not unchanged:
-            raise ValueError(f"{self.path}: its layout leaves no place for {SECTION}; write one key per line.")
+            raise ValueError(f"{self.path}: cannot insert {SECTION} into this layout; write one key per line.")
         return text
 
     def _splice(self, block: str) -> str:
@@ -107,7 +107,7 @@ class ConfigFile:
         return before + "".join(lines) + after
 
     def _place(self) -> tuple[int, int, str]:
-        """Where the section starts and ends in the text, and how far top-level keys are indented."""
+        """Return where the section starts and ends in the text, and the indentation of top-level keys."""
         pairs = _yaml().compose(self.text, Loader=_yaml().SafeLoader).value
         indent = " " * pairs[0][0].start_mark.column if pairs else ""
         keys = [key.value for key, _ in pairs]
@@ -117,7 +117,7 @@ class ConfigFile:
         return start, end, indent
 
     def _check_keys(self) -> None:
-        """Find a misspelt section before accelerate advises to upgrade."""
+        """Raise for a misspelt section, for which accelerate would suggest to upgrade."""
         from accelerate.commands.config.config_args import ClusterConfig, SageMakerConfig
 
         known = {SECTION, *ClusterConfig.__dataclass_fields__, *SageMakerConfig.__dataclass_fields__}
@@ -127,43 +127,41 @@ class ConfigFile:
                 raise ValueError(f"{self.path}: unknown key {key!r}{hint}.")
         if SECTION in self.values and not _is_json(self.path):
             root = _yaml().compose(self.text, Loader=_yaml().SafeLoader)
-            _refuse_yaml_twins(self.source, next(value for key, value in root.value if key.value == SECTION))
+            _refuse_yaml_duplicates(self.source, next(value for key, value in root.value if key.value == SECTION))
 
 
 def read_options(pairs: Sequence[str]) -> dict[str, object]:
-    """Options written as ``key=value``, with values as a YAML file would hold them.
+    """Parse options of the form ``key=value``, with values in YAML.
 
     Raises:
-        ValueError: not of this form, or one option twice.
+        ValueError: an option does not have this form, or is given twice.
     """
     options: dict[str, object] = {}
-    refuse_twins([pair.partition("=")[0] for pair in pairs])
+    refuse_duplicates([pair.partition("=")[0] for pair in pairs])
     for pair in pairs:
         key, equals, text = pair.partition("=")
         if not (key and equals):
-            raise ValueError(f"option {pair!r}: write key=value, such as size=4.")
+            raise ValueError(f"option {pair!r}: need key=value, such as size=4.")
         try:
             options[key] = _yaml().safe_load(text)
         except (_yaml().YAMLError, ValueError, RecursionError):
-            raise ValueError(
-                f"option {shown(pair)}: {shown(text)} is no value that YAML can hold; put it in quotes."
-            ) from None
+            raise ValueError(f"option {shown(pair)}: {shown(text)} is not a value in YAML; put it in quotes.") from None
     return options
 
 
 def dump(section: object) -> str:
-    """The section as YAML, with its key."""
+    """Format the section as YAML, with its key."""
     return str(_yaml().safe_dump({SECTION: section}, sort_keys=False))
 
 
 def _span(pairs: list[tuple[Any, Any]], index: int) -> _Span:
-    """From a key up to the next one, or to the end of its value."""
+    """Return the span from a key to the next one, or to the end of its value."""
     end = pairs[index + 1][0].start_mark if index + 1 < len(pairs) else pairs[index][1].end_mark
     return pairs[index][0].start_mark.index, end.index
 
 
 def _whole_lines(text: str, start: int, end: int) -> _Span:
-    """The lines from ``start`` to the last one before ``end`` that is neither empty nor a comment."""
+    """Return the span of lines from ``start`` to the last one before ``end`` that is neither empty nor a comment."""
     start = text.rfind("\n", 0, start) + 1
     lines = text[start:end].splitlines(keepends=True)
     while lines and (not lines[-1].strip() or lines[-1].lstrip().startswith("#")):
@@ -176,7 +174,7 @@ def _whole_lines(text: str, start: int, end: int) -> _Span:
 def _parse(path: str, text: str) -> dict[str, Any]:
     yaml = _yaml()
     try:
-        values = json.loads(text, object_pairs_hook=without_twins) if _is_json(path) else yaml.safe_load(text)
+        values = json.loads(text, object_pairs_hook=unique_keys) if _is_json(path) else yaml.safe_load(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}, line {error.lineno}: {error.msg}.") from None
     except yaml.YAMLError as error:
@@ -184,19 +182,19 @@ def _parse(path: str, text: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: {error}.") from None
     if not isinstance(values, dict):
-        raise ValueError(f"{path}: expected a mapping of keys to values, as `accelerate config` writes it.")
+        raise ValueError(f"{path}: need a mapping of keys to values, as `accelerate config` writes it.")
     return values
 
 
-def _refuse_yaml_twins(source: str, node: Any) -> None:
-    """Of two equal keys YAML's loader takes the last one in silence."""
+def _refuse_yaml_duplicates(source: str, node: Any) -> None:
+    """Raise for duplicate keys, of which YAML's loader would silently use the last one."""
     if isinstance(node, _yaml().MappingNode):
         try:
-            refuse_twins([key.value for key, _ in node.value])
+            refuse_duplicates([key.value for key, _ in node.value])
         except ValueError as error:
             raise ValueError(f"{source}: {error}.") from None
         for _, value in node.value:
-            _refuse_yaml_twins(source, value)
+            _refuse_yaml_duplicates(source, value)
 
 
 def _where_yaml_stops(path: str, error: Any) -> str:
@@ -208,7 +206,7 @@ def _where_yaml_stops(path: str, error: Any) -> str:
 
 
 def _is_json(path: str) -> bool:
-    return path.endswith(".json")  # as accelerate tells them apart
+    return path.endswith(".json")  # as in accelerate
 
 
 def _yaml() -> Any:

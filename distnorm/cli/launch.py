@@ -1,7 +1,7 @@
 """``distnorm launch``: ``accelerate launch`` with converted models.
 
 The only user of ``accelerate.commands.launch`` (1.15; tests/integrations/test_launch.py fails when it changes). Every
-worker runs ``-m distnorm.run`` before the script; settings of the config file travel in the environment.
+worker runs the script through ``-m distnorm.run``. The settings of the config file are passed in the environment.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ _SETTING = "Set num_processes in the config file or pass --num_processes; on CPU
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command; return 0, or 2 after a message about what was given.
+    """Run the command; return 0, or 2 after an error message.
 
-    Help by itself is ours and short; accelerate's own has some 500 lines.
+    ``--help`` alone prints a short help of our own: accelerate's has some 500 lines.
 
-    Whatever accelerate raises when a worker fails goes through, so that the exit code is that of accelerate.
+    Exceptions of accelerate, when a worker fails, are not caught, so that the exit code is that of accelerate.
     """
     if list(arguments) in (["-h"], ["--help"]):
         print(_HELP, end="")
@@ -65,12 +65,12 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """Read arguments as ``accelerate launch`` does.
+    """Parse arguments as ``accelerate launch`` does.
 
     Raises:
         ImportError: accelerate is not installed.
     """
-    default_path()  # says how to install accelerate
+    default_path()  # raises with advice if accelerate is not installed
     from accelerate.commands.launch import launch_command_parser
 
     with _arguments_of_the_process(arguments):
@@ -82,14 +82,14 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 @dataclass(frozen=True)
 class Job:
-    """What accelerate is to do.
+    """A job for ``accelerate launch``.
 
     Args:
-        arguments: as its parser returns them.
+        arguments: as accelerate's parser returns them.
         file: the user's config file, if there is one.
-        config: what accelerate reads in its place; None leaves the choice to accelerate.
+        config: the values that accelerate reads instead; None lets accelerate choose its file.
         environment: variables for the workers.
-        notes: what the user should know.
+        notes: messages for the user.
     """
 
     arguments: argparse.Namespace
@@ -100,22 +100,22 @@ class Job:
 
 
 def plan(arguments: argparse.Namespace, environment: Mapping[str, str]) -> Job:
-    """Work out a job; starts nothing and changes nothing.
+    """Prepare a job, without starting it.
 
     Args:
         arguments: as ``parse`` returns them.
-        environment: variables that the launcher sees.
+        environment: environment variables of the launcher.
 
     Raises:
         ImportError: accelerate is not installed.
-        ValueError: the config file or ``DISTNORM_*`` say something that is not allowed, or the job cannot be converted.
+        ValueError: a value in the config file or in ``DISTNORM_*`` is not allowed, or the job cannot be converted.
     """
     file = _config_file(arguments)
-    carried = _carried(file)
-    settings = from_environment({**environment, **carried})
+    for_workers = _section_variable(file)
+    settings = from_environment({**environment, **for_workers})
     if settings is None:
         return Job(arguments, notes=[_nothing_is_converted(file)])
-    # With --cpu and no --config_file accelerate leaves its default file alone; the section in it still counts.
+    # With --cpu and no --config_file, accelerate does not read its default file; its section is still used.
     reads = file is not None and (arguments.config_file is not None or not arguments.cpu)
     config = file.for_accelerate() if file is not None and reads else None
     processes = foresee(arguments, config, environment)
@@ -123,28 +123,28 @@ def plan(arguments: argparse.Namespace, environment: Mapping[str, str]) -> Job:
     notes = []
     if arguments.no_python:
         notes.append(
-            f"{arguments.training_script} runs as it is (--no_python); models are converted only if it starts "
-            "`python -m distnorm.run`."
+            f"{arguments.training_script} runs without distnorm.run (--no_python); models are converted only if it "
+            "starts `python -m distnorm.run` itself."
         )
     if processes.are_dropped:
         arguments, config, by_torchrun = _on_cpu(arguments, config, processes)
-        carried |= by_torchrun
+        for_workers |= by_torchrun
         notes.append(
-            f"starts {processes.asked} CPU processes by torchrun with ACCELERATE_USE_CPU=true, where accelerate would "
-            "train in one."
+            f"starts {processes.asked} CPU processes with torchrun and ACCELERATE_USE_CPU=true, since accelerate would "
+            "start only one."
         )
     elif _shares(settings):
         notes += _warning(settings, processes)
     if not arguments.no_python:
         arguments = _through_run(arguments)
-    return Job(arguments, file, config, carried, notes)
+    return Job(arguments, file, config, for_workers, notes)
 
 
 def start(job: Job) -> None:
-    """Let accelerate launch ``job``; returns when all workers have ended well.
+    """Let accelerate launch ``job``; return when all workers have ended without an error.
 
     Raises:
-        Exception: whatever ``accelerate launch`` raises; messages name the user's config file.
+        Exception: any exception of ``accelerate launch``; messages name the user's config file.
     """
     from accelerate.commands.launch import launch_command
     from accelerate.utils import patch_environment
@@ -168,7 +168,7 @@ def _config_file(arguments: argparse.Namespace) -> ConfigFile | None:
     return ConfigFile.read(default_path()) if os.path.isfile(default_path()) else None
 
 
-def _carried(file: ConfigFile | None) -> dict[str, str]:
+def _section_variable(file: ConfigFile | None) -> dict[str, str]:
     settings = file.settings() if file is not None else None
     if settings is None:
         return {}
@@ -178,8 +178,8 @@ def _carried(file: ConfigFile | None) -> dict[str, str]:
 def _nothing_is_converted(file: ConfigFile | None) -> str:
     if file is None:
         return (
-            "no config file and no DISTNORM_* variable: nothing is converted, as under `accelerate launch`. Name a "
-            "file that `distnorm config` has written by --config_file, or set DISTNORM_RECIPE=sync_bn."
+            "no config file and no DISTNORM_* variable: nothing is converted, as under `accelerate launch`. Pass a "
+            "file that `distnorm config` has written with --config_file, or set DISTNORM_RECIPE=sync_bn."
         )
     return (
         f"{file.path} has no section {SECTION}: nothing is converted, as under `accelerate launch`. "
@@ -198,7 +198,7 @@ def _refuse(config: Mapping[str, Any] | None, processes: Processes, arguments: a
     launcher = arguments.deepspeed_multinode_launcher or nested(values, "deepspeed_config", key) or "pdsh"
     if processes.kind == "DEEPSPEED" and processes.machines > 1 and launcher != "standard":
         raise ValueError(  # deepspeed 0.19 exports values without quotes, and accelerate 1.15 drops those with spaces
-            f"{key} {launcher!r} does not carry distnorm's settings to other machines. Set "
+            f"{key} {launcher!r} does not pass distnorm's settings to other machines. Set "
             f"{key}: standard and start `distnorm launch` on every machine."
         )
 
@@ -206,7 +206,7 @@ def _refuse(config: Mapping[str, Any] | None, processes: Processes, arguments: a
 def _on_cpu(
     arguments: argparse.Namespace, config: Mapping[str, Any] | None, processes: Processes
 ) -> tuple[argparse.Namespace, dict[str, Any], dict[str, str]]:
-    """The job as torchrun starts all of its CPU processes."""
+    """Return arguments, config and variables with which accelerate starts all CPU processes, through torchrun."""
     values = {"num_processes": processes.asked, **(config or {}), "distributed_type": "MULTI_GPU", "use_cpu": True}
     values.pop("gpu_ids", None)
     return _changed(arguments, cpu=False), values, {"ACCELERATE_USE_CPU": "true"}
@@ -252,7 +252,7 @@ def _write(job: Job, folder: str) -> str:
 
 @contextmanager
 def _arguments_of_the_process(arguments: Sequence[str]) -> Iterator[None]:
-    """The help of accelerate looks at ``sys.argv`` to choose what to show."""
+    """Set ``sys.argv``, from which accelerate's help chooses what to show."""
     before = sys.argv
     sys.argv = ["distnorm launch", *arguments]
     try:

@@ -1,4 +1,4 @@
-"""What a command line names by ``module:function``: the user's model and input."""
+"""Load the user's functions that a command line names as ``module:function``: the model and its input."""
 
 from __future__ import annotations
 
@@ -17,22 +17,23 @@ from distnorm.validation import suggest
 
 
 def load(name: str, option: str) -> Callable[[], Any]:
-    """The function that ``name`` writes as ``module:function``; modules of the working directory are found too.
+    """Return the function ``name``, written as ``module:function``. Modules of the working directory are found too.
 
     Raises:
-        ValueError: not of this form, no such module, or no such function in it; ``option`` stands in the message.
+        ValueError: ``name`` does not have this form, or there is no such module or function. The message names
+            ``option``.
     """
     path, colon, attribute = name.partition(":")
     if not (colon and path and attribute):
-        raise ValueError(f"{option} {name!r}: write module:function, such as torchvision.models:resnet50.")
+        raise ValueError(f"{option} {name!r}: need module:function, such as torchvision.models:resnet50.")
     here = str(Path.cwd())
     if here not in sys.path:
-        sys.path.insert(0, here)  # as python -m does; an installed script has its own directory there
+        sys.path.insert(0, here)  # as python -m does; for an installed command, sys.path has its directory instead
     try:
         module = importlib.import_module(path)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{path}.".startswith(f"{error.name}."):
-            raise  # the module is there, and what it imports is not
+            raise  # the module exists, but a module that it imports does not
         raise ValueError(f"{option} {name!r}: there is no module {error.name!r} in {here} or installed.") from None
     found = getattr(module, attribute, None)
     if not callable(found):
@@ -43,10 +44,10 @@ def load(name: str, option: str) -> Callable[[], Any]:
 
 
 def build_model(name: str, *, meta: bool = False) -> nn.Module:
-    """The model that the function ``name`` returns; with ``meta``, without memory for its parameters where that works.
+    """Return the model of the function ``name``; with ``meta``, on the meta device if possible, without memory.
 
     Raises:
-        ValueError: as ``load``; it returns no module, or one without batch norm.
+        ValueError: as ``load``; or it does not return a module, or one without batch norm.
     """
     build = load(name, "--model")
     model = _on_meta(build) if meta else build()
@@ -56,7 +57,7 @@ def build_model(name: str, *, meta: bool = False) -> nn.Module:
         kinds = sorted({type(each).__name__ for each in model.modules() if "Norm" in type(each).__name__})
         raise ValueError(
             f"--model {name!r}: {type(model).__name__} has no batch norm layer, so there is nothing to synchronize; "
-            f"its norm layers are {', '.join(kinds) if kinds else 'none at all'}."
+            f"its norm layers: {', '.join(kinds) if kinds else 'none'}."
         )
     return model
 
@@ -66,5 +67,7 @@ def _on_meta(build: Callable[[], Any]) -> Any:
         with torch.device("meta"):
             return build()
     except (NotImplementedError, RuntimeError) as error:
-        warnings.warn(f"the model cannot be built on torch's meta device, so memory is used ({error}).", stacklevel=2)
+        warnings.warn(
+            f"the model cannot be built on torch's meta device, so its parameters need memory ({error}).", stacklevel=2
+        )
         return build()

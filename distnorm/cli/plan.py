@@ -1,4 +1,4 @@
-"""``distnorm plan``: predict what each recipe costs, from a model and the numbers of a network."""
+"""``distnorm plan``: predict what each recipe costs, from a model and the parameters of a network."""
 
 from __future__ import annotations
 
@@ -52,11 +52,11 @@ Times are written 30us or 1.5ms, bandwidths 10GB/s or 25Gbit/s.
     add("--message", metavar="TIME", help=f"host time per peer, on gloo; default: {_ASSUMED['message']}")
     add("--wake", metavar="TIME", help="host time of a round of gloo's own; default: 0us")
     add("--json", type=Path, metavar="FILE", help="write the predictions")
-    add("--picture", type=Path, metavar="FILE", help="draw exposed time against ranks; needs matplotlib")
+    add("--picture", type=Path, metavar="FILE", help="plot exposed time against ranks; needs matplotlib")
 
 
 def main(chosen: argparse.Namespace) -> int:
-    """Run the command; return 0, or 2 after a message about what was given."""
+    """Run the command; return 0, or 2 after an error message."""
     try:
         plan = _plan(chosen)
         print(plan.table())
@@ -88,7 +88,10 @@ def _plan(chosen: argparse.Namespace) -> Plan:
 
 
 def _network(chosen: argparse.Namespace, measured: dict[str, Any] | None) -> Network:
-    """What the command line gives; the rest as measured, else as assumed, nodes being like their inside then."""
+    """Return the network: parameters from the command line, the others as measured, else as assumed.
+
+    Without a measurement, parameters between nodes default to those within a node.
+    """
     times = {name: _given(f"--{name.replace('_', '-')}", text, seconds) for name, text in _texts(chosen, _TIMES)}
     for name, text in _texts(chosen, _BANDWIDTHS):
         times[f"inverse_{name}"] = 1 / _given(f"--{name.replace('_', '-')}", text, bytes_per_second)

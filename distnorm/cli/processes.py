@@ -1,7 +1,7 @@
-"""How many processes ``accelerate launch`` makes of its arguments and config, before it starts any.
+"""Predict how many processes ``accelerate launch`` starts for given arguments and config.
 
-On CPU it starts one process, whatever num_processes says, unless mpirun is configured (accelerate 1.15,
-https://github.com/huggingface/accelerate/issues/2741). torchrun with ACCELERATE_USE_CPU=true starts them all.
+On the CPU it starts one process, for any num_processes, unless mpirun is configured (accelerate 1.15,
+https://github.com/huggingface/accelerate/issues/2741). torchrun with ACCELERATE_USE_CPU=true starts all of them.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ _MPI_SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "WORLD_
 
 @dataclass(frozen=True)
 class Processes:
-    """What is asked for, and what comes of it.
+    """The requested processes, and those that accelerate starts.
 
     Args:
         kind: accelerate's name of the launch, a value of ``distributed_type``.
-        cpu: whether CPU is asked for.
-        asked: how many processes are asked for; None where accelerate itself complains that nobody says.
-        machines: on how many machines.
-        world: ranks that see each other.
-        alone: whether processes start but each believes to be the only one.
+        cpu: whether the CPU is requested.
+        asked: the requested number of processes; None if it is not given, which accelerate reports itself.
+        machines: the number of machines.
+        world: the world size that each process sees.
+        alone: whether several processes start, each with a world size of 1.
     """
 
     kind: str
@@ -45,7 +45,7 @@ class Processes:
 
     @property
     def are_dropped(self) -> bool:
-        """Whether several CPU processes are asked for, and accelerate would let one train, or each alone."""
+        """Whether several CPU processes are requested, and accelerate would give each a world size of 1."""
         plain = self.kind == "NO" or self.kind.startswith("MULTI_")
         return self.cpu and plain and (self.asked or 0) > 1 and self.world == 1
 
@@ -53,12 +53,12 @@ class Processes:
 def foresee(
     arguments: argparse.Namespace, config: Mapping[str, Any] | None, environment: Mapping[str, str]
 ) -> Processes:
-    """Foresee what accelerate does.
+    """Predict the processes that accelerate starts.
 
     Args:
         arguments: as accelerate's parser returns them.
-        config: the config file that it reads; None if it reads none.
-        environment: variables that the launcher sees.
+        config: the values of the config file that accelerate reads; None if it reads none.
+        environment: environment variables of the launcher.
     """
     values = config or {}
     devices = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
@@ -68,7 +68,7 @@ def foresee(
     simple = arguments.cpu or kind in ("NO", "MULTI_CPU")
     hostfile = arguments.mpirun_hostfile or nested(values, "mpirun_config", "mpirun_hostfile")
     mpi_size = max(_number(environment.get(name)) for name in _MPI_SIZES)
-    # DeepSpeed sets up ranks by itself. Megatron, like the rest, needs a device, or word that it is to do without.
+    # DeepSpeed initializes ranks itself. All others, with Megatron, need a device or ACCELERATE_USE_CPU.
     alone = not simple and kind != "DEEPSPEED" and not devices and not _is_true(environment.get("ACCELERATE_USE_CPU"))
     world = 1 if alone else asked
     if simple and not hostfile:
@@ -84,7 +84,7 @@ def foresee(
 
 
 def nested(values: Mapping[str, Any], section: str, key: str) -> Any:
-    """A value in a section of the config; None if there is none."""
+    """Return a value in a section of the config; None if there is none."""
     inner = values.get(section)
     return inner.get(key) if isinstance(inner, Mapping) else None
 

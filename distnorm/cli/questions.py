@@ -1,4 +1,4 @@
-"""The questions of ``distnorm config``. An empty answer keeps what stands in brackets; a wrong one is asked again."""
+"""The questions of ``distnorm config``. An empty answer keeps the value in brackets; a wrong one is asked again."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from distnorm.settings import Settings
 
 
 def ask(file: ConfigFile) -> Settings:
-    """Ask for the section of ``file``, beginning with what stands there.
+    """Ask for the section of ``file``, with its current values as defaults.
 
     Raises:
-        ValueError: the section that stands there is not allowed, or the answers end.
+        ValueError: the current section is not allowed, or the input ends.
     """
     now = file.settings() or Settings()
     for each in recipes.available():
@@ -35,11 +35,13 @@ def ask(file: ConfigFile) -> Settings:
             f"options as key=value, of {kinds}", written, lambda text: checked("options", read_options(text.split()))
         )
     section["where"] = _ask(
-        "layers as patterns with commas between, * for all",
+        "layers, as patterns separated by commas, * for all",
         ",".join(now.where) or "*",
         lambda text: checked("where", () if text == "*" else text),
     )
-    section["fuse"] = _ask("norms take over what follows them", "yes" if now.fuse else "no", _yes_or_no)
+    section["fuse"] = _ask(
+        "norms also compute the additions and ReLUs that follow", "yes" if now.fuse else "no", _yes_or_no
+    )
     section["ledger"] = _ask("ledger of collectives when the job ends", "yes" if now.ledger else "no", _yes_or_no)
     section["transport"] = _ask("transport", now.transport or "torch", lambda text: checked("transport", text))
     return Settings.of(section, file.source)
@@ -50,7 +52,7 @@ def _ask(question: str, default: str, read: Callable[[str], object]) -> Any:
         try:
             answer = input(f"{question} [{default}]: ").strip()
         except EOFError:
-            raise ValueError("the answers ended; nothing was written.") from None
+            raise ValueError("the input ended before all questions were answered; nothing was written.") from None
         try:
             return read(answer or default)
         except ValueError as error:

@@ -1,1 +1,1 @@
-"""What distnorm needs to know of torch: its version, and the modes that a call runs under."""
+"""Queries of torch: its version, and the dispatch modes and transforms that a call runs under."""

@@ -1,8 +1,8 @@
-"""Who looks on while a layer runs: what decides whether kernels may read and write its tensors by address.
+"""Which dispatch modes and transforms are active: they decide whether kernels may access tensors by address.
 
 The only user of torch's private counts of dispatch modes and of functorch levels, of the level of forward-mode
-differentiation, of what tells wrapped tensors and traces, of the hooks on all modules, of the flag of ``torch.export``,
-and of the switches that hide work from modes and transforms (torch 2.13; see tests/test_private_apis.py).
+differentiation, of what tells wrapped tensors and traces, of the global module hooks, of the flag of ``torch.export``,
+and of the context managers that disable modes and transforms (torch 2.13; see tests/test_private_apis.py).
 """
 
 from __future__ import annotations
@@ -22,36 +22,36 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 # docs/decisions.md#transforms-see-only-what-is-not-shared
 def transforming() -> bool:
-    """Whether tensors are replaced or recorded: by functorch, forward-mode derivatives or ``torch.jit.trace``."""
+    """Return whether functorch, forward-mode differentiation or ``torch.jit.trace`` replaces or records tensors."""
     differentiating = torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
     return differentiating or torch._C._is_tracing()
 
 
 def exporting() -> bool:
-    """Whether ``torch.export`` runs. Under torch 2.11 ``torch.compiler.is_exporting()`` is true in any graph."""
+    """Return whether ``torch.export`` runs. In torch 2.11, ``torch.compiler.is_exporting()`` is true in any graph."""
     return torch.compiler._is_exporting_flag
 
 
 def watched() -> bool:
-    """Whether a dispatch mode sees every operation: fake tensors, selective checkpoints, tracing, counting."""
+    """Return whether a dispatch mode is active: fake tensors, selective checkpoints, tracing, counting."""
     return torch._C._len_torch_dispatch_stack() > 0
 
 
 @contextmanager
 def unseen() -> Iterator[None]:
-    """Hide what is done meanwhile from modes and transforms: it is no part of the model, and its tensors last."""
+    """Disable modes and transforms in this context, for work that is not part of the model, on tensors that persist."""
     with _disable_current_modes(), temporarily_clear_interpreter_stack(), torch.inference_mode(False):
         yield
 
 
 def is_batch(gradient: Tensor) -> bool:
-    """Whether ``gradient`` stands for many at once (``is_grads_batched``, ``vectorize``), in a backward pass."""
+    """Return whether ``gradient`` is a batch of gradients (``is_grads_batched``, ``vectorize``) in a backward pass."""
     return torch._C._functorch.is_legacy_batchedtensor(gradient)
 
 
 # docs/decisions.md#kernels-take-plain-tensors-only
 def are_plain(*tensors: Tensor | None) -> bool:
-    """Whether ``tensors`` have memory of their own that holds their values, and nobody looks on."""
+    """Return whether kernels may access ``tensors`` by address: plain strided tensors, and no mode or transform."""
     if watched() or transforming():
         return False
     for each in tensors:
@@ -61,29 +61,29 @@ def are_plain(*tensors: Tensor | None) -> bool:
 
 
 def are_own(*values_C: Tensor | None) -> bool:
-    """Whether a layer's own ``values_C`` are as torch makes them, by their classes: these are never views."""
+    """Return whether ``values_C``, parameters and buffers of a layer, are plain tensors. They are never views."""
     for each in values_C:
         if each is not None and type(each) not in _OWN:
             return False
     return True
 
 
-# Subclasses may have no memory, or another meaning.
+# Subclasses may have no memory, or interpret it differently.
 _OWN = frozenset((Tensor, Parameter))
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    # A negative view holds its values negated; what a transform has left behind is a wrapper.
+    # The memory of a negative view holds negated values. A tensor that a finished transform left behind is a wrapper.
     wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
     return tensor.layout is torch.strided and not tensor.is_neg() and not wrapped
 
 
 def is_fake(tensor: Tensor) -> bool:
-    """Whether ``tensor`` has a shape but no values, and is to be computed with all the same."""
+    """Return whether ``tensor`` is a fake tensor, which has a shape but no values."""
     return isinstance(tensor, FakeTensor)
 
 
 def has_global_hooks() -> bool:
-    """Whether hooks are registered that see the forwards or backwards of all modules."""
+    """Return whether hooks on the forward or backward passes of all modules are registered."""
     forward = module._global_forward_hooks or module._global_forward_pre_hooks
     return bool(forward or module._global_backward_hooks or module._global_backward_pre_hooks)

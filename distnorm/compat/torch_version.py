@@ -1,7 +1,7 @@
-"""Which torch the package stands on, checked when the package is imported.
+"""Check torch's version and its private attributes when the package is imported.
 
-torch promises nothing about its private parts: tests/test_private_apis.py pins what each of them does, and
-``make test-torch VERSION=...`` runs the core tests against another torch.
+torch may change private attributes in any release. tests/test_private_apis.py pins what each of them does, and
+``make test-torch VERSION=...`` runs the core tests with another torch.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 
 # docs/decisions.md#torch-211-or-newer
 OLDEST = (2, 11)
-"""As pyproject.toml declares. In 2.8 a compiled step of moving statistics computes something else after the warm-up."""
+"""As in pyproject.toml. In 2.8, compiled steps of moving statistics are wrong after the warm-up."""
 
 NEWEST_TRIED = (2, 15)
 
@@ -44,10 +44,10 @@ PRIVATE_DISTRIBUTED = (
 
 
 def check_torch() -> None:
-    """Ensure that this torch is not too old, and has all private parts.
+    """Raise if this torch is too old or lacks a private attribute.
 
     Raises:
-        ImportError: it is, or lacks some; the message names the version and the parts.
+        ImportError: the message names the version and the missing attributes.
     """
     found = tuple(int(part) for part in torch.__version__.split(".")[:2])
     wanted = f"distnorm needs torch {_show(OLDEST)} or newer, and was tried up to {_show(NEWEST_TRIED)}"

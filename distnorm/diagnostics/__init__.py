@@ -1,4 +1,4 @@
-"""Tools that show what normalization does on the wire."""
+"""Tools that measure and predict the communication of normalization."""
 
 from distnorm.diagnostics.drift import stats
 from distnorm.diagnostics.ledger import Ledger, Tally

@@ -1,4 +1,4 @@
-"""Bench: what each recipe costs on the ranks of this job, for the user's model."""
+"""Bench: measure what each recipe costs on the ranks of this job, for the user's model."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ from distnorm.transport.rendezvous import group_timeout, tell_and_collect
 from distnorm.transport.topology import node_id
 
 LINKS_PART = 0.2
-"""Of the budget, how much goes to latency and bandwidth."""
+"""The part of the time budget for latency and bandwidth."""
 
 Tell = Callable[[str, float], None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What was measured.
+    """The results of a measurement.
 
     Attributes:
-        model: where it came from.
-        batch: what each rank trained on.
-        ranks: of the job.
-        nodes: that they stand on.
+        model: name of the function that returned the model.
+        batch: the batch of each rank, in words.
+        ranks: number of ranks.
+        nodes: number of nodes.
         local: ranks per node.
-        backend: torch's backend, which served the device.
-        device: what computed.
+        backend: torch's backend for the device.
+        device: name of the device.
         links: latency and bandwidth.
-        rows: the recipes.
+        rows: one per recipe.
     """
 
     model: str
@@ -54,7 +54,7 @@ class Report:
     rows: list[Row]
 
     def record(self) -> dict[str, Any]:
-        """As JSON holds it; docs/bench.md describes the fields."""
+        """Return the JSON record; docs/bench.md describes its fields."""
         return {
             "tool": "distnorm bench",
             "format": 1,
@@ -68,7 +68,7 @@ class Report:
         }
 
     def table(self) -> str:
-        """Latency and bandwidth, then one row per recipe."""
+        """Format latency and bandwidth, then one row per recipe."""
         nodes = f"{self.nodes} node{'s' if self.nodes > 1 else ''}"
         title = f"{self.model}, {self.batch} per rank; {self.ranks} ranks on {nodes}, {self.backend}, "
         head = [("sum over", "ranks", "by", "latency", "bandwidth", f"of {show_bytes(self._smallest())}")]
@@ -86,7 +86,7 @@ class Report:
             share = f"{row.exposed.median / row.compute.median:.1%}"
             body.append((row.recipe, step, compute, exposed, share, f"{row.collectives:g}", show_bytes(row.nbytes)))
         rounds = min(row.rounds for row in self.rows)
-        note = f"medians of {rounds} rounds; exposed with 95 % interval: a step less the same without sharing"
+        note = f"medians of {rounds} rounds; exposed: a step minus the same step without sharing, with 95 % interval"
         parts = [title + f"{self.device}, torch {torch.__version__}", *([aligned(head)] if self.links else [])]
         return "\n\n".join([*parts, f"{aligned(body)}\n{note}"])
 
@@ -106,17 +106,17 @@ def measure(
     """Measure for about ``seconds``. Collective over all ranks of the job.
 
     Args:
-        model: where it comes from, for the report.
-        build: returns the model; called once per contender.
-        batch: what it is called, and the arguments of a forward.
-        names: recipes; None picks those that the job's nodes give a meaning to.
-        device: what this rank computes on.
-        seconds: the budget; a step so slow that the least number of rounds takes longer goes over it.
-        tell: hears what is going on and which part of the budget has passed.
+        model: name of the function that returned it, for the report.
+        build: returns the model; called once per measured recipe.
+        batch: its name, and the arguments of a forward pass.
+        names: recipes; None uses those that differ on the nodes of this job.
+        device: the device of this rank.
+        seconds: the time budget. It is exceeded if the smallest number of rounds takes longer.
+        tell: receives the current stage and the part of the budget that has passed.
 
     Raises:
-        ValueError: nodes hold different numbers of ranks; an unknown recipe; one that does not fit the ranks; a
-            batch that the model does not take.
+        ValueError: nodes have different numbers of ranks; a recipe is unknown or does not fit the ranks; the model does
+            not accept the batch.
     """
     world = dist.group.WORLD
     assert world is not None, "bench runs in a job"
@@ -124,7 +124,7 @@ def measure(
     nodes = sorted(set(topology.nodes))
     counts = {node: topology.nodes.count(node) for node in nodes}
     if len(set(counts.values())) > 1:
-        raise ValueError(f"bench needs equally many ranks on every node; given are {counts}.")
+        raise ValueError(f"distnorm bench: need the same number of ranks on every node; got {counts}.")
     ranks, local = len(topology.ranks), counts[nodes[0]]
     check_forward(build, batch[1], batch[0], device)
     links = []
@@ -154,13 +154,13 @@ def measure(
 
 
 def default_recipes(nodes: int, local: int) -> list[str]:
-    """Those that differ from each other on ``nodes`` nodes of ``local`` ranks."""
+    """Return the recipes that differ from each other on ``nodes`` nodes of ``local`` ranks."""
     two_levels = ["hierarchical_bn", "group_bn(axis='local')", "hierarchical_mabn"] if nodes > 1 and local > 1 else []
     return ["local_bn", "sync_bn", *two_levels, "mabn", "lazy_bn"]
 
 
 def read_points(record: Mapping[str, Any]) -> list[Point]:
-    """The measured sums of a record."""
+    """Return the measured sums of a record."""
     return [
         Point(link["algorithm"], Reach(link["ranks"], link["nodes"], link["local"]), point["bytes"], point["seconds"])
         for link in record["links"]
@@ -169,14 +169,14 @@ def read_points(record: Mapping[str, Any]) -> list[Point]:
 
 
 def read_step(record: Mapping[str, Any]) -> float:
-    """Seconds of a step that shares nothing."""
+    """Return the seconds of a step that shares nothing."""
     rows = {row["recipe"]: row for row in record["recipes"]}
     row = rows.get("local_bn") or next(iter(rows.values()))
     return float(row["compute_seconds"]["median"])
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Text columns: the first one to the left, the rest to the right, a rule under the header."""
+    """Format text columns: the first one left-aligned, the others right-aligned, with a line under the header."""
     ruled = [rows[0], ["-" * len(title) for title in rows[0]], *rows[1:]]
     widths = [max(map(len, column)) for column in zip(*ruled, strict=True)]
     lines = []

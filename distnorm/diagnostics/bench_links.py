@@ -1,4 +1,4 @@
-"""How long sums over this job's ranks take, by size, for each kind of group that recipes use."""
+"""Measure how long sums over this job's ranks take, by size, for each kind of group that recipes use."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from distnorm.transport.group import EXCHANGE_LIMIT_BYTES
 from distnorm.types import Slot
 
 SIZES = (1 << 10, 1 << 13, 1 << 16, 1 << 17, 1 << 18)
-"""Bytes: a layer of 64 channels, one of 512, and three that show what a byte costs."""
+"""Sizes in bytes: a layer of 64 channels, one of 512, and three from which the time per byte is fitted."""
 
 _WORK = 320
 """Side of the matrices that are multiplied before each sum."""
 
 _CUT = 0.02
-"""Part of the rounds at either end that does not count: an interruption of the machine says nothing of the network."""
+"""Part of the rounds that is discarded at either end, since interruptions of the machine are not the network's."""
 
 _SLOT = Slot("bench", "forward", 0)
 
@@ -35,10 +35,10 @@ class Link:
     """Sums over one kind of group, by one algorithm.
 
     Attributes:
-        where: all ranks, neighbours, in a node, or between nodes.
-        algorithm: how the sum is made.
-        reach: the group.
-        points: what was measured.
+        where: name of the group: all ranks, neighbours, in a node, or between nodes.
+        algorithm: how the sum is computed.
+        reach: size of the group.
+        points: the measured times.
     """
 
     where: str
@@ -47,7 +47,7 @@ class Link:
     points: tuple[Point, ...]
 
     def line(self) -> tuple[float, float]:
-        """Seconds of an empty sum, and bytes per second: a line through the points, relative errors weighing alike."""
+        """Return latency in seconds and bandwidth in bytes per second: a line with the least relative errors."""
         left = torch.tensor([[1 / point.seconds, point.nbytes / point.seconds] for point in self.points])
         left = left.double()
         scale = left.amax(0)
@@ -56,7 +56,7 @@ class Link:
         return max(alpha, 0.0), 1 / slope if slope > 0 else float("inf")
 
     def record(self) -> dict[str, Any]:
-        """As JSON holds it."""
+        """Return the JSON record."""
         alpha, bandwidth = self.line()
         return {
             "where": self.where,
@@ -76,11 +76,11 @@ def measure_links(
     tell: Callable[[float], None],
     sizes: tuple[int, ...] = SIZES,
 ) -> list[Link]:
-    """Sums of ``sizes`` bytes over the groups of ``topology`` take turns for ``seconds``. Collective over its ranks.
+    """Measure sums of ``sizes`` bytes over the groups of ``topology``, in turns, for ``seconds``. Collective.
 
-    A computation comes before each sum, as in a training step: a loop of nothing but sums finds every thread awake and
-    flatters. ``of_all_ranks`` says what counts. Of the rounds it is the mean, since the times of a step's collectives
-    add up and medians do not, without both ends.
+    A computation precedes each sum, as in a training step. In a loop of sums only, all threads would still spin-wait,
+    and the times would be too good. ``of_all_ranks`` combines the times of ranks. Over rounds they are averaged,
+    without the extremes: the times of a step's collectives add up, and medians would not.
     """
     contenders: dict[tuple[str, Algorithm, int], Callable[[], float]] = {}
     reaches: dict[tuple[str, Algorithm], Reach] = {}
@@ -110,11 +110,12 @@ def measure_links(
 
 
 def of_all_ranks(times: Tensor, group: TorchGroup) -> Tensor:
-    """How long sums took that took each rank ``times``: the least time of all ranks, or the mean. One collective.
+    """Combine the ``times`` that each rank measured: to their minimum, or to their mean. Issues one collective.
 
-    Ranks do not come together, and who comes first waits for the others. Where they share memory, the last one waits
-    for nobody: the least. Where messages travel, a rank that is early by less than their delay waits as much longer as
-    the other waits shorter, and so on from sum to sum: the mean is the delay, and the least can be anything below.
+    Ranks do not start a sum at the same time, and the first one waits for the others. With shared memory, the last one
+    does not wait, so the minimum is the time of the sum. With messages, a rank that is early by less than their delay
+    waits longer by as much as the other waits less, from sum to sum. Then the mean is the delay, and the minimum can be
+    anything below it.
     """
     if group.direct is None or not group.direct.over_network:
         dist.all_reduce(times, dist.ReduceOp.MIN)
@@ -130,7 +131,7 @@ def _middle_mean(times: Tensor) -> float:
 
 
 def _groups(topology: Topology, local: int) -> dict[str, TorchGroup]:
-    """By what they are called: all ranks; pairs, which tell rounds from the host's part; and the levels of nodes."""
+    """Return groups by name: all ranks; the levels of nodes; pairs, which separate rounds from the host's time."""
     world = len(topology.ranks)
     groups = {"all ranks": topology.everyone()}
     if world > local > 1:
@@ -142,7 +143,7 @@ def _groups(topology: Topology, local: int) -> dict[str, TorchGroup]:
 
 
 def _algorithms(group: TorchGroup, device: torch.device) -> dict[Algorithm, TorchGroup]:
-    """On gloo there is a choice, by size. NCCL takes a tree for small vectors."""
+    """Return the algorithms to measure: two on gloo, where the size decides; NCCL uses a tree for small vectors."""
     if device.type in group.gloo_devices:
         return {"exchange": group, "gloo_ring": TorchGroup(group.process_group, group.ranks, exchange_limit_bytes=-1)}
     return {"tree": group}
@@ -159,7 +160,7 @@ def _timer(group: TorchGroup, nbytes: int, device: torch.device) -> Callable[[],
     at_once = group.direct is not None and not group.direct.over_network
 
     def once() -> float:
-        if at_once:  # so quick a sum shows what the threads of the last contender left to do
+        if at_once:  # without this sum, work that the previous measurement's threads left would be measured too
             group.sum(wire, _SLOT)
         _ = work @ work
         synchronize(device)

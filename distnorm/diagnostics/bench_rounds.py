@@ -1,4 +1,4 @@
-"""Contenders that take turns for as long as a budget lasts, on every rank alike."""
+"""Run measurements in turns within a time budget, in the same order on all ranks."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import torch.distributed as dist
 KeyT = TypeVar("KeyT", bound=Hashable)
 
 WARMUP = 2
-"""Rounds that do not count: caches, threads and windows fill."""
+"""Rounds that are discarded, while caches, threads and windows fill."""
 
 LEAST = 5
-"""Rounds that count at least, however slow they are."""
+"""The smallest number of rounds, however slow they are."""
 
 
 def take_turns(
@@ -24,10 +24,10 @@ def take_turns(
     device: torch.device,
     tell: Callable[[float], None],
 ) -> dict[KeyT, list[float]]:
-    """What every contender returned in every counted round; each round starts with another one.
+    """Return what every contender returned in every round after the warm-up. Each round starts with another contender.
 
-    Collective over all ranks, by one broadcast per round: rank 0's clock says when ``seconds`` are over. ``tell`` hears
-    which part of them has passed.
+    Collective over all ranks: rank 0 broadcasts in each round whether ``seconds`` have passed by its clock. ``tell``
+    receives the part of them that has passed.
     """
     names = list(contenders)
     seen: dict[KeyT, list[float]] = {name: [] for name in names}
@@ -43,7 +43,7 @@ def take_turns(
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for what ``device`` was told to do."""
+    """Wait until all work queued on ``device`` has completed."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 

@@ -1,4 +1,4 @@
-"""Figures that need no assumption on how values are spread: medians, and their intervals by the sign test."""
+"""Statistics without an assumption on the distribution: medians, and their intervals by the sign test."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ class Interval(NamedTuple):
     high: float
 
     def __str__(self) -> str:
-        """As a table shows it."""
+        """Format for a table."""
         return f"{self.median:.2f} [{self.low:.2f}, {self.high:.2f}]"
 
 
 def interval(values: Sequence[float]) -> Interval:
-    """The median of ``values`` and the order statistics that hold it with 95 % (sign test).
+    """Return the median of ``values``, and the order statistics that contain it with 95 % confidence (sign test).
 
-    Fewer than six values cannot say as much; then it is their whole range.
+    For fewer than six values there is no such interval, and their whole range is returned.
     """
     ordered = sorted(values)
     count = len(ordered)
@@ -35,5 +35,5 @@ def interval(values: Sequence[float]) -> Interval:
 
 
 def _binomial_tail(count: int, below: int) -> float:
-    """The probability that at most ``below`` of ``count`` fair coins show heads."""
+    """Return the probability that at most ``below`` of ``count`` fair coins show heads."""
     return float(sum(math.comb(count, heads) for heads in range(below + 1)) / 2**count)

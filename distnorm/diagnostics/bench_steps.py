@@ -1,4 +1,4 @@
-"""Training steps of one model under several recipes, side by side, each beside the same recipe that shares nothing."""
+"""Measure training steps of one model under several recipes, each against the same recipe without sharing."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from distnorm.policies import Local, Periodic, Warmup
 from distnorm.recipe import Recipe
 from distnorm.recipes import parse
 
-_RATE = 1e-6  # steps are taken in full, and hundreds of them leave the model where it was
+_RATE = 1e-6  # so small that hundreds of complete steps do not change the model noticeably
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,10 +33,10 @@ class Row:
         recipe: its name and options.
         step: duration of a step.
         compute: the step of the same method and weights with policy ``Local``.
-        exposed: what the step takes longer than that one in the same round.
-        collectives: started, blocking and asynchronous.
-        nbytes: payload of them.
-        rounds: how many turns the figures rest on.
+        exposed: ``step`` minus ``compute``, within the same round.
+        collectives: number of collectives, blocking and asynchronous.
+        nbytes: their payload.
+        rounds: number of measured rounds.
     """
 
     recipe: str
@@ -48,7 +48,7 @@ class Row:
     rounds: int
 
     def record(self) -> dict[str, Any]:
-        """As JSON holds it."""
+        """Return the JSON record."""
         timed = {name: getattr(self, name)._asdict() for name in ("step", "compute", "exposed")}
         return {
             "recipe": self.recipe,
@@ -67,13 +67,13 @@ def measure_steps(
     seconds: float,
     tell: Callable[[float], None],
 ) -> list[Row]:
-    """Steps of all recipes in ``names``, and of what each is compared with, take turns for ``seconds``.
+    """Measure steps of the recipes in ``names`` and of their counterparts without sharing, in turns, for ``seconds``.
 
-    Collective over all ranks. Every contender keeps a model, its gradients and DDP's buckets in memory.
+    Collective over all ranks. Each of them keeps a model, its gradients and DDP's buckets in memory.
     """
     recipes = {name: steady(parse(name)) for name in names}
     bases = {name: dataclasses.replace(recipe, policy=Local(), name=None) for name, recipe in recipes.items()}
-    # In one order on all ranks, which a set would not be: DDP communicates when it wraps a model.
+    # A dict, since all ranks need one order, which a set does not have: DDP communicates when it wraps a model.
     contenders = dict.fromkeys([*recipes.values(), *bases.values()])
     trainers = {recipe: Trainer(build, recipe, batch, device) for recipe in contenders}
     seen = take_turns({recipe: trainer.turn for recipe, trainer in trainers.items()}, seconds, device, tell)
@@ -82,17 +82,17 @@ def measure_steps(
 
 
 def check_forward(build: Callable[[], nn.Module], batch: object, name: str, device: torch.device) -> None:
-    """Whether the model takes the ``batch`` called ``name``, and returns something to learn from. No collective.
+    """Raise unless the model accepts the ``batch`` called ``name`` and returns tensors for a loss. No collective.
 
     Raises:
-        ValueError: it does not.
+        ValueError: the message names the batch, or the type that the model returned.
     """
     model = build().to(device)
     try:
         with torch.no_grad():
             output = forward(model, move(batch, device))
     except (RuntimeError, TypeError, IndexError) as error:
-        raise ValueError(f"the model does not take {name}: {error}") from error
+        raise ValueError(f"the model does not accept {name}: {error}") from error
     loss_of(output)
 
 
@@ -104,19 +104,22 @@ def forward(model: nn.Module, batch: object) -> object:
 
 
 def loss_of(output: object) -> Tensor:
-    """A number that every floating-point tensor in ``output`` takes part in: the sum of their mean squares.
+    """Return a loss that depends on every floating-point tensor in ``output``: the sum of their mean squares.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no such tensor.
     """
     parts = [each.float().square().mean() for each in _tensors(output) if each.is_floating_point()]
     if not parts:
-        raise ValueError(f"the model returned {type(output).__name__} without a floating-point tensor in it.")
+        raise ValueError(
+            f"the model returned {type(output).__name__} without a floating-point tensor, so there is no loss. Return "
+            "a tensor, or a tuple, list or dict of tensors."
+        )
     return torch.stack(parts).sum()
 
 
 def move(batch: object, device: torch.device) -> Any:
-    """``batch`` with its tensors on ``device``; tuples, lists and mappings keep their form."""
+    """Return ``batch`` with its tensors on ``device``, in tuples, lists and mappings too."""
     if isinstance(batch, Tensor):
         return batch.to(device)
     if isinstance(batch, Mapping):
@@ -127,7 +130,7 @@ def move(batch: object, device: torch.device) -> Any:
 
 
 class Trainer:
-    """A model under one recipe, and how to take its steps."""
+    """A model with one recipe, wrapped in DDP, and its training step."""
 
     def __init__(self, build: Callable[[], nn.Module], recipe: Recipe, batch: object, device: torch.device) -> None:
         """Build and convert a model, wrap it in DDP and attach an optimizer. Collective over all ranks."""
@@ -139,11 +142,11 @@ class Trainer:
         attach(self.model, optimizer=self.optimizer)
         self.batch = move(batch, device)
         self.device = device
-        # A recipe that shares every k-th step is not described by any single one of them.
+        # A recipe that shares every k-th step is measured over k steps.
         self.steps = recipe.policy.every if isinstance(recipe.policy, Periodic) else 1
 
     def turn(self) -> float:
-        """Seconds per step."""
+        """Run the steps of one round, and return seconds per step."""
         dist.barrier()
         synchronize(self.device)
         started = time.perf_counter()
@@ -153,7 +156,7 @@ class Trainer:
         return (time.perf_counter() - started) / self.steps
 
     def count(self) -> tuple[float, float]:
-        """Collectives and bytes per step."""
+        """Return collectives and bytes per step."""
         with Ledger(self.model) as ledger:
             self.turn()
         return ledger.collectives / self.steps, ledger.bytes / self.steps
@@ -165,7 +168,7 @@ class Trainer:
 
 
 def steady(recipe: Recipe) -> Recipe:
-    """``recipe`` as it is after its warm-up."""
+    """Return ``recipe`` without its warm-up."""
     return dataclasses.replace(recipe, policy=recipe.policy.then) if isinstance(recipe.policy, Warmup) else recipe
 
 

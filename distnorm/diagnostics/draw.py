@@ -1,4 +1,4 @@
-"""Pictures of what bench measured and plan predicted. Needs matplotlib, which ``distnorm[demo]`` brings."""
+"""Plot measurements of bench and predictions of plan. Needs matplotlib, which ``distnorm[demo]`` installs."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _MARKERS = "os^vDPX*"
 
 
 def to_file(draw: Callable[[T, Path], None], what: T, path: Path) -> bool:
-    """Draw ``what`` into ``path``; without matplotlib say so on stderr instead. Whether there is a picture.
+    """Draw ``what`` into the file ``path`` and return True; without matplotlib, print a message and return False.
 
     Raises:
-        ValueError: a file name whose suffix matplotlib does not know.
+        ValueError: matplotlib does not know the suffix of the file name.
     """
     if importlib.util.find_spec("matplotlib") is None:
         print(f"no picture {path}: matplotlib is missing; pip install 'distnorm[demo]'", file=sys.stderr)
@@ -31,7 +31,7 @@ def to_file(draw: Callable[[T, Path], None], what: T, path: Path) -> bool:
 
 
 def draw_plan(plan: Plan, path: Path) -> None:
-    """Exposed time against ranks, one line per recipe; logarithmic but for the stretch from 0 to 0.1 ms."""
+    """Plot exposed time against ranks, one line per recipe; logarithmic, but linear from 0 to 0.1 ms."""
     import matplotlib as mpl
     import matplotlib.pyplot as plt
 
@@ -41,7 +41,7 @@ def draw_plan(plan: Plan, path: Path) -> None:
     for at, name in enumerate(names):
         points = [each for each in plan.predictions if each.recipe == name]
         values = [each.exposed_seconds * 1e3 for each in points]
-        # Recipes that cost the same lie on top of each other: wider lines below, narrower ones above.
+        # Lines of recipes that cost the same overlap, so the lower ones are wider.
         width, marker = 1 + 0.5 * (len(names) - at), _MARKERS[at % len(_MARKERS)]
         axes.plot([each.world for each in points], values, marker=marker, linewidth=width, label=name)
     axes.axhline(plan.step_seconds * 1e3, color="gray", linestyle="--", label="the step without it")
@@ -59,7 +59,7 @@ def draw_plan(plan: Plan, path: Path) -> None:
 
 
 def draw_bench(report: Report, path: Path) -> None:
-    """One bar per recipe: computation, and exposed communication on top with its interval."""
+    """Plot one bar per recipe: computation, then exposed communication with its interval."""
     import matplotlib as mpl
     import matplotlib.pyplot as plt
 

@@ -1,4 +1,4 @@
-"""Drift: how far local statistics are from those in use, and those in use from the true ones."""
+"""Drift: distances between local statistics, those that a layer uses, and those of the joined batch."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ from distnorm.types import EVERY_LAYER, Slot
 
 
 def stats(model: nn.Module, *, exact: bool = False) -> dict[str, float]:
-    """Scalars per layer of the last training step, for policies that average over steps.
+    """Return scalars per layer of the last training step, for policies that average over steps.
 
     Distances are ``|a - b| / |b|`` of the shared means, in the 2-norm.
 
-    * ``LAYER/local_to_used``: this rank's batch against what the window holds;
-    * ``LAYER/entries``: steps that the window holds; ``LAYER/dropped``: steps left out for NaN or Inf;
+    * ``LAYER/local_to_used``: this rank's batch against the statistics that were used;
+    * ``LAYER/entries``: steps in the window; ``LAYER/dropped``: steps that were skipped for NaN or Inf;
     * with ``exact``: ``LAYER/used_to_global`` and ``LAYER/local_to_global``, against the joined batch of the last step.
 
-    One collective per conversion if ``exact`` (call it on all ranks), else none. Exact policies have nothing to report.
+    If ``exact``, issues one collective per conversion: call it on all ranks. Else issues none. Exact policies return no
+    scalars.
 
     Raises:
         ValueError: the model has no converted layer.

@@ -1,4 +1,4 @@
-"""Ledger: how many collectives normalization issues, what they carry, and how long the host waits for them."""
+"""Ledger: count the collectives that normalization issues, their payload, and how long the host waits for them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from distnorm.types import Slot
 
 @dataclass
 class Tally:
-    """Collectives issued, bytes of payload this rank contributed to them, seconds the host spent in them."""
+    """Number of collectives, bytes of payload that this rank contributed, and seconds that the host spent in them."""
 
     collectives: int = 0
     bytes: int = 0
@@ -32,8 +32,7 @@ class Ledger:
         print(ledger)
 
     ``total`` is the sum, ``layers`` splits it by layer name and ``steps`` by training step. Payload is the vector that
-    is summed; what a transport makes of it on the wire is not counted. No collective of its own; nothing is counted for
-    layers on one rank.
+    is summed, without the overhead of a transport. Issues no collective. Counts nothing for layers on one rank.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -45,17 +44,17 @@ class Ledger:
 
     @property
     def collectives(self) -> int:
-        """Collectives in all."""
+        """The total number of collectives."""
         return self.total.collectives
 
     @property
     def bytes(self) -> int:
-        """Payload in all."""
+        """The total payload in bytes."""
         return self.total.bytes
 
     @property
     def seconds(self) -> float:
-        """Host time in collectives, in all."""
+        """The total host time in collectives, in seconds."""
         return self.total.seconds
 
     def __enter__(self) -> Ledger:
@@ -72,7 +71,7 @@ class Ledger:
             conversion.observers.remove(self)
 
     def __str__(self) -> str:
-        """A table, one row per layer."""
+        """Format a table with one row per layer."""
         rows = [f"{'layer':<40} {'collectives':>11} {'bytes':>12} {'seconds':>9}"]
         for name, tally in [*self.layers.items(), ("total", self.total)]:
             rows.append(f"{name:<40} {tally.collectives:>11} {tally.bytes:>12} {tally.seconds:>9.4f}")
@@ -85,7 +84,7 @@ class Ledger:
             tally.bytes += nbytes
 
     def waited(self, slot: Slot, seconds: float) -> None:
-        """Add host time; also of a collective that was issued within the block and waited for after it."""
+        """Add host time, including that of a collective that is issued within the block and waited for after it."""
         for tally in self._tallies(slot):
             tally.seconds += seconds
 

@@ -1,4 +1,4 @@
-"""Plan: what each recipe would cost on a cluster, from a model's layers and a network's numbers."""
+"""Plan: predict what each recipe costs on a cluster, from a model's layers and the parameters of a network."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from distnorm.recipe import Recipe
 from distnorm.recipes import parse
 
 AFFORDABLE = 0.05
-"""Exposed communication, as a part of the step without it, up to which an exact recipe is worth its price."""
+"""The share of exposed communication in a step up to which an exact recipe is recommended."""
 
 DEFAULT_RECIPES = (
     "local_bn",
@@ -37,14 +37,14 @@ class Prediction:
     Attributes:
         recipe: its name and options.
         world: data-parallel ranks.
-        blocking: collectives that a layer waits for.
-        background: collectives that run beside the step.
+        blocking: number of blocking collectives.
+        background: number of asynchronous collectives.
         nbytes: payload that this rank contributes to both kinds.
-        blocking_seconds: time in blocking collectives.
-        background_seconds: time of the background collectives, hidden or not.
-        exposed_seconds: what the step takes longer than without any of them.
+        blocking_seconds: time of the blocking collectives.
+        background_seconds: time of the asynchronous collectives, hidden or not.
+        exposed_seconds: time that communication adds to the step.
         exact: whether the result is that of the joined batch of all ranks.
-        covers_all: whether statistics come from all ranks, be it at different times.
+        covers_all: whether statistics come from all ranks, possibly from different steps.
     """
 
     recipe: str
@@ -61,7 +61,7 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Recommendation:
-    """Which recipe to take at ``world`` ranks, and why."""
+    """The recommended recipe for ``world`` ranks, and the reason."""
 
     world: int
     recipe: str
@@ -70,16 +70,16 @@ class Recommendation:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """All predictions for a model, and what follows from them.
+    """All predictions for a model, and the recommendations.
 
     Attributes:
-        model: where it came from.
-        layers: norm layers.
-        channels: their channels in all.
+        model: name of the function that returned the model.
+        layers: number of norm layers.
+        channels: sum of their channels.
         local: ranks per node.
         backend: gloo or nccl.
-        step_seconds: a step without communication of statistics.
-        network: its numbers.
+        step_seconds: duration of a step without communication of statistics.
+        network: the parameters of the network.
     """
 
     model: str
@@ -93,11 +93,11 @@ class Plan:
     recommendations: list[Recommendation]
 
     def record(self) -> dict[str, Any]:
-        """As JSON holds it; docs/plan.md describes the fields."""
+        """Return the JSON record; docs/plan.md describes its fields."""
         return {"format": 1, **asdict(self)}
 
     def table(self) -> str:
-        """One row per number of ranks and recipe, then the recommendations."""
+        """Format one row per number of ranks and recipe, then the recommendations."""
         header = ("ranks", "recipe", "collectives/step", "asynchronous/step", "bytes/step", "exposed", "of the step")
         rows = [header, tuple("-" * len(title) for title in header)]
         for each in self.predictions:
@@ -129,10 +129,10 @@ class Plan:
 
 
 def check_world(world: int, local: int) -> None:
-    """Whether ``world`` ranks fill nodes of ``local``.
+    """Raise unless ``world`` ranks fill nodes of ``local`` ranks, or fit on one.
 
     Raises:
-        ValueError: they do not.
+        ValueError: the message names allowed numbers.
     """
     if world < 1 or local < 1:
         raise ValueError(f"world size {world} with {local} ranks per node: both must be at least 1.")
@@ -152,12 +152,12 @@ def predict(
     backend: Backend,
     step_seconds: float,
 ) -> Prediction:
-    """What the recipe ``name`` costs for ``layers`` among ``world`` ranks, ``local`` per node.
+    """Predict what the recipe ``name`` costs for ``layers`` among ``world`` ranks, ``local`` per node.
 
     exposed = blocking + max(0, background - (step + blocking)): docs/plan.md.
 
     Raises:
-        ValueError: no such recipe, or it does not fit so many ranks.
+        ValueError: the recipe is unknown, or does not fit this number of ranks.
     """
     recipe: Recipe = parse(name)
     sent = traffic(recipe, layers, world, local)
@@ -194,7 +194,7 @@ def make_plan(
     """Predict every recipe in ``names`` at every number of ranks in ``worlds``.
 
     Raises:
-        ValueError: as ``predict`` and ``check_world``; a step of no length.
+        ValueError: as ``predict`` and ``check_world``; or the step is not longer than 0.
     """
     if step_seconds <= 0:
         raise ValueError(f"a step of {show_seconds(step_seconds)}: need a duration above 0.")
@@ -219,9 +219,9 @@ def make_plan(
 
 
 def recommend(predictions: Sequence[Prediction], step_seconds: float) -> Recommendation | None:
-    """The recipe to take out of ``predictions`` for one number of ranks; None if none of them shares with all ranks.
+    """Recommend a recipe out of ``predictions`` for one number of ranks; None if none of them covers all ranks.
 
-    The cheapest exact one, if it adds at most ``AFFORDABLE`` to the step; else the one with the least exposed
+    This is the cheapest exact one, if it adds at most ``AFFORDABLE`` to the step; else the one with the least exposed
     communication among those whose statistics come from all ranks.
     """
     if not predictions or predictions[0].world == 1:
@@ -253,7 +253,7 @@ def _cost(each: Prediction, step_seconds: float) -> str:
 def _sentence(each: Prediction, step_seconds: float) -> str:
     if each.exposed_seconds == 0:
         took = show_seconds(each.background_seconds)
-        return f"a collective of {took} runs beside a step of {show_seconds(step_seconds)} and nobody waits for it"
+        return f"a collective of {took} runs beside a step of {show_seconds(step_seconds)}, and no layer waits for it"
     if each.blocking:
         return _cost(each, step_seconds)
     return (

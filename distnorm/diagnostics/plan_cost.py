@@ -1,4 +1,4 @@
-"""What one sum over ranks takes: linear in six numbers of a network, so that one formula predicts and can be fitted.
+"""The time of one sum over ranks: linear in the parameters of a network, so that the same formula can be fitted.
 
 docs/plan.md derives the coefficients.
 """
@@ -19,11 +19,11 @@ Algorithm = Literal["exchange", "gloo_ring", "ring", "tree"]
 Backend = Literal["gloo", "nccl"]
 
 ASSUMED_MESSAGE = 2e-6
-"""Seconds per peer of an exchange, where groups of one size only were measured and say nothing about it."""
+"""Seconds per peer of an exchange, if only groups of one size were measured, from which it cannot be fitted."""
 
 
 class Reach(NamedTuple):
-    """A group of ranks: how many, on how many nodes (evenly), and how many ranks of the job stand on each node."""
+    """A group: its number of ranks and of nodes (with equally many of its ranks), and the job's ranks per node."""
 
     ranks: int
     nodes: int
@@ -31,7 +31,7 @@ class Reach(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """How often each number of the network enters a time: the same fields as ``Network``, bytes for bandwidths."""
+    """The coefficient of each parameter of ``Network`` in a time; for bandwidths it is a number of bytes."""
 
     overhead: float = 0.0
     message: float = 0.0
@@ -44,16 +44,16 @@ class Weights(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Network:
-    """What messages cost, in seconds and seconds per byte.
+    """The parameters of a network, in seconds and seconds per byte.
 
     Args:
-        overhead: the host's part of a collective, however many ranks.
-        message: the host's part of each peer that an exchange sends to.
-        wake: the host's part of each round of gloo's: its threads wake up.
-        alpha: one round of messages within a node.
-        inverse_beta: one byte within a node.
-        alpha_node: one round of messages between nodes.
-        inverse_beta_node: one byte through a node's link, which its ranks use together.
+        overhead: host time per collective, independent of the number of ranks.
+        message: host time per peer to which an exchange sends.
+        wake: host time per round of gloo's collectives, in which its threads wake up.
+        alpha: time of one round of messages within a node.
+        inverse_beta: time of one byte within a node.
+        alpha_node: time of one round of messages between nodes.
+        inverse_beta_node: time of one byte on a node's link, which its ranks share.
     """
 
     overhead: float = 0.0
@@ -65,7 +65,7 @@ class Network:
     inverse_beta_node: float
 
     def seconds(self, weights: Weights) -> float:
-        """The time that ``weights`` stand for."""
+        """Return the time with the coefficients ``weights``."""
         numbers: list[float] = [count * getattr(self, name) for name, count in weights._asdict().items()]
         return sum(numbers)
 
@@ -80,7 +80,7 @@ class Point(NamedTuple):
 
 
 def weights(algorithm: Algorithm, reach: Reach, nbytes: int) -> Weights:
-    """How the time of one sum of ``nbytes`` over ``reach`` depends on the network."""
+    """Return the coefficients of the time of one sum of ``nbytes`` over ``reach``."""
     ranks, nodes, per_node = reach.ranks, reach.nodes, reach.ranks // reach.nodes
     flows = reach.local / per_node  # groups like this one that use a node's link at the same time
     if algorithm == "exchange":
@@ -104,7 +104,7 @@ def weights(algorithm: Algorithm, reach: Reach, nbytes: int) -> Weights:
 
 
 def collective_seconds(network: Network, backend: Backend, reach: Reach, nbytes: int, *, background: bool) -> float:
-    """One sum as ``TorchGroup`` does it: on gloo it picks the algorithm; NCCL is taken to pick the faster one."""
+    """Return the time of one sum: on gloo with the algorithm of ``TorchGroup``, on NCCL with the faster one."""
     if backend == "gloo":
         small = not background and nbytes <= EXCHANGE_LIMIT_BYTES
         return network.seconds(weights("exchange" if small else "gloo_ring", reach, nbytes))
@@ -112,20 +112,21 @@ def collective_seconds(network: Network, backend: Backend, reach: Reach, nbytes:
 
 
 def fit(points: Sequence[Point], message: float = ASSUMED_MESSAGE) -> Network:
-    """The network that explains ``points`` best: least squares of relative errors, no number below 0.
+    """Fit a network to ``points``: least squares of relative errors, with no parameter below 0.
 
-    Levels that no point touches get the numbers of the other one. On gloo, overhead counts as part of alpha.
-    ``message`` is fitted where exchanges in groups of different sizes tell it apart, and is as given elsewhere.
+    If no point uses one of the two levels (within and between nodes), it gets the parameters of the other. On gloo,
+    overhead is part of alpha. ``message`` is fitted if exchanges in groups of different sizes were measured; else it
+    is as given.
 
     Raises:
-        ValueError: no points.
+        ValueError: there are no points.
     """
     if not points:
         raise ValueError("nothing was measured: there are no points to fit a network to.")
     rows = [weights(point.algorithm, point.reach, point.nbytes) for point in points]
     sizes = {point.reach.ranks for point in points if point.algorithm == "exchange"}
     free = [name for name in Weights._fields if any(getattr(row, name) for row in rows)]
-    if "wake" in free:  # on gloo an exchange is one round, and overhead cannot be told from it
+    if "wake" in free:  # on gloo an exchange is one round, so overhead and alpha cannot be separated
         free.remove("overhead")
     fixed = 0.0
     if len(sizes) < 2 and "message" in free:
@@ -148,7 +149,7 @@ def fit(points: Sequence[Point], message: float = ASSUMED_MESSAGE) -> Network:
 
 
 def _nonnegative(left: list[list[float]], right: list[float]) -> list[float]:
-    """Least squares under ``x >= 0``: the best among the feasible solutions of every subset of columns, a handful."""
+    """Solve least squares under ``x >= 0``: the best feasible solution over all subsets of the few columns."""
     matrix, target = torch.tensor(left, dtype=torch.float64), torch.tensor(right, dtype=torch.float64)
     scale = matrix.abs().amax(0)
     matrix = matrix / scale

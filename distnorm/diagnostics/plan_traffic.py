@@ -1,6 +1,6 @@
-"""What a recipe sends in a step of a model: its own policy, at work on meta tensors in a job that is only imagined.
+"""Determine what a recipe sends in a step of a model, by running its policy on meta tensors in a simulated job.
 
-So there is no second description of what policies do, and one of the user's own is planned like any other.
+So policies need no second description, and custom policies can be planned too.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from distnorm.transport import Group, Topology
 from distnorm.types import EVERY_LAYER, Future, Slot
 
 _LATE = 10**9
-"""A step after every warm-up, once it is made a multiple of the period."""
+"""Times the period of a policy: a step that is after any warm-up."""
 
 
 class Sent(NamedTuple):
-    """One sum: among whom, what this rank contributes, and whether a layer goes on while it is under way."""
+    """One sum: its group, the bytes that this rank contributes, and whether it is asynchronous."""
 
     reach: Reach
     nbytes: int
@@ -39,31 +39,31 @@ class Sent(NamedTuple):
 
 @dataclass(frozen=True)
 class Traffic:
-    """What rank 0 sends in ``period`` steps; ``shared`` is how many ranks a layer's statistics come from."""
+    """What rank 0 sends in ``period`` steps; ``shared`` is the number of ranks from which a layer's statistics come."""
 
     period: int
     sent: Counter[Sent]
     shared: int
 
     def collectives(self, *, background: bool) -> float:
-        """Per step."""
+        """Return the number of collectives per step."""
         return sum(n for each, n in self.sent.items() if each.background == background) / self.period
 
     @property
     def nbytes(self) -> float:
-        """Per step."""
+        """The payload per step, in bytes."""
         return sum(n * each.nbytes for each, n in self.sent.items()) / self.period
 
 
 def traffic(recipe: Recipe, layers: Sequence[tuple[str, _BatchNorm]], world: int, local: int) -> Traffic:
-    """What ``recipe`` sends for ``layers`` per step, after its warm-up, among ``world`` ranks.
+    """Return what ``recipe`` sends for ``layers`` per step, after its warm-up, among ``world`` ranks.
 
-    ``local`` of them stand on each node, or all on one where there are fewer. No collective.
+    There are ``local`` ranks on each node, or all on one node if ``world`` is smaller. Issues no collective.
 
     Raises:
-        ValueError: the recipe does not fit so many ranks.
+        ValueError: the recipe does not fit this number of ranks.
     """
-    topology = _Imagined(world, local)
+    topology = _SimulatedTopology(world, local)
     layout = layout_of(layers, recipe.method)._replace(device=torch.device("meta"))
     reducer = recipe.policy.bind(topology, layout)
     period = _period(recipe.policy)
@@ -79,8 +79,8 @@ def traffic(recipe: Recipe, layers: Sequence[tuple[str, _BatchNorm]], world: int
     return Traffic(period, topology.sent, reducer.size)
 
 
-class _Imagined(Topology):
-    """``world`` ranks, ``local`` per node, seen from rank 0; its groups only take note of what they are asked for."""
+class _SimulatedTopology(Topology):
+    """``world`` ranks, ``local`` per node, seen from rank 0. Its groups only record what they are asked to sum."""
 
     def __init__(self, world: int, local: int) -> None:
         super().__init__(tuple(range(world)), nodes=tuple(str(rank // local) for rank in range(world)))
@@ -90,26 +90,26 @@ class _Imagined(Topology):
 
     def _group(self, ranks: tuple[int, ...], background: bool = False) -> Group:
         nodes = len({self.nodes[rank] for rank in ranks})
-        return _Noting(ranks, Reach(len(ranks), nodes, self.local), self.sent)
+        return _RecordingGroup(ranks, Reach(len(ranks), nodes, self.local), self.sent)
 
 
-class _Noting(Group):
+class _RecordingGroup(Group):
     def __init__(self, ranks: tuple[int, ...], reach: Reach, sent: Counter[Sent]) -> None:
         super().__init__(ranks)
         self.reach = reach
         self.sent = sent
 
     def _start(self, wire: Tensor, slot: Slot) -> Future:
-        self._note(wire, background=False)
+        self._record(wire, background=False)
         return Future.completed(wire.clone())
 
     def _prepare_sum(self, wire_: Tensor) -> tuple[Future, Call]:
-        return Future.completed(wire_), partial(self._note, wire_, background=True)
+        return Future.completed(wire_), partial(self._record, wire_, background=True)
 
     def _broadcast(self, tensor: Tensor) -> None:
         pass
 
-    def _note(self, wire: Tensor, *, background: bool) -> None:
+    def _record(self, wire: Tensor, *, background: bool) -> None:
         self.sent[Sent(self.reach, wire.numel() * wire.element_size(), background)] += 1
 
 
@@ -118,7 +118,7 @@ def _empty(size: int) -> Tensor:
 
 
 def _period(policy: Policy) -> int:
-    """After how many steps ``policy`` repeats itself."""
+    """Return the number of steps after which ``policy`` repeats."""
     own = policy.every if isinstance(policy, Periodic) else 1
     values = [getattr(policy, field.name) for field in dataclasses.fields(policy)]  # type: ignore[arg-type]
     parts = [part for value in values for part in (value if isinstance(value, tuple) else (value,))]

@@ -1,4 +1,4 @@
-"""Durations and bandwidths as people write them: ``30us``, ``1.5 ms``, ``10GB/s``, ``25Gbit/s``."""
+"""Parse and format durations and bandwidths with units: ``30us``, ``1.5 ms``, ``10GB/s``, ``25Gbit/s``."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ BANDWIDTHS = {"MB/s": 1e6, "GB/s": 1e9, "Mbit/s": 1e6 / 8, "Gbit/s": 1e9 / 8}
 
 
 def seconds(text: str) -> float:
-    """The duration that ``text`` writes.
+    """Parse a duration, and return seconds.
 
     Raises:
-        ValueError: not a number of at least 0 with one of the units ns, us, ms, s.
+        ValueError: ``text`` is not a number of at least 0 with one of the units ns, us, ms, s.
     """
     return _read(text, DURATIONS, "a duration", "30us", zero=True)
 
 
 def bytes_per_second(text: str) -> float:
-    """The bandwidth that ``text`` writes.
+    """Parse a bandwidth, and return bytes per second.
 
     Raises:
-        ValueError: not a number above 0 with one of the units MB/s, GB/s, Mbit/s, Gbit/s.
+        ValueError: ``text`` is not a number above 0 with one of the units MB/s, GB/s, Mbit/s, Gbit/s.
     """
     return _read(text, BANDWIDTHS, "a bandwidth", "10GB/s", zero=False)
 
 
 def show_seconds(value: float) -> str:
-    """``value`` in the unit that gives it one to three digits before the point."""
+    """Format seconds in the unit that gives one to three digits before the point."""
     if value == 0:
         return "0 ms"
     for unit, size in reversed(DURATIONS.items()):
@@ -37,14 +37,14 @@ def show_seconds(value: float) -> str:
 
 
 def show_bandwidth(value: float) -> str:
-    """``value`` in GB/s; infinity is what a measurement finds where bytes cost less than its noise."""
+    """Format bytes per second in GB/s; a measurement gives infinity if the time per byte is below its noise."""
     if value == float("inf"):
         return "unlimited"
     return f"{value / 1e9:.3g} GB/s"
 
 
 def show_bytes(value: float) -> str:
-    """``value`` in B, kB or MB."""
+    """Format bytes in B, kB or MB."""
     if value < 1e3:
         return f"{value:.0f} B"
     return f"{value / 1e3:.1f} kB" if value < 1e6 else f"{value / 1e6:.1f} MB"

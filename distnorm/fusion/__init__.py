@@ -1,1 +1,1 @@
-"""Fuse a norm with the addition and the ReLU that follow it in the model's own code."""
+"""Fuse a norm with its epilogue: the addition and the ReLU that follow it in the model's code."""

@@ -1,9 +1,9 @@
-"""Fuse norms with what follows them: find it in the model's own code, and run that code in a version with tails.
+"""Fuse norms with their epilogues: find these in the model's code, and run a fused version of that code.
 
-A module that owns a norm and calls it (``out = self.relu(self.bn(out) + x)``, or a ``Sequential`` with a ReLU behind a
-norm) is given a class of its own, in whose methods the norm is told to do the rest (``fused_classes.py``). The methods
-as they are run in evaluation, inside ``torch.compile``, which fuses by itself, and as long as a norm or a ReLU has
-hooks or is another than it was. Norms keep their places, so collectives have one order whichever version runs.
+A module that owns a norm and calls it (``out = self.relu(self.bn(out) + x)``, or a ``Sequential`` with a ReLU after a
+norm) gets a subclass of its class, whose methods let the norm compute the epilogue (``fused_classes.py``). The
+original methods still run in evaluation, inside ``torch.compile``, which fuses by itself, and while a norm or a ReLU
+has hooks or has been replaced. Both versions call norms in the same order, so the order of collectives is the same.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ logger = logging.getLogger("distnorm")
 
 
 def fuse(model: nn.Module) -> int:
-    """Give the modules of ``model`` that own converted norms versions with tails; log which, and return how many.
+    """Fuse the converted norms of ``model`` with their epilogues; log them, and return how many were fused.
 
-    The layers' ``repr`` says what became of each.
+    The layers' ``repr`` shows their epilogues.
     """
     release(model)
     for module in model.modules():
@@ -34,7 +34,7 @@ def fuse(model: nn.Module) -> int:
             _install(module)
     norms = {name: layer for name, layer in model.named_modules() if isinstance(layer, DistNorm)}
     fused = [f"{name} ({layer.tail})" for name, layer in norms.items() if layer.tail]
-    logger.info("distnorm: %d of %d norms are fused with what follows: %s", len(fused), len(norms), ", ".join(fused))
+    logger.info("distnorm: %d of %d norms are fused with their epilogues: %s", len(fused), len(norms), ", ".join(fused))
     return len(fused)
 
 
@@ -50,46 +50,46 @@ def release(model: nn.Module) -> None:
 def _install(module: nn.Module) -> None:
     base = underlying(module)
     found = _in_sequence(module) if base.forward is nn.Sequential.forward else _in_methods(module, base)
-    found = [each for each in found if each[0] not in vars(module)]  # what a tool or a user put there comes first
+    found = [each for each in found if each[0] not in vars(module)]  # a method in the instance's dict has precedence
     if not found:
         return
     swap(module, fused_class(base, tuple((name, attributes) for name, attributes, _ in found)))
-    for _, _, tails in found:
-        for norm, tail in tails.items():
+    for _, _, epilogues in found:
+        for norm, epilogue in epilogues.items():
             child = module._modules[norm]
             assert isinstance(child, DistNorm)
-            child.tail = tail
+            child.tail = epilogue
 
 
-_Finds = list[tuple[str, Attributes, dict[str, str]]]
-"""Names of methods, what their versions rest on, and the tails of norms."""
+_Fusions = list[tuple[str, Attributes, dict[str, str]]]
+"""By method: its name, the attributes that its fused version depends on, and the epilogues of its norms."""
 
 
-def _in_sequence(module: nn.Module) -> _Finds:
+def _in_sequence(module: nn.Module) -> _Fusions:
     pairs = pairwise(module._modules.items())
-    tails = {norm: "relu" for (norm, a), (_, b) in pairs if is_norm(a) and is_relu(b)}
-    return [("forward", Attributes(), tails)] if tails else []
+    epilogues = {norm: "relu" for (norm, a), (_, b) in pairs if is_norm(a) and is_relu(b)}
+    return [("forward", Attributes(), epilogues)] if epilogues else []
 
 
-def _in_methods(module: nn.Module, base: type[nn.Module]) -> _Finds:
+def _in_methods(module: nn.Module, base: type[nn.Module]) -> _Fusions:
     children = {name: child for name, child in module._modules.items() if getattr(module, name) is child}
     attributes = Attributes(
         norms=frozenset(name for name, child in children.items() if is_norm(child)),
         relus=frozenset(name for name, child in children.items() if is_relu(child)),
         absent=frozenset(name for name, value in (*vars(module).items(), *module._modules.items()) if value is None),
     )
-    found: _Finds = []
+    found: _Fusions = []
     for name, function in _methods(base):
         if attributes.norms & set(_names(function)):
-            plan = find(base, name, attributes).found
-            if plan.tails:
-                rests_on = Attributes(frozenset(plan.tails), frozenset(plan.relus), frozenset(plan.absent))
-                found.append((name, rests_on, plan.tails))
+            merged = find(base, name, attributes).found
+            if merged.epilogues:
+                required = Attributes(frozenset(merged.epilogues), frozenset(merged.relus), frozenset(merged.absent))
+                found.append((name, required, merged.epilogues))
     return found
 
 
 def _methods(cls: type[nn.Module]) -> Iterator[tuple[str, FunctionType]]:
-    """The methods that a model's author wrote."""
+    """Yield the methods of the model's own classes, below ``nn.Module``."""
     seen: set[str] = set()
     for each in cls.__mro__[: cls.__mro__.index(nn.Module)]:
         for name, value in vars(each).items():
@@ -99,7 +99,7 @@ def _methods(cls: type[nn.Module]) -> Iterator[tuple[str, FunctionType]]:
 
 
 def _names(function: FunctionType) -> Iterator[str]:
-    """The attributes that ``function`` reads, and functions inside of it."""
+    """Yield the names that ``function`` and the functions nested in it use as attributes or globals."""
     waiting = [function.__code__]
     while waiting:
         code = waiting.pop()

@@ -1,9 +1,9 @@
-"""Classes whose methods run in a version with tails while that is what the model's code says, else as they are.
+"""Classes of fused modules: their methods run a fused version, or the original one where that does not apply.
 
-A module that is fused has a class of its own, made on top of the one that its author wrote and called alike; alike
-modules share it. So whatever copies a module, or makes classes on top of its class, takes the versions along, with
-``self`` as given. The version with tails runs in training only, outside of ``torch.compile`` and of tracers, and as
-long as class, norms and ReLUs are what it was made for. A ``forward`` in the module's ``__dict__`` comes before it.
+A fused module has a subclass of the class that its author wrote, with the same name. Modules that are fused alike share
+it. Copies of a module, and classes that tools derive from its class, therefore inherit the fused methods. The fused
+version runs in training only, outside ``torch.compile`` and tracers, and only while class, norms and ReLUs are those
+that it was compiled for. A ``forward`` in the module's ``__dict__`` has precedence.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from distnorm.layers.module import DistNorm
 from distnorm.layers.tracing import is_traced
 
 Wanted = tuple[tuple[str, Attributes], ...]
-"""Names of methods, and the attributes that their versions with tails rest on."""
+"""Names of methods, and the attributes that their fused versions depend on."""
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _RELU_FORWARD = nn.ReLU.forward
@@ -35,13 +35,13 @@ _WANTED = "_wanted"
 
 
 class Fused:
-    """Mixed in before the class that the author wrote."""
+    """Marks classes of fused modules. It is the first base, before the class that the author wrote."""
 
     def __init_subclass__(cls, **_: Any) -> None:
-        """Classes that are made at run time are none of those that an author's class registers."""
+        """Keep an ``__init_subclass__`` of the author's class, such as a registry, from seeing generated classes."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Classes that were made here cannot be pickled; they are made again."""
+        """Pickle the author's class and what to fuse: generated classes cannot be pickled, so ``_made`` makes them."""
         reduced, cls = super().__reduce_ex__(protocol), type(self)
         if isinstance(reduced, str) or Fused not in cls.__bases__:
             return reduced
@@ -53,34 +53,35 @@ class Fused:
 
 # docs/decisions.md#fused-modules-have-their-own-class
 def fused_class(base: type[nn.Module], wanted: Wanted) -> type[nn.Module]:
-    """``base`` with a version of each method that is ``wanted``; the same class whenever it is asked for."""
+    """Return the subclass of ``base`` with fused versions of the methods in ``wanted``; equal calls share one class."""
     for cls in base.__subclasses__():
         if Fused in cls.__bases__ and vars(cls)[_WANTED] == wanted:
             return cls
     names = {name: getattr(base, name) for name in ("__module__", "__qualname__", "__doc__")}
     cls = type(base.__name__, (Fused, base), {**names, _WANTED: wanted})
     for name, attributes in wanted:
-        setattr(cls, name, _Method(cls, name, find(base, name, attributes)))
+        setattr(cls, name, _FusedMethod(cls, name, find(base, name, attributes)))
     return cls
 
 
 def _made(wanted: Wanted, make: Callable[..., nn.Module], *args: Any) -> nn.Module:
+    """Rebuild a pickled module. Pickles hold the name of this function, so it must not change."""
     module = make(*args)
     swap(module, fused_class(underlying(module), wanted))
     return module
 
 
 class Plan(NamedTuple):
-    """A method as it is, with tails, and what these rest on."""
+    """The original and the fused version of a method, and what the latter depends on."""
 
-    plain: Any  # a function, which as an attribute mypy would bind
+    plain: Any  # a function; mypy would take an attribute of that type for a bound method
     fused: Callable[..., Any]
     found: Found
 
-    def holds(self, module: nn.Module) -> bool:
-        """Whether ``module`` still is what the version with tails was made for."""
+    def is_valid_for(self, module: nn.Module) -> bool:
+        """Return whether the norms, ReLUs and functions of ``module`` are still those of the fused version."""
         return (
-            all(is_norm(getattr(module, name, None)) for name in self.found.tails)
+            all(is_norm(getattr(module, name, None)) for name in self.found.epilogues)
             and all(is_relu(getattr(module, name, None)) for name in self.found.relus)
             and all(getattr(module, name, module) is None for name in self.found.absent)
             and all(ast.is_relu(path, self.plain.__globals__) for path in self.found.functions)
@@ -88,19 +89,19 @@ class Plan(NamedTuple):
 
 
 def find(cls: type[nn.Module], name: str, attributes: Attributes) -> Plan:
-    """What to run for the method ``name`` of ``cls``, and when."""
+    """Return both versions of the method ``name`` of ``cls``."""
     plain: FunctionType = getattr(cls, name)
     if plain is nn.Sequential.forward:
         return Plan(plain, _run_in_sequence, Found())
     return Plan(plain, *(rewrite(plain, attributes) or (plain, Found())))
 
 
-class _Method:
-    """The method ``name`` of a class that was made here: its version, as long as the author's is the one it is of."""
+class _FusedMethod:
+    """Descriptor of the method ``name`` of a generated class: fused, unless the author's method has been replaced."""
 
     def __init__(self, cls: type[nn.Module], name: str, plan: Plan) -> None:
         self._cls, self._name, self._plain = cls, name, plan.plain
-        self._version = _in_place_of(plan.plain, partial(_run, plan))
+        self._version = _with_signature_of(plan.plain, partial(_run, plan))
 
     def __get__(self, module: nn.Module | None, owner: type[nn.Module] | None = None) -> Any:
         below = getattr(self._cls.__bases__[-1], self._name)
@@ -112,16 +113,16 @@ class _Method:
 
 
 def _run(plan: Plan, module: Any, *args: Any, **kwargs: Any) -> Any:
-    """The method, as the moment asks."""
+    """Run the fused version if it applies, else the original one."""
     traced = any(map(is_traced, (*args, *kwargs.values())))
-    fuses = module.training and not torch.compiler.is_compiling() and not traced and plan.holds(module)
+    fuses = module.training and not torch.compiler.is_compiling() and not traced and plan.is_valid_for(module)
     return (plan.fused if fuses else plan.plain)(module, *args, **kwargs)
 
 
-def _in_place_of(plain: FunctionType, run: Callable[..., Any]) -> FunctionType:
-    """A function that calls ``run``, and in all that can be read of it is ``plain``.
+def _with_signature_of(plain: FunctionType, run: Callable[..., Any]) -> FunctionType:
+    """Return a function that calls ``run`` and has the signature, name, code location and globals of ``plain``.
 
-    Frameworks read which arguments a method takes; torch.fx reads its code, torch.jit.script its source and globals.
+    Frameworks inspect a method's signature, torch.fx its code, torch.jit.script its source and globals.
     """
     given, taken = [], []
     for each in inspect.signature(plain).parameters.values():
@@ -134,7 +135,7 @@ def _in_place_of(plain: FunctionType, run: Callable[..., Any]) -> FunctionType:
     exec(text, plain.__globals__, made)
     version: FunctionType = made["_"](run)
     update_wrapper(version, plain)
-    del version.__dict__["__wrapped__"]  # who unwraps a method shall find this one
+    del version.__dict__["__wrapped__"]  # inspect.unwrap must return this function
     version.__defaults__, version.__kwdefaults__ = plain.__defaults__, plain.__kwdefaults__
     place = {each: getattr(plain.__code__, each) for each in ("co_filename", "co_firstlineno", "co_qualname")}
     version.__code__ = version.__code__.replace(**place)
@@ -142,23 +143,23 @@ def _in_place_of(plain: FunctionType, run: Callable[..., Any]) -> FunctionType:
 
 
 def _run_in_sequence(module: nn.Sequential, input: Any) -> Any:
-    """As ``nn.Sequential.forward``, with every ReLU behind a norm left to that."""
-    done = None
+    """Run as ``nn.Sequential.forward``, but let norms compute the ReLU that follows them."""
+    fused = None
     for child, follower in pairwise((*module, None)):
-        if child is not done:
-            joint = is_norm(child) and is_relu(follower)
-            input = child(input, relu=True) if joint else child(input)
-            done = follower if joint else None
+        if child is not fused:
+            fuses = is_norm(child) and is_relu(follower)
+            input = child(input, relu=True) if fuses else child(input)
+            fused = follower if fuses else None
     return input
 
 
 def is_norm(child: object) -> bool:
-    """Whether ``child`` is a norm that can be told what to do, and nobody looks at what it returns."""
+    """Return whether ``child`` is a converted norm that can compute an epilogue, and has no hooks."""
     return isinstance(child, DistNorm) and type(child).forward is DistNorm.forward and _is_unobserved(child)
 
 
 def is_relu(child: object) -> bool:
-    """Whether ``child`` is torch's ReLU, and nobody looks at what it is given."""
+    """Return whether ``child`` is torch's ReLU, and has no hooks."""
     return type(child) is nn.ReLU and nn.ReLU.forward is _RELU_FORWARD and _is_unobserved(child)
 
 

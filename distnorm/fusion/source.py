@@ -1,6 +1,6 @@
-"""Rewrite a method so that norms take over what follows them: ``relu(norm(x) + residual)`` becomes one call.
+"""Rewrite a method so that norms compute their epilogues: ``relu(norm(x) + residual)`` becomes one call.
 
-A model says so in its own code, such as ::
+For example, in the code ::
 
     out = self.bn2(out)
     if self.downsample is not None:
@@ -8,12 +8,12 @@ A model says so in its own code, such as ::
     out += identity
     out = self.relu(out)
 
-and where ``downsample`` is None, nothing comes between. Then ``out = self.bn2(out, identity, relu=True, widen=False)``
-stands for it. Only statements in direct sequence are joined, and only where the value between them dies, so nothing
-else can have seen it; nothing changes places. All other code stays as it is, down to the line numbers.
+nothing happens between the norm and the addition if ``downsample`` is None. All of it is then replaced by ``out =
+self.bn2(out, identity, relu=True, widen=False)``. ``ast.py`` says which statements are merged. All other code is
+unchanged, with its line numbers.
 
-What was read is compared with the code that runs: sources that have changed, decorators, ``super()`` and private names
-make for other code, and are left alone.
+The source is compiled unchanged first, and compared with the code that runs. They differ if the file has been edited,
+or for decorators, ``super()`` and private names; such methods are not rewritten.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _CODE = ("co_code", "co_names", "co_varnames", "co_freevars", "co_cellvars")
 # docs/decisions.md#a-method-is-compiled-again-from-its-source
 @cache
 def rewrite(function: FunctionType, attributes: Attributes) -> tuple[FunctionType, Found] | None:
-    """``function`` with tails, and what they rest on; None where there are none, or its source is not at hand."""
+    """Return ``function`` with fused epilogues, and what they depend on; None if it has none or no readable source."""
     code = function.__code__
     try:
         file = ast.parse("".join(inspect.findsource(function)[0]))
@@ -43,10 +43,10 @@ def rewrite(function: FunctionType, attributes: Attributes) -> tuple[FunctionTyp
     if definition is None or not code.co_varnames or not _is_same(_compiled(definition, file, code), code):
         return None
     joiner = Joiner(function, definition, attributes)
-    if _rebinds(definition, joiner.me):
+    if _rebinds(definition, joiner.self_name):
         return None
     joiner.visit(definition)
-    if not joiner.found.tails:
+    if not joiner.found.epilogues:
         return None
     joined = _compiled(ast.fix_missing_locations(definition), file, code)
     fused = FunctionType(joined, function.__globals__, function.__name__, function.__defaults__)
@@ -55,21 +55,21 @@ def rewrite(function: FunctionType, attributes: Attributes) -> tuple[FunctionTyp
 
 
 def _definitions(file: ast.Module, code: CodeType) -> Iterator[ast.FunctionDef]:
-    """Where ``file`` defines what became ``code``."""
+    """Yield the definition in ``file`` that was compiled to ``code``."""
     for each in ast.walk(file):
         if isinstance(each, ast.FunctionDef) and each.lineno == code.co_firstlineno and each.name == code.co_name:
             yield each
 
 
 def _compiled(definition: ast.FunctionDef, file: ast.Module, code: CodeType) -> CodeType:
-    # Beside the file's imports: CPython compiles a call of an imported module's function otherwise than a method's.
+    # With the file's imports: CPython compiles calls of an imported module's functions differently from method calls.
     around = ast.Module([*_imports(file), definition], [])
     compiled = compile(around, code.co_filename, "exec", dont_inherit=True)
     return next(each for each in compiled.co_consts if isinstance(each, CodeType) and each.co_name == code.co_name)
 
 
 def _imports(node: ast.AST) -> Iterator[ast.stmt]:
-    """Those of the file itself, not of functions or classes in it."""
+    """Yield the imports of the file itself, not those in its functions and classes."""
     for each in ast.iter_child_nodes(node):
         if isinstance(each, ast.Import | ast.ImportFrom):
             yield each
@@ -86,8 +86,8 @@ def _is_same(one: CodeType, two: CodeType) -> bool:
     )
 
 
-def _rebinds(definition: ast.FunctionDef, me: str) -> bool:
-    """Whether the name of the first argument stands for anything else, too."""
-    stored = (each for each in ast.walk(definition) if isinstance(each, ast.Name) and each.id == me)
-    named = sum(isinstance(each, ast.arg) and each.arg == me for each in ast.walk(definition))
+def _rebinds(definition: ast.FunctionDef, self_name: str) -> bool:
+    """Return whether ``self_name``, the first argument, is also bound elsewhere in the method."""
+    stored = (each for each in ast.walk(definition) if isinstance(each, ast.Name) and each.id == self_name)
+    named = sum(isinstance(each, ast.arg) and each.arg == self_name for each in ast.walk(definition))
     return named > 1 or any(not isinstance(each.ctx, ast.Load) for each in stored)

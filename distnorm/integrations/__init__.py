@@ -1,1 +1,1 @@
-"""Frameworks that wrap models: where they meet distnorm. Each is imported only where it is used."""
+"""Integrations with training frameworks and launchers. Each framework is imported only if it is used."""

@@ -1,7 +1,7 @@
 """Accelerate: ``DistNormPlugin("mabn").register(accelerator)``, and ``accelerator.prepare`` converts models.
 
 The only user of Accelerate's private lists of prepared objects, ``_models`` and ``_optimizers`` (1.15; see
-tests/integrations/test_accelerate.py). Its hooks for checkpoints hand them on, but without the models of FSDP.
+tests/integrations/test_accelerate.py). Its checkpoint hooks receive the models too, but not those of FSDP.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ except ModuleNotFoundError as error:
 
 
 class DistNormPlugin:
-    """Puts ``recipe`` in place of batch norm in every model that an ``Accelerator`` prepares.
+    """Converts every model that an ``Accelerator`` prepares to ``recipe``.
 
     Example::
 
@@ -39,22 +39,23 @@ class DistNormPlugin:
     Args:
         recipe: a ``Recipe``, or the name of one, with its ``options``; as ``distnorm.convert``.
         where: which layers; as ``distnorm.convert``.
-        options: options of a named recipe, such as ``size=4``, and what else ``distnorm.convert`` takes.
+        options: options of a named recipe, such as ``size=4``, and other arguments of ``distnorm.convert``.
 
     Raises:
-        ValueError: unknown recipe, option or value.
+        ValueError: an unknown recipe, option or value.
     """
 
     def __init__(self, recipe: Recipe | str = "sync_bn", *, where: Where | None = None, **options: Any) -> None:
-        convert(nn.BatchNorm1d(1), recipe, **options)  # what is wrong with them shows here, not in prepare
+        convert(nn.BatchNorm1d(1), recipe, **options)  # raises for wrong arguments here rather than in prepare
         self.recipe = recipe
         self.where = where
         self.options = options
 
     def register(self, accelerator: Accelerator) -> None:
-        """Convert what ``accelerator`` prepares from now on, before it is wrapped; ``keep_steps``, ``keep_state``.
+        """Convert the models that ``accelerator`` prepares from now on, and connect their steps and checkpoints.
 
         Call it before ``prepare``. Models, optimizers and loaders may be prepared in any order, in one call or several.
+        Models are converted before they are wrapped; ``keep_steps`` and ``keep_state`` do the rest.
         """
         for name in ("prepare", "prepare_model"):
             setattr(accelerator, name, _before(getattr(accelerator, name), self._convert_each))
@@ -62,7 +63,7 @@ class DistNormPlugin:
         keep_state(accelerator)
 
     def convert(self, model: nn.Module) -> None:
-        """Convert ``model`` in place, unless it has converted layers. No collective.
+        """Convert ``model`` in place, unless it has converted layers. Issues no collective.
 
         Raises:
             ValueError: as ``distnorm.convert``.
@@ -79,10 +80,10 @@ class DistNormPlugin:
 def keep_steps(accelerator: Accelerator) -> None:
     """Let optimizer steps end the steps of moving statistics in converted models that ``accelerator`` prepares.
 
-    A model belongs to the first prepared optimizer that has one of its parameters; backward passes in between
-    (``accelerator.accumulate``) belong to one step. The scale of ``accelerator.scaler`` is wired. A model that was
-    attached to an optimizer by hand is left alone. ``prepare`` becomes collective, for it binds models to their ranks.
-    With DeepSpeed, ``distnorm.integrations.deepspeed`` does all this.
+    A model is attached to the first prepared optimizer that has one of its parameters, and to the loss scale of
+    ``accelerator.scaler``. All backward passes before an optimizer step (``accelerator.accumulate``) belong to that
+    step. A model that the script has attached to an optimizer is skipped. ``prepare`` becomes collective, since it
+    binds models to their ranks. With DeepSpeed, ``distnorm.integrations.deepspeed`` does all this.
     """
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         deepspeed.enable()
@@ -104,7 +105,7 @@ def keep_steps(accelerator: Accelerator) -> None:
 
 
 def attach_prepared(model: nn.Module, optimizer: AcceleratedOptimizer) -> Attachment:
-    """``distnorm.attach`` with what ``optimizer`` wraps: the optimizer itself, and the scale of its scaler if any.
+    """Attach ``model`` to the optimizer that ``optimizer`` wraps, and to the loss scale of its scaler, if it has one.
 
     Collective over the ranks that share statistics.
 
@@ -116,10 +117,10 @@ def attach_prepared(model: nn.Module, optimizer: AcceleratedOptimizer) -> Attach
 
 
 def keep_state(accelerator: Accelerator) -> None:
-    """Let ``save_state`` and ``load_state`` keep the statistics of converted models, in a file per rank.
+    """Let ``save_state`` and ``load_state`` include the statistics of converted models, in a file per rank.
 
-    Resuming with as many ranks goes on bit for bit; with another number, windows start warm from rank 0's file. With
-    DeepSpeed, the checkpoint of its engine holds them.
+    With the same number of ranks, a resumed run continues bit for bit. With another number, windows start warm from
+    rank 0's file. With DeepSpeed, the checkpoint of its engine holds them.
     """
     if accelerator.distributed_type != DistributedType.DEEPSPEED:
         accelerator.register_save_state_pre_hook(lambda *given: checkpoint.save(accelerator._models, given[-1]))

@@ -1,4 +1,4 @@
-"""Statistics that are kept over steps, in a folder that a framework's checkpoint has: one file per rank."""
+"""Save and load statistics that are kept over steps, in the folder of a framework's checkpoint: one file per rank."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ logger = logging.getLogger("distnorm")
 
 
 def is_converted(model: nn.Module) -> bool:
-    """Whether ``model`` has layers that distnorm converted."""
+    """Return whether ``model`` has converted layers."""
     return any(isinstance(each, DistNorm) for each in model.modules())
 
 
 def file_of(folder: str | Path, rank: int) -> Path:
-    """The file that ``rank`` writes."""
+    """Return the path of the file that ``rank`` writes."""
     return Path(folder) / f"distnorm_state_{rank}.pt"
 
 
 # docs/decisions.md#one-state-file-per-rank
 def save(models: Iterable[nn.Module], folder: str | Path) -> None:
-    """Write this rank's statistics of the converted ones among ``models``; nothing if there are none.
+    """Write this rank's statistics of the converted models among ``models``, if there are any.
 
-    All ranks call it. No collective, unless a model has not been bound to its ranks yet. Whoever reads the file sees
-    all of the old one or all of the new one, whenever this process or its machine stops.
+    All ranks call it. Issues no collective, unless a model is not bound to its ranks yet. The file is replaced
+    atomically: even if this process or its machine stops, a reader sees all of the old file or all of the new one.
 
     Raises:
-        OSError: the file cannot be written; the old one is still there.
+        OSError: the file cannot be written; the old one is unchanged.
     """
     states = [state_dict(model) for model in models if is_converted(model)]
     if states:
@@ -48,34 +48,34 @@ def save(models: Iterable[nn.Module], folder: str | Path) -> None:
 
 
 def load(models: Iterable[nn.Module], folder: str | Path) -> None:
-    """Go on from what ``save`` wrote: from this rank's file, or from rank 0's if the job had another size.
+    """Resume from the files that ``save`` wrote: from this rank's file, or rank 0's if the job had another world size.
 
-    All ranks call it, for they start cold together if one of them finds no file, and fail together if one of them
-    cannot go on from its file. They tell each other through the job's store. Nothing that a file holds is executed.
+    All ranks call it, and exchange the outcome through the job's store. If one of them finds no file, all start cold.
+    If one of them cannot load its file, all raise. Loading executes no code from a file.
 
     Raises:
-        ValueError: on all ranks: a file that is damaged, or holds other models than these; the message names rank and
-            file. Or ranks found files of different steps. No model has changed then.
+        ValueError: on all ranks, if a file is damaged or holds other models; the message names rank and file. Or if
+            ranks found files of different steps. No model is changed.
     """
     converted = [model for model in models if is_converted(model)]
     states: list[Any] | None = None
     failure: Exception | None = None
     try:
         states = _read(converted, folder) if converted else []
-    except Exception as error:  # whatever it is, the other ranks wait to hear of it
+    except Exception as error:  # of any type, since the other ranks wait for this rank's outcome
         failure = error
-    told = _tell(states, failure)
-    _raise_if_any(told, failure)
-    if _all_found(told, folder) and states is not None:
+    outcomes = _exchange(states, failure)
+    _raise_if_any(outcomes, failure)
+    if _all_found(outcomes, folder) and states is not None:
         for model, each in zip(converted, states, strict=True):
             load_state_dict(model, each)
 
 
 def _read(converted: list[nn.Module], folder: str | Path) -> list[Any] | None:
-    """The state of each of the ``converted``, read and checked; None if there is none for this rank.
+    """Return the checked state of each of the ``converted`` models; None if there is no file for this rank.
 
     Raises:
-        ValueError: it cannot be read, or does not fit; the message names the file.
+        ValueError: the file cannot be read, or does not fit the models; the message names it.
     """
     rank, world_size = _place()
     for candidate in dict.fromkeys((rank, 0)):
@@ -88,14 +88,14 @@ def _read(converted: list[nn.Module], folder: str | Path) -> list[Any] | None:
             if candidate != 0 and written_by != world_size:
                 continue
             if len(models) != len(converted):
-                raise ValueError(f"distnorm state of {len(models)} models; this job has {len(converted)}")
+                raise ValueError(f"has the state of {len(models)} models; this job has {len(converted)}")
             for model, each in zip(converted, models, strict=True):
                 check_state_dict(model, each)
         except Exception as error:
             raise ValueError(f"{path}: {_first_line(error)}") from error
         if candidate != rank or written_by != world_size:
             logger.warning(
-                "distnorm: rank %d of %d goes on from %s, of a job of %d ranks: windows start warm",
+                "distnorm: rank %d of %d resumes from %s, of a job of %d ranks: windows start warm",
                 *(rank, world_size, path, written_by),
             )
         return models
@@ -108,8 +108,8 @@ def _parts(state: Any) -> tuple[int, list[Any]]:
     return state["world_size"], state["models"]
 
 
-def _tell(states: list[Any] | None, failure: Exception | None) -> list[dict[str, Any]]:
-    """What every rank found, by rank: the steps of its models' state, None if there is none; or why it failed."""
+def _exchange(states: list[Any] | None, failure: Exception | None) -> list[dict[str, Any]]:
+    """Return the outcome of every rank: the steps of its models' states (None if it has no file), or its failure."""
     steps = None if states is None else [[each["step"] for each in model] for model in states]
     mine = {"steps": steps, "failure": None if failure is None else _first_line(failure)}
     if not dist.is_initialized():
@@ -120,24 +120,24 @@ def _tell(states: list[Any] | None, failure: Exception | None) -> list[dict[str,
     return [json.loads(text) for text in texts]
 
 
-def _raise_if_any(told: list[dict[str, Any]], failure: Exception | None) -> None:
-    failed = [f"rank {rank}: {each['failure']}" for rank, each in enumerate(told) if each["failure"] is not None]
+def _raise_if_any(outcomes: list[dict[str, Any]], failure: Exception | None) -> None:
+    failed = [f"rank {rank}: {each['failure']}" for rank, each in enumerate(outcomes) if each["failure"] is not None]
     if failed:
         raise ValueError(
-            f"distnorm: {len(failed)} of {len(told)} ranks cannot go on from their file, so no rank has loaded any. "
-            f"{'; '.join(failed[:4])}{'; ...' if failed[4:] else ''}. Restore a whole checkpoint, or take all files "
-            "distnorm_state_*.pt out of the folder to start cold."
+            f"distnorm: {len(failed)} of {len(outcomes)} ranks cannot resume from their file, so no rank has loaded "
+            f"any. {'; '.join(failed[:4])}{'; ...' if failed[4:] else ''}. Restore a whole checkpoint, or remove all "
+            "files distnorm_state_*.pt from the folder to start cold."
         ) from failure
 
 
-def _all_found(told: list[dict[str, Any]], folder: str | Path) -> bool:
-    """Whether no rank starts cold. Raises if ranks found different steps."""
+def _all_found(outcomes: list[dict[str, Any]], folder: str | Path) -> bool:
+    """Return whether every rank that has converted layers found a state; raise if their steps differ."""
     # Pipeline stages may have no such layer.
-    found = {rank: each["steps"] for rank, each in enumerate(told) if each["steps"] != []}
+    found = {rank: each["steps"] for rank, each in enumerate(outcomes) if each["steps"] != []}
     without = [rank for rank, steps in found.items() if steps is None]
     if without:
         logger.warning(
-            "distnorm: ranks %s found no %s, nor rank 0's: statistics that are kept over steps start cold on all ranks",
+            "distnorm: ranks %s found neither %s nor rank 0's file: moving statistics start cold on all ranks",
             without,
             file_of(folder, without[0]),
         )
@@ -152,20 +152,20 @@ def _first_line(error: Exception) -> str:
 
 
 def _replace(path: Path, state: dict[str, Any]) -> None:
-    """Put a file of ``state`` in the place of ``path``, at once and for good."""
-    beside = path.with_name(f"{path.name}.new")  # one name: what a killed process left is overwritten, not kept
+    """Replace the file ``path`` by one that holds ``state``, atomically and durably."""
+    temporary = path.with_name(f"{path.name}.new")  # a fixed name, so that a killed process leaves at most one file
     try:
-        with beside.open("wb") as file:
+        with temporary.open("wb") as file:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
-        beside.replace(path)
+        temporary.replace(path)
     except BaseException:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:
-        os.fsync(folder)  # the name, too, outlives a loss of power
+        os.fsync(folder)  # makes the new directory entry durable
     finally:
         os.close(folder)
 

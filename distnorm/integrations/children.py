@@ -1,9 +1,9 @@
-"""Processes that a script starts by itself: they convert models as the one that ``distnorm.run`` started.
+"""Convert models also in processes that the script starts, as in the process that ``distnorm.run`` started.
 
-Lightning starts ranks by running the script again, and knows nothing of the run module in front of it. The only user of
-its private ``_basic_subprocess_cmd`` and ``_hydra_subprocess_cmd`` (2.6; tests/integrations/test_children.py fails when
-they change). ``torch.multiprocessing.spawn`` and ``start_processes`` start a function; whoever uses them, such as
-Accelerate's ``notebook_launcher``, is served too.
+Lightning starts ranks by running the script again, without the run module. The only user of its private
+``_basic_subprocess_cmd`` and ``_hydra_subprocess_cmd`` (2.6; tests/integrations/test_children.py fails when they
+change). ``torch.multiprocessing.spawn`` and ``start_processes`` start a function; Accelerate's ``notebook_launcher``
+uses them.
 """
 
 from __future__ import annotations
@@ -25,26 +25,26 @@ _LAUNCHERS = (
     "lightning.fabric.strategies.launchers.subprocess_script",
     "lightning_fabric.strategies.launchers.subprocess_script",
 )
-_at_work = False  # in this process, or in the one that it is a fork of
+_installed = False  # in this process, or in the parent that forked it
 
 
 def convert_in_children(job: Job, settings: Settings | None, flags: Sequence[str]) -> None:
-    """Let processes that this one starts convert models as ``job`` does, from now on. No collective.
+    """Let processes that this one starts convert models as ``job`` does, from now on. Issues no collective.
 
     Args:
-        job: as ``install`` has returned it.
-        settings: what ``install`` was given.
-        flags: the same as options of the run module; the rest comes from the environment, which children inherit.
+        job: the job that ``install`` returned.
+        settings: the settings that ``install`` was given.
+        flags: command-line options of the run module; children inherit other settings from the environment.
     """
-    global _at_work
-    _at_work = True
+    global _installed
+    _installed = True
     for launcher in _LAUNCHERS:
         when_imported(launcher, functools.partial(_run_again_with, flags=tuple(flags)))
     _wrap_start_processes(job, settings, tuple(flags))
 
 
 def _run_again_with(launcher: Any, flags: Sequence[str]) -> None:
-    """Put the run module into the commands by which ``launcher``, a module of Lightning, starts the other ranks."""
+    """Insert the run module into the commands with which ``launcher``, a module of Lightning, starts other ranks."""
     basic, hydra = launcher._basic_subprocess_cmd, launcher._hydra_subprocess_cmd
 
     @functools.wraps(basic)
@@ -65,7 +65,7 @@ def _with_run_module(command: Sequence[str], flags: Sequence[str]) -> list[str]:
 
 
 def _wrap_start_processes(job: Job, settings: Settings | None, flags: tuple[str, ...]) -> None:
-    module: Any = importlib.import_module("torch.multiprocessing.spawn")  # as an attribute, the function hides it
+    module: Any = importlib.import_module("torch.multiprocessing.spawn")  # the attribute is the function of that name
     original = module.start_processes
 
     @functools.wraps(original)
@@ -73,16 +73,16 @@ def _wrap_start_processes(job: Job, settings: Settings | None, flags: tuple[str,
         job.is_one_of_several = True
         return original(Converting(fn, settings, flags), *args, **options)
 
-    module.start_processes = start_processes  # which spawn calls
+    module.start_processes = start_processes  # spawn calls it
     torch.multiprocessing.start_processes = start_processes
 
 
 @dataclass(frozen=True)
 class Converting:
-    """``function``, which a new process calls with its number first, after what the run module does.
+    """Calls ``function`` in a new process, after it has set up conversion as the run module does.
 
     Args:
-        function: can be pickled, as ``torch.multiprocessing.spawn`` asks.
+        function: takes the number of the process first; can be pickled, as ``torch.multiprocessing.spawn`` requires.
         settings: as ``convert_in_children``.
         flags: as ``convert_in_children``.
     """
@@ -92,12 +92,12 @@ class Converting:
     flags: tuple[str, ...]
 
     def __call__(self, number: int, *args: Any) -> None:
-        """Call it.
+        """Call the function.
 
         Raises:
-            BaseException: what it raises.
+            BaseException: any exception of the function.
         """
-        if _at_work:  # a fork has the hooks of its parent
+        if _installed:  # a forked process has the hooks of its parent
             self.function(number, *args)
             return
         job = install(self.settings)

@@ -1,10 +1,10 @@
 """DeepSpeed: ``deepspeed.initialize`` converts the model, and the engine it returns ends steps and saves statistics.
 
-Either one line in the script, ``distnorm.integrations.deepspeed.enable()``, or the run module, ``-m distnorm.run``. The
-recipe stands there, or in the section ``"distnorm"`` of DeepSpeed's JSON.
+The script calls ``distnorm.integrations.deepspeed.enable()``, or is started with the run module, ``-m distnorm.run``.
+Both can name the recipe; otherwise it is in the section ``"distnorm"`` of DeepSpeed's JSON.
 
-The only user of what DeepSpeed's engine does not document (0.19.8; tests/integrations/test_deepspeed.py fails when it
-changes): ``global_steps``, ``data_parallel_group`` and ``_zero3_consolidated_16bit_state_dict``.
+The only user of undocumented attributes of DeepSpeed's engine (0.19.8; tests/integrations/test_deepspeed.py fails when
+they change): ``global_steps``, ``data_parallel_group`` and ``_zero3_consolidated_16bit_state_dict``.
 """
 
 from __future__ import annotations
@@ -35,28 +35,28 @@ _PARTITIONED = 3
 """The stage of ZeRO that partitions parameters."""
 
 SECTION = "distnorm"
-"""The top-level key of DeepSpeed's JSON that holds what ``Settings.of`` reads."""
+"""The top-level key of DeepSpeed's JSON that holds the section for ``Settings.of``."""
 
 
 def enable(recipe: str | None = None, *, where: Sequence[str] = (), **options: object) -> None:
-    """Let ``deepspeed.initialize`` convert models from now on; call it before. No collective.
+    """Let ``deepspeed.initialize`` convert models from now on. Call it before. Issues no collective.
 
-    Models that are converted already stay as they are, and their steps, loss scale and checkpoints are wired all the
-    same. Binding to DeepSpeed's data-parallel ranks, which is collective, happens in ``deepspeed.initialize``.
+    Models that are converted already are not converted again, but their steps, loss scale and checkpoints are connected
+    too. ``deepspeed.initialize`` binds models to DeepSpeed's data-parallel ranks, which is collective.
 
     Args:
-        recipe: the name of a recipe; None leaves it to the section ``"distnorm"`` of DeepSpeed's JSON, without which
+        recipe: the name of a recipe. None reads the section ``"distnorm"`` of DeepSpeed's JSON; without that section
             nothing is converted.
-        where: patterns of layer names; none means all layers.
+        where: patterns of layer names; if empty, all layers.
         options: options of the recipe.
 
     Raises:
         ImportError: DeepSpeed is not installed.
-        ValueError: unknown recipe, option or value; ``where`` or options without a recipe.
+        ValueError: an unknown recipe, option or value; ``where`` or options without a recipe.
     """
     if recipe is None and (where or options):
         given = [*options, *(["where"] if where else [])]
-        raise ValueError(f"enable({', '.join(given)}) needs a recipe too, such as enable('sync_bn', ...).")
+        raise ValueError(f"enable({', '.join(given)}): need a recipe too, such as enable('sync_bn', ...).")
     settings = None
     if recipe is not None:
         source = "distnorm.integrations.deepspeed.enable"
@@ -71,14 +71,14 @@ def enable(recipe: str | None = None, *, where: Sequence[str] = (), **options: o
 
 
 def wrap_initialize(deepspeed: Any, settings: Settings | None, *, default: Settings | None = None) -> None:
-    """Put a function of the same signature in the place of ``deepspeed.initialize``. No collective.
+    """Replace ``deepspeed.initialize`` by a wrapper with the same signature. Issues no collective.
 
-    Wrapped again, it keeps its settings unless new ones are given.
+    A second call changes only the settings that it is given.
 
     Args:
         deepspeed: the module.
-        settings: come first, before the section ``"distnorm"`` of each engine's configuration.
-        default: come last, where there is no section; without them nothing is converted there.
+        settings: have precedence over the section ``"distnorm"`` of each engine's configuration.
+        default: used if there is no section. If they are None too, nothing is converted.
     """
     if not isinstance(deepspeed.initialize, _Initialize):
         deepspeed.initialize = _Initialize(deepspeed.initialize, deepspeed.PipelineModule)
@@ -87,7 +87,7 @@ def wrap_initialize(deepspeed: Any, settings: Settings | None, *, default: Setti
 
 
 class _Initialize:
-    """``deepspeed.initialize``, with the model converted before the engine is built and attached after."""
+    """Wraps ``deepspeed.initialize``: converts the model before the engine is built, and attaches it afterwards."""
 
     def __init__(self, original: Callable[..., tuple[Any, ...]], pipeline: type) -> None:
         self.original = original
@@ -98,17 +98,17 @@ class _Initialize:
         update_wrapper(self, original)
 
     def __call__(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
-        """Build the engine. Collective as DeepSpeed's own, then as ``distnorm.attach``.
+        """Build the engine. Collective, as DeepSpeed's own function and ``distnorm.attach``.
 
         Raises:
-            ValueError: the section ``"distnorm"`` holds a key or value that is not allowed, or the model is a pipeline;
-                before anything is built.
+            ValueError: before anything is built, if the section ``"distnorm"`` has a key or value that is not allowed,
+                or the model is a pipeline.
             RuntimeError: ranks converted different models or recipes.
         """
         given = self.signature.bind(*args, **kwargs).arguments
         model = given.get("model")
         if not isinstance(model, nn.Module):
-            return self.original(*args, **kwargs)  # which says what it needs
+            return self.original(*args, **kwargs)  # raises its own error
         section = None if self.settings else _settings_of(_configuration(given))
         settings = self.settings or section or self.default
         if settings is not None:
@@ -117,20 +117,21 @@ class _Initialize:
             return self.original(*args, **kwargs)
         if isinstance(model, self.pipeline):
             raise ValueError(
-                "distnorm: DeepSpeed's pipeline engine is not supported; given is a converted PipelineModule. Train it "
-                f'without the section "{SECTION}", enable and convert, or use ZeRO without pipeline parallelism.'
+                "distnorm: a converted PipelineModule was given, and DeepSpeed's pipeline engine is not supported. "
+                f'Train it without the section "{SECTION}", enable and convert, or use ZeRO without pipeline '
+                "parallelism."
             )
         statistics = _running_statistics(model)
         built = self.original(*args, **kwargs)
-        _widen(statistics)
-        _wire(built[0])
+        _restore_float32(statistics)
+        _connect(built[0])
         if section is not None and section.ledger:
             _print_at_exit(Ledger(model))
         return built
 
 
 def _configuration(given: Mapping[str, Any]) -> Any:
-    """What ``deepspeed.initialize`` takes for its configuration: a mapping, a path, or JSON in base64."""
+    """Return the configuration given to ``deepspeed.initialize``: a mapping, a path, or JSON in base64."""
     args = given.get("args")
     named = (getattr(args, name, None) for name in ("deepscale_config", "deepspeed_config"))
     candidates = (given.get("config"), given.get("config_params"), *named)
@@ -149,13 +150,13 @@ def _settings_of(configuration: Any) -> Settings | None:
 
 
 def _read(configuration: str | os.PathLike[str]) -> Any:
-    hjson = importlib.import_module("hjson")  # what DeepSpeed reads with: its files may hold comments
+    hjson = importlib.import_module("hjson")  # as DeepSpeed does, since its files may have comments
     try:
         if os.path.exists(configuration):
             return hjson.loads(Path(configuration).read_text())
         return hjson.loads(base64.urlsafe_b64decode(os.fspath(configuration)).decode())
     except ValueError:
-        return None  # DeepSpeed reads it next, and says what is wrong
+        return None  # DeepSpeed reads it next, and raises its own error
 
 
 def _print_at_exit(ledger: Ledger) -> None:
@@ -165,22 +166,22 @@ def _print_at_exit(ledger: Ledger) -> None:
 
 
 def _running_statistics(model: nn.Module) -> list[tuple[DistNorm, str, Tensor]]:
-    """Converted layers, the names of their running statistics, and those as they are now, whatever is cast later."""
+    """Return converted layers with the names and current values of their running statistics, before any cast."""
     layers = (each for each in model.modules() if isinstance(each, DistNorm))
     found = ((layer, name, getattr(layer, name)) for layer in layers for name in ("running_mean", "running_var"))
     return [(layer, name, buffer.detach()) for layer, name, buffer in found if buffer is not None]
 
 
-def _widen(before: list[tuple[DistNorm, str, Tensor]]) -> None:
-    """Undo what ``data_types.buffer_dtype`` and ``zero.Init`` do to running statistics past ``Module._apply``."""
+def _restore_float32(before: list[tuple[DistNorm, str, Tensor]]) -> None:
+    """Undo casts of running statistics by ``data_types.buffer_dtype`` and ``zero.Init``, which bypass ``_apply``."""
     for layer, name, values in before:
         buffer = getattr(layer, name)
         if buffer.dtype != compute_dtype(buffer.dtype):
             buffer.data = values.to(device=buffer.device, dtype=compute_dtype(buffer.dtype))
 
 
-def _wire(engine: Any) -> None:
-    """Bind to the engine's data-parallel ranks; wire steps, loss scale and checkpoints."""
+def _connect(engine: Any) -> None:
+    """Bind to the engine's data-parallel ranks, and connect steps, loss scale and checkpoints."""
     scale = _LossScale()
     attach(engine.module, process_group=engine.data_parallel_group, loss_scale=scale.get, manual=True)
     for name in ("backward", "scale"):
@@ -189,17 +190,17 @@ def _wire(engine: Any) -> None:
     engine.step = _ends_step(engine, engine.step)
     engine.save_checkpoint = _saves(engine, engine.save_checkpoint)
     engine.load_checkpoint = _loads(engine, engine.load_checkpoint)
-    weights.goes_on(engine.module)  # the optimizer may step flat copies of them
+    weights.mark_trained(engine.module)  # the optimizer may step flat copies of the weights
     if engine.zero_optimization_stage() == _PARTITIONED:
         collect = "_zero3_consolidated_16bit_state_dict"
         setattr(engine, collect, _centres(engine, getattr(engine, collect)))
 
 
 class _LossScale:
-    """What the engine multiplies a loss by, measured: the gradient that comes back to the loss.
+    """The factor by which the engine multiplies a loss, measured as the gradient with respect to the loss.
 
-    Each kind of its optimizers keeps the scale elsewhere, and not all apply it: DeepSpeed 0.19.8 leaves the loss of
-    fp16 with ZeRO 0 as it is (DeepSpeed pull request 8393). Gradient accumulation divides it, too.
+    Each of its optimizers stores the scale elsewhere, and not all apply it: DeepSpeed 0.19.8 does not scale the loss of
+    fp16 with ZeRO 0 (DeepSpeed pull request 8393). Gradient accumulation divides the loss too.
     """
 
     def __init__(self) -> None:
@@ -209,7 +210,7 @@ class _LossScale:
         return self._now
 
     def watch(self, method: Callable[..., Any]) -> Callable[..., Any]:
-        """``method`` of the engine, which takes a loss and scales it."""
+        """Wrap ``method`` of the engine, which takes a loss and scales it, to measure the scale."""
 
         @wraps(method)
         def watched(loss: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -224,10 +225,10 @@ class _LossScale:
 
 
 def _ends_step(engine: Any, method: Callable[..., Any]) -> Callable[..., Any]:
-    """``method``, after which the step of moving statistics ends if gradients were complete.
+    """Wrap ``step`` of the engine: it also ends the step of moving statistics, if gradients were complete.
 
-    The engine counts a step that it skipped for an overflow too: all ranks end equally many steps, and the entry with
-    NaN or Inf is dropped on all of them.
+    The engine also counts steps that it skips for an overflow. All ranks therefore end equally many steps, and all drop
+    the entry with NaN or Inf.
     """
 
     @wraps(method)
@@ -242,7 +243,7 @@ def _ends_step(engine: Any, method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _saves(engine: Any, save: Callable[..., Any]) -> Callable[..., Any]:
-    """``save_checkpoint``, with this rank's state in the same folder; first, so that ``latest`` names whole folders."""
+    """Wrap ``save_checkpoint``: first write this rank's state, so that ``latest`` always names a complete folder."""
     signature = inspect.signature(save)
 
     @wraps(save)
@@ -258,21 +259,21 @@ def _saves(engine: Any, save: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _centres(engine: Any, collect: Callable[..., Any]) -> Callable[..., Any]:
-    """``collect``, which gathers partitioned parameters past their layers' state_dict, with weights centred first."""
+    """Wrap ``collect``, which gathers partitioned parameters without ``state_dict``: centre weights first."""
 
     @wraps(collect)
     def collecting(*args: Any, **kwargs: Any) -> Any:
         layers = weights.centralized(engine.module)
         zero = importlib.import_module("deepspeed").zero
         with zero.GatheredParameters([layer.weight for layer in layers], modifier_rank=0):
-            weights.bake(engine.module)
+            weights.write_centred(engine.module)
         return collect(*args, **kwargs)
 
     return collecting
 
 
 def _loads(engine: Any, load: Callable[..., Any]) -> Callable[..., Any]:
-    """``load_checkpoint``, and this rank's state from the folder that it loaded, unless only the module was wanted."""
+    """Wrap ``load_checkpoint``: also load this rank's state from that folder, unless ``load_module_only`` is set."""
     signature = inspect.signature(load)
 
     @wraps(load)

@@ -1,8 +1,8 @@
-"""FSDP2 in scripts that stay as they are: ``fully_shard`` converts what it shards.
+"""FSDP2 in unmodified scripts: ``fully_shard`` converts the modules that it shards.
 
-Scripts shard the parts of a model first and the whole last. A conversion per part would cost moving statistics one
-collective per part, so each call undoes the conversions of the parts inside it and makes one of the whole. Both are
-local class swaps; the last call, on the whole, decides.
+Scripts shard the parts of a model first and the whole model last. With one conversion per part, moving statistics would
+need one collective per part. So each call undoes the conversions of the parts inside its module and converts the module
+as a whole, which is only a class swap. The last call, on the whole model, gives the final conversion.
 """
 
 from __future__ import annotations
@@ -29,11 +29,12 @@ from distnorm.settings import Settings
 
 
 def wrap_fully_shard(settings: Settings) -> Callable[[], None]:
-    """Let ``torch.distributed.fsdp.fully_shard`` convert by ``settings`` just before it shards; returns what undoes it.
+    """Let ``torch.distributed.fsdp.fully_shard`` convert modules before it shards them; return a function to undo this.
 
-    Statistics are shared over the mesh that ``fully_shard`` is given: both axes of a replicate x shard mesh, the axes
-    of ``dp_mesh_dims`` where that is given, all ranks where there is no mesh. Patterns of ``settings.where`` are names
-    within the outermost module that is sharded. A model that the script converts itself is left alone. No collective.
+    Statistics are shared over the mesh given to ``fully_shard``: over the axes of ``dp_mesh_dims`` if given, else over
+    all axes, such as both of a replicate x shard mesh. Without a mesh, they are shared over all ranks. Patterns of
+    ``settings.where`` match names within the outermost module that is sharded. A model that the script itself converts
+    is skipped. Issues no collective.
 
     Call it before the script imports ``fully_shard`` by name.
 
@@ -41,7 +42,7 @@ def wrap_fully_shard(settings: Settings) -> Callable[[], None]:
         ValueError: in ``fully_shard``, for layers that cannot be converted, as ``distnorm.convert``.
 
     Warns:
-        UserWarning: at the first forward of an outermost module of which ``settings.where`` selects nothing.
+        UserWarning: at the first forward pass of an outermost module in which ``settings.where`` selects no layer.
     """
     original = fsdp.fully_shard
     converter = _Converter(settings)
@@ -65,7 +66,7 @@ class _Converter:
         whole = nn.ModuleList(module) if isinstance(module, list) else module
         earlier = {each._site.conversion for each in whole.modules() if isinstance(each, DistNorm)}
         if not earlier <= set(self.made):
-            return  # the script's own conversions come first
+            return  # conversions by the script have precedence
         undo(whole)
         for each in whole.modules():
             if each in self.watched:
@@ -77,14 +78,14 @@ class _Converter:
             self.made.update(conversions_of(whole))
 
     def _watch(self, module: nn.Module, names: list[str]) -> None:
-        """Warn when ``module`` runs and no later call has contained it."""
+        """Warn when ``module`` runs, unless a later call shards a module that contains it."""
 
         def warn(*_: Any) -> None:
             self.watched.pop(module).remove()
             warnings.warn(
                 f"{self.settings.source}: where={list(self.settings.where)} selects none of {names}, the norm layers "
-                f"of {type(module).__name__}, the outermost module given to fully_shard; they are as they were. Name "
-                "layers as that module does.",
+                f"of {type(module).__name__}, the outermost module given to fully_shard. Nothing was converted. Use "
+                "patterns that match these names.",
                 stacklevel=2,
             )
 
@@ -96,7 +97,7 @@ def _select(patterns: Sequence[str], names: Sequence[str]) -> bool:
 
 
 def _data_mesh(mesh: DeviceMesh | None, dims: fsdp.DataParallelMeshDims | None) -> DeviceMesh | None:
-    """The axes of ``mesh`` that hold different data: all of them, unless ``dims`` names some."""
+    """Return the data-parallel axes of ``mesh``: those that ``dims`` names, else all."""
     if mesh is None or dims is None:
         return mesh
     names = [*dims.replicate_names, *dims.shard_names]
@@ -104,7 +105,7 @@ def _data_mesh(mesh: DeviceMesh | None, dims: fsdp.DataParallelMeshDims | None) 
 
 
 def _replace(current: object, new: object) -> None:
-    """Put ``new`` wherever torch.distributed holds ``current``: its old import paths hold copies."""
+    """Replace ``current`` by ``new`` in all modules of torch.distributed, since old import paths hold it too."""
     for name, module in list(sys.modules.items()):
         if name.startswith("torch.distributed.") and getattr(module, "fully_shard", None) is current:
             module.fully_shard = new  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Act when somebody imports a module, without importing it ourselves."""
+"""Run callbacks when a module is imported, without importing it."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ Callback = Callable[[ModuleType], None]
 
 
 def when_imported(name: str, callback: Callback) -> None:
-    """Call ``callback`` with the module ``name`` right after its import, or now if that has happened.
+    """Call ``callback`` with the module ``name`` right after its import, or now if it is imported already.
 
-    Looking for the module (``importlib.util.find_spec``) is no import, and an import that fails is none either.
-    Callbacks run once, in the order in which they were given, before the importing statement goes on.
+    Neither a search for the module (``importlib.util.find_spec``) nor a failed import calls it. Callbacks run once, in
+    the order in which they were given, before the import statement returns.
     """
     if name in sys.modules:
         callback(sys.modules[name])
@@ -28,7 +28,7 @@ def when_imported(name: str, callback: Callback) -> None:
 
 
 class _Finder(MetaPathFinder):
-    """Finds what the other finders find, and has the loader tell when it is done."""
+    """Delegates to the other finders, and patches the loader to run callbacks after the import."""
 
     def __init__(self) -> None:
         self.callbacks: dict[str, list[Callback]] = {}
@@ -39,7 +39,7 @@ class _Finder(MetaPathFinder):
         if fullname not in self.callbacks:
             return None
         for finder in sys.meta_path:
-            find = getattr(finder, "find_spec", None)  # finders of before Python 3.4 have none
+            find = getattr(finder, "find_spec", None)  # finders written for Python < 3.4 have none
             spec: ModuleSpec | None = None if finder is self or find is None else find(fullname, path, target)
             if spec is not None:
                 self._watch(spec)
@@ -47,7 +47,7 @@ class _Finder(MetaPathFinder):
         return None
 
     def _watch(self, spec: ModuleSpec) -> None:
-        """Each spec has a loader of its own; the class of the loader, which others look at, stays."""
+        """Patch the instance: each spec has a separate loader, and other code checks the loader's class."""
         loader = spec.loader
         if loader is None:  # a namespace package has nothing to execute
             return

@@ -1,4 +1,4 @@
-"""What the run module does to the models of this process, and what it says about it on rank 0."""
+"""The work of the run module in one process: convert models, follow optimizers, and report on rank 0."""
 
 from __future__ import annotations
 
@@ -36,18 +36,17 @@ _ONE_PROCESS = (
 
 
 class Job:
-    """The models of this process that were converted, and how the script ended."""
+    """The converted models of this process, and whether the script failed."""
 
     def __init__(self, settings: Settings) -> None:
-        """Nothing converted yet."""
+        """Start with no converted models."""
         self.settings = settings
         self.failed = False
-        self.is_one_of_several = (
-            False  # processes of a script that starts them: which of them wraps models is its affair
-        )
+        # Whether the script starts several processes. Any of them may wrap models, so none warns that it wrapped none.
+        self.is_one_of_several = False
         self._process = os.getpid()
         self._rank = _rank_of(os.environ)
-        self._warned = False  # that it cannot do what it is there for
+        self._warned = False  # that there is nothing to convert or to synchronize
         self._any_conversion = False
         self._unannounced: list[tuple[str, list[Conversion]]] = []
         self._ledgers: list[tuple[str, list[Conversion], Ledger]] = []
@@ -55,7 +54,7 @@ class Job:
         self.optimizers = Optimizers()
 
     def watch(self) -> None:
-        """Take note of optimizers, scalers and conversions; report when the process ends."""
+        """Record optimizers, gradient scalers and conversions from now on, and report when the process ends."""
         after_init(Conversion, self._note_conversion)
         self.scales.watch()
         self.optimizers.watch()
@@ -63,7 +62,7 @@ class Job:
         atexit.register(self._report)
 
     def convert_before_ddp(self, model: nn.Module) -> None:
-        """Convert ``model``, which DistributedDataParallel is about to wrap, unless it is converted. No collective.
+        """Convert ``model`` before DistributedDataParallel wraps it, unless it is converted. Issues no collective.
 
         Raises:
             ValueError: as ``distnorm.convert``.
@@ -72,25 +71,25 @@ class Job:
             UserWarning: on rank 0, if the model has no batch norm; if the job has one process.
         """
         if not any(isinstance(each, nn.modules.batchnorm._BatchNorm) for each in model.modules()):
-            self._warned = True  # there was a model to look at: no second warning when the script ends
+            self._warned = True  # so that there is no second warning when the script ends
             if self._is_first():
                 warnings.warn(f"distnorm.run: {type(model).__name__} has no batch norm layer to convert.", stacklevel=3)
         self.convert_before_sharding(model)
         self.announce()
 
     def convert_before_sharding(self, model: nn.Module) -> None:
-        """The same for a model that may be a part of one: it may well have no batch norm."""
+        """Convert ``model`` before it is sharded. It may be part of a model, so no batch norm is no reason to warn."""
         if WatchedSettings.of_job(self, follow=True).convert(model):
             self._warn_if_alone()
 
     def note(self, model: nn.Module, *, follow: bool) -> None:
-        """Take note of ``model``, which has just been converted; ``follow`` its optimizers."""
+        """Record the converted ``model``; if ``follow``, let its optimizers end steps."""
         self._rank = dist.get_rank() if dist.is_initialized() else self._rank
-        conversions = conversions_of(model)  # several where layers have process groups of their own
-        tails = [layer.tail != "" for layer in model.modules() if isinstance(layer, DistNorm)]
-        fused = f", {sum(tails)} of them fused with what follows" if self.settings.fuse else ""
+        conversions = conversions_of(model)  # several if layers have process groups
+        has_epilogue = [layer.tail != "" for layer in model.modules() if isinstance(layer, DistNorm)]
+        fused = f", {sum(has_epilogue)} of them fused with their epilogues" if self.settings.fuse else ""
         recipe = conversions[0].recipe.name or str(conversions[0].recipe)
-        text = f"{type(model).__name__}: {len(tails)} layers converted to {recipe}{fused}"
+        text = f"{type(model).__name__}: {len(has_epilogue)} layers converted to {recipe}{fused}"
         self._unannounced.append((text, conversions))
         for conversion in conversions:
             self.scales.tell(conversion)
@@ -100,7 +99,7 @@ class Job:
             self._ledgers.append((type(model).__name__, conversions, Ledger(model).__enter__()))
 
     def announce(self) -> None:
-        """Say what has been converted, except for what has been undone since: parts of a model that became a whole."""
+        """Print new conversions, except those of parts that were undone when the whole model was converted."""
         for text, conversions in self._unannounced:
             if any(map(in_use, conversions)):
                 logger.info("distnorm.run: %s", text)
@@ -119,7 +118,7 @@ class Job:
             warnings.warn(f"distnorm.run: this job {_ONE_PROCESS}", stacklevel=5)
 
     def _report(self) -> None:
-        if os.getpid() != self._process:  # a fork runs the handlers that it inherited
+        if os.getpid() != self._process:  # a forked process inherits atexit handlers
             return
         self.announce()
         if not (self.failed or self.is_one_of_several or self._any_conversion or self._warned):
@@ -128,7 +127,7 @@ class Job:
                 "warning: nothing was converted. A model with batch norm is converted when it is wrapped in "
                 "DistributedDataParallel, FSDP (fully_shard) or DeepSpeed, and this script wrapped none. Wrap the "
                 f"model, or call distnorm.convert(model, {self.settings.recipe!r}) in the script."
-                + (f" Besides, this job {_ONE_PROCESS}" if alone else "")
+                + (f" Also, this job {_ONE_PROCESS}" if alone else "")
             )
         for name, conversions, ledger in self._ledgers:
             if ledger.collectives or any(map(in_use, conversions)):
@@ -144,11 +143,11 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True)
 class WatchedSettings(Settings):
-    """Settings whose conversions a job takes note of.
+    """Settings whose conversions are recorded in a job.
 
     Args:
         job: the job.
-        follow: whether optimizers' steps end the steps of what is converted; an engine may do so itself.
+        follow: whether optimizer steps end the steps of the converted models; False if an engine does so.
     """
 
     job: Job = field(repr=False, compare=False)
@@ -156,12 +155,12 @@ class WatchedSettings(Settings):
 
     @classmethod
     def of_job(cls, job: Job, *, follow: bool) -> Self:
-        """The settings of ``job``."""
+        """Return the settings of ``job``."""
         values: dict[str, Any] = {each.name: getattr(job.settings, each.name) for each in fields(Settings)}
         return cls(**values, job=job, follow=follow)
 
     def convert(self, model: nn.Module, *, mesh: DeviceMesh | None = None) -> bool:
-        """As ``Settings.convert``."""
+        """Convert as ``Settings.convert`` does, and record the model."""
         converted = super().convert(model, mesh=mesh)
         if converted:
             self.job.note(model, follow=self.follow)

@@ -1,4 +1,4 @@
-"""What launchers tell the processes they start, read from environment variables: Open MPI, MPICH and kin, SLURM."""
+"""Read a process's rank and world size from the variables of its launcher: Open MPI, MPICH, Intel MPI or SLURM."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from dataclasses import dataclass
 
 RENDEZVOUS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
-# SLURM and kernels hand out ports above these by themselves; a busy one is an error that says so, never a wrong job.
+# Below the ports that SLURM and operating systems assign. A busy port raises an error; it never joins another job.
 _FIRST_PORT, _PORTS = 15_000, 15_000
 
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """Where a process stands in its job; None where the launcher does not say.
+    """The ranks of a process in its job. A field is None if the launcher does not set it.
 
     Fields:
-        launcher: whose word this is, for messages.
+        launcher: name of the launcher, for messages.
         by_mpi: whether the launcher has set up MPI for its processes.
         node: the number of the node.
         first_host: name or address of the node of rank 0.
-        job: tells this job from others at the same time, equal on all its ranks.
+        job: an id that is equal on all ranks of the job, and differs from those of jobs that run at the same time.
     """
 
     launcher: str
@@ -36,7 +36,7 @@ class Place:
     job: str | None = None
 
     def variables(self) -> dict[str, str]:
-        """What torch and frameworks call these values, those that are known."""
+        """Return the known values under the names of the variables that torch and frameworks read."""
         known = {
             "RANK": self.rank,
             "WORLD_SIZE": self.world_size,
@@ -48,7 +48,7 @@ class Place:
 
 
 def has_rendezvous(environment: Mapping[str, str]) -> bool:
-    """Whether ranks can meet by ``env://`` already: torchrun started them, or someone exported the variables.
+    """Return whether the variables of ``env://`` are set already, by torchrun or by the user.
 
     Raises:
         ValueError: the variables contradict those of the launcher.
@@ -56,7 +56,7 @@ def has_rendezvous(environment: Mapping[str, str]) -> bool:
     if any(name not in environment for name in RENDEZVOUS):
         return False
     place = read_launcher(environment)
-    torchrun = "TORCHELASTIC_RUN_ID" in environment  # it may run inside of another launcher
+    torchrun = "TORCHELASTIC_RUN_ID" in environment  # which may run inside another launcher
     if place is not None and not torchrun and place.rank != int(environment["RANK"]):
         raise ValueError(
             f"RANK={environment['RANK']} is set, but {place.launcher} says that this is rank {place.rank} of "
@@ -66,7 +66,7 @@ def has_rendezvous(environment: Mapping[str, str]) -> bool:
 
 
 def read_launcher(environment: Mapping[str, str]) -> Place | None:
-    """The place of this process by the variables of its launcher, or None if there is none."""
+    """Return the place of this process, from the variables of its launcher, or None if there is no launcher."""
     if "OMPI_COMM_WORLD_SIZE" in environment:
         return _read_open_mpi(environment)
     if "PMI_SIZE" in environment and "PMI_RANK" in environment:
@@ -77,12 +77,12 @@ def read_launcher(environment: Mapping[str, str]) -> Place | None:
 
 
 def meeting_point(place: Place, environment: Mapping[str, str]) -> tuple[str, int]:
-    """Address and port of rank 0, from variables alone; the same on every rank.
+    """Return the address and port of rank 0, from variables alone; they are the same on every rank.
 
-    ``MASTER_ADDR`` and ``MASTER_PORT`` come first; else the first node and a port that follows from the job's id.
+    ``MASTER_ADDR`` and ``MASTER_PORT`` are used if set, else the first node and a port derived from the job's id.
 
     Raises:
-        RuntimeError: the launcher does not say enough.
+        RuntimeError: the launcher's variables do not give an address and a port.
     """
     one_node = place.local_world_size == place.world_size
     host = environment.get("MASTER_ADDR") or ("127.0.0.1" if one_node else place.first_host)
@@ -90,22 +90,23 @@ def meeting_point(place: Place, environment: Mapping[str, str]) -> tuple[str, in
     if host is None or port is None:
         missing = "MASTER_ADDR" if host is None else "MASTER_PORT"
         raise RuntimeError(
-            f"{place.launcher} started {place.world_size} processes, but does not say where they meet. Install mpi4py "
-            f"(pip install 'distnorm[mpi]'), or set {missing} to the same value on all of them."
+            f"{place.launcher} started {place.world_size} processes, but its variables do not give the address and "
+            "port of rank 0. Install mpi4py (pip install 'distnorm[mpi]'), or set "
+            f"{missing} to the same value on all of them."
         )
     return host, int(port)
 
 
 def port_of(job: str) -> int:
-    """A port that all ranks of ``job`` derive alike."""
+    """Return a port derived from ``job``, so that it is the same on all ranks."""
     return _FIRST_PORT + zlib.crc32(job.encode()) % _PORTS
 
 
 def expand_hosts(hosts: str) -> list[str]:
-    """SLURM's short form of a list of nodes, written out: ``n[01-03,7],gpu5`` is n01, n02, n03, n7, gpu5.
+    """Expand SLURM's short form of a list of nodes: ``n[01-03,7],gpu5`` is n01, n02, n03, n7, gpu5.
 
     Raises:
-        ValueError: the text is not of that form.
+        ValueError: the text does not have that form.
     """
     parts = re.findall(r"(?:[^,\[\]]|\[[^\[\]]*\])+", hosts)
     if ",".join(parts) != hosts:
@@ -167,7 +168,7 @@ def _read_slurm(environment: Mapping[str, str]) -> Place:
 
 
 def _expand_counts(counts: str) -> list[int]:
-    """``2(x3),1`` is 2, 2, 2, 1."""
+    """Expand SLURM's short form of counts: ``2(x3),1`` is 2, 2, 2, 1."""
     found: list[int] = []
     for part in counts.split(","):
         count, _, times = part.rstrip(")").partition("(x")

@@ -1,7 +1,7 @@
 """Lightning: ``Trainer(plugins=[DistNormSync("sync_bn")])`` converts before training and reverts after it.
 
-The plugin brings its callback along. The only user of Lightning's private ``Trainer._checkpoint_connector`` (2.6; see
-tests/integrations/test_lightning.py): ddp restores a checkpoint before it calls the plugin.
+The plugin adds its callback to the trainer. The only user of Lightning's private ``Trainer._checkpoint_connector``
+(2.6; see tests/integrations/test_lightning.py): ddp restores a checkpoint before it calls the plugin.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ except ModuleNotFoundError as error:
     raise ImportError("distnorm.integrations.lightning needs Lightning: pip install 'distnorm[lightning]'") from error
 
 _SECTION = "distnorm"
-"""Where a checkpoint holds the state of moving statistics."""
+"""The key of a checkpoint under which the state of moving statistics is stored."""
 
 
 class DistNormSync(LayerSync):
-    """A plugin that puts ``recipe`` in place of batch norm during ``Trainer.fit``.
+    """A plugin that converts the model to ``recipe`` during ``Trainer.fit``.
 
     Lightning calls it in its ddp and fsdp strategies, before they wrap the model, and again when training ends.
 
@@ -44,7 +44,7 @@ class DistNormSync(LayerSync):
         options: options of a named recipe, such as ``size=4``.
 
     Raises:
-        ValueError: unknown recipe, option or value.
+        ValueError: an unknown recipe, option or value.
 
     Warns:
         UserWarning: at the process's first optimizer step, if no strategy has called the plugin by then.
@@ -52,19 +52,22 @@ class DistNormSync(LayerSync):
 
     def __init__(self, recipe: Recipe | str = "sync_bn", *, where: Where | None = None, **options: object) -> None:
         if options and not isinstance(recipe, str):
-            raise ValueError(f"DistNormSync: options {sorted(options)} belong to named recipes, not to {recipe!r}.")
+            raise ValueError(
+                f"DistNormSync: options {sorted(options)} are allowed with the name of a recipe only; set them in "
+                f"{recipe!r}."
+            )
         self.recipe = recipes.build(recipe, **options) if isinstance(recipe, str) else recipe
         if not isinstance(self.recipe, Recipe):
             raise ValueError(f"DistNormSync(recipe={recipe!r}): need a Recipe or the name of one.")
         self.where = where
-        # A strategy that ignores the plugin calls nothing of it.
-        self._watch = register_optimizer_step_post_hook(self._complain)
-        self._complained = False
+        # Most strategies ignore the plugin without an error.
+        self._not_applied = register_optimizer_step_post_hook(self._warn)
+        self._warned = False
 
-    def _complain(self, *_: object) -> None:
-        if self._complained:  # a hook cannot remove itself: torch walks the list
+    def _warn(self, *_: object) -> None:
+        if self._warned:  # a hook cannot remove itself while torch iterates over the hooks
             return
-        self._complained = True
+        self._warned = True
         rank_zero_warn(
             f"An optimizer steps, and {self} has not been applied: only Lightning's ddp and fsdp strategies call it. "
             "Use one of them (strategy='ddp' works with one device too), or convert in the LightningModule's __init__, "
@@ -75,40 +78,40 @@ class DistNormSync(LayerSync):
         return f"DistNormSync({self.recipe.name or self.recipe})"
 
     def apply(self, model: nn.Module) -> nn.Module:
-        """Convert ``model``, in place, and see to it that the trainer has a ``DistNormCallback``. No collective.
+        """Convert ``model`` in place, and add a ``DistNormCallback`` to the trainer. Issues no collective.
 
         Raises:
             ValueError: as ``distnorm.convert``.
         """
         assert isinstance(model, LightningModule)
-        self._watch.remove()
+        self._not_applied.remove()
         distnorm.convert(model, self.recipe, where=self.where)
         trainer = model.trainer
         if not any(isinstance(each, DistNormCallback) for each in trainer.callbacks):  # type: ignore[attr-defined]
             callback = DistNormCallback()
             callback.on_load_checkpoint(trainer, model, trainer._checkpoint_connector._loaded_checkpoint)
-            # First, so that callbacks that save find running statistics united.
+            # First, so that running statistics are averaged before other callbacks save.
             trainer.callbacks.insert(0, callback)  # type: ignore[attr-defined]
         return model
 
     def revert(self, model: nn.Module) -> nn.Module:
-        """Give ``model`` its stock layers back, in place. No collective."""
+        """Revert ``model`` to stock layers, in place. Issues no collective."""
         return distnorm.revert(model)
 
 
 class DistNormCallback(Callback):
-    """Tells converted layers of Lightning's training loop, whichever way they were converted.
+    """Connects converted layers to Lightning's training loop.
 
-    ``DistNormSync`` brings it along; models that convert themselves pass ``Trainer(callbacks=[DistNormCallback()])``.
+    ``DistNormSync`` adds it. For models that convert themselves, pass ``Trainer(callbacks=[DistNormCallback()])``.
 
-    * Steps of moving statistics end when an optimizer steps, whatever accumulates gradients, and in manual
-      optimization. Float16's loss scale is known.
-    * Checkpoints hold the state of moving statistics of every rank; ``fit(ckpt_path=...)`` goes on bit for bit.
-    * Running statistics that ranks keep for themselves (``local_bn``, ``group_bn``) are united before each validation
-      and when training ends.
+    * Steps of moving statistics end when an optimizer steps, also with gradient accumulation and in manual
+      optimization. The loss scale of float16 is passed on.
+    * Checkpoints hold the state of moving statistics of every rank. ``fit(ckpt_path=...)`` continues bit for bit.
+    * Running statistics that differ between ranks (``local_bn``, ``group_bn``) are averaged before each validation and
+      when training ends.
 
     Warns:
-        UserWarning: nothing is converted when training starts.
+        UserWarning: the model has no converted layer when training starts.
     """
 
     def __init__(self) -> None:
@@ -117,22 +120,22 @@ class DistNormCallback(Callback):
         self._last: dict[str, Any] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Forget earlier runs."""
+        """Reset the state of earlier runs."""
         self._resumed = None
         if stage == "fit":
             self._last = None
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: Mapping[str, Any]) -> None:
-        """Keep what the checkpoint says until training starts: the layers may not be converted yet."""
+        """Keep the section of the checkpoint until training starts, since layers may not be converted yet."""
         self._resumed = checkpoint.get(_SECTION)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Resume moving statistics, bind to the ranks, and let optimizers end the steps. Collective."""
         if not is_converted(pl_module):
             rank_zero_warn(
-                f"DistNormCallback: {type(pl_module).__name__} has no layer that distnorm converted. Strategy "
-                f"{type(trainer.strategy).__name__} may not call DistNormSync; only ddp and fsdp do. Convert in the "
-                "LightningModule's __init__ then: distnorm.convert(self, ...)."
+                f"DistNormCallback: {type(pl_module).__name__} has no converted layer. Only Lightning's ddp and fsdp "
+                f"strategies call DistNormSync; the strategy is {type(trainer.strategy).__name__}. With another one, "
+                "convert in the LightningModule's __init__: distnorm.convert(self, ...)."
             )
             return
         if self._resumed is not None:
@@ -144,23 +147,23 @@ class DistNormCallback(Callback):
         ]
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let all ranks validate one model. Collective where ranks keep running statistics for themselves."""
+        """Average running statistics, so that all ranks validate one model. Collective if they differ between ranks."""
         if not trainer.sanity_checking and is_converted(pl_module):
             distnorm.sync_running_stats(pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Unite running statistics, and keep the state for a checkpoint after ``fit``. Collective likewise."""
+        """Average running statistics, and keep the state for a checkpoint after ``fit``. Collective likewise."""
         if is_converted(pl_module):
             distnorm.sync_running_stats(pl_module)
             self._last = _own_state(pl_module)
         self._detach()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Take the hooks off the optimizers."""
+        """Remove the hooks from the optimizers."""
         self._detach()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Put every rank's state into the checkpoint that rank 0 writes. Collective, as saving is in Lightning."""
+        """Add every rank's state to the checkpoint that rank 0 writes. Collective, as saving is in Lightning."""
         state = _own_state(pl_module) if is_converted(pl_module) else self._last
         if state is not None:
             checkpoint[_SECTION] = _join(state)
@@ -179,14 +182,14 @@ def _loss_scale(trainer: Trainer) -> Callable[[], Tensor | float] | None:
 
 
 def _own_state(model: nn.Module) -> dict[str, Any]:
-    """What this rank needs to go on, on the CPU."""
+    """Return this rank's state, on the CPU."""
     state = distnorm.state_dict(model)
     leaves = {path: leaf.cpu() for path, leaf in _leaves(state).items() if isinstance(leaf, Tensor)}
     return {"state": _with_leaves(state, leaves)}
 
 
 def _join(own: dict[str, Any]) -> dict[str, Any]:
-    """Rank 0's state, and what is different on each of the others, which is little; complete on rank 0 only."""
+    """Return rank 0's state and the few leaves that differ on each other rank; complete on rank 0 only."""
     if not (dist.is_available() and dist.is_initialized()):
         return {**own, "differences": [{}]}
     first = [own["state"]]
@@ -201,17 +204,17 @@ def _join(own: dict[str, Any]) -> dict[str, Any]:
 def _resume(model: nn.Module, section: Mapping[str, Any], rank: int, world_size: int) -> None:
     if not {"state", "differences"} <= section.keys():
         raise ValueError(
-            f'distnorm: section "{_SECTION}" of the checkpoint has {sorted(section)}, which is not what '
-            "DistNormCallback writes. Take it out of the checkpoint to start cold."
+            f'distnorm: section "{_SECTION}" of the checkpoint has keys {sorted(section)}, so DistNormCallback did not '
+            "write it. Remove the section from the checkpoint to start cold."
         )
     differences = section["differences"]
-    # At another world size: rank 0's, which load_state_dict reports.
+    # At another world size, use rank 0's state; load_state_dict logs that.
     mine = differences[rank] if len(differences) == world_size else {}
     state = _with_leaves(section["state"], mine)
     try:
         check_state_dict(model, state)
-    except ValueError as error:  # on all ranks alike: they read one file
-        rank_zero_warn(f"{error} The checkpoint's moving statistics are left aside.")
+    except ValueError as error:  # on all ranks, since they read one file
+        rank_zero_warn(f"{error} The checkpoint's moving statistics are ignored.")
         return
     distnorm.load_state_dict(model, state)
 
@@ -231,7 +234,7 @@ def _leaves(tree: object, path: str = "") -> dict[str, Any]:
 
 
 def _with_leaves(tree: Any, leaves: Mapping[str, Any], path: str = "") -> Any:
-    """``tree`` with those of its leaves replaced that ``leaves`` holds."""
+    """Return ``tree`` with the leaves in ``leaves`` replaced."""
     branches = _branches(tree, path)
     if branches is None:
         return leaves.get(path, tree)

@@ -1,4 +1,4 @@
-"""Which factor a script multiplies its losses by: the gradient scaler that it made."""
+"""Find the loss scale of an unmodified script: the gradient scaler that it creates."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from distnorm.layers.conversion import Conversion
 
 
 class LossScales:
-    """The enabled gradient scalers of this process, and the conversions that want to know the scale."""
+    """The enabled gradient scalers of this process, and the conversions that use their scale."""
 
     def __init__(self) -> None:
-        """None of either."""
+        """Start with no scalers and no conversions."""
         self._scalers: WeakSet[GradScaler] = WeakSet()
-        self._told: WeakSet[Conversion] = WeakSet()
+        self._conversions: WeakSet[Conversion] = WeakSet()
 
     def watch(self) -> None:
-        """Take note of every scaler that is made from now on."""
-        after_init(GradScaler, self._made)
+        """Record every gradient scaler that is created from now on."""
+        after_init(GradScaler, self._add_scaler)
 
     def tell(self, conversion: Conversion) -> None:
-        """Let ``conversion`` ask for the scale, once there is a scaler: without one, float16 training is refused."""
-        self._told.add(conversion)
+        """Set the loss scale of ``conversion`` once there is a scaler; without one, float16 training is refused."""
+        self._conversions.add(conversion)
         if self._scalers:
             conversion.loss_scale = self.scale
 
     def scale(self) -> float:
-        """The scale now; 1 if all scalers are gone.
+        """Return the current scale; 1 if no scaler is alive.
 
         Raises:
             RuntimeError: several scalers are alive.
@@ -37,14 +37,14 @@ class LossScales:
         alive = list(self._scalers)
         if len(alive) > 1:
             raise RuntimeError(
-                f"distnorm.run: this script has {len(alive)} gradient scalers, and which of them scales a model's loss "
-                "cannot be seen from outside. Train with one, in bfloat16, or convert in the script: "
+                f"distnorm.run: this script has {len(alive)} gradient scalers, and distnorm.run cannot tell which of "
+                "them scales the loss of a model. Use one scaler, train in bfloat16, or convert in the script: "
                 "distnorm.convert(model, ...), distnorm.attach(model, optimizer=..., loss_scale=scaler.get_scale)."
             )
         return float(alive[0].get_scale()) if alive else 1.0
 
-    def _made(self, scaler: GradScaler) -> None:
+    def _add_scaler(self, scaler: GradScaler) -> None:
         if scaler.is_enabled():
             self._scalers.add(scaler)
-            for conversion in self._told:
+            for conversion in self._conversions:
                 conversion.loss_scale = self.scale

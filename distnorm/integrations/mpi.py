@@ -1,4 +1,4 @@
-"""Start torch.distributed where MPI or SLURM started the processes.
+"""Initialize torch.distributed in processes that MPI or SLURM started.
 
 ::
 
@@ -7,7 +7,7 @@
     import distnorm.integrations.mpi
     distnorm.integrations.mpi.init_process_group()
 
-Gradients then travel by gloo, or by NCCL where there are GPUs; MPI brings ranks together. It can carry statistics too:
+Gradients then use gloo, or NCCL on GPUs. MPI only exchanges the address of rank 0. It can send statistics too:
 ``distnorm.convert(model, recipe, transport="mpi")``.
 """
 
@@ -38,19 +38,20 @@ LOOPBACK = "127.0.0.1"
 
 
 def init_process_group(backend: str | None = None, timeout: timedelta | None = None) -> None:
-    """Make torch's process group out of the processes that mpirun, srun or torchrun started.
+    """Initialize torch's process group in the processes that mpirun, srun or torchrun started.
 
     Sets RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, GROUP_RANK (the node), MASTER_ADDR and MASTER_PORT for
-    frameworks that read them; the last two are respected if set. With mpi4py, ranks meet by MPI, and rank 0 listens on
-    any free port; without, the launcher's variables must say where. A process that nobody launched becomes a world of
-    its own. Collective over all processes of the job.
+    frameworks that read them; if the last two are set, they are used. With mpi4py, rank 0 listens on any free port and
+    sends it over MPI; without it, the launcher's variables must give address and port. Without a launcher, the process
+    is a world of one rank. Collective over all processes of the job.
 
     Args:
-        backend: torch's backend; None is ``"nccl"`` where there is CUDA, else ``"gloo"``.
-        timeout: of collectives and of this meeting; None is torch's default.
+        backend: torch's backend; None is ``"nccl"`` if there is CUDA, else ``"gloo"``.
+        timeout: of collectives and of this rendezvous; None is torch's default.
 
     Raises:
-        RuntimeError: mpirun started several processes, but mpi4py belongs to another MPI; or where to meet is unknown.
+        RuntimeError: mpirun started several processes, but mpi4py belongs to another MPI; or address or port of rank 0
+            are unknown.
         ValueError: RANK is set and contradicts the launcher.
     """
     backend = backend or ("nccl" if torch.cuda.is_available() else "gloo")
@@ -66,7 +67,7 @@ def init_process_group(backend: str | None = None, timeout: timedelta | None = N
         store = TCPStore(host, port, place.world_size, is_master=True, timeout=timeout, wait_for_workers=False)
         return store.port
 
-    host, port = _meet(place, world, listen)
+    host, port = _rendezvous(place, world, listen)
     if store is None:
         store = TCPStore(host, port, place.world_size, is_master=False, timeout=timeout)
     dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world_size, timeout=timeout)
@@ -75,9 +76,9 @@ def init_process_group(backend: str | None = None, timeout: timedelta | None = N
 def export_environment() -> None:
     """Set the variables of ``init_process_group``, for scripts that call torch's own with ``env://``.
 
-    Rank 0 looks for a free port and leaves it to the script's store: another program could take it in between, which
-    ends in torch's error that the address is in use. Set MASTER_PORT to rule it out. Collective over all processes of
-    the job. Nothing happens where ranks can meet already, as under torchrun.
+    Rank 0 chooses a free port, on which the script's store listens later. If another program takes the port in between,
+    torch raises an error that the address is in use; set MASTER_PORT to prevent this. Does nothing if the variables are
+    set already, as under torchrun. Collective over all processes of the job.
 
     Raises:
         RuntimeError: as ``init_process_group``.
@@ -86,25 +87,26 @@ def export_environment() -> None:
     if has_rendezvous(os.environ):
         return
     place, world = _find_place()
-    _meet(place, world, lambda host, port: port or _free_port())
+    _rendezvous(place, world, lambda host, port: port or _free_port())
 
 
 def _find_place() -> tuple[Place, MPI.Intracomm | None]:
-    """Where this process stands, and MPI's world if that is who says so."""
-    told = read_launcher(os.environ)
-    if importlib.util.find_spec("mpi4py") is None or (told is not None and not told.by_mpi):
-        return told if told is not None else _alone(), None
+    """Return the place of this process, and MPI's world if the place is from MPI, not from the launcher's variables."""
+    launched = read_launcher(os.environ)
+    if importlib.util.find_spec("mpi4py") is None or (launched is not None and not launched.by_mpi):
+        return launched if launched is not None else _alone(), None
     world = load_mpi("distnorm.integrations.mpi").COMM_WORLD
     if world.size > 1:
         return _place_in(world), world
-    if told is None or told.world_size == 1:
+    if launched is None or launched.world_size == 1:
         return _alone(), None
-    if told.first_host is not None:  # srun without the plugin for this MPI: its variables say enough
-        return told, None
+    if launched.first_host is not None:  # srun without the plugin for this MPI: its variables are sufficient
+        return launched, None
     raise RuntimeError(
-        f"{told.launcher} started {told.world_size} processes, but mpi4py sees only itself: it belongs to another MPI, "
-        f"{_library()}. Start the job with the mpirun of that one; or rebuild mpi4py for this one: put its mpicc first "
-        "in PATH, then pip install --force-reinstall --no-cache-dir --no-binary=mpi4py mpi4py."
+        f"{launched.launcher} started {launched.world_size} processes, but mpi4py sees one process only: it was built "
+        f"for another MPI, {_library()}. Start the job with the mpirun of that MPI, or rebuild mpi4py for the MPI of "
+        "this mpirun: put its mpicc first in PATH, then pip install --force-reinstall --no-cache-dir "
+        "--no-binary=mpi4py mpi4py."
     )
 
 
@@ -136,8 +138,11 @@ def _place_in(world: MPI.Intracomm) -> Place:
     return place
 
 
-def _meet(place: Place, world: MPI.Intracomm | None, listen: Callable[[str, int], int]) -> tuple[str, int]:
-    """Let rank 0 ``listen`` at a host and a port, or any if 0; tell and export where. Collective over ``world``."""
+def _rendezvous(place: Place, world: MPI.Intracomm | None, listen: Callable[[str, int], int]) -> tuple[str, int]:
+    """Let rank 0 ``listen`` (on any port, if 0 is given), and export its address on all ranks.
+
+    Collective over ``world``.
+    """
     if world is None:
         wanted = (LOOPBACK, _wanted_port()) if place.world_size == 1 else meeting_point(place, os.environ)
         host, port = wanted
@@ -146,17 +151,17 @@ def _meet(place: Place, world: MPI.Intracomm | None, listen: Callable[[str, int]
     else:
         leaders = world.allgather(socket.gethostname() if place.local_rank == 0 else None)
         others = [name for name in leaders[1:] if name is not None]
-        told: tuple[str, int] | Exception | None = None
+        outcome: tuple[str, int] | Exception | None = None
         if place.rank == 0:
             try:
                 host = os.environ.get("MASTER_ADDR") or (_address_towards(others) if others else LOOPBACK)
-                told = host, listen(host, _wanted_port())
-            except Exception as error:  # the others wait for it
-                told = error
-        told = world.bcast(told)
-        if isinstance(told, Exception):
-            raise RuntimeError(f"rank 0 cannot open the meeting point of the ranks: {told}") from told
-        host, port = told
+                outcome = host, listen(host, _wanted_port())
+            except Exception as error:  # raised below on all ranks, which wait for the broadcast
+                outcome = error
+        outcome = world.bcast(outcome)
+        if isinstance(outcome, Exception):
+            raise RuntimeError(f"rank 0 cannot listen for the other ranks: {outcome}") from outcome
+        host, port = outcome
     os.environ.update(place.variables(), MASTER_ADDR=host, MASTER_PORT=str(port))
     return host, port
 
@@ -172,15 +177,15 @@ def _free_port() -> int:
 
 
 def _address_towards(others: list[str]) -> str:
-    """An address of this host that the hosts ``others`` can reach: never a loopback, whatever /etc/hosts says.
+    """Return an address of this host that the hosts ``others`` can reach. It is never a loopback address.
 
     Raises:
-        RuntimeError: there is none that names lead to.
+        RuntimeError: no host name resolves to such an address.
     """
     for name in others:
         for address in _addresses(name):
             with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-                probe.connect((address, 9))  # sends nothing: it asks for the interface that leads there
+                probe.connect((address, 9))  # sends nothing: the kernel selects the interface for that address
                 return str(probe.getsockname()[0])
     for address in _addresses(socket.gethostname()):
         return address
@@ -193,7 +198,7 @@ def _address_towards(others: list[str]) -> str:
 def _addresses(name: str) -> Iterator[str]:
     try:
         found = socket.getaddrinfo(name, None, socket.AF_INET, socket.SOCK_STREAM)
-    except OSError:  # a name that this host does not know
+    except OSError:  # the name does not resolve
         return
     for *_, place in found:
         if not ipaddress.ip_address(place[0]).is_loopback:

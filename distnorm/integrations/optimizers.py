@@ -1,9 +1,9 @@
-"""Which optimizer's steps end the steps of moving statistics, seen from outside of the training loop.
+"""Find the optimizer whose steps end the steps of moving statistics, in an unmodified script.
 
-Until a model has an optimizer, backward passes end its steps. From then on nothing ends a step until an optimizer
-steps that owns parameters of the model; that one is attached. Of several, those that own affine parameters of converted
-layers come first. If another one steps twice while the attached one rests, it takes over: scripts that thaw a backbone
-go on with a new optimizer. All of it follows from what the script does, so it is alike on all ranks.
+Until a model has an optimizer, backward passes end its steps. After that, the first optimizer that owns parameters of
+the model and steps is attached. Optimizers that own affine parameters of converted layers have precedence. If another
+optimizer steps twice while the attached one does not step, it replaces it: scripts that unfreeze a backbone continue
+with a new optimizer. The choice depends only on what the script does, so it is the same on all ranks.
 """
 
 from __future__ import annotations
@@ -27,38 +27,38 @@ class Optimizers:
     """The optimizers of this process, and the models whose steps they end."""
 
     def __init__(self) -> None:
-        """None of either."""
+        """Start with no optimizers and no models."""
         self._alive: WeakSet[Optimizer] = WeakSet()
-        self._clocks: list[_Clock] = []
+        self._followed: list[_Followed] = []
 
     def watch(self) -> None:
-        """Take note of every optimizer that is made or steps from now on."""
-        after_init(Optimizer, self._made)
-        register_optimizer_step_pre_hook(lambda optimizer, *_: self._steps(optimizer))
+        """Record every optimizer that is created or steps from now on."""
+        after_init(Optimizer, self._add)
+        register_optimizer_step_pre_hook(lambda optimizer, *_: self._before_step(optimizer))
 
     def follow(self, model: nn.Module, conversions: Sequence[Conversion]) -> None:
-        """Let optimizers end the steps of ``model``, which has ``conversions``. No collective, now or later."""
-        clock = _Clock(model, conversions)
-        self._clocks.append(clock)
+        """Let optimizers end the steps of ``model``, which has ``conversions``. Issues no collective."""
+        followed = _Followed(model, conversions)
+        self._followed.append(followed)
         for optimizer in self._alive:
-            clock.expect(optimizer)
+            followed.expect(optimizer)
 
-    def _made(self, optimizer: Optimizer) -> None:
+    def _add(self, optimizer: Optimizer) -> None:
         self._alive.add(optimizer)
-        for clock in self._living():
-            clock.expect(optimizer)
+        for followed in self._models():
+            followed.expect(optimizer)
 
-    def _steps(self, optimizer: Optimizer) -> None:
-        for clock in self._living():
-            clock.before_step(optimizer, self._alive)
+    def _before_step(self, optimizer: Optimizer) -> None:
+        for followed in self._models():
+            followed.before_step(optimizer, self._alive)
 
-    def _living(self) -> list[_Clock]:
-        self._clocks = [clock for clock in self._clocks if clock.model() is not None]
-        return self._clocks
+    def _models(self) -> list[_Followed]:
+        self._followed = [each for each in self._followed if each.model() is not None]
+        return self._followed
 
 
-class _Clock:
-    """One model and the optimizer whose steps count."""
+class _Followed:
+    """A model, and the optimizer whose steps end the model's steps."""
 
     def __init__(self, model: nn.Module, conversions: Sequence[Conversion]) -> None:
         self._model = ref(model)
@@ -68,30 +68,30 @@ class _Clock:
         self._rivals: WeakSet[Optimizer] = WeakSet()
 
     def model(self) -> nn.Module | None:
-        """The model, unless it is gone or its conversions have been undone."""
-        return self._model() if self._standing() else None
+        """Return the model, or None if it is gone or its conversions have been undone."""
+        return self._model() if self._in_use() else None
 
-    def _standing(self) -> list[Conversion]:
-        found = (reference() for reference in self._conversions)
-        return [each for each in found if each is not None and in_use(each)]
+    def _in_use(self) -> list[Conversion]:
+        alive = (reference() for reference in self._conversions)
+        return [each for each in alive if each is not None and in_use(each)]
 
     def expect(self, optimizer: Optimizer) -> None:
-        """An optimizer that owns parameters will step: backward passes end no steps until it does."""
+        """Let backward passes end no more steps if ``optimizer`` owns parameters of the model, since it will step."""
         model = self.model()
         if model is not None and _owns(optimizer, model):
-            for conversion in self._standing():
+            for conversion in self._in_use():
                 conversion.ends_with_backward = False
 
     def before_step(self, optimizer: Optimizer, alive: WeakSet[Optimizer]) -> None:
-        """Attach ``optimizer`` if it is the one; what it ends then is this very step."""
+        """Attach ``optimizer`` if it is to end the model's steps, beginning with this one."""
         current = self._optimizer() if self._optimizer is not None else None
         if optimizer is current:
             self._rivals.clear()
             return
-        model, conversions = self.model(), self._standing()
+        model, conversions = self.model(), self._in_use()
         if model is None or not _owns(optimizer, model):
             return
-        if graph_task() != NO_BACKWARD:  # it steps inside of backward passes, each parameter for itself
+        if graph_task() != NO_BACKWARD:  # an optimizer per parameter, which steps inside the backward pass
             for conversion in conversions:
                 conversion.ends_with_backward = True
         elif optimizer in self._rivals or (current is None and _is_first_choice(optimizer, conversions, alive)):
@@ -113,10 +113,10 @@ def _is_first_choice(optimizer: Optimizer, conversions: Iterable[Conversion], al
 
 
 def in_use(conversion: Conversion) -> bool:
-    """Whether layers that are alive are ``conversion``'s still."""
+    """Return whether any layer still belongs to ``conversion``."""
     return any(isinstance(each, DistNorm) and each._site.conversion is conversion for _, each in conversion.layers())
 
 
 def _owns(optimizer: Optimizer, module: nn.Module) -> bool:
-    theirs: set[int] = {id(each) for group in optimizer.param_groups for each in group["params"]}
-    return any(id(each) in theirs for each in module.parameters())
+    owned: set[int] = {id(each) for group in optimizer.param_groups for each in group["params"]}
+    return any(id(each) in owned for each in module.parameters())

@@ -1,4 +1,4 @@
-"""Watch the constructors of other people's classes, subclasses included: signature and class stay what they are."""
+"""Add callbacks to the constructors of other packages' classes, with their subclasses; signatures do not change."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 
 
 def before_init(kind: type, parameter: str, callback: Callable[[Any], None]) -> None:
-    """Call ``callback`` with the first argument, named ``parameter``, before each construction of a ``kind``."""
+    """Call ``callback`` with the first argument, ``parameter``, before each construction of an instance of ``kind``."""
     original = kind.__init__  # type: ignore[misc]
 
     @functools.wraps(original)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
-        if args or parameter in kwargs:  # without it, the constructor itself says what is missing
+        if args or parameter in kwargs:  # if it is missing, the constructor raises its own error
             callback(args[0] if args else kwargs[parameter])
         original(self, *args, **kwargs)
 
@@ -21,7 +21,7 @@ def before_init(kind: type, parameter: str, callback: Callable[[Any], None]) -> 
 
 
 def after_init(kind: type, callback: Callable[[Any], None]) -> None:
-    """Call ``callback`` with each new ``kind``."""
+    """Call ``callback`` with each new instance of ``kind``."""
     original = kind.__init__  # type: ignore[misc]
 
     @functools.wraps(original)

@@ -1,7 +1,7 @@
 """Run a script or a module as ``python script.py`` and ``python -m module`` do, in this process.
 
-Not by ``runpy.run_path``, which takes ``__main__`` away when the script ends, before its atexit handlers, threads and
-pickles are done with it. The only user of ``runpy._run_module_as_main`` (Python 3.11 to 3.13; the interpreter itself
+``runpy.run_path`` is not used, since it removes ``__main__`` when the script ends, when atexit handlers, threads and
+pickles may still need it. The only user of ``runpy._run_module_as_main`` (Python 3.11 to 3.13; the interpreter itself
 calls it for ``-m``), pinned by tests/integrations/test_script.py.
 """
 
@@ -24,8 +24,8 @@ def run_script(path: str, arguments: Sequence[str]) -> None:
     """Run the file ``path``, or the ``__main__.py`` of a folder or archive, as the main program.
 
     Raises:
-        OSError: the file cannot be read; before anything runs.
-        BaseException: what the script raises. The traceback that is shown if nobody catches it starts in the script.
+        OSError: the file cannot be read; nothing has run.
+        BaseException: any exception of the script. If nothing catches it, the printed traceback starts in the script.
     """
     if pkgutil.get_importer(path) is not None:
         sys.argv = [path, *arguments]
@@ -40,7 +40,7 @@ def run_script(path: str, arguments: Sequence[str]) -> None:
         text = source.read()
     sys.argv = [path, *arguments]
     if not sys.flags.safe_path:
-        # "python -m" has put the current folder where "python script.py" puts the script's.
+        # "python -m" has put the current folder here, but "python script.py" puts the script's folder.
         sys.path[0] = os.path.dirname(os.path.realpath(path))
     main = _new_main()
     main.__file__ = file
@@ -75,7 +75,7 @@ def _new_main() -> ModuleType:
 
 @contextmanager
 def _script_traceback() -> Iterator[None]:
-    """Let the interpreter end on an exception as it always does, but hand the excepthook the script's frames only."""
+    """Let the interpreter handle an exception as usual, but pass only the script's frames to the excepthook."""
     try:
         yield
     except SystemExit:
@@ -91,14 +91,14 @@ def _show(
     error: BaseException,
     trace: TracebackType | None,
 ) -> None:
-    """Call the excepthook that was in place, the script's own if it has one."""
+    """Call the previous excepthook, which may be the script's, without our frames."""
     sys.excepthook = hook
     inner = sys.last_traceback = error.__traceback__ = _without_ours(trace)
     hook(kind, error, inner)
 
 
 def _without_ours(trace: TracebackType | None) -> TracebackType | None:
-    """What follows the last frame of this file; "python -m" shows runpy's own frames, and so they stay."""
+    """Return the traceback after the last frame of this file. Frames of runpy stay, as with "python -m"."""
     inner = frame = trace
     while frame is not None:
         if frame.tb_frame.f_code.co_filename == __file__:

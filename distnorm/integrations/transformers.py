@@ -25,20 +25,21 @@ from distnorm.integrations.accelerate import DistNormPlugin, attach_prepared
 
 
 class DistNormCallback(TrainerCallback):
-    """Puts ``recipe`` in place of batch norm in the model of a ``Trainer``, which stays converted after training.
+    """Converts the model of a ``Trainer`` to ``recipe``; it stays converted after training.
 
-    Optimizer steps end the steps of moving statistics, and the loss scale of fp16 is wired. Checkpoints get a file per
-    rank, so that ``train(resume_from_checkpoint=...)`` goes on bit for bit. It is looked for in
-    ``args.resume_from_checkpoint`` if that is set, else in ``args.output_dir``: the Trainer tells callbacks no more.
+    Optimizer steps end the steps of moving statistics, and the loss scale of fp16 is passed on. Checkpoints get a file
+    per rank, so that ``train(resume_from_checkpoint=...)`` continues bit for bit. The files are read from
+    ``args.resume_from_checkpoint`` if that is set, else from ``args.output_dir``, since the Trainer does not pass
+    ``train``'s argument to callbacks.
 
     Args:
         recipe: a ``Recipe``, or the name of one, with its ``options``; as ``distnorm.convert``. None converts nothing,
-            for a model that is converted already or by ``distnorm.run``, and does the rest.
+            for a model that the script or ``distnorm.run`` converts, and only connects steps and checkpoints.
         where: which layers; as ``distnorm.convert``.
-        options: options of a named recipe, such as ``size=4``, and what else ``distnorm.convert`` takes.
+        options: options of a named recipe, such as ``size=4``, and other arguments of ``distnorm.convert``.
 
     Raises:
-        ValueError: unknown recipe, option or value.
+        ValueError: an unknown recipe, option or value.
     """
 
     def __init__(self, recipe: Recipe | str | None = "sync_bn", *, where: Where | None = None, **options: Any) -> None:
@@ -48,7 +49,7 @@ class DistNormCallback(TrainerCallback):
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
     ) -> None:
-        """Convert the model, which is not wrapped yet. No collective.
+        """Convert the model, which is not wrapped yet. Issues no collective.
 
         Raises:
             ValueError: as ``distnorm.convert``.
@@ -60,7 +61,7 @@ class DistNormCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any
     ) -> None:
-        """Attach model and optimizer; on resuming, load this rank's state. Collective, as ``distnorm.attach``.
+        """Attach the model to its optimizer; when resuming, load this rank's state. Collective, as ``distnorm.attach``.
 
         Raises:
             RuntimeError, ValueError: as ``distnorm.convert`` and ``distnorm.attach``.
@@ -71,13 +72,13 @@ class DistNormCallback(TrainerCallback):
             self._attachment.remove()
             self._attachment = None
         if type(optimizer) is not AcceleratedOptimizer or not checkpoint.is_converted(model):
-            return  # the engine of DeepSpeed keeps its own steps and state
+            return  # the engine of DeepSpeed ends steps and saves the state
         self._attachment = attach_prepared(model, optimizer)
         if state.global_step > 0:
             checkpoint.load([model], args.resume_from_checkpoint or _folder(args, state))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **objects: Any) -> None:
-        """Write this rank's state into the checkpoint. No collective."""
+        """Write this rank's state into the checkpoint. Issues no collective."""
         if self._attachment is not None:
             checkpoint.save([objects["model"]], _folder(args, state))
 

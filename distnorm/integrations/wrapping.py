@@ -1,4 +1,4 @@
-"""Where scripts wrap models: conversion comes just before it. One place for all frameworks."""
+"""Convert models just before a framework wraps them, for all frameworks."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from distnorm.settings import Settings
 
 
 def install(settings: Settings | None) -> Job:
-    """Convert every model of this process just before it is wrapped, from now on. No collective.
+    """Convert every model of this process just before it is wrapped, from now on. Issues no collective.
 
     Args:
-        settings: None if nobody said anything: ``sync_bn``, or what DeepSpeed's JSON says.
+        settings: None if no source sets anything; then the section in DeepSpeed's JSON is used, else ``sync_bn``.
 
     Returns:
-        Reports on rank 0 when the process ends; set its ``failed`` if the script did.
+        The job, which reports on rank 0 when the process ends. Set its ``failed`` if the script fails.
     """
     job = Job(settings or Settings())
     job.watch()

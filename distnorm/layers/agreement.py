@@ -1,4 +1,4 @@
-"""What the ranks of a conversion must agree on before they share: model, recipe, groups, and who is joined by them."""
+"""Check that the ranks of a conversion agree before they share: on model, recipe, groups and the ranks these join."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from distnorm.types import Layout, Transport
 
 
 def ranks_of(groups: Iterable[dist.ProcessGroup | LostGroup]) -> list[tuple[int, ...]]:
-    """The global ranks of each.
+    """Return the global ranks of each of ``groups``.
 
     Raises:
-        RuntimeError: a group was lost with its process.
+        RuntimeError: a group could not be copied from another process.
     """
     found = []
     for group in groups:
@@ -40,12 +40,12 @@ def ranks_of(groups: Iterable[dist.ProcessGroup | LostGroup]) -> list[tuple[int,
 
 
 def ranks_within(groups: list[tuple[int, ...]], timeout: timedelta) -> tuple[int, ...]:
-    """All ranks that ``groups`` connect. Collective over these, unless all groups are the same."""
+    """Return all ranks that ``groups`` connect. Collective over these, unless all groups are the same."""
     return groups[0] if len(set(groups)) == 1 else connected(groups, timeout)
 
 
 class Meeting(NamedTuple):
-    """Ranks that agreed, the policy at work among them, and whether their running statistics are always equal."""
+    """The ranks that agreed, their reducer, and whether their running statistics are always equal (``agrees``)."""
 
     topology: Topology
     reducer: Reducer
@@ -60,11 +60,11 @@ def meet(
     mesh: DeviceMesh | None,
     transport: Transport,
 ) -> Meeting:
-    """Bind the recipe's policy among ``ranks``. Collective over these, by the job's store, if there is a job.
+    """Bind the recipe's policy to ``ranks``. Collective over these, through the job's store, if there is a job.
 
     Raises:
-        RuntimeError: ranks converted differently, do not answer, pass groups that do not match, or are no MPI job.
-        ValueError: the policy does not fit the ranks, or would go on from sums of other ranks than its own.
+        RuntimeError: ranks converted differently, do not answer, pass groups that do not match, or are not an MPI job.
+        ValueError: the policy does not fit the ranks, or continues a warm-up that shared among other ranks.
     """
     layout = layout_of(layers, recipe.method)
     if world is None:
@@ -77,7 +77,7 @@ def meet(
 
 
 _models = 0
-"""The number of the last model that was bound here, as its ranks count."""
+"""The number of the last model that was bound in this process; all of its ranks use the same number."""
 
 
 def _agree(
@@ -90,7 +90,7 @@ def _agree(
     transport: Transport,
     timeout: timedelta,
 ) -> Topology:
-    """Compare what ``ranks`` converted."""
+    """Compare what ``ranks`` converted, and return their topology."""
     place = mpi.place(layout.device) if transport == "mpi" else None
     groups = ranks_of(recipe.policy.facts.groups)
     global _models
@@ -100,25 +100,25 @@ def _agree(
         **{"node": node_id(), "converted": digest, "device": layout.device.type, "mpi": place, "model": _models + 1},
         "groups": [None if group == ranks else group for group in groups],
     }
-    told = [json.loads(text) for text in tell_and_collect(ranks, json.dumps(mine), timeout)]
-    _compare_all({rank: other["converted"] for rank, other in zip(ranks, told, strict=True)}, lines, timeout)
-    named = {rank: other["groups"] for rank, other in zip(ranks, told, strict=True)}
+    answers = [json.loads(text) for text in tell_and_collect(ranks, json.dumps(mine), timeout)]
+    _compare_all({rank: other["converted"] for rank, other in zip(ranks, answers, strict=True)}, lines, timeout)
+    named = {rank: other["groups"] for rank, other in zip(ranks, answers, strict=True)}
     _compare_groups({rank: [list(ranks) if one is None else one for one in each] for rank, each in named.items()})
-    nodes = tuple(other["node"] for other in told)
-    places = mpi.check_places(ranks, [other["mpi"] for other in told]) if transport == "mpi" else None
-    devices = [other["device"] for other in told]
+    nodes = tuple(other["node"] for other in answers)
+    places = mpi.check_places(ranks, [other["mpi"] for other in answers]) if transport == "mpi" else None
+    devices = [other["device"] for other in answers]
     choice.check(transport, ranks, devices, world)
     on_cpu = all(device in ("cpu", "meta") for device in devices)
-    _models = max(other["model"] for other in told)
+    _models = max(other["model"] for other in answers)
     return Topology(
         ranks, mesh=mesh, nodes=nodes, timeout=timeout, mpi=places, on_cpu=on_cpu, transport=transport, model=_models
     )
 
 
 def _fingerprint(recipe: Recipe, transport: Transport, layers: Sequence[tuple[str, _BatchNorm]]) -> list[str]:
-    """Lines that are equal on ranks that converted alike; which ranks explicit groups have may differ.
+    """Return lines that are equal on ranks that converted alike. The ranks of explicit groups may differ.
 
-    They say all that is taken for granted later on: what is shared, and which running statistics rank 0 broadcasts.
+    They contain all that must be equal later: what is shared, and which running statistics rank 0 broadcasts.
     """
     text = repr(recipe)
     for ranks in ranks_of(recipe.policy.facts.groups):
@@ -138,10 +138,10 @@ def _tracked(layer: _BatchNorm) -> str:
 
 
 def _compare_all(digests: dict[int, str], lines: list[str], timeout: timedelta) -> None:
-    """Whether ``lines`` are the same on all ranks; only where their digests differ are they told.
+    """Raise unless ``lines`` are the same on all ranks. The lines are exchanged only if their digests differ.
 
     Raises:
-        RuntimeError: on all ranks; they differ.
+        RuntimeError: on all ranks, with the first difference.
     """
     if len(set(digests.values())) == 1:
         return
@@ -158,13 +158,13 @@ def _compare(first: int, expected: list[str], rank: int, given: list[str]) -> No
         if line != other:
             raise RuntimeError(
                 f"distnorm: rank {rank} converted another model or recipe than rank {first}. Rank {first} has "
-                f"[{line}] where rank {rank} has [{other}]. Build and convert the model alike on every rank that "
-                "shares statistics, or bind each set of ranks with distnorm.attach(model, process_group=...)."
+                f"[{line}] where rank {rank} has [{other}]. Build and convert the model in the same way on every rank "
+                "that shares statistics, or bind each set of ranks with distnorm.attach(model, process_group=...)."
             )
 
 
 def _compare_groups(groups: dict[int, list[list[int]]]) -> None:
-    """Whether ranks that one rank wants to share with want to share with it."""
+    """Raise unless all ranks of each group were given the same group."""
     for rank, mine in groups.items():
         for at, ranks in enumerate(mine):
             for peer in ranks:
@@ -176,23 +176,23 @@ def _compare_groups(groups: dict[int, list[list[int]]]) -> None:
 
 
 def _running_statistics_agree(ranks: tuple[int, ...], recipe: Recipe, reducer: Reducer, timeout: timedelta) -> bool:
-    """Whether all ranks absorb the same sums. Raises on every rank alike."""
+    """Return whether the same sums update the running statistics of all ranks. Raises on all ranks or on none."""
     own = [reducer.facts.global_routes, *chain.from_iterable(reducer.facts.handovers)]
     texts = tell_and_collect(ranks, json.dumps([_written(each, ranks) for each in own]), timeout)
-    told = [[_read(each, ranks) for each in json.loads(text)] for text in texts]
-    landing, *handovers = (_joined(ranks, [each[at] for each in told]) for at in range(len(own)))
+    by_rank = [[_read(each, ranks) for each in json.loads(text)] for text in texts]
+    global_routes, *handovers = (_joined(ranks, [each[at] for each in by_rank]) for at in range(len(own)))
     for first, then in zip(handovers[::2], handovers[1::2], strict=True):
         _check_handover(recipe, first, then)
-    return landing is not None and all(map(_all_equal, landing))
+    return global_routes is not None and all(map(_all_equal, global_routes))
 
 
 Joined = dict[int, Counter[int]]
 
 
-def _joined(ranks: tuple[int, ...], told: list[Routes]) -> list[Joined] | None:
-    """What each route joins; None where somebody does not say."""
-    by_route = zip(*(each for each in told if each is not None), strict=True)
-    return None if None in told else [joined(dict(zip(ranks, each, strict=True))) for each in by_route]
+def _joined(ranks: tuple[int, ...], routes: list[Routes]) -> list[Joined] | None:
+    """Return the ranks that each route joins; None if the routes of any rank are unknown."""
+    by_route = zip(*(each for each in routes if each is not None), strict=True)
+    return None if None in routes else [joined(dict(zip(ranks, each, strict=True))) for each in by_route]
 
 
 def _all_equal(joined: Joined) -> bool:
@@ -204,7 +204,7 @@ def _all_equal(joined: Joined) -> bool:
 def _check_handover(recipe: Recipe, first: list[Joined] | None, then: list[Joined] | None) -> None:
     if first is None or then is None:
         raise ValueError(
-            f"{recipe}: a policy of your own in a warm-up must say which ranks it joins. Define its reducer's routes()."
+            f"{recipe}: a custom policy in a warm-up must name the ranks that it joins. Define its reducer's routes()."
         )
     for given in (*first, *then):
         distinct = {(id(sums), id(first[0][rank])): rank for rank, sums in reversed(given.items())}
@@ -212,13 +212,13 @@ def _check_handover(recipe: Recipe, first: list[Joined] | None, then: list[Joine
             if given[rank] != first[0][rank]:
                 expected, found = (sorted(each.elements()) for each in (first[0][rank], given[rank]))
                 raise ValueError(
-                    f"{recipe}: moving statistics go on from what the warm-up shared, but rank {rank} is joined with "
+                    f"{recipe}: moving statistics continue those of the warm-up, but rank {rank} shares with ranks "
                     f"{expected} in one step and with {found} in another. Let both policies share among the same ranks."
                 )
 
 
 def _written(routes: Routes, ranks: tuple[int, ...]) -> list[list[tuple[int, ...] | None]] | None:
-    """As JSON, with None for a group of all ``ranks``."""
+    """Return ``routes`` for JSON, with None for a group of all ``ranks``."""
     return None if routes is None else [[None if hop == ranks else hop for hop in route] for route in routes]
 
 

@@ -1,4 +1,4 @@
-"""Layers whose weight acts centred, per output filter: by class swap, so parameters and state_dict keys stay."""
+"""Layers that compute with centred weights, per output filter. By class swap, so state_dict keys do not change."""
 
 from __future__ import annotations
 
@@ -18,38 +18,38 @@ from distnorm.methods.base import compute_dtype
 
 
 def centred(weight: Tensor, dims: list[int], *, through: bool = True) -> Tensor:
-    """``weight`` less its mean over ``dims``; filters that are centred but for rounding stay bit for bit.
+    """Return ``weight - mean(weight)`` over ``dims``; filters that are centred up to rounding do not change.
 
-    So it can be applied again, to what a checkpoint holds or what was saved in between, and changes nothing. Without
-    ``through`` the gradient is passed on as it is.
+    So the function is idempotent, and does not change the weights of a checkpoint. With ``through`` the gradient is
+    projected too, else it is passed on unchanged.
     """
     wide = weight.to(compute_dtype(weight.dtype))
     mean = wide.mean(dims, keepdim=True)
     count = 1
-    for dim in dims:  # Dynamo of torch 2.13 knows no generators as arguments
+    for dim in dims:  # Dynamo of torch 2.13 does not support generators as arguments
         count *= weight.shape[dim]
-    # What is left of a mean when values are rounded to the weight's dtype, at random, and arithmetic is.
+    # Bound of a mean that comes only from rounding values to the weight's dtype, and from the arithmetic here.
     narrow, fine = torch.finfo(weight.dtype).eps, torch.finfo(wide.dtype).eps
     rounding = (2 * narrow / math.sqrt(count) + 4 * fine) / math.sqrt(count)
     norm = torch.linalg.vector_norm(wide.detach(), dim=dims, keepdim=True)
-    settled = torch.where(mean.detach().abs() <= rounding * norm, mean.detach(), torch.zeros_like(norm))
-    shift = mean - settled  # 0 or the mean, with the gradient of the mean
+    ignored = torch.where(mean.detach().abs() <= rounding * norm, mean.detach(), torch.zeros_like(norm))
+    shift = mean - ignored  # 0 or the mean, with the gradient of the mean
     return (wide - (shift if through else shift.detach())).to(weight.dtype)
 
 
 class Centralized:
-    """A layer whose weight acts centred in training, and in evaluation once there was training."""
+    """A layer that computes with a centred weight in training, and in evaluation after training."""
 
     projected = False
     """Whether the optimizer is SGD, which needs no projected gradients."""
     kept = False
-    """Whether the hook on optimizers keeps the parameter centred."""
+    """Whether the optimizer hooks keep the parameter centred."""
     as_given = False
-    """Whether running statistics belong to the weight as it is, as long as there is no training."""
+    """Whether the running statistics were computed with the uncentred weight, so that evaluation must use it."""
     left = False
-    """Whether what it gives goes elsewhere than to a norm, too. A flag, since a name would be a constant of graphs."""
+    """Whether outputs also go to other modules than norms. A flag, since graphs would hold a name as a constant."""
 
-    if TYPE_CHECKING:  # torch.jit.script takes annotations of a class for those of its graph
+    if TYPE_CHECKING:  # torch.jit.script would use the annotations of a class for its graph
         weight: Tensor
         _norms: tuple[nn.Module, ...]
         _conversion: Conversion
@@ -57,44 +57,48 @@ class Centralized:
         _parameters: dict[str, nn.Parameter | None]
 
     def effective_weight(self, weight: Tensor) -> Tensor:
-        """What the layer computes with."""
-        if self.is_left() or (self.projected and self.kept):
+        """Return the weight with which the layer computes."""
+        if self.is_excluded() or (self.projected and self.kept):
             return weight
         if any(norm.training for norm in self._norms):
             return self.centred(weight, through=not self.projected)
-        return self.centred(weight) if self.is_behind() else weight
+        return self.centred(weight) if self.is_pending() else weight
 
     def centred(self, weight: Tensor, *, through: bool = True) -> Tensor:
-        """``weight`` with each output filter centred."""
+        """Return ``weight`` with each output filter centred."""
         return centred(weight, list(range(1, weight.dim())), through=through)
 
-    def is_left(self) -> bool:
-        """Whether the weight is left alone: it is made of other parameters, or what it gives goes elsewhere too."""
+    def is_excluded(self) -> bool:
+        """Return whether the weight is not centred: it is computed from other parameters, or outputs go elsewhere."""
         return self.left or is_computed(self)
 
-    def is_behind(self) -> bool:
-        """Whether the parameter stands for its centred values, but may not be centred itself."""
+    def is_pending(self) -> bool:
+        """Return whether the layer computes with centred values that may not be in the parameter yet."""
         if self.kept:
             return False
         return self.has_trained() or (self._conversion.feeders.known and not self.as_given)
 
     def has_trained(self) -> bool:
-        """Whether there was training since the model was converted, copied or loaded."""
+        """Return whether the model has trained since it was converted, copied or loaded."""
         return not self._conversion.means_to_fold
 
     @torch.no_grad()
     def project(self) -> bool:
-        """Centre the parameter in place, if it is here; engines that partition parameters leave something flat."""
+        """Centre the parameter in place and return True; return False if an engine has partitioned it (1-D)."""
         weight = self._parameters.get("weight")
-        if weight is None or weight.dim() < 2 or self.is_left():
+        if weight is None or weight.dim() < 2 or self.is_excluded():
             return False
         weight.copy_(self.centred(weight))
         return True
 
-    def settled(self) -> Tensor | None:
-        """Values to save in place of the parameter's, where training goes on with those; else centres the parameter."""
+    def values_to_save(self) -> Tensor | None:
+        """Return centred values to save instead of the parameter's, or None if the parameter is saved.
+
+        After training, the parameter must not change, since an optimizer may step a copy of it. Before, it is centred
+        in place.
+        """
         weight = self._parameters.get("weight")
-        if weight is None or weight.dim() < 2 or self.is_left() or not self.is_behind():
+        if weight is None or weight.dim() < 2 or self.is_excluded() or not self.is_pending():
             return None
         if self.has_trained():
             return self.centred(weight.detach())
@@ -102,19 +106,19 @@ class Centralized:
         return None
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy or a pickle has the values that training computes with."""
-        values = self.settled()
+        """Give copies and pickles the values with which training computes."""
+        values = self.values_to_save()
         if values is None:
             return self.__dict__
         weight = nn.Parameter(values, requires_grad=self.weight.requires_grad)
         return {**self.__dict__, "_parameters": {**self._parameters, "weight": weight}, "as_given": False}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """No optimizer keeps a copy's values centred."""
+        """Restore a copy. No optimizer steps it yet, so nothing keeps its parameter centred."""
         trained = state.get("kept", False)
         super().__setstate__({name: value for name, value in state.items() if name not in ("projected", "kept")})  # type: ignore[misc]
         self.as_given = self.as_given and not trained
-        optimizer_hooks.note(self)
+        optimizer_hooks.register(self)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[misc]
@@ -122,23 +126,23 @@ class Centralized:
             self.kept, self.as_given = False, True
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        values = self.settled()
+        values = self.values_to_save()
         super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
         if values is not None:
             destination[f"{prefix}weight"] = values
 
     def __prepare_scriptable__(self) -> Any:
-        """This layer, whose parameter then holds what evaluation computes with."""
-        if self.settled() is not None:
+        """Return this layer, after its parameter has been centred as evaluation requires."""
+        if self.values_to_save() is not None:
             raise RuntimeError(
-                f"{self._name}: torch.jit.script would take the weight as the engine keeps it, not centred. Script a "
-                "stock model, which evaluates alike: distnorm.revert(copy.deepcopy(model))."
+                f"{self._name}: torch.jit.script would use the parameter, which is not centred. Script a reverted "
+                "copy, which evaluates alike: distnorm.revert(copy.deepcopy(model))."
             )
         return self
 
 
 class _CentralizedConv(Centralized, ScriptedConv):
-    """Applies the centred weight; one node to torch.fx, so that what is centred is decided when its graph runs."""
+    """A convolution with a centred weight. One node in torch.fx, so that graphs decide at run time what to centre."""
 
     def _forward(self, input: Tensor) -> Tensor:
         y: Tensor
@@ -178,8 +182,8 @@ class CentralizedLinear(Centralized, nn.Linear):
         return nn.functional.linear(input, self.effective_weight(self.weight), self.bias)
 
 
-# By other names, for torch says that the padding of transposed convolutions may be text, which these do not take; and
-# torch.jit.script reads the comments that would silence a type checker.
+# Aliases without types, since torch annotates the padding of transposed convolutions with str too, which these
+# functions do not accept. torch.jit.script would parse a "type: ignore" comment at the call.
 _transposed1: Callable[..., Tensor] = nn.functional.conv_transpose1d
 _transposed2: Callable[..., Tensor] = nn.functional.conv_transpose2d
 _transposed3: Callable[..., Tensor] = nn.functional.conv_transpose3d
@@ -192,7 +196,7 @@ class _CentralizedConvTranspose(Centralized):
         groups: int
 
     def centred(self, weight: Tensor, *, through: bool = True) -> Tensor:
-        """``weight`` with each output filter centred: group by group, over the inputs of the group."""
+        """Return ``weight`` with each output filter centred: group by group, over the inputs of the group."""
         if self.groups == 1:
             return centred(weight, [0, *range(2, weight.dim())], through=through)
         parts = weight.unflatten(0, (self.groups, -1))
@@ -207,7 +211,7 @@ class _CentralizedConvTranspose(Centralized):
             return self._forward(input, output_size)
 
     def _scripted(self, input: Tensor) -> Tensor:
-        """What a script runs, which can look up no function by the number of dimensions: each class has its own."""
+        """Run in a script, which cannot select a function by number of dimensions. Each subclass defines it."""
         raise NotImplementedError
 
     def _forward(self, input: Tensor, output_size: list[int] | None) -> Tensor:
@@ -272,6 +276,6 @@ OURS = ("projected", "kept", "as_given", "left", "_norms", "_conversion", "_name
 
 
 def is_computed(module: Any) -> bool:
-    """Whether the weight of ``module`` is made of other parameters: by weight norm, spectral norm, pruning and such."""
-    made = any(name.startswith("weight_") for name in module._parameters)
-    return "weight" not in module._parameters and (made or parametrize.is_parametrized(module, "weight"))
+    """Return whether the weight of ``module`` is computed from other parameters, as by weight norm or pruning."""
+    has_parts = any(name.startswith("weight_") for name in module._parameters)
+    return "weight" not in module._parameters and (has_parts or parametrize.is_parametrized(module, "weight"))

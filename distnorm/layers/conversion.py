@@ -1,7 +1,7 @@
-"""One call of ``convert``: its recipe and its layers, and their binding to ranks once there is one.
+"""A conversion: the recipe and the layers of one call of ``convert``, and their binding to ranks.
 
-Converting is local. Binding happens once, at the first training forward or by ``attach``: ranks compare what they
-converted through the job's store, make the policy's groups, and take over rank 0's running statistics.
+Converting is local. Binding happens once, at the first training forward pass or in ``attach``: ranks compare what they
+converted through the job's store, create the policy's groups, and copy rank 0's running statistics.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ logger = logging.getLogger("distnorm")
 
 
 class Conversion:
-    """One call of ``convert``: its recipe and its layers, and their binding once there is one."""
+    """The recipe and the layers of one call of ``convert``, and their binding to ranks."""
 
     process_group: dist.ProcessGroup | LostGroup | None = None
-    """The group that the layers themselves name, as torch's SyncBatchNorm may: nothing is shared beyond it."""
+    """The layers' own ``process_group``, which torch's SyncBatchNorm can have; the only ranks they share with."""
 
     def __init__(
         self,
@@ -46,7 +46,7 @@ class Conversion:
         transport: Transport | None = None,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
-        """No layers yet, and no ranks."""
+        """Start without layers and unbound."""
         self.recipe = recipe
         self.transport = choice.chosen(transport)
         self.mesh: DeviceMesh | LostGroup | None = mesh
@@ -56,13 +56,13 @@ class Conversion:
 
     @property
     def is_bounded(self) -> bool:
-        """Whether mesh, layers or recipe say which ranks this concerns: fewer than the job's, maybe."""
+        """Return whether mesh, layers or recipe name the ranks, which may then be fewer than those of the job."""
         return not (self.mesh is None and self.process_group is None and not self.facts.scope)
 
     def _start(self) -> None:
         self.facts = self.recipe.policy.facts
         self.guards = self.recipe.method.follows or self.facts.keeps_cotangents
-        """Whether running statistics never absorb what is not finite: others do, as stock batch norm does."""
+        """Whether updates of running statistics skip values that are not finite. Stock batch norm does not."""
         self.observers: list[Observer] = []
         self.means_to_fold = True
         self.loss_scale: Callable[[], Tensor | float] | None = None
@@ -71,24 +71,24 @@ class Conversion:
         self._layers: dict[int, tuple[str, ReferenceType[_BatchNorm]]] = {}
         self._binding: Binding | None = None
         self._connected: tuple[ReferenceType[dist.ProcessGroup], tuple[int, ...]] | None = None
-        """The ranks that the recipe's groups connect, and the job in which that was asked."""
+        """The job's group, and the ranks that the recipe's groups connect in it."""
         self._resumed: dict[str, Any] | None = None
         self._live: dict[str, list[Tensor]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies are unbound; a mesh and a group belong to their process."""
+        """Leave out the binding, and the mesh and group, which are valid in their process only."""
         mesh = LostGroup(f"its device mesh {self.mesh}") if isinstance(self.mesh, DeviceMesh) else self.mesh
         kept = {"recipe": self.recipe, "mesh": mesh, "transport": self.transport, "feeders": self.feeders}
         return {**kept, "process_group": lost(self.process_group)}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Conversion:
-        """Within a process mesh and group stay valid."""
+        """Copy unbound, with mesh and group, which are valid in this process."""
         copied = memo[id(self)] = type(self).__new__(type(self))
         copied.__setstate__({**self.__getstate__(), "mesh": self.mesh, "process_group": self.process_group})
         return copied
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """A copy's layers register themselves."""
+        """Restore without layers; those of the copy call ``add`` themselves."""
         self.__dict__.update(state)
         self._start()
 
@@ -98,11 +98,11 @@ class Conversion:
             self._layers[index] = name, ref(layer)
 
     def layer(self, index: int) -> _BatchNorm | None:
-        """Layer number ``index``, if it is alive."""
+        """Return layer number ``index``, if it is alive."""
         return self._layers[index][1]() if index in self._layers else None
 
     def layers(self) -> Iterator[tuple[str, _BatchNorm]]:
-        """Names and layers, those still alive, in the order of conversion."""
+        """Yield names and layers, as far as they are alive, in the order of conversion."""
         for _, (name, reference) in sorted(self._layers.items()):
             layer = reference()
             if layer is not None:
@@ -110,11 +110,15 @@ class Conversion:
 
     @property
     def binding(self) -> Binding | None:
-        """The binding, if there is one."""
+        """The binding, or None before the layers are bound."""
         return self._binding
 
     def training_goes_on(self) -> None:
-        """Running statistics that were loaded must now be what this process had, and mean what the method tracks."""
+        """Prepare running statistics for further training after a checkpoint was loaded.
+
+        Those of this rank's state replace the model's, which may include sums that were in flight. For methods without
+        a mean, the running mean of the stock model is folded into the running variance.
+        """
         running_statistics.restore(self.layers(), self._live)
         self._live = {}
         if not self.recipe.method.centred:
@@ -122,41 +126,42 @@ class Conversion:
         self.means_to_fold = False
 
     def ahead(self, name: str) -> Landed | None:
-        """What running statistics of layer ``name`` have yet to absorb of the steps that ended, if training goes on."""
+        """Return the sums in flight that have not updated the running statistics of layer ``name`` yet."""
         return None if self._binding is None or self.means_to_fold else self._binding.in_flight().get(name)
 
     def bound(self) -> Binding:
-        """The binding to this process's job; made now if there is none.
+        """Return the binding to this process's job, and bind first if there is none.
 
         Raises:
-            RuntimeError: the job that the layers were bound to is gone; ranks differ, do not answer, or are no MPI job.
+            RuntimeError: the job to which the layers were bound has ended; ranks converted differently, do not answer,
+                or are not an MPI job.
             ValueError: the policy does not fit the ranks.
         """
         world = current_world()
         if self._binding is None or (world is not None and not self._binding.belongs_to(world)):
             if world is not None and transforming():
                 raise RuntimeError(
-                    "distnorm: ranks cannot meet inside of a transform (torch.func, forward-mode derivatives). Call "
-                    "distnorm.attach(model), or run a training forward, before it."
+                    "distnorm: layers cannot bind to their ranks inside a transform (torch.func, forward-mode "
+                    "derivatives). Call distnorm.attach(model), or run a training forward pass, before the transform."
                 )
             self.bind(None)
         assert self._binding is not None
         if not self._binding.belongs_to(world):
             raise RuntimeError(
-                "distnorm: the process group that these layers were bound to has been destroyed. Evaluation works; to "
-                "go on training, initialize torch.distributed again, or call distnorm.revert(model)."
+                "distnorm: the process group that these layers were bound to has been destroyed. Evaluation works. To "
+                "continue training, initialize torch.distributed again, or call distnorm.revert(model)."
             )
         return self._binding
 
     def bind(self, process_group: dist.ProcessGroup | None) -> None:
-        """Bind to the ranks of the layers' own group, else of ``process_group``, else those of the mesh or the recipe.
+        """Bind to the ranks of the layers' own group, else of ``process_group``, else of the mesh or the recipe.
 
-        Collective over these ranks, which are all by default: exchanges of texts through the store, the making of
-        groups, and one broadcast of running statistics per dtype. Nothing happens if it is bound to them already:
-        windows go on.
+        By default these are all ranks. Collective over them: it exchanges texts through the store, creates groups, and
+        broadcasts running statistics, once per dtype. Does nothing if the layers are bound to these ranks already, so
+        that windows are kept.
 
         Raises:
-            ValueError: the environment has a variable ``DISTNORM_*`` that there is not.
+            ValueError: the environment has an unknown variable ``DISTNORM_*``.
         """
         refuse_unknown_variables(os.environ)  # layers of distnorm.nn, and copies, were never converted here
         for named in (self.mesh, self.process_group):
@@ -166,10 +171,10 @@ class Conversion:
         if world is None and self.transport == "mpi":
             mpi.check_alone()
         ranks = (0,) if world is None else self._ranks(world, process_group)
-        standing = self._binding
-        if standing is not None and standing.belongs_to(world) and standing.topology.ranks == ranks:
+        current = self._binding
+        if current is not None and current.belongs_to(world) and current.topology.ranks == ranks:
             return
-        # What is made here outlives a forward, its modes and its inference mode.
+        # The tensors created here are used after this forward pass, and outside its modes and inference mode.
         with unseen(), torch.no_grad():
             mesh = self.mesh if isinstance(self.mesh, DeviceMesh) else None
             met = agreement.meet(world, ranks, self.recipe, list(self.layers()), mesh, self.transport)
@@ -182,7 +187,7 @@ class Conversion:
         self._binding = binding
 
     def state_dict(self) -> dict[str, Any]:
-        """What the policy needs to go on as if nothing had happened, of this rank. Waits for what is in flight."""
+        """Return the state with which this rank resumes bit for bit. Waits for collectives in flight."""
         binding = self.bound()
         binding.finish_step()
         place = {"rank": binding.topology.rank, "world_size": len(binding.topology.ranks)}
@@ -190,17 +195,17 @@ class Conversion:
         if self.feeders.left or self.feeders.feeds:
             kept["feeders"] = [sorted(self.feeders.left), self.feeders.feeds]
         if not self.facts.always_global:
-            # A model's state_dict may have absorbed what a run that goes on from here has yet to absorb.
+            # Those in the model's state_dict may include sums in flight, with which a resumed run updates them later.
             kept["running"] = running_statistics.snapshot(self.layers())
-        belonging = saved_state.belonging(self.recipe, list(self.layers()))
-        return {**belonging, **place, **kept, "step": binding.step, "reducer": binding.reducer.state_dict()}
+        header = saved_state.header(self.recipe, list(self.layers()))
+        return {**header, **place, **kept, "step": binding.step, "reducer": binding.reducer.state_dict()}
 
     def check_state(self, state: object) -> None:
-        """Raise a ValueError that says where ``state`` does not fit, unless ``load_state_dict`` can take it."""
+        """Raise a ValueError that says where ``state`` does not fit, unless ``load_state_dict`` can load it."""
         saved_state.check(state, self.recipe, list(self.layers()))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from ``state``, which ``check_state`` has passed, now or when the layers are bound."""
+        """Resume from ``state``, which ``check_state`` has accepted, now or when the layers are bound."""
         self._resumed = state
         if "feeders" in state:
             left, feeds = state["feeders"]
@@ -217,8 +222,8 @@ class Conversion:
         self._resumed = None
         if not own and self.facts.keeps_cotangents:
             logger.info(
-                "distnorm: rank %d of %d starts warm from the state of rank %d of %d: the shared window is kept, that "
-                "rank's own part of it is not",
+                "distnorm: rank %d of %d starts warm from the state of rank %d of %d: it has the shared part of the "
+                "window, without that rank's local part",
                 *here,
                 state["rank"],
                 state["world_size"],

@@ -1,9 +1,9 @@
 """Keep DistributedDataParallel from broadcasting running statistics once their layers train.
 
-DDP gives every rank rank 0's buffers when it wraps a model, which users rely on, and again before every forward
-(pytorch#46636). Where ranks share statistics the second is waste, and where they do not it overwrites what the other
-ranks saw. So buffers leave a DDP module's list during the first training forward of their layers inside of it: that
-forward's broadcast has come before the layers ran, and there is none in the next.
+DDP broadcasts rank 0's buffers when it wraps a model, which users rely on, and again before every forward pass
+(pytorch#46636). If ranks share statistics, the second broadcast is unnecessary; if they do not, it overwrites the
+statistics of the other ranks. So the buffers are removed from a DDP module's list in the first training forward pass of
+their layers inside it. The broadcast before that forward pass is the last one.
 
 The only user of DDP's private ``_active_ddp_module``, ``_join_config``, ``_run_ddp_forward``, ``parameters_to_ignore``
 and ``_assign_modules_buffers`` (torch 2.13; see tests/test_private_apis.py).
@@ -23,31 +23,32 @@ from torch.nn.parallel import DistributedDataParallel
 from distnorm.layers.running_statistics import BUFFERS
 
 _OURS = "_distnorm_unlisted"
-"""The attribute of a DDP module that holds the names that were added to those it ignores."""
+"""The attribute of a DDP module that holds the names that distnorm added to ``parameters_to_ignore``."""
 
-_shortened: WeakSet[DistributedDataParallel] = WeakSet()
+_changed: WeakSet[DistributedDataParallel] = WeakSet()
 
 
 class Broadcasts:
-    """Looks after what DDP modules broadcast of the layers that are bound to one set of ranks."""
+    """Removes the buffers of the layers bound to one set of ranks from the buffers that DDP modules broadcast."""
 
     def __init__(self, layers: Callable[[], Iterable[tuple[str, _BatchNorm]]], ranks: Collection[int]) -> None:
-        """``layers`` gives names and layers; ``ranks`` took over the running statistics of their first one.
+        """``layers`` returns names and layers. ``ranks`` have the running statistics of the first of them.
 
-        No ``ranks``, where the user named them: they may be fewer than those of a DDP module, which keeps its list.
+        ``ranks`` is empty if the user named the ranks: they may be fewer than those of a DDP module, whose list then
+        does not change.
         """
         self._layers = layers
         self._ranks = frozenset(ranks)
         self._settled: WeakKeyDictionary[DistributedDataParallel, set[str]] = WeakKeyDictionary()
 
     def forward_begins(self, layer: str, *, shares: bool) -> None:
-        """A training forward of ``layer``; the first one inside a DDP module takes all layers that train off its list.
+        """In the first training forward pass of ``layer`` inside a DDP module, stop that module's broadcasts.
 
-        All at once, as a layer that runs on some ranks only must not make their lists differ. A DDP module that serves
-        other ranks, too, keeps its list.
+        This holds for all layers in training mode at once, so that a layer that runs on some ranks only does not make
+        their lists differ. The list of a DDP module that has other ranks too does not change.
 
         Raises:
-            RuntimeError: as ``_refuse_join``, if it ``shares`` anything.
+            RuntimeError: as ``_refuse_join``, if the layer ``shares`` anything.
         """
         active = DistributedDataParallel._active_ddp_module
         if active is None:
@@ -66,9 +67,9 @@ class Broadcasts:
 
 
 def relist(model: nn.Module, layers: Iterable[nn.Module]) -> None:
-    """Let DDP modules broadcast running statistics of ``layers`` of ``model`` again, unless users have them ignored."""
+    """Let DDP modules broadcast running statistics of ``layers`` of ``model`` again, unless the user excluded them."""
     copies = [each for each in model.modules() if isinstance(each, DistributedDataParallel)]
-    for module in {*_shortened, *copies}:
+    for module in {*_changed, *copies}:
         ours: set[str] = vars(module).get(_OURS, set())
         if ours:
             names = ours & _names(module, layers)
@@ -79,22 +80,23 @@ def relist(model: nn.Module, layers: Iterable[nn.Module]) -> None:
 
 # docs/decisions.md#join-is-refused
 def _refuse_join(layer: str, active: DistributedDataParallel) -> None:
-    """Raise where DDP has promised to stand in for ranks without data: it does not know of sums inside of a forward.
+    """Raise if DDP repeats collectives for ranks without data, since it cannot repeat those inside a forward pass.
 
     Raises:
-        RuntimeError: this forward runs under ``Join(..., throw_on_early_termination=False)``.
+        RuntimeError: this forward pass runs under ``Join(..., throw_on_early_termination=False)``.
     """
     config = active._join_config
     if config.enable and not config.throw_on_early_termination:
         raise RuntimeError(
-            f"{layer}: Join(throw_on_early_termination=False) stands in for the gradients of a rank that ran out of "
-            "data, but not for its statistics: the others would wait for them. Pass throw_on_early_termination=True, "
-            "which ends all ranks together, or let ranks without data go on with empty batches."
+            f"{layer}: Join(throw_on_early_termination=False) repeats the gradient collectives of a rank that ran out "
+            "of data, but not those of its statistics, so the other ranks would wait forever. Pass "
+            "throw_on_early_termination=True, which ends all ranks together, or let ranks without data continue with "
+            "empty batches."
         )
 
 
 def _enclosing() -> Iterator[DistributedDataParallel]:
-    """The DDP modules in whose forward this thread is, from the inside out; torch itself knows the innermost only."""
+    """Yield the DDP modules whose forward pass this thread runs, innermost first; torch records only the innermost."""
     frame = sys._getframe()
     while frame.f_back is not None:
         frame = frame.f_back
@@ -108,11 +110,11 @@ def _unlist(module: DistributedDataParallel, layers: Iterable[nn.Module]) -> Non
     module.parameters_to_ignore |= names
     module._assign_modules_buffers()
     vars(module).setdefault(_OURS, set()).update(names)
-    _shortened.add(module)
+    _changed.add(module)
 
 
 def _names(module: DistributedDataParallel, layers: Iterable[nn.Module]) -> set[str]:
-    """What ``module`` calls the running statistics of ``layers``."""
+    """Return the names of the running statistics of ``layers`` in ``module``."""
     ours = {id(layer) for layer in layers}
     return {
         f"{prefix}.{name}" if prefix else name

@@ -1,8 +1,8 @@
-"""Which layers feed a converted norm: guessed from registration, then seen in the first training forward.
+"""Find the feeders of converted norms: the convolutions and linear layers whose outputs go to these norms.
 
-Only a layer whose output goes to converted norms, and nowhere else, may have its weight centred. ``convert`` has no
-input to see that with. So it starts from a guess, and ``Watch`` looks on while the model runs in training for the first
-time (docs/decisions.md#which-weights-are-centralized).
+The weight of a layer may be centred only if its output goes to converted norms and nowhere else. ``convert`` has no
+input with which to check that. So it guesses from the order of registration, and ``Watch`` observes the first training
+forward pass (docs/decisions.md#which-weights-are-centralized).
 """
 
 from __future__ import annotations
@@ -30,26 +30,26 @@ from distnorm.types import Feeders
 logger = logging.getLogger("distnorm")
 
 _COPIES = frozenset("reshape flatten contiguous clone to type float half double bfloat16".split())
-"""Functions that copy values into another layout or dtype and do no more: the copy stands for what it was made of."""
+"""Functions that only copy values to another layout or dtype: their results are traced like their arguments."""
 
 
 def centralize(model: nn.Module, layers: list[_BatchNorm], conversion: Conversion) -> None:
-    """Give what seems to feed ``layers`` centred weights, until the first training forward of ``model`` shows it.
+    """Centralize the guessed feeders of ``layers``; the first training forward pass of ``model`` corrects the guess.
 
     Warns:
-        UserWarning: naming feeders with a single weight per filter, which centring would zero; they are left alone.
+        UserWarning: naming feeders with a single weight per filter, which centring would set to 0; it skips them.
     """
     shared = _shared_parameters(model)
-    thin = []
+    skipped = []
     for name, module, layer in list(_guess(model, layers)):
         if weights_per_filter(module) == 1:
-            thin.append(name)
-        elif _is_own(module, shared):
+            skipped.append(name)
+        elif _can_be_centred(module, shared):
             weights.centralize(module, [layer], conversion, name, as_given=_is_trained(layer))
-    if thin:
+    if skipped:
         warnings.warn(
-            f"distnorm: centring would zero the weights of {thin}, which have one weight per filter; they are "
-            "left as they are.",
+            f"distnorm: the weights of {skipped} are not centred: they have one weight per filter, which centring "
+            "would set to 0.",
             stacklevel=4,
         )
     if layers:
@@ -57,7 +57,7 @@ def centralize(model: nn.Module, layers: list[_BatchNorm], conversion: Conversio
 
 
 def release(model: nn.Module) -> None:
-    """Undo ``centralize``; parameters stay as they are."""
+    """Undo ``centralize``; parameters do not change."""
     for layer in weights.centralized(model):
         weights.release(layer)
     for module in model.modules():
@@ -68,18 +68,18 @@ def release(model: nn.Module) -> None:
 
 
 class Watch:
-    """Hooks on a model that see in its first training forward where outputs go, and then take themselves off."""
+    """Hooks on a model that observe in its first training forward pass where outputs go, then remove themselves."""
 
     def __init__(self, model: nn.Module, conversion: Conversion) -> None:
-        """Watch ``model``, of which ``conversion`` has the norms."""
+        """Watch ``model``, whose norms belong to ``conversion``."""
         self.conversion = conversion
         self._uses: _Uses | None = None
         self._before = model.register_forward_pre_hook(self._begins)
-        # Called after a forward that raised, too.
+        # Also called after a forward pass that raised.
         self._after = model.register_forward_hook(self._ends, always_call=True)
 
     def remove(self) -> None:
-        """Take the hooks off."""
+        """Remove the hooks."""
         self._before.remove()
         self._after.remove()
 
@@ -99,37 +99,39 @@ class Watch:
         uses, self._uses = self._uses, None
         uses.__exit__(None, None, None)
         if output is None or self.conversion.binding is None:
-            return  # the forward raised, or no norm was in training: the next one is watched
-        _join(self.conversion.feeders, self.conversion.binding.tell(json.dumps(uses.verdict(output))))
+            return  # the forward pass raised, or no norm was in training mode: observe the next one
+        _join(self.conversion.feeders, self.conversion.binding.tell(json.dumps(uses.corrections(output))))
         _apply(model, self.conversion)
         self.remove()
 
 
 # docs/decisions.md#what-the-first-forward-pass-cannot-show
 class _Uses(TorchFunctionMode):
-    """Follows the outputs of a model's convolutions and linear layers during one forward."""
+    """Traces the outputs of a model's convolutions and linear layers during one forward pass."""
 
     def __init__(self, model: nn.Module, norms: list[_BatchNorm]) -> None:
         super().__init__()
         self.model = model
-        self.fed: dict[str, list[str]] = {}
-        """Layers whose outputs norms were given, and those."""
+        self.norms_after: dict[str, list[str]] = {}
+        """By layer, the norms that received its output."""
         self.elsewhere: set[str] = set()
+        """Layers whose output went to something else."""
         self._seen: dict[int, tuple[str, Tensor]] = {}
-        """Outputs, by ``_key``: the layer, and the tensor, which is kept alive so that no other gets its key."""
+        """Outputs, by ``_key``: the layer, and the tensor, which is kept alive so that its key is not reused."""
         self._ran: set[str] = set()
         self._inside = 0
+        """How many norms are running: what they do with their inputs does not count."""
         wanted = {id(norm) for norm in norms}
         self._handles = []
         for name, module in model.named_modules():
             if id(module) in wanted:
                 self._handles.append(module.register_forward_pre_hook(self._enters(name), with_kwargs=True))
                 self._handles.append(module.register_forward_hook(self._leaves))
-            elif _is_kind(module):
+            elif _is_supported(module):
                 self._handles.append(module.register_forward_hook(self._produced(name)))
 
     def __exit__(self, *error: Any) -> None:
-        """Take the hooks off."""
+        """Remove the hooks."""
         super().__exit__(*error)
         for handle in self._handles:
             handle.remove()
@@ -143,20 +145,20 @@ class _Uses(TorchFunctionMode):
             self._note(getattr(func, "__name__", ""), given, list(_tensors(result)))
         return result
 
-    def _note(self, function: str, given: list[Tensor], made: list[Tensor]) -> None:
+    def _note(self, function: str, given: list[Tensor], results: list[Tensor]) -> None:
         names = [self._seen[_key(each)][0] for each in given]
         if function in _COPIES:
-            for each in made:
+            for each in results:
                 self._seen[_key(each)] = names[0], each
-        elif _changes_in_place(function, made) or not all(_is_whole(each, given) for each in made):
+        elif _changes_in_place(function, results) or not all(_is_whole(each, given) for each in results):
             self.elsewhere.update(names)
 
     def _produced(self, name: str) -> Callable[..., None]:
         def note(module: nn.Module, _: Any, output: Any) -> None:
-            made = [each for each in _tensors(output) if each.numel()]  # an empty one has no memory to be known by
-            if made:
+            results = [each for each in _tensors(output) if each.numel()]  # an empty tensor has no memory as its key
+            if results:
                 self._ran.add(name)
-            for each in made:
+            for each in results:
                 self._seen[_key(each)] = name, each
 
         return note
@@ -167,21 +169,21 @@ class _Uses(TorchFunctionMode):
             self._inside += 1
             for each in _tensors((args, kwargs)):
                 if _key(each) in self._seen:
-                    self.fed.setdefault(self._seen[_key(each)][0], []).append(name)
+                    self.norms_after.setdefault(self._seen[_key(each)][0], []).append(name)
 
         return note
 
     def _leaves(self, *_: Any) -> None:
         self._inside -= 1
 
-    def verdict(self, output: Any) -> dict[str, Any]:
-        """Where the guess was wrong, as seen on this rank, in a forward that returned ``output``."""
+    def corrections(self, output: Any) -> dict[str, Any]:
+        """Return where the guess was wrong on this rank, in a forward pass that returned ``output``."""
         self.elsewhere.update(self._seen[_key(each)][0] for each in _tensors(output) if _key(each) in self._seen)
         names = {id(module): name for name, module in self.model.named_modules()}
         left, feeds = [], {}
         for name, layer in self.model.named_modules():
             guess = sorted(names[id(norm)] for norm in layer._norms) if isinstance(layer, Centralized) else []
-            found = [] if name in self.elsewhere else sorted(set(self.fed.get(name, ())))
+            found = [] if name in self.elsewhere else sorted(set(self.norms_after.get(name, ())))
             if found and found != guess:
                 feeds[name] = found
             elif guess and not found and name in self._ran and (name in self.elsewhere or self._ran & {*guess}):
@@ -190,11 +192,11 @@ class _Uses(TorchFunctionMode):
 
 
 def _join(feeders: Feeders, texts: list[str]) -> None:
-    """Take over what all ranks saw: what one of them saw go elsewhere is left alone."""
-    told = [json.loads(text) for text in texts]
-    left = frozenset(name for each in told for name in each["left"])
+    """Merge the corrections of all ranks; a layer that any rank excludes is excluded."""
+    corrections = [json.loads(text) for text in texts]
+    left = frozenset(name for each in corrections for name in each["left"])
     feeds: dict[str, list[str]] = {}
-    for each in told:
+    for each in corrections:
         for name, norms in each["feeds"].items():
             feeds[name] = sorted({*feeds.get(name, ()), *norms})
     feeders.known, feeders.left = True, left
@@ -207,58 +209,58 @@ def _apply(model: nn.Module, conversion: Conversion) -> None:
         module, norms = model.get_submodule(name), tuple(model.get_submodule(norm) for norm in norm_names)
         if isinstance(module, Centralized):
             module._norms = norms
-        elif _is_own(module, shared) and weights_per_filter(module) > 1:
+        elif _can_be_centred(module, shared) and weights_per_filter(module) > 1:
             weights.centralize(module, norms, conversion, name, as_given=True)
-    weights.leave(model)
+    weights.exclude(model)
     if conversion.feeders.left:
         logger.warning(
-            "distnorm: the weights of %s are left as they are, not centred: what these layers return goes elsewhere "
-            "than to a converted norm, or there too",
+            "distnorm: the weights of %s are not centred, since the outputs of these layers do not go to converted "
+            "norms only",
             ", ".join(sorted(conversion.feeders.left)),
         )
 
 
 def _guess(model: nn.Module, layers: Iterable[_BatchNorm]) -> Iterator[tuple[str, nn.Module, _BatchNorm]]:
-    """What feeds each of ``layers``: the nearest layer registered before it that has as many outputs.
+    """Yield the guessed feeder of each of ``layers``: the nearest layer registered before it with as many outputs.
 
-    Registration order is call order in the models of this field; blocks that register convolutions first and norms
-    after them pair up differently, but to the same set.
+    Most models register layers in the order of their calls. Blocks that register all convolutions before all norms are
+    paired differently, but the set of feeders is the same.
     """
     wanted = {id(layer) for layer in layers}
-    open_: list[tuple[str, nn.Module]] = []
+    unpaired: list[tuple[str, nn.Module]] = []
     for name, module in model.named_modules():
         if isinstance(module, _ConvNd | nn.Linear):
-            open_.append((name, module))
+            unpaired.append((name, module))
         elif isinstance(module, _BatchNorm):
-            fits = [each for each in open_ if outputs_of(each[1]) == module.num_features]
+            fits = [each for each in unpaired if outputs_of(each[1]) == module.num_features]
             if fits:
-                open_.remove(fits[-1])
+                unpaired.remove(fits[-1])
             if fits and id(module) in wanted and underlying(fits[-1][1]) in TARGETS:
                 yield *fits[-1], module
 
 
 def _is_whole(tensor: Tensor, given: list[Tensor]) -> bool:
-    """Whether ``tensor`` is one of ``given``, or a view of all of it: so are those that engines make in hooks."""
+    """Return whether ``tensor`` is one of ``given`` or a view of all of it, as engines create in their hooks."""
     return any(_key(tensor) == _key(each) and tensor.numel() == each.numel() for each in given)
 
 
-def _changes_in_place(function: str, made: list[Tensor]) -> bool:
+def _changes_in_place(function: str, results: list[Tensor]) -> bool:
     if function.startswith("__"):  # y += x, y[i] = x or x[i] = y, and also y.shape
-        return function == "__setitem__" or (function.startswith("__i") and bool(made))
+        return function == "__setitem__" or (function.startswith("__i") and bool(results))
     return function.endswith("_")
 
 
-def _is_kind(module: nn.Module) -> bool:
+def _is_supported(module: nn.Module) -> bool:
     return isinstance(module, Centralized) or underlying(module) in TARGETS
 
 
-def _is_own(module: nn.Module, shared: set[int]) -> bool:
-    """Whether the weight of ``module`` is a parameter, and of nobody else."""
-    return _is_kind(module) and not is_computed(module) and id(module._parameters.get("weight")) not in shared
+def _can_be_centred(module: nn.Module, shared: set[int]) -> bool:
+    """Return whether the weight of ``module`` is a parameter, and no other layer has it."""
+    return _is_supported(module) and not is_computed(module) and id(module._parameters.get("weight")) not in shared
 
 
 def _shared_parameters(model: nn.Module) -> set[int]:
-    """The parameters that several layers hold."""
+    """Return the ids of the parameters that several layers hold."""
     seen: set[int] = set()
     shared: set[int] = set()
     for module in model.modules():
@@ -269,7 +271,7 @@ def _shared_parameters(model: nn.Module) -> set[int]:
 
 
 def _is_trained(layer: _BatchNorm) -> bool:
-    """Whether ``layer`` has running statistics to keep to."""
+    """Return whether ``layer`` has running statistics from training, judged by a mean other than 0."""
     mean = layer.running_mean
     return mean is not None and not mean.is_meta and not is_fake(mean) and bool(mean.any())
 
@@ -279,7 +281,7 @@ def _is_compiled(module: nn.Module) -> bool:
 
 
 def _key(tensor: Tensor) -> int:
-    """Its memory: engines pass what a layer returns through Functions of theirs, which give it another object."""
+    """Return the address of its memory, since engines pass outputs through Functions that return other objects."""
     plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
     return (plain and tensor.untyped_storage().data_ptr()) or id(tensor)
 

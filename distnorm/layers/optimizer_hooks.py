@@ -1,6 +1,6 @@
-"""Keep centred weights centred in place: hooks around the steps of every optimizer of this process.
+"""Centre weights in place around the steps of every optimizer of this process.
 
-No optimizer has to be named: torch calls these hooks for all of them, also those that frameworks wrap.
+torch calls these hooks for all optimizers, also for those that frameworks wrap, so none has to be given.
 """
 
 from __future__ import annotations
@@ -13,30 +13,30 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 _alive: dict[int, ReferenceType[Any]] = {}
-"""The layers of this process with centred weights, for the hook on optimizers, which may step any of them."""
+"""The layers of this process with centralized weights; any optimizer may step any of them."""
 
 
 # docs/decisions.md#optimizers-that-step-flat-copies
-def note(layer: Any) -> None:
-    """Keep the weight of ``layer``, a ``Centralized``, centred from now on, as long as the layer lives."""
-    _watch_optimizers()
+def register(layer: Any) -> None:
+    """Keep the weight of ``layer``, a ``Centralized``, centred from now on, without keeping the layer alive."""
+    _register_hooks()
     key = id(layer)
     _alive[key] = ref(layer, lambda _: _alive.pop(key, None))
 
 
-def forget(layer: Any) -> None:
-    """Undo ``note``."""
+def unregister(layer: Any) -> None:
+    """Undo ``register``."""
     _alive.pop(id(layer), None)
 
 
 @cache
-def _watch_optimizers() -> None:
+def _register_hooks() -> None:
     register_optimizer_step_pre_hook(_before_step)
     register_optimizer_step_post_hook(_after_step)
 
 
 def _before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    """Step from centred weights the first time too, so that it makes no difference whether they were saved before."""
+    """Centre weights before the first step too, so that saving the model before that step makes no difference."""
     for layer in _stepped_by(optimizer):
         if not layer.kept:
             layer.project()
@@ -49,7 +49,10 @@ def _after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
 
 
 def _stepped_by(optimizer: torch.optim.Optimizer) -> list[Any]:
-    """Layers that train and whose weights ``optimizer`` has, in its order: sharded weights may need collectives."""
+    """Return the layers in training whose weights ``optimizer`` holds, in its order.
+
+    The order is the same on all ranks, since centring sharded weights may need collectives.
+    """
     holders: dict[int, Any] = {}
     for reference in list(_alive.values()):
         layer = reference()

@@ -1,13 +1,14 @@
-"""Hide the backward collective of a norm behind the weight gradient of the convolution that follows it.
+"""Overlap the backward collective of a norm with the weight gradient of the convolution that follows it.
 
-The backward of a convolution gives two gradients, and only the one for its input is waited for by the norm before it.
-So the convolution is split: its own node gives the input's, and leaves the weight's to a node ``_Late`` that the norm's
-forward made just before its own. The engine takes ready nodes newest first: input gradient, the norm's sums (the
-collective starts), weight gradient, the norm's gradient (the collective is waited for). Values are those of the plain
-order, whichever convolution takes part; a bad pairing hides less. docs/autograd.md draws the order.
+The backward pass of a convolution computes two gradients, and the norm before it needs only the input gradient. So the
+convolution is split. Its own autograd node computes the input gradient, and defers the weight gradient to a node
+``_Late``, which the norm's forward pass creates just before its own node. The autograd engine runs ready nodes newest
+first: input gradient, the norm's sums (the collective starts), weight gradient, the norm's gradient (which waits for
+the collective). Values do not depend on which convolution is paired with which norm; a bad pairing only overlaps less.
+docs/autograd.md draws the order.
 
-Steps aside, by running as torch would: under autocast, no_grad and torch.compile, for frozen weights, tensor
-subclasses (sharded parameters), convolutions that pad with other than zeros.
+The convolution runs as in torch under autocast, no_grad and torch.compile, for frozen weights, tensor subclasses
+(sharded parameters) and convolutions with other than zero padding.
 """
 
 from __future__ import annotations
@@ -37,13 +38,13 @@ class _Arrangement(NamedTuple):
     deferred: Left[Gradients]
 
     def holds(self, conv: nn.Module) -> bool:
-        """Whether ``conv`` still has these parameters, as they were: it may be called in a later step, or never."""
+        """Return whether ``conv`` still has these parameters, unchanged. It may be called in a later step, or never."""
         same = all(one is two for one, two in zip(self.parameters, (conv.weight, conv.bias), strict=True))
         return same and self.versions == _versions(self.parameters)
 
 
 class LateConv(ScriptedConv):
-    """A convolution whose weight gradient may come late. Mixed in before torch's class."""
+    """A convolution whose weight gradient can be deferred. A mixin that precedes torch's class."""
 
     def _forward(self, input: Tensor) -> Tensor:
         if is_traced(input):
@@ -84,7 +85,7 @@ _ORIGINALS = {late: original for original, late in _TARGETS.items()}
 
 # docs/decisions.md#overlap-is-optional
 def pair(model: nn.Module, layers: Iterable[_BatchNorm]) -> None:
-    """Give each of ``layers`` the next convolution registered after it, unless another norm comes first."""
+    """Pair each of ``layers`` with the next convolution registered after it, unless another norm comes first."""
     wanted = {id(layer) for layer in layers}
     waiting: _BatchNorm | None = None
     for module in model.modules():
@@ -92,7 +93,7 @@ def pair(model: nn.Module, layers: Iterable[_BatchNorm]) -> None:
             waiting = module if id(module) in wanted else None
         elif waiting is not None and underlying(module) in _TARGETS and _pads_zeros(module):
             swap(module, _TARGETS[underlying(module)])
-            # Not an attribute set the usual way: the convolution must not become a child of the norm.
+            # Through __dict__, so that the convolution does not become a child of the norm.
             waiting.__dict__[_FOLLOWER] = module
             waiting = None
 
@@ -107,11 +108,11 @@ def release(model: nn.Module) -> None:
 
 
 def arrangement(layer: nn.Module, x_NCL: Tensor) -> Callable[[], None] | None:
-    """What makes the node for the late gradient, between two nodes of ``layer``; None where it steps aside."""
+    """Return a function that creates the node ``_Late``, to call before the node of ``layer``; None without overlap."""
     conv = layer.__dict__.get(_FOLLOWER)
     if conv is None or not (torch.is_grad_enabled() and x_NCL.requires_grad) or underlying(conv) not in _ORIGINALS:
         return None
-    conv.__dict__.pop(_ARRANGED, None)  # left by a forward that never came to the convolution
+    conv.__dict__.pop(_ARRANGED, None)  # from a forward pass that did not reach the convolution
     if torch.is_autocast_enabled(x_NCL.device.type) or not _is_plain(conv):
         return None
 
@@ -133,7 +134,7 @@ def _pads_zeros(conv: nn.Module) -> bool:
 
 
 def _is_plain(conv: nn.Module) -> bool:
-    # Not by the attributes: reading one that a tool computes may change its state, as torch's spectral_norm does.
+    # Attributes are not read, since reading a computed one can change state, as in torch's spectral_norm.
     parameters = conv._parameters
     computed = any(name not in parameters for name in ("weight", "bias"))
     return not computed and all(
@@ -142,7 +143,7 @@ def _is_plain(conv: nn.Module) -> bool:
 
 
 class _Late(torch.autograd.Function):
-    """The parameters; its backward computes their gradients."""
+    """Returns the parameters; its backward pass computes their deferred gradients."""
 
     @staticmethod
     def forward(
@@ -153,16 +154,16 @@ class _Late(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dweight: Tensor | None, dbias: Tensor | None) -> tuple[Tensor | None, Tensor | None, None]:
-        """What was left, for which what comes here stands in; what comes here where nothing was."""
+        """Return the deferred gradients. The incoming ones are placeholders, unless nothing was deferred."""
         gradients = ctx.deferred.take()
         return *((dweight, dbias) if gradients is None else gradients()), None
 
 
 class _Convolve(torch.autograd.Function):
-    """A function of its first three arguments.
+    """A convolution, as a function of its first three arguments.
 
-    ``weight`` and ``bias`` are the late ones before ``_Late``: what second derivatives have to say of them must not
-    pass there, where the gradients that were left take the place of what comes.
+    ``weight`` and ``bias`` are the inputs of ``_Late``. Second derivatives use these, since gradients that pass through
+    ``_Late`` would be replaced by the deferred ones.
     """
 
     @staticmethod
@@ -183,7 +184,7 @@ class _Convolve(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        """The input's gradient; stand-ins for the others."""
+        """Return the input gradient, and placeholders for the others."""
         x, weight, bias = ctx.saved_tensors
         wants_x, wants_weight, wants_bias = ctx.needs_input_grad[:3]
 

@@ -1,4 +1,4 @@
-"""What a saved state belongs to, and whether it fits a conversion: asked before anything changes."""
+"""Check that a saved state fits a conversion, by version, recipe, layers and shapes, before it is loaded."""
 
 from __future__ import annotations
 
@@ -15,42 +15,46 @@ from distnorm.policies.stored import anything, fields, whole
 from distnorm.recipe import Recipe
 
 VERSION = 1
-"""Of the states that are written. Those of version 0 do not say their version, nor what they belong to."""
+"""The version of the states that are written. States of version 0 have neither a version nor recipe and layers."""
 
 Layers = Sequence[tuple[str, _BatchNorm]]
 
 
-def belonging(recipe: Recipe, layers: Layers) -> dict[str, Any]:
-    """What a state of ``layers`` under ``recipe`` says of itself."""
+def header(recipe: Recipe, layers: Layers) -> dict[str, Any]:
+    """Return the part of a state that identifies ``recipe`` and ``layers``."""
     named = [[name, layer.num_features] for name, layer in layers]
     return {"version": VERSION, "recipe": repr(recipe), "memory": _memory(recipe), "layers": named}
 
 
 # docs/decisions.md#state-is-checked-before-it-is-loaded
 def check(state: object, recipe: Recipe, layers: Layers) -> None:
-    """Whether ``state`` fits ``layers`` under ``recipe``. No collective.
+    """Raise unless ``state`` fits ``layers`` under ``recipe``. Issues no collective.
 
     Raises:
-        ValueError: it does not; the message says where they differ.
+        ValueError: the message says where they differ.
     """
     if not isinstance(state, dict):
-        raise ValueError(f"distnorm: no state of a conversion but a {type(state).__name__}; save with state_dict.")
+        raise ValueError(
+            f"distnorm: need the state of a conversion, as distnorm.state_dict returns it; got a "
+            f"{type(state).__name__}."
+        )
     version = state.get("version", 0)
     if type(version) is not int or not 0 <= version <= VERSION:
         raise ValueError(
-            f"distnorm: state of version {version!r} given; this distnorm reads 0 to {VERSION}: update it."
+            f"distnorm: the state given has version {version!r}; this release of distnorm reads versions 0 to "
+            f"{VERSION}. Update distnorm."
         )
     if version:
         _compare(state, recipe, layers)
     layout = layout_of(layers, recipe.method)
-    reducer = anything if layout.device.type == "meta" else recipe.policy.stores(layout)  # there, nothing has values
+    reducer = anything if layout.device.type == "meta" else recipe.policy.stores(layout)  # meta tensors have no values
     numbers = {"rank": whole, "world_size": whole, "step": whole}
     try:
         fields({**numbers, "reducer": reducer}, running=_running(layers), feeders=_feeders)("state", state)
     except ValueError as error:
         raise ValueError(
             f"distnorm: the state given does not fit {recipe} with layers {[name for name, _ in layers]}: {error}. "
-            "Load what this model and recipe wrote, or leave the state out to start cold."
+            "Load a state of this model and recipe, or omit the state to start cold."
         ) from None
 
 
@@ -60,21 +64,20 @@ def _memory(recipe: Recipe) -> str:
 
 
 def _compare(state: dict[str, Any], recipe: Recipe, layers: Layers) -> None:
-    mine = belonging(recipe, layers)
+    mine = header(recipe, layers)
     if not mine.keys() <= state.keys():
         raise ValueError(f"distnorm: the state given lacks {sorted(mine.keys() - state.keys())}.")
     if state["memory"] != mine["memory"]:
         raise ValueError(
-            f"distnorm: the state given is of recipe {state['recipe']}, the model was converted to {recipe}. What is "
-            "kept over steps goes on under the same method and policy, whose window and warm-up may differ. Convert "
-            "to that recipe, or leave the state out to start cold."
+            f"distnorm: the state given is of recipe {state['recipe']}, the model was converted to {recipe}. Only the "
+            "window and the warm-up of the two may differ. Convert to that recipe, or omit the state to start cold."
         )
     given = state["layers"] if isinstance(state["layers"], list) else [state["layers"]]
     for theirs, ours in zip_longest(given, mine["layers"]):
         if theirs != ours:
             raise ValueError(
                 f"distnorm: the state given has layer {theirs} where the model has {ours} (name and features, in the "
-                "order of conversion; None for no layer). Load the state of this model, or leave it out to start cold."
+                "order of conversion; None for no layer). Load the state of this model, or omit it to start cold."
             )
 
 

@@ -1,4 +1,4 @@
-"""Tracers meet converted layers: torch.fx records one node for each, as for torch's own, and torch.jit scripts them."""
+"""Converted layers under tracers: torch.fx records one node for each, as for torch's layers; torch.jit scripts them."""
 
 from __future__ import annotations
 
@@ -11,33 +11,33 @@ from torch.nn.modules.conv import _ConvNd
 
 
 def is_traced(value: object) -> bool:
-    """Whether ``value`` stands for one that a graph of torch.fx will hold."""
+    """Return whether ``value`` is a proxy of torch.fx."""
     return isinstance(value, Proxy)
 
 
 # docs/decisions.md#converted-layers-are-leaf-modules
 def leaf(module: nn.Module, proxy: Any) -> Any:
-    """The node that calls ``module`` with ``proxy``.
+    """Return a graph node that calls ``module`` with ``proxy``.
 
-    A tracer takes for leaves what ``torch.nn`` defines, and walks into all other modules.
+    A tracer makes such nodes only for modules that ``torch.nn`` defines, and traces into all others.
 
     Raises:
-        TypeError: ``module`` is not a part of the model that is traced, but all of it.
+        TypeError: ``module`` is the traced model itself.
     """
     path = cast(Any, proxy.tracer).path_of_module(module)
     if not path:
         raise TypeError(
-            f"torch.fx: {type(module).__name__} is one node of a graph; trace a model that has it, such as "
-            "torch.nn.Sequential(layer)."
+            f"torch.fx: {type(module).__name__} becomes one node of a graph, so it cannot be traced by itself; trace a "
+            "model that has it, such as torch.nn.Sequential(layer)."
         )
     return proxy.tracer.create_proxy("call_module", path, (proxy,), {})
 
 
 class ScriptedConv(_ConvNd):
-    """A convolution that torch's script of it takes for torch's own. Mixed in before torch's class."""
+    """A convolution that torch.jit scripts as torch's own. A mixin that precedes torch's class."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """As torch's convolution, or what the subclass makes of it."""
+        """Run the subclass's ``_forward``, or torch's convolution when scripted."""
         if torch.jit.is_scripting():
             scripted: Tensor = self._conv_forward(input, self.weight, self.bias)
             return scripted

@@ -1,9 +1,9 @@
-"""The weights axis: what happens to the convolutions and linear layers that feed a converted layer.
+"""The weights of the convolutions and linear layers that precede converted norms.
 
-``centralized``: W <- W - mean of W per output filter. It stands in for the centring that RMS lacks. Yan et al., ICLR
-2020 (CenConv2d in their code). Training computes with the centred weight, and gradients pass through the projection;
-after every step of an optimizer the parameter itself is centred, in place. So what a state_dict holds is what training
-computed with, for stock models too, and every alias of the parameter stays valid:
+``centralized``: W <- W - mean of W per output filter. It replaces the centring of activations, which RMS lacks. Yan et
+al., ICLR 2020 (CenConv2d in their code). Training computes with the centred weight, and gradients pass through the
+projection. After every optimizer step the parameter itself is centred, in place. So a state_dict holds the weights with
+which training computed, also for stock models, and aliases of the parameter stay valid:
 docs/decisions.md#centralized-weights-are-kept-in-the-parameters.
 """
 
@@ -26,44 +26,44 @@ from distnorm.layers.conversion import Conversion
 def centralize(
     module: nn.Module, norms: Iterable[nn.Module], conversion: Conversion, name: str, *, as_given: bool
 ) -> None:
-    """Give ``module``, which feeds ``norms``, a centred weight, by class swap: parameters and state_dict keys stay.
+    """Centralize the weight of ``module``, which precedes ``norms``, by class swap: state_dict keys do not change.
 
-    ``as_given`` says that running statistics belong to the weight as it is; evaluation then gives what the stock model
-    gave until training goes on.
+    ``as_given`` says that the running statistics were computed with the weight before centring. Evaluation then uses
+    that weight, as in the stock model, until training continues.
     """
     swap(module, TARGETS[underlying(module)])
-    # Not attributes set the usual way: norms must not become children of what feeds them.
+    # Through __dict__, so that norms do not become children of the module.
     module.__dict__.update(_norms=tuple(norms), _conversion=conversion, _name=name, as_given=as_given)
-    optimizer_hooks.note(module)
+    optimizer_hooks.register(module)
 
 
-def bake(model: nn.Module) -> None:
+def write_centred(model: nn.Module) -> None:
     """Write centred weights into the parameters."""
     for module in centralized(model):
-        if module.is_behind():
+        if module.is_pending():
             module.project()
 
 
 def release(module: nn.Module) -> None:
-    """Give a layer with a centred weight its original class back; the parameter stays as it is."""
+    """Restore the original class of a layer with a centralized weight; the parameter does not change."""
     for name in OURS:
         module.__dict__.pop(name, None)
     swap(module, ORIGINALS[underlying(module)])
-    optimizer_hooks.forget(module)
+    optimizer_hooks.unregister(module)
 
 
 def centralized(model: nn.Module) -> list[Any]:
-    """The layers of ``model`` with centred weights."""
+    """Return the layers of ``model`` with centralized weights."""
     return [module for module in model.modules() if isinstance(module, Centralized)]
 
 
 def project_with(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], None] | None:
-    """Leave out the projection of gradients for the weights that ``optimizer`` steps, if it is SGD; None if it is not.
+    """Omit the projection of gradients for the weights that ``optimizer`` steps, if it is SGD.
 
-    Projection P is linear, and so is SGD with momentum and weight decay: P (W - lr v) with v from plain gradients is
-    what v from projected ones gives. Returns what undoes it.
+    Returns a function that undoes this, or None if the optimizer is not SGD.
 
-    Clipping gradients by their norm sees the gradient before projection in this form, after it in the other.
+    Projection P is linear, and so is SGD with momentum and weight decay: P (W - lr v) is the same for v from plain
+    gradients and from projected ones. Only gradient clipping by norm differs: here it uses gradients before projection.
     """
     if type(optimizer) is not torch.optim.SGD:
         return None
@@ -79,26 +79,26 @@ def project_with(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable
     return undo
 
 
-def goes_on(model: nn.Module) -> None:
-    """Say that the weights of ``model`` come from training with centred ones, whatever an engine puts into them."""
+def mark_trained(model: nn.Module) -> None:
+    """Record that the weights of ``model`` were trained as centred ones, even if an optimizer steps flat copies."""
     for layer in centralized(model):
         layer.kept = layer.as_given = False
-    leave(model)
+    exclude(model)
 
 
-def leave(model: nn.Module) -> None:
-    """Leave alone what is known to feed other things than norms."""
+def exclude(model: nn.Module) -> None:
+    """Stop centring the weights of layers whose outputs are known to go to other modules than norms too."""
     for layer in centralized(model):
         layer.left = layer._name in layer._conversion.feeders.left
 
 
 def outputs_of(module: nn.Module) -> int:
-    """Channels or features that ``module`` returns."""
+    """Return the number of output channels or features of ``module``."""
     return int(getattr(module, "out_channels", 0) or getattr(module, "out_features", 0))
 
 
 def weights_per_filter(module: nn.Module) -> int:
-    """Of a convolution or linear layer; not from the weight, where ``deepspeed.zero.Init`` leaves an empty one."""
+    """Return the number of weights per filter, not from the weight itself, which ``deepspeed.zero.Init`` empties."""
     if isinstance(module, nn.Linear):
         return module.in_features
     assert isinstance(module, _ConvNd)

@@ -187,7 +187,7 @@ def test_ranks_that_run_out_of_data_under_join(pool: Pool, recipe: str, throw: b
         expect_everywhere(outcomes[1:], RuntimeError, "at least one rank that exhausted inputs")
     else:
         words = "throw_on_early_termination=True", "empty batches"
-        expect_everywhere(outcomes, RuntimeError, "first: Join(throw_on_early_termination=False) stands in", *words)
+        expect_everywhere(outcomes, RuntimeError, "first: Join(throw_on_early_termination=False) repeats", *words)
 
 
 def train_under_join(rank: int, recipe: str, throw: bool) -> None:

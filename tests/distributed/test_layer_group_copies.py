@@ -34,7 +34,7 @@ def test_a_pickled_copy_leaves_its_group_behind(way: Callable[[nn.Module], nn.Mo
         with pytest.raises(RuntimeError, match=r"its process group over ranks \[\d, \d\] cannot travel"):
             other.train()(batch(rank))
         distnorm.revert(other)
-        with pytest.raises(ValueError, match=r"0: SyncBatchNorm: its process group over ranks .* lost in a pickle"):
+        with pytest.raises(ValueError, match=r"0: SyncBatchNorm: its process group over ranks .* cannot be pickled"):
             distnorm.convert(other, "sync_bn")
         other[0].process_group = None
         distnorm.attach(distnorm.convert(other, "sync_bn"))

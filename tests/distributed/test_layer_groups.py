@@ -195,12 +195,14 @@ def test_another_group_than_the_recipes_or_the_meshs_is_refused() -> None:
         named = Recipe(method=BatchNorm(), policy=AllReduce(process_group=across))
         model = nn.Sequential(nn.BatchNorm1d(4), layer(pair)).double()
         before = [type(each) for each in model]
-        with pytest.raises(ValueError, match=rf"^1: the layer shares .* \[{mine[0]}, {mine[1]}\], the recipe .*among"):
+        with pytest.raises(
+            ValueError, match=rf"^1: the layer's process_group .* \[{mine[0]}, {mine[1]}\], but the recipe .* ranks"
+        ):
             distnorm.convert(model, named)
         mesh = dist.device_mesh.DeviceMesh(
             "cpu", torch.tensor([[0, 2], [1, 3]]), mesh_dim_names=("pp", "dp"), _init_backend=False
         )
-        with pytest.raises(ValueError, match=r"^1: the layer shares .* the mesh .*among ranks"):
+        with pytest.raises(ValueError, match=r"^1: the layer's process_group .* the mesh .* has ranks"):
             distnorm.convert(model, "sync_bn", mesh=mesh)
         assert [type(each) for each in model] == before and model[1].process_group is pair
         same_ranks = Recipe(method=BatchNorm(), policy=AllReduce(process_group=own(rank, PAIRS)))

@@ -16,7 +16,7 @@ TOP = Path(__file__).parents[2]
 CONFIGS = TOP / "launch" / "accelerate"
 CPU = "distributed_type: MULTI_CPU\nuse_cpu: true\nnum_processes: 2\n"
 OURS = "distnorm_config: {recipe: group_bn, options: {size: 1}, where: a.*}\n"
-DROPPED = "starts 2 CPU processes by torchrun with ACCELERATE_USE_CPU=true"
+DROPPED = "starts 2 CPU processes with torchrun and ACCELERATE_USE_CPU=true"
 
 
 def isolated(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:

@@ -112,7 +112,7 @@ def test_a_fresh_job_resumes_bit_for_bit(trained: list[dict[str, Any]], resumed:
 def test_a_checkpoint_of_a_larger_job_starts_warm_from_rank_0(resumed: list[dict[str, Any]]) -> None:
     for number, rank in enumerate(resumed):
         assert rank["larger"]["steps"] == [8]
-        assert rank["larger"]["lines"][0].startswith(f"distnorm: rank {number} of 2 goes on from ")
+        assert rank["larger"]["lines"][0].startswith(f"distnorm: rank {number} of 2 resumes from ")
         assert rank["larger"]["lines"][0].endswith("distnorm_state_0.pt, of a job of 4 ranks: windows start warm")
 
 

@@ -126,15 +126,21 @@ def test_flags_change_what_they_name(config: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--recipe", "sink_bn"], "recipe 'sink_bn' (did you mean 'sync_bn'?); there are local_bn, sync_bn, group_bn"),
-        (["--recipe", "group_bn", "--option", "sizes=4"], "option 'sizes' (did you mean 'size'?); it takes size, axis"),
-        (["--recipe", "group_bn", "--option", "size"], "option 'size': write key=value, such as size=4"),
-        (["--recipe", "group_bn", "--option", "size=[4"], "'[4' is no value that YAML can hold"),
+        (
+            ["--recipe", "sink_bn"],
+            "recipe 'sink_bn' (did you mean 'sync_bn'?); allowed are local_bn, sync_bn, group_bn",
+        ),
+        (
+            ["--recipe", "group_bn", "--option", "sizes=4"],
+            "option 'sizes' (did you mean 'size'?); its options are size, axis",
+        ),
+        (["--recipe", "group_bn", "--option", "size"], "option 'size': need key=value, such as size=4"),
+        (["--recipe", "group_bn", "--option", "size=[4"], "'[4' is not a value in YAML"),
         (["--recipe", "periodic_bn", "--option", "every=0"], "every"),
         (["--transport", "nccl"], 'transport must be "torch" or "mpi" or "shm" or "sockets" or "gloo"'),
         (["--remove"], "has no section distnorm_config"),
-        (["--remove", "--ledger"], "drop ledger"),
-        ([], "has no section distnorm_config; write one by --recipe"),
+        (["--remove", "--ledger"], "do not give ledger"),
+        ([], "has no section distnorm_config; write one with --recipe"),
     ],
 )
 def test_what_is_not_allowed_is_not_written(
@@ -151,15 +157,15 @@ def test_what_is_not_allowed_is_not_written(
     [
         ("a: 1\nb: [1,\nc: 2\n", "cfg.yaml, line 4: expected ',' or ']'"),
         ("a: 1\n\tb: 2\n", "cfg.yaml, line 2: found character"),
-        ("- 1\n", "cfg.yaml: expected a mapping"),
-        ("", "cfg.yaml: expected a mapping"),
+        ("- 1\n", "cfg.yaml: need a mapping"),
+        ("", "cfg.yaml: need a mapping"),
         ("distnorm_cfg: {}\n", "cfg.yaml: unknown key 'distnorm_cfg' (did you mean 'distnorm_config'?)"),
         (
             "distnorm_config: {recip: mabn}\n",
             "cfg.yaml, section distnorm_config: unknown key 'recip' (did you mean",
         ),
         ("distnorm_config: {recip: mabn}\n", "allowed are recipe, options, where, fuse, ledger, transport"),
-        ("distnorm_config:\n", "cfg.yaml, section distnorm_config: expected a mapping"),
+        ("distnorm_config:\n", "cfg.yaml, section distnorm_config: need a mapping"),
         ("distnorm_config: {ledger: 3}\n", "cfg.yaml, section distnorm_config: ledger must be true or false; got 3"),
     ],
 )
@@ -172,7 +178,7 @@ def test_a_wrong_file_is_named(config: Path, text: str, message: str, capsys: py
 def test_a_section_that_is_no_mapping_stays(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config.write_text("distnorm_config: sync_bn\n")
     assert run(config, "--recipe", "mabn") == 2
-    assert "expected a mapping with keys out of recipe" in capsys.readouterr().err
+    assert "need a mapping; allowed keys are recipe" in capsys.readouterr().err
     assert config.read_text() == "distnorm_config: sync_bn\n"
 
 
@@ -198,7 +204,7 @@ def test_a_layout_without_room(config: Path, capsys: pytest.CaptureFixture[str])
 def test_a_missing_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(tmp_path / "gone.yaml", *FLAGS) == 2
     err = capsys.readouterr().err
-    assert "gone.yaml is no file" in err and "accelerate config --config_file" in err
+    assert "gone.yaml is not a file" in err and "accelerate config --config_file" in err
 
 
 def test_the_default_file_is_that_of_accelerate(
@@ -209,7 +215,7 @@ def test_the_default_file_is_that_of_accelerate(
     path = tmp_path / "default_config.yaml"
     monkeypatch.setattr(config, "default_config_file", str(path))
     assert cli.main(["config", "--recipe", "mabn"]) == 2
-    assert f"{path} is not there yet: `accelerate config` creates it" in capsys.readouterr().err
+    assert f"{path} does not exist: `accelerate config` creates it" in capsys.readouterr().err
     path.write_text(PLAIN)
     assert cli.main(["config", "--recipe", "mabn"]) == 0
     assert yaml.safe_load(path.read_text())["distnorm_config"] == {"recipe": "mabn"}
@@ -262,7 +268,7 @@ def test_answers_that_end_write_nothing(
 ) -> None:
     monkeypatch.setattr(sys, "stdin", Terminal("mabn\n"))
     assert run(config) == 2
-    assert "the answers ended; nothing was written" in capsys.readouterr().err
+    assert "before all questions were answered; nothing was written" in capsys.readouterr().err
     assert config.read_text() == PLAIN
 
 

@@ -94,7 +94,7 @@ def test_a_pipeline_is_refused() -> None:
 
 
 def test_enable_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match=r"enable\(size\) needs a recipe"):
+    with pytest.raises(ValueError, match=r"enable\(size\): need a recipe"):
         enable(size=2)
     with pytest.raises(ValueError, match="unknown recipe 'sinc_bn'"):
         enable("sinc_bn")

@@ -131,7 +131,7 @@ def test_bad_settings_exit_with_2(
 
 def test_a_missing_config_file(capsys: pytest.CaptureFixture[str]) -> None:
     assert launch.main(["--config_file", "gone.yaml", "train.py"]) == 2
-    assert "gone.yaml is no file. `accelerate config --config_file gone.yaml` creates one" in capsys.readouterr().err
+    assert "gone.yaml is not a file. `accelerate config --config_file gone.yaml` creates one" in capsys.readouterr().err
 
 
 def test_errors_of_accelerate_name_the_users_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -130,8 +130,8 @@ def test_flags_come_before_the_environment_and_that_before_the_config(
         (["--transport", "smoke", __file__], 'transport must be "torch" or "mpi" or "shm" or "sockets" or "gloo"'),
         (["--recip", "mabn", __file__], "unrecognized arguments: --recip"),
         (["--recipe"], "expected one argument"),
-        (["-m"], "name the script to run"),
-        ([], "name the script to run"),
+        (["-m"], "need a script to run"),
+        ([], "need a script to run"),
         (["nowhere.py"], "can't open file"),
     ],
 )

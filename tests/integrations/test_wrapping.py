@@ -74,7 +74,7 @@ def test_what_was_fused_is_said(world: None, capsys: pytest.CaptureFixture[str])
     DistributedDataParallel(nn.Sequential(*layers))
     job._report()
     said = capsys.readouterr().err
-    assert said == "distnorm.run: Sequential: 2 layers converted to local_bn, 1 of them fused with what follows\n"
+    assert said == "distnorm.run: Sequential: 2 layers converted to local_bn, 1 of them fused with their epilogues\n"
 
 
 def test_a_model_without_batch_norm_is_named_once(world: None, capsys: pytest.CaptureFixture[str]) -> None:

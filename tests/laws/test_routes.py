@@ -149,7 +149,7 @@ def test_a_warm_up_among_other_ranks_is_refused_on_every_rank(policy: Policy) ->
 
     for outcome in run_threads_all(4, run, timeout=10.0):
         assert isinstance(outcome, ValueError), outcome
-        assert "go on from what the warm-up shared" in str(outcome) and "among the same ranks" in str(outcome)
+        assert "continue those of the warm-up" in str(outcome) and "among the same ranks" in str(outcome)
 
 
 @pytest.mark.parametrize("name", sorted(set(MISMATCHED) - {"blocks across"}))  # blocks of two need two ranks

@@ -190,5 +190,5 @@ def test_stats_fill_up_and_pass_through_warm_up_and_chains():
 
 def test_exact_policies_have_nothing_to_report():
     assert _stats(0, AllReduce(), 2)[:2] == ({}, {})
-    with pytest.raises(ValueError, match="no layer that distnorm converted"):
+    with pytest.raises(ValueError, match="no converted layer"):
         distnorm.stats(nn.Linear(2, 2))
