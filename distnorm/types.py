@@ -159,7 +159,7 @@ class Affine(NamedTuple):
     updates: Tensor | None = None
 
 
-class Tail(NamedTuple):
+class Epilogue(NamedTuple):
     """Epilogue of a norm, computed in the same pass: ``relu(norm(x) + residual)``, or only one of the two operations.
 
     ``residual_NCL`` has the shape, dtype and device of x.

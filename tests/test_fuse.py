@@ -26,8 +26,8 @@ def made(kind: type[nn.Module], *, fuse: bool, dtype: torch.dtype = torch.float6
     return distnorm.convert(kind().to(dtype), "sync_bn", fuse=fuse)
 
 
-def tails(model: nn.Module) -> dict[str, str]:
-    return {name: each.tail for name, each in model.named_modules() if isinstance(each, DistNorm) and each.tail}
+def epilogues(model: nn.Module) -> dict[str, str]:
+    return {name: each.epilogue for name, each in model.named_modules() if isinstance(each, DistNorm) and each.epilogue}
 
 
 def trained(model: nn.Module, *, steps: int = 2, seed: int = 0) -> list[Tensor]:
@@ -53,9 +53,9 @@ def same(one: list[Tensor], two: list[Tensor], tolerance: float = 1e-11) -> None
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-11), (torch.float32, 2e-5)], ids=str)
 def test_what_is_found_gives_equal_values(kind: type[nn.Module], dtype: torch.dtype, tolerance: float) -> None:
     fused, plain = (made(kind, fuse=fuse, dtype=dtype) for fuse in (True, False))
-    assert tails(fused) == FOUND[kind]
+    assert epilogues(fused) == FOUND[kind]
     same(trained(fused), trained(plain), tolerance)
-    assert not tails(plain)
+    assert not epilogues(plain)
 
 
 def test_norms_are_asked_for_their_tails(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,7 +79,7 @@ def test_norms_are_asked_for_their_tails(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_what_could_be_seen_is_left_alone(kind: type[nn.Module]) -> None:
     with pytest.warns(UserWarning, match=rf"{kind.__name__}, no readable code passes the output"):
         fused = made(kind, fuse=True)
-    assert not tails(fused)
+    assert not epilogues(fused)
     assert not any(isinstance(each, Fused) for each in fused.modules())
     same(trained(fused), trained(made(kind, fuse=False)))
 
@@ -153,11 +153,11 @@ def test_copies_and_pickles_are_fused_and_revert_leaves_nothing() -> None:
     expected = trained(made(Torchvision, fuse=False))
     for each in copies:
         assert isinstance(each, Fused) and type(each) is type(model)
-        assert tails(each) == FOUND[Torchvision]
+        assert epilogues(each) == FOUND[Torchvision]
         same(trained(each), expected)
     distnorm.revert(model)
     assert type(model) is Torchvision and type(model.a) is nn.BatchNorm2d
-    assert "tail" not in vars(model.a)
+    assert "epilogue" not in vars(model.a)
     assert repr(model) == repr(Torchvision())
 
 
@@ -181,7 +181,7 @@ def test_a_norm_with_a_forward_of_its_own_is_left_alone() -> None:
     model = Torchvision()
     model.a = Special(4)
     distnorm.convert(model, "local_bn", fuse=True)
-    assert tails(model) == {"b": "residual, relu"}
+    assert epilogues(model) == {"b": "residual, relu"}
     assert model(torch.randn(2, 4, 3, 3)).shape == (2, 4, 3, 3)
 
 

@@ -21,7 +21,7 @@ import distnorm
 from distnorm.fusion.fused_classes import Fused
 from distnorm.layers.module import DistNorm
 from tests.blocks import Helper, Named, Returned, Sequence, Torchvision
-from tests.test_fuse import made, same, tails, trained
+from tests.test_fuse import epilogues, made, same, trained
 
 X = torch.randn(3, 4, 6, 5, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
 
@@ -118,7 +118,7 @@ def test_a_deep_copy_is_fused_and_reverts(
     model = made(kind, fuse=True)
     expected = trained(made(kind, fuse=False))
     other = way(model)
-    assert type(other) is type(model) is not kind and isinstance(other, kind) and tails(other) == tails(model)
+    assert type(other) is type(model) is not kind and isinstance(other, kind) and epilogues(other) == epilogues(model)
     asked.clear()
     same(trained(other), expected)
     assert any(asked) and not registered

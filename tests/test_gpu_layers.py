@@ -22,7 +22,7 @@ from distnorm.compat import dispatch_state
 from distnorm.kernels.gpu import apply, combine, cosums, gpu_pass, moments
 from distnorm.methods import RMS
 from distnorm.policies import Moving, Policy, StaleMix
-from distnorm.types import Affine, Landed, Running, Tail
+from distnorm.types import Affine, Epilogue, Landed, Running
 from tests.support.gpu import CUTS, DEVICES, cut_small, run_on, skip_without
 from tests.support.interpreter import INTERPRETED
 from tests.training import batches, same, train
@@ -138,7 +138,7 @@ def test_the_correction_of_rms_begins_on_the_device(device: str, updates: int) -
     dy = torch.linspace(-1, 1, y.numel(), device=device).view_as(y)
     expected = torch.autograd.grad(y, [x, weight, bias], dy)
     with torch.no_grad():
-        ours = kernels.normalize(x, kernels.sums(x), weight, bias, Tail(), None)
+        ours = kernels.normalize(x, kernels.sums(x), weight, bias, Epilogue(), None)
         cotangents, dweight, dbias, _ = kernels.pull(dy, x, None, weight)
         dx = kernels.combine(dy, x, cotangents)
     for value, wanted in zip([ours, dx, dweight, dbias], [y, *expected], strict=True):
@@ -148,20 +148,20 @@ def test_the_correction_of_rms_begins_on_the_device(device: str, updates: int) -
 # --- launches ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("tail", ["", "relu", "residual, relu"])
+@pytest.mark.parametrize("epilogue", ["", "relu", "residual, relu"])
 def test_launches_of_a_layer(
-    device: str, cut: str, launches: list[str], tail: str, monkeypatch: pytest.MonkeyPatch
+    device: str, cut: str, launches: list[str], epilogue: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By construction at most 3 and 3, beside the collectives; nothing of ATen's but memory and views."""
     monkeypatch.setattr(dispatch_state, "watched", lambda: False)  # the layer runs as if nobody looked on
     layer = distnorm.convert(nn.BatchNorm2d(2), "sync_bn").to(device)
     x, residual = (torch.randn(4, 2, 6, 6, device=device, requires_grad=True) for _ in range(2))
-    added = residual if "residual" in tail else None
+    added = residual if "residual" in epilogue else None
     layer(x).backward(torch.randn_like(x))  # binds
     dy = torch.randn_like(x)
     launches.clear()
     with Seen() as forward:
-        y = layer(x, added, relu="relu" in tail)
+        y = layer(x, added, relu="relu" in epilogue)
     split = cut == "cut"
     assert launches == ["sums_kernel", *["merge_kernel"] * split, "apply_kernel"]
     assert forward.names == ["gpu_moments", "gpu_apply"]

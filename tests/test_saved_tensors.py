@@ -68,7 +68,7 @@ LAYOUTS = [torch.contiguous_format, torch.channels_last]
 
 
 def _gradients(layer: nn.Module, x: Tensor, *, residual: Tensor | None = None, relu: bool = False) -> list[Tensor]:
-    """Of a stock layer in float64, or of a converted one with its tail."""
+    """Of a stock layer in float64, or of a converted one with its epilogue."""
     if isinstance(layer, distnorm.DistNorm):
         y = layer(x, residual, relu=relu) if relu or residual is not None else layer(x)
     else:
@@ -97,16 +97,16 @@ def _input(memory_format: torch.memory_format) -> Tensor:
 
 @pytest.mark.parametrize("memory_format", LAYOUTS, ids=["contiguous input", "channels-last input"])
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-@pytest.mark.parametrize("tail", ["", "relu", "residual", "residual, relu"])
+@pytest.mark.parametrize("epilogue", ["", "relu", "residual", "residual, relu"])
 @pytest.mark.parametrize("shares", [False, True], ids=["alone", "shares"])
 def test_gradients_are_those_of_the_values(
-    shares: bool, tail: str, change: Change, memory_format: torch.memory_format
+    shares: bool, epilogue: str, change: Change, memory_format: torch.memory_format
 ) -> None:
     recipe = Recipe(method=BatchNorm(), policy=AllReduce() if shares else Local())
     stock, mine = _layers(recipe)
     x = _input(memory_format)
-    residual = torch.linspace(-3, 3, x.numel()).view_as(x).requires_grad_() if "residual" in tail else None
-    options = {"residual": residual, "relu": "relu" in tail}
+    residual = torch.linspace(-3, 3, x.numel()).view_as(x).requires_grad_() if "residual" in epilogue else None
+    options = {"residual": residual, "relu": "relu" in epilogue}
     wide = {**options, "residual": None if residual is None else residual.detach().double().requires_grad_()}
     expected = _gradients(stock, x.detach().double().requires_grad_(), **wide)
 

@@ -5,9 +5,9 @@ cotangents, C-sized arithmetic, one loop that combines. ``passes`` does all that
 ``create_graph=True`` the plain path runs instead, as a repetition of the forward: it is differentiable to any order and
 issues no second collective forward.
 
-A layer may have a tail: ``relu(y + residual)`` of the same Function, for the bytes that it saves.
+A layer may have a epilogue: ``relu(y + residual)`` of the same Function, for the bytes that it saves.
 
-Shapes: x_NCL, y_NCL, their gradients dx_NCL, dy_NCL, and dz_NCL before the tail; weight_C, bias_C.
+Shapes: x_NCL, y_NCL, their gradients dx_NCL, dy_NCL, and dz_NCL before the epilogue; weight_C, bias_C.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from distnorm.kernels import gpu
 from distnorm.kernels.absorbing import absorb_shared
 from distnorm.kernels.passes import new_pass
 from distnorm.methods import ChannelAffine
-from distnorm.types import Affine, Running, Tail
+from distnorm.types import Affine, Epilogue, Running
 
-NO_TAIL = Tail()
+NO_EPILOGUE = Epilogue()
 _Call = tuple[ChannelAffine, Exchange, Affine, Left[Tensor] | None, Running | None, bool]
 """Method, share, affine, what ``_Wait`` waits for, running statistics, and whether a relu follows."""
 
@@ -50,9 +50,9 @@ def normalize(
     affine: Affine,
     between: Callable[[], None] | None = None,
     running: Running | None = None,
-    tail: Tail = NO_TAIL,
+    epilogue: Epilogue = NO_EPILOGUE,
 ) -> Tensor:
-    """As ``method.normalize``, and then the ``tail``: same values to rounding, same collectives.
+    """As ``method.normalize``, and then the ``epilogue``: same values to rounding, same collectives.
 
     If given, ``running`` statistics absorb what landed.
 
@@ -60,7 +60,7 @@ def normalize(
     nodes newest first, so they come after the node that sends them, and before the one that waits.
     """
     weight_C, bias_C, *_ = affine
-    residual_NCL, relu = tail
+    residual_NCL, relu = epilogue
     if between is None:
         call: _Call = method, share, affine, None, running, relu
         y_NCL: Tensor = _apply(x_NCL, weight_C, bias_C, residual_NCL, None, call)
@@ -111,10 +111,10 @@ class _Normalize(torch.autograd.Function):
         kernels = ctx.kernels = new_pass(method, x_NCL, ctx.affine)
         enough = x_NCL.numel() > x_NCL.shape[1]
         shared = share.gather(kernels.sums(x_NCL), held=ctx.needs_input_grad[0], enough=enough)
-        tail = Tail(residual_NCL, relu) if relu or residual_NCL is not None else NO_TAIL
+        epilogue = Epilogue(residual_NCL, relu) if relu or residual_NCL is not None else NO_EPILOGUE
         landed = running if running is not None and share.lands() else None
         by_the_way = landed is not None and kernels.absorbs(landed)
-        y_NCL = kernels.normalize(x_NCL, shared, weight_C, bias_C, tail, landed if by_the_way else None)
+        y_NCL = kernels.normalize(x_NCL, shared, weight_C, bias_C, epilogue, landed if by_the_way else None)
         if landed is not None and not by_the_way:
             absorb_shared(method, shared, landed, x_NCL.shape[1])
         ctx.save_for_backward(x_NCL, weight_C, bias_C, y_NCL if relu else None)

@@ -33,7 +33,7 @@ def fuse(model: nn.Module) -> int:
         if any(isinstance(child, DistNorm) for child in module.children()):
             _install(module)
     norms = {name: layer for name, layer in model.named_modules() if isinstance(layer, DistNorm)}
-    fused = [f"{name} ({layer.tail})" for name, layer in norms.items() if layer.tail]
+    fused = [f"{name} ({layer.epilogue})" for name, layer in norms.items() if layer.epilogue]
     logger.info("distnorm: %d of %d norms are fused with their epilogues: %s", len(fused), len(norms), ", ".join(fused))
     return len(fused)
 
@@ -44,7 +44,7 @@ def release(model: nn.Module) -> None:
         if isinstance(module, Fused):
             swap(module, underlying(module).__bases__[-1])
         if isinstance(module, DistNorm):
-            vars(module).pop("tail", None)
+            vars(module).pop("epilogue", None)
 
 
 def _install(module: nn.Module) -> None:
@@ -58,7 +58,7 @@ def _install(module: nn.Module) -> None:
         for norm, epilogue in epilogues.items():
             child = module._modules[norm]
             assert isinstance(child, DistNorm)
-            child.tail = epilogue
+            child.epilogue = epilogue
 
 
 _Fusions = list[tuple[str, Attributes, dict[str, str]]]

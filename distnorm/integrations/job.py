@@ -86,7 +86,7 @@ class Job:
         """Record the converted ``model``; if ``follow``, let its optimizers end steps."""
         self._rank = dist.get_rank() if dist.is_initialized() else self._rank
         conversions = conversions_of(model)  # several if layers have process groups
-        has_epilogue = [layer.tail != "" for layer in model.modules() if isinstance(layer, DistNorm)]
+        has_epilogue = [layer.epilogue != "" for layer in model.modules() if isinstance(layer, DistNorm)]
         fused = f", {sum(has_epilogue)} of them fused with their epilogues" if self.settings.fuse else ""
         recipe = conversions[0].recipe.name or str(conversions[0].recipe)
         text = f"{type(model).__name__}: {len(has_epilogue)} layers converted to {recipe}{fused}"

@@ -1,7 +1,7 @@
 """One forward and backward of one layer in C: dense float32 on a CPU, by a method that ``arithmetic.c`` knows.
 
 Small layers cost what Python costs, so every pass is one call, by addresses. Shapes: x_NCL, y_NCL, their gradients
-dx_NCL, dy_NCL, and dz_NCL, which is dy_NCL before the tail; weight_C, bias_C; shared and cotangents float64,
+dx_NCL, dy_NCL, and dz_NCL, which is dy_NCL before the epilogue; weight_C, bias_C; shared and cotangents float64,
 ``[K C + 1]`` with the count and ``[K C]``, of the formula's K kinds.
 """
 
@@ -17,7 +17,7 @@ from distnorm.compat.at_once import Call
 from distnorm.kernels.arithmetic import FORMULAS, Formula, plain
 from distnorm.kernels.cpu import Loops, loops
 from distnorm.kernels.native import library
-from distnorm.types import Running, Tail
+from distnorm.types import Epilogue, Running
 
 HEAD = 8  # doubles
 
@@ -59,12 +59,12 @@ class DensePass:
         shared: Tensor,
         weight_C: Tensor | None,
         bias_C: Tensor | None,
-        tail: Tail,
+        epilogue: Epilogue,
         running: Running | None,
     ) -> Tensor:
         """The output, by ``shared`` sums and their count; ``running`` statistics absorb these, if given."""
         formula, y_NCL = self._formula, torch.empty_like(x_NCL)
-        residual_NCL, relu = tail
+        residual_NCL, relu = epilogue
         # Without a residual, the output's sign is known from x.
         self._signs_known = relu and residual_NCL is None
         residual_NCL = None if residual_NCL is None else self._laid_out(residual_NCL)

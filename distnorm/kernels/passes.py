@@ -13,7 +13,7 @@ from torch import Tensor
 from distnorm.kernels import cpu, gradients
 from distnorm.kernels.arithmetic import RAW_MOMENTS, PerChannel
 from distnorm.kernels.dense import dense_pass
-from distnorm.types import Affine, Running, Tail
+from distnorm.types import Affine, Epilogue, Running
 
 
 class Pass(Protocol):
@@ -33,7 +33,7 @@ class Pass(Protocol):
         shared: Tensor,
         weight_C: Tensor | None,
         bias_C: Tensor | None,
-        tail: Tail,
+        epilogue: Epilogue,
         running: Running | None,
     ) -> Tensor:
         """The output, by ``shared`` sums and their count; ``running`` statistics absorb these, if given."""
@@ -76,7 +76,7 @@ class FormulaPass:
         shared: Tensor,
         weight_C: Tensor | None,
         bias_C: Tensor | None,
-        tail: Tail,
+        epilogue: Epilogue,
         running: Running | None,
     ) -> Tensor:
         """The output, by ``shared`` sums and their count."""
@@ -89,14 +89,14 @@ class FormulaPass:
         self._scale_C = scale_C.to(self._pivot_C.dtype)
         into_NCL, self._spare_NCL = self._spare_NCL, None
         y_NCL = cpu.apply(x_NCL, self._pivot_C, self._scale_C, shift_C, into=into_NCL)
-        if tail.residual_NCL is not None:
-            y_NCL.add_(tail.residual_NCL)
-        return y_NCL.relu_() if tail.relu else y_NCL
+        if epilogue.residual_NCL is not None:
+            y_NCL.add_(epilogue.residual_NCL)
+        return y_NCL.relu_() if epilogue.relu else y_NCL
 
     def pull(
         self, dy_NCL: Tensor, x_NCL: Tensor, y_NCL: Tensor | None, weight_C: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
-        """Cotangents of what was shared, gradients of weight and bias, and the gradient before the tail."""
+        """Cotangents of what was shared, gradients of weight and bias, and the gradient before the epilogue."""
         dz_NCL = dy_NCL if y_NCL is None else torch.ops.aten.threshold_backward(dy_NCL, y_NCL, 0)
         shift_grad_C, scale_grad_C = cpu.cosums(dz_NCL, x_NCL, self._pivot_C).unbind()
         scale_grad_C = torch.addcmul(scale_grad_C, self._pivot_C.double(), shift_grad_C)

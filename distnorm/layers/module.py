@@ -31,7 +31,7 @@ from distnorm.methods.base import compute_dtype
 from distnorm.policies import Local
 from distnorm.recipe import Recipe
 from distnorm.transport import LostGroup
-from distnorm.types import Affine, Running, Tail
+from distnorm.types import Affine, Epilogue, Running
 
 
 class DistNorm(_BatchNorm):
@@ -48,7 +48,7 @@ class DistNorm(_BatchNorm):
 
     _site: Site
 
-    tail: str = ""
+    epilogue: str = ""
     """What ``convert(..., fuse=True)`` found that this layer does as well: "relu", "residual" or "residual, relu"."""
 
     @property
@@ -57,7 +57,7 @@ class DistNorm(_BatchNorm):
         return self._site.conversion.recipe
 
     # What torch.jit.script shall not read; it compiles ``forward`` as far as ``is_scripting`` tells it to.
-    __jit_ignored_attributes__ = ("_site", "tail")
+    __jit_ignored_attributes__ = ("_site", "epilogue")
     __jit_unused_properties__ = ["recipe", "_place"]  # noqa: RUF012
     __constants__ = [*_BatchNorm.__constants__, "_place"]  # noqa: RUF012
 
@@ -67,7 +67,7 @@ class DistNorm(_BatchNorm):
         return self._site.name
 
     def forward(self, input: Tensor, residual: Tensor | None = None, relu: bool = False, widen: bool = True) -> Tensor:
-        """``relu(norm(input) + residual)``, with what is asked for of the tail.
+        """``relu(norm(input) + residual)``, with what is asked for of the epilogue.
 
         In training the kernels form it in the same passes over memory, and its gradients too, if ``residual`` has the
         shape, dtype and device of ``input``. Otherwise it is added as ``+`` does, which may give a wider dtype, or
@@ -96,9 +96,9 @@ class DistNorm(_BatchNorm):
         if method is None or not normalize.suits(method, input):
             return _finish(self._train_plainly(input, affine, tracked, plain), residual, relu, widen)
         fits = residual is None or _fits(residual, input)
-        tail = Tail(residual, relu) if fits else normalize.NO_TAIL
+        epilogue = Epilogue(residual, relu) if fits else normalize.NO_EPILOGUE
         between = overlap.arrangement(self, input) if site.conversion.recipe.overlap else None
-        y = normalize.normalize(method, input, self._exchange(input, True), affine, between, tracked, tail)
+        y = normalize.normalize(method, input, self._exchange(input, True), affine, between, tracked, epilogue)
         return y if fits else _finish(y, residual, relu, widen)
 
     def _train_plainly(self, input: Tensor, affine: Affine, running: Running | None, plain: bool) -> Tensor:
@@ -132,8 +132,8 @@ class DistNorm(_BatchNorm):
 
     def extra_repr(self) -> str:
         """As torch's, and the recipe."""
-        tail = f", fused with {self.tail}" if self.tail else ""
-        return f"{super().extra_repr()}, {self.recipe.name or self.recipe}{tail}"
+        epilogue = f", fused with {self.epilogue}" if self.epilogue else ""
+        return f"{super().extra_repr()}, {self.recipe.name or self.recipe}{epilogue}"
 
     def train(self, mode: bool = True) -> DistNorm:
         """Switch between training and evaluation; reports what a GPU could not report in time."""
@@ -248,7 +248,7 @@ def _fits(residual: Tensor, x_NCL: Tensor) -> bool:
 
 
 def _finish(y_NCL: Tensor, residual: Tensor | None, relu: bool, widen: bool) -> Tensor:
-    """A tail by itself."""
+    """A epilogue by itself."""
     if residual is not None:
         y_NCL = y_NCL + residual if widen else y_NCL.add_(residual)
     return y_NCL.relu() if relu else y_NCL

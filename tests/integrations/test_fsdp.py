@@ -53,7 +53,7 @@ def train_exact(rank: int, when: str, parts: str, recompute: bool) -> dict[str, 
     shard(model, parts)
     if when == "after":
         distnorm.convert(model, "sync_bn", fuse=fuse)
-    assert model.stem[1].tail == ("relu" if fuse else "")
+    assert model.stem[1].epilogue == ("relu" if fuse else "")
     assert isinstance(model.stem[1], DistBatchNorm2d) and isinstance(model.stem[1].weight, DTensor)
     train(model, range(4), 2, rank)
     return whole(model)

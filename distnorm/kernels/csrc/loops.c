@@ -3,7 +3,7 @@
    planes: images [N, C, L], contiguous.    rows: [R, C] with R = N * L, channels last.
    Sums are float64. Within a block that fits the first-level cache they are float32, about the block's own mean.
    cosums are float32 within a block of the same size.
-   A norm may have a tail, relu(norm(x) + residual): then apply has it, too, and sums and combine see the gradient before
+   A norm may have a epilogue, relu(norm(x) + residual): then apply has it, too, and sums and combine see the gradient before
    it, which is dy where the output was positive, or NaN. */
 
 #include "kernels.h"
@@ -80,7 +80,7 @@ static void uncentre(double *sum, double *square, double count, double centre, d
     *square += two + centre * (2 * one + count * centre);
 }
 
-/* The output before the tail; everywhere the same expression, so that it is rounded alike. */
+/* The output before the epilogue; everywhere the same expression, so that it is rounded alike. */
 static inline float normed(float x, float centre, float factor, float term) { return (x - centre) * factor + term; }
 
 static inline float tailed(float value, const float *residual, index_t i, int relu)
@@ -89,8 +89,8 @@ static inline float tailed(float value, const float *residual, index_t i, int re
     return relu && value < 0 ? 0 : value; /* NaN stays NaN */
 }
 
-/* A layer's backward pass: the gradient, its tail, and what the norm did to a channel.
-   Tails: none, if scale and y are NULL; relu, if scale and shift are given; relu with a residual, if the output y is, and
+/* A layer's backward pass: the gradient, its epilogue, and what the norm did to a channel.
+   Epilogues: none, if scale and y are NULL; relu, if scale and shift are given; relu with a residual, if the output y is, and
    dz for the gradient before it. */
 typedef struct {
     const float *dy, *y;
@@ -161,7 +161,7 @@ void plane_sums(const float *dy, const float *x, const float *y, float *dz, floa
     }
 }
 
-/* y = relu((x - pivot) * scale + shift + residual), with what there is of the tail */
+/* y = relu((x - pivot) * scale + shift + residual), with what there is of the epilogue */
 void plane_apply(const float *x, const float *residual, float *y, const float *pivot, const float *scale,
                  const float *shift, int relu, index_t N, index_t C, index_t L, int threads)
 {

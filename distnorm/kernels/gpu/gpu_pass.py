@@ -13,7 +13,7 @@ from distnorm.kernels.gpu.combine import combine
 from distnorm.kernels.gpu.cosums import BY_INPUT, BY_OUTPUT, UNMASKED, cosums
 from distnorm.kernels.gpu.moments import moments
 from distnorm.kernels.gpu.tiles import dense, like
-from distnorm.types import Landed, Running, Tail
+from distnorm.types import Epilogue, Landed, Running
 
 
 class GpuPass:
@@ -39,14 +39,14 @@ class GpuPass:
         shared: Tensor,
         weight_C: Tensor | None,
         bias_C: Tensor | None,
-        tail: Tail,
+        epilogue: Epilogue,
         running: Running | None,
     ) -> Tensor:
         """The output, by ``shared`` sums and their count; ``running`` statistics absorb these, if given."""
         formula, x_NCL = self._formula, dense(x_NCL)
         shared = shared.contiguous()
-        self._count, self._mask = shared[-1], _mask(tail)
-        residual_NCL = None if tail.residual_NCL is None else like(tail.residual_NCL, x_NCL)
+        self._count, self._mask = shared[-1], _mask(epilogue)
+        residual_NCL = None if epilogue.residual_NCL is None else like(epilogue.residual_NCL, x_NCL)
         guarded = running is not None and running.guarded
         followed = [] if formula.running_var_C is None else [formula.running_var_C, formula.updates]
         buffers, earlier, momentum = _arguments(running)
@@ -54,7 +54,7 @@ class GpuPass:
         y_NCL: Tensor
         y_NCL, self._saved, self._narrow = apply(
             *(x_NCL, shared, self._pivot_C, weight_C, bias_C, residual_NCL, followed, buffers, earlier, momentum),
-            *(self._eps, formula.clip, formula.clip_after, formula.kinds, tail.relu, guarded),
+            *(self._eps, formula.clip, formula.clip_after, formula.kinds, epilogue.relu, guarded),
         )
         increment_version(buffers)
         return y_NCL
@@ -82,11 +82,11 @@ class GpuPass:
         return dx_NCL
 
 
-def _mask(tail: Tail) -> int:
+def _mask(epilogue: Epilogue) -> int:
     """Who knows, in the backward pass, which gradients an activation let pass."""
-    if not tail.relu:
+    if not epilogue.relu:
         return UNMASKED
-    return BY_INPUT if tail.residual_NCL is None else BY_OUTPUT
+    return BY_INPUT if epilogue.residual_NCL is None else BY_OUTPUT
 
 
 def absorb_means(formula: Formula, landed: Landed, running: Running) -> None:
