@@ -161,6 +161,8 @@ class Methods(TorchFunctionMode):
             x, to = (*args, torch.float64)[:2]
             place = {"dtype": to} if isinstance(to, torch.dtype) else {"device": torch.device(to)}
             return torch.ops.aten._to_copy(x, **place)
+        if func is Tensor.copy_:
+            return torch.ops.aten.copy_(*args)
         return (torch.logical_not if func is Tensor.__invert__ else func)(*args, **kwargs or {})
 
 

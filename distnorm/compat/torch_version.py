@@ -18,9 +18,11 @@ NEWEST_TRIED = (2, 15)
 
 PRIVATE = (
     "_C._current_graph_task_id",
+    "_C._functorch.is_functorch_wrapped_tensor",
     "_C._functorch.is_legacy_batchedtensor",
     "_C._functorch.maybe_current_level",
     "_C._is_fwd_grad_enabled",
+    "_C._is_tracing",
     "_C._len_torch_dispatch_stack",
     "autograd.Variable._execution_engine.queue_callback",
     "autograd.forward_ad._current_level",

@@ -182,9 +182,14 @@ def pushing(
     calls: list[Call] = [
         partial(ring.index_put_, (row, column), entry),
         partial(filled.copy_, (filled + usable).clamp_max_(depth)),
-        partial(torch.sum, ring, 0, out=sums),
+        *summing(ring, sums),
     ]
     return [*noted, *calls], usable, torch.where(usable, (position + 1) % depth, position)
+
+
+def summing(ring: Tensor, sums: Tensor) -> list[Call]:
+    """Calls that, made at once, let ``sums`` be those over the entries: row by row, to the bit as C and Triton do."""
+    return [sums.zero_, *(partial(sums.add_, row) for row in ring)]
 
 
 def _at_or_number(scale: Tensor | float) -> tuple[Tensor | None, float]:

@@ -1,4 +1,4 @@
-"""Which slots a method needs in each layer, found by running it once on meta tensors."""
+"""Which slots a method needs in each layer, found by running it once on two samples of zeros."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def _measure(method: Method, features: int, eps: float) -> tuple[int, int]:
         seen.append((sums_KC.numel(), theta_KC.numel()))
         return theta_KC, sums_KC.new_full((), count)
 
-    x = torch.empty(2, features, device="meta")
-    one_C = torch.empty(features, device="meta")
-    method.normalize(x, share, Affine(one_C, one_C, eps, one_C, torch.empty((), device="meta")))
+    # Not on meta tensors: torch 2.13 imports Dynamo for the first of these, which takes seconds.
+    x, one_C = torch.zeros(2, features, device="cpu"), torch.ones(features, device="cpu")
+    method.normalize(x, share, Affine(one_C, one_C, eps, one_C, torch.zeros((), device="cpu")))
     (found,) = seen
     return found

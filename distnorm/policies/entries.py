@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distnorm.compat.at_once import Call, put
+from distnorm.compat.at_once import Call, at_once, put
 from distnorm.kernels import windows
 from distnorm.policies.base import Reducer
 from distnorm.policies.bucket import Bucket, moved
@@ -70,7 +70,7 @@ class Entries:
         kept = state if len(state["ring"]) == self.depth else self._newest(**state)
         for name in _STORED:
             getattr(self, name).copy_(kept[name])
-        torch.sum(self.ring, 0, out=self.sums)
+        at_once(*windows.summing(self.ring, self.sums))
 
     def _newest(self, ring: Tensor, filled: Tensor, position: Tensor) -> dict[str, Tensor]:
         """Entries of another depth in rows of this one's, the oldest first."""

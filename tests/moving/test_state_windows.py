@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import distnorm
 from distnorm import Recipe
+from distnorm.attach import conversions_of
 from distnorm.methods import RMS, BatchNorm
 from distnorm.policies import AllReduce, Chain, Moving, Policy, StaleMix, Warmup
 from tests.moving.models import batch, build, loss_of, same, train
@@ -182,3 +183,23 @@ def test_a_stale_mix_without_a_version_is_one_entry(window, steps):
 
 def train_from(model: nn.Module, rank: int, step: int) -> list[Tensor]:
     return [model(batch(each, rank)).detach() for each in range(step, step + 2)]
+
+
+# --- to the bit ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", [Moving, StaleMix], ids=["Moving", "StaleMix"])
+@pytest.mark.parametrize("window", [3, 9, 17])
+def test_what_was_loaded_goes_on_to_the_bit(entries, policy, window):
+    """Sums over entries are rounded: those of a loaded state must be rounded as those that grew."""
+
+    def resume(rank: int) -> tuple[Tensor, Tensor]:
+        straight, resumed = (build(of(policy(window=window))) for _ in range(2))
+        train(straight, rank, range(2 * window))
+        distnorm.attach(resumed)
+        distnorm.load_state_dict(resumed, distnorm.state_dict(straight))
+        grown, loaded = (conversions_of(each)[0].bound().reducer.entries.sums for each in (straight, resumed))
+        return grown, loaded
+
+    for grown, loaded in run_threads(2, resume):
+        assert (grown != 0).all() and torch.equal(grown, loaded)
