@@ -169,7 +169,7 @@ FAULTS = (
     # --- ranks on hosts of their own ---
     Fault(name="nothing, between hosts", at="building", do="nothing", ends=("right", "right"), **APART),
     Fault(name="memory to share, between hosts", at="building", do="nothing", ends=("error", "error"),
-          says=NOT_SHARED, apart=True, transports=("shm",), recipes=("sync_bn", "mabn")),
+          says=NOT_SHARED, apart=True, transports=("shm",), recipes=("sync_bn",)),
     Fault(name="SIGKILL in forward, between hosts", at="forward", do="kill", ends=("error", "killed"), says=SHARING,
           **APART),
     Fault(name="SIGKILL in backward, between hosts", at="backward", do="kill", ends=("error", "killed"),

@@ -240,8 +240,11 @@ def _seen(folder: Path) -> list[Any]:
 
 
 def _warm_up() -> None:
-    """Import here, once, what ranks would: on the way torch imports Dynamo, which takes seconds."""
-    distnorm.attach(distnorm.convert(Net(), "sync_bn"))
+    """Import here, once, what ranks would: torch's optimizers import Dynamo, which takes seconds."""
+    model = distnorm.convert(Net(), "sync_bn")
+    distnorm.attach(model)
+    torch.optim.SGD(model.parameters())
+    assert "torch._dynamo" in sys.modules, "ranks would import it"
     assert len(os.listdir("/proc/self/task")) == 1, "threads do not survive a fork"
 
 
