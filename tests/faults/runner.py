@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import json
 import os
 import re
@@ -245,6 +246,7 @@ def _warm_up() -> None:
     distnorm.attach(model)
     torch.optim.SGD(model.parameters())
     assert "torch._dynamo" in sys.modules, "ranks would import it"
+    gc.freeze()  # each fork would go through all that at its end
     assert len(os.listdir("/proc/self/task")) == 1, "threads do not survive a fork"
 
 
