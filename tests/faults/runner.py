@@ -141,7 +141,7 @@ def _fork(output: Path, script: Any) -> int:
     if pid:
         return pid
     os.setsid()
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # nor does what it keeps outlive this process
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # no fork outlives the runner
     nothing = os.open(os.devnull, os.O_RDONLY)
     file = os.open(output, os.O_WRONLY | os.O_CREAT)
     for descriptor, target in ((nothing, 0), (file, 1), (file, 2)):
