@@ -87,7 +87,7 @@ def test_pages_load_what_is_there(site):
 
 def test_objects_are_described(site):
     text = (site / "reference.html").read_text()
-    for words in ("Replace the model's batch norm layers by", "any module, also one that is a batch norm itself"):
+    for words in ("Convert the model's batch norm layers to", "It may be a batch norm itself"):
         assert words in text
     assert "object:" not in text and ":::" not in text
 
