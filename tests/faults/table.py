@@ -134,8 +134,9 @@ def run(part: str) -> list[str]:
     minutes = (time.monotonic() - started) / 60
     model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     where = (
-        f"`python -m tests.faults.table --only {part}`, {date.today()}: {len(found)} rows in {minutes:.1f} minutes, {os.cpu_count()} cores of "
-        f"{model[1] if model else platform.machine()}, load {os.getloadavg()[2]:.0f}, torch {torch.__version__}."
+        f"`python -m tests.faults.table --only {part}`, {date.today()}: {len(found)} rows in {minutes:.1f} minutes, "
+        f"{os.cpu_count()} cores of {model[1] if model else platform.machine()}, load {os.getloadavg()[2]:.0f}, "
+        f"torch {torch.__version__}."
     )
     wrong = [key for key, judged in found.items() if judged.wrong]
     print(f"{len(wrong)} of {len(found)} rows are wrong: {wrong}")
