@@ -25,8 +25,8 @@ class Unavailable(RuntimeError):  # noqa: N818 - a state of the machine, not a m
 
 
 @contextmanager
-def network(hosts: int, delay_ms: float) -> Iterator[list[list[str]]]:
-    """Bring up ``hosts`` hosts; yields the words to put before a command that is to run on each. Root only.
+def network(hosts: int, delay_ms: float) -> Iterator[list[str]]:
+    """Bring up ``hosts`` hosts; yields the path of each one's network namespace. Root only.
 
     Raises:
         Unavailable: not root, a program is missing, or the kernel refuses namespaces or devices.
@@ -45,7 +45,7 @@ def network(hosts: int, delay_ms: float) -> Iterator[list[list[str]]]:
                 ready, *descriptors = switch.stdout.readline().split() or [""]
                 if ready != "ready":
                     raise Unavailable(f"no network between hosts: {errors.read_text().strip()}")
-                yield [["nsenter", f"--net=/proc/{switch.pid}/fd/{each}"] for each in descriptors]
+                yield [f"/proc/{switch.pid}/fd/{each}" for each in descriptors]
             finally:
                 switch.kill()
 
@@ -76,10 +76,10 @@ def run(hosts: int, delay_ms: float, command: Sequence[str]) -> int:
     Raises:
         Unavailable: as ``network``.
     """
-    with network(hosts, delay_ms) as entrances:
+    with network(hosts, delay_ms) as namespaces:
         ranks = [
-            subprocess.Popen([*entrance, *command], env=os.environ | _environment(rank, hosts))
-            for rank, entrance in enumerate(entrances)
+            subprocess.Popen(["nsenter", f"--net={namespace}", *command], env=os.environ | environment(rank, hosts))
+            for rank, namespace in enumerate(namespaces)
         ]
         try:
             while None in (states := [each.poll() for each in ranks]) and not any(states):
@@ -91,7 +91,7 @@ def run(hosts: int, delay_ms: float, command: Sequence[str]) -> int:
     return next((state for state in states if state), 0)
 
 
-def _environment(rank: int, hosts: int) -> dict[str, str]:
+def environment(rank: int, hosts: int) -> dict[str, str]:
     """What torchrun tells a rank. The port is free: nothing else runs on these hosts."""
     numbers = {"RANK": rank, "WORLD_SIZE": hosts, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "MASTER_PORT": 29500}
     threads = os.environ.get("OMP_NUM_THREADS", "1")

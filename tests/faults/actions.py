@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
+import socket
 import subprocess
 import threading
 import time
 from typing import TYPE_CHECKING
 
 import torch.distributed as dist
+
+from distnorm.transport import sockets
+from tests.faults import apart
 
 if TYPE_CHECKING:
     from tests.faults.rank import Rank
@@ -98,13 +103,43 @@ def interrupt_while_other_is_late(rank: Rank) -> None:
     threading.Timer(LATE_S / 3, interrupt).start()
 
 
+def link_goes_down(rank: Rank) -> None:
+    rank.note("fault")
+    _on_host(rank, "ip link set eth0 down")
+
+
+def packets_are_dropped(rank: Rank) -> None:
+    """All that this host sends; it goes on hearing the others."""
+    rank.note("fault")
+    _on_host(rank, "tc qdisc replace dev eth0 root blackhole")
+
+
+def _on_host(rank: Rank, command: str) -> None:
+    """On no other than the host that was made for ``rank``."""
+    subprocess.run(["nsenter", f"--net={rank.host.namespace}", *command.split()], check=True)
+
+
+def let_stranger_in(rank: Rank) -> None:
+    """Both ranks do this: the stranger calls before any rank does."""
+    rank.note("fault")
+    while not apart.stranger_is_here(rank.host):
+        time.sleep(0.005)
+
+    def listen(address: str, then=sockets._listen) -> socket.socket | str:
+        listener = then(address)
+        select.select([listener], [], [])
+        return listener
+
+    sockets._listen = listen
+
+
 STOPS = {"stop_one": (1,), "stop_all": (0, 1)}
 """Which ranks are stopped."""
-OF_BOTH = (interrupt_while_other_is_late,)
+OF_BOTH = (interrupt_while_other_is_late, let_stranger_in)
 ACTIONS = {
     each.__name__: each
     for each in (
         *(kill, kill_at_fsync, kill_but_child, exit_0, fail, leave, leave_for_a_barrier, stop_one, stop_all),
-        interrupt_while_other_is_late,
+        *(interrupt_while_other_is_late, link_goes_down, packets_are_dropped, let_stranger_in),
     )
 }

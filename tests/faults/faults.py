@@ -60,6 +60,8 @@ class Fault:
     quick: tuple[str, str] | None = None
     """The transport and recipe with which it is a quick row, if there is such."""
     ddp: bool = False
+    apart: bool = False
+    """Whether each rank is on a host of its own: see ``apart.py``."""
     transports: tuple[str, ...] = TRANSPORTS
     recipes: tuple[str, ...] = tuple(RECIPES)
     """With which it is tried: others make no difference."""
@@ -88,6 +90,8 @@ OF_GLOO = "Connection closed|Connection reset|Broken pipe|Cause:"
 
 IN_BUCKETS = "their layers wait for nobody: sums of all layers travel together, by name"
 ALIKE = Instead(why=IN_BUCKETS, ends=("alike", "alike"), recipes=MOVING)
+APART = {"apart": True, "transports": ("sockets", "gloo"), "recipes": ("sync_bn", "mabn")}
+NOT_SHARED = r"transport='shm' cannot be had among ranks \[0, 1\]: .*host"
 CLOCK = "gloo counts the time in which nobody ran"
 BACKGROUND = "sums are gloo's, whose connection breaks when the last process that holds it ends"
 
@@ -162,6 +166,22 @@ FAULTS = (
           ("a cache that cannot be written", "no_writing"),
           ('CC="gcc -m64"', "words_in_cc"),
           ("a compile that is killed", "killed_compile"))),
+    # --- ranks on hosts of their own ---
+    Fault(name="nothing, between hosts", at="building", do="nothing", ends=("right", "right"), **APART),
+    Fault(name="memory to share, between hosts", at="building", do="nothing", ends=("error", "error"),
+          says=NOT_SHARED, apart=True, transports=("shm",), recipes=("sync_bn",)),
+    Fault(name="SIGKILL in forward, between hosts", at="forward", do="kill", ends=("error", "killed"), says=SHARING,
+          **APART),
+    Fault(name="SIGKILL in backward, between hosts", at="backward", do="kill", ends=("error", "killed"),
+          says=SHARING, **APART),
+    Fault(name="SIGKILL while binding, between hosts", at="binding", do="kill", ends=("error", "killed"),
+          says=ABSENT, within="timeout", timeout_s=3.0, **APART),
+    Fault(name="the link of rank 1 goes down", at="forward", do="link_goes_down", ends=("error", "error"),
+          says=SHARING, within="timeout", timeout_s=3.0, quick=("sockets", "sync_bn"), **APART),
+    Fault(name="the packets of rank 1 are dropped", at="backward", do="packets_are_dropped", ends=("error", "error"),
+          says=SHARING, within="timeout", timeout_s=3.0, **APART),
+    Fault(name="a stranger connects, and says nothing", at="binding", do="let_stranger_in", ends=("right", "right"),
+          **APART),
 )  # fmt: skip
 
 BY_NAME = {each.name: each for each in FAULTS}

@@ -27,6 +27,7 @@ import distnorm
 from distnorm.integrations import checkpoint
 from distnorm.transport import rendezvous
 from tests.faults import actions, kernels
+from tests.faults.apart import Host
 from tests.faults.faults import RECIPES, TRANSPORTS, Fault, Point
 
 C, N = 6, 4
@@ -69,7 +70,9 @@ class Rank:
     transport: str
     recipe: str
     folder: Path
-    port: int
+    host: Host
+    store: tuple[str, int]
+    """Where the job's store is: address and port."""
     states: Path
     """Where folders of checkpoints are, by recipe."""
 
@@ -89,11 +92,12 @@ class Rank:
 
     def run(self) -> None:
         """From the first line of the script to the last."""
+        self.host.enter()
         signal.signal(signal.SIGINT, signal.default_int_handler)
         logging.basicConfig(level=logging.INFO)
         self.note("started", pid=os.getpid())
         try:
-            store = dist.TCPStore("127.0.0.1", self.port, is_master=False)
+            store = dist.TCPStore(*self.store, is_master=False)
             timeout = timedelta(seconds=self.fault.timeout_s)
             dist.init_process_group("gloo", store=store, rank=self.number, world_size=2, timeout=timeout)
             dist.barrier()

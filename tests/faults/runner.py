@@ -7,6 +7,8 @@ is the other end. docs/decisions.md#the-fault-table-forks-its-ranks
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import gc
 import json
 import os
 import re
@@ -25,12 +27,15 @@ import torch.distributed as dist
 
 import distnorm
 from distnorm.transport import shared_memory, sockets  # noqa: F401  # for the forks
+from tests.faults import apart
+from tests.faults.apart import RANKS, STRANGER, Host
 from tests.faults.faults import BY_NAME, TRANSPORTS, Fault
 from tests.faults.judge import Found, Judged, judge
 from tests.faults.rank import Net, Rank, read
 
 HANG_S = 45.0
 """How much longer than its timeout a job may take before it is ended."""
+PR_SET_PDEATHSIG = 1
 LINGER_S = 8.0
 """How long what a rank has started may live on, such as the child of a row."""
 
@@ -92,19 +97,27 @@ class _Jobs:
     def start(self, fault: Fault, transport: str, recipe: str) -> Found:
         """Fork the ranks, and wait until all that belongs to them has ended."""
         folder = Path(tempfile.mkdtemp(prefix="distnorm-fault-"))
-        store = _fork(folder / "store", lambda: _serve(folder))
-        port = int(_wait_for(folder / "port"))
+        helpers, hosts = [], [Host()] * RANKS
+        if fault.apart:
+            helpers.append(_fork(folder / "output-hosts", lambda: apart.keep(folder / "hosts")))
+            hosts = apart.hosts_in(_wait_for(folder / "hosts", helpers[-1]))
+        helpers.append(_fork(folder / "output-port", lambda: _serve(folder, hosts[0])))
+        store = hosts[0].address, int(_wait_for(folder / "port", helpers[-1]))
         forks = [
             _fork(
                 folder / f"output-{number}",
-                Rank(number, fault, transport, recipe, folder, port, self.states).run,
+                Rank(number, fault, transport, recipe, folder, hosts[number], store, self.states).run,
             )
-            for number in range(2)
+            for number in range(RANKS)
         ]
+        if fault.do == "let_stranger_in":
+            helpers.append(_fork(folder / "output-stranger", lambda: _call(hosts[STRANGER], forks)))
         codes = _await(forks, fault.timeout_s + HANG_S)
         left = _await_rest(forks)
-        os.kill(store, signal.SIGKILL)
-        os.waitpid(store, 0)
+        for pid in reversed(helpers):
+            os.kill(pid, signal.SIGTERM)
+            os.waitpid(pid, 0)
+        left += _await_rest(helpers)
         found = Found(
             codes=codes,
             logs=[read(folder, number) for number in range(2)],
@@ -113,7 +126,7 @@ class _Jobs:
             saved=_saved(folder),
             seen=_seen(folder),
         )
-        if fault.do == "nothing":
+        if fault is BY_NAME["nothing"]:
             shutil.copytree(folder / "saved", self.states / recipe, dirs_exist_ok=True)
         shutil.rmtree(folder)
         return found
@@ -128,6 +141,7 @@ def _fork(output: Path, script: Any) -> int:
     if pid:
         return pid
     os.setsid()
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # no fork outlives the runner
     nothing = os.open(os.devnull, os.O_RDONLY)
     file = os.open(output, os.O_WRONLY | os.O_CREAT)
     for descriptor, target in ((nothing, 0), (file, 1), (file, 2)):
@@ -142,16 +156,26 @@ def _fork(output: Path, script: Any) -> int:
     raise _Fork(0)
 
 
-def _serve(folder: Path) -> None:
+def _serve(folder: Path, host: Host) -> None:
     """The job's store, which launchers keep in a process of their own."""
+    host.enter()
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     (folder / "port.new").write_text(str(store.port))
     (folder / "port.new").rename(folder / "port")
     signal.pause()
 
 
-def _wait_for(file: Path) -> str:
+def _call(host: Host, ranks: list[int]) -> None:
+    """A stranger."""
+    host.enter()
+    apart.call_all(ranks)
+
+
+def _wait_for(file: Path, writer: int) -> str:
+    """What process ``writer`` says in ``file``."""
     while not file.exists():
+        if os.waitpid(writer, os.WNOHANG)[0]:
+            raise RuntimeError(f"{file.name}: {(file.parent / f'output-{file.name}').read_text()}")
         time.sleep(0.005)
     return file.read_text()
 
@@ -217,8 +241,12 @@ def _seen(folder: Path) -> list[Any]:
 
 
 def _warm_up() -> None:
-    """Import here, once, what ranks would: on the way torch imports Dynamo, which takes seconds."""
-    distnorm.attach(distnorm.convert(Net(), "sync_bn"))
+    """Import here, once, what ranks would: torch's optimizers import Dynamo, which takes seconds."""
+    model = distnorm.convert(Net(), "sync_bn")
+    distnorm.attach(model)
+    torch.optim.SGD(model.parameters())
+    assert "torch._dynamo" in sys.modules, "ranks would import it"
+    gc.freeze()  # each fork would go through all that at its end
     assert len(os.listdir("/proc/self/task")) == 1, "threads do not survive a fork"
 
 

@@ -1,28 +1,35 @@
-"""``python -m tests.faults.table`` (``make test-faults``): all rows of the fault table, and docs/faults.md with them.
+"""``python -m tests.faults.table`` (``make test-faults``): all rows of the fault table, and docs/faults.md with them;
+``--only PART`` for one part of it.
 
 Exits with 1 where something is not as it must be; the page says so, too.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
 import re
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from pathlib import Path
 
 import torch
 
-from tests.faults.faults import FAULTS, RECIPES, TRANSPORTS, Fault
+from tests.faults import apart
+from tests.faults.faults import FAULTS, RECIPES, Fault
 from tests.faults.judge import Judged
 from tests.faults.runner import Runner
 
 PAGE = Path(__file__).parents[2] / "docs" / "faults.md"
-BEGIN, END = "<!-- faults:begin -->", "<!-- faults:end -->"
+PARTS = {
+    "one-host": [each for each in FAULTS if not each.apart],
+    "between-hosts": [each for each in FAULTS if each.apart],
+}
+LEFT_OUT = "Left out on the machine that wrote this page: "
 RUNNERS = 4
 """At a time: most rows wait."""
 
@@ -64,16 +71,17 @@ def cell(judged: Judged) -> str:
     return f"{max(seconds):.2f} s" if seconds else "ends"
 
 
-def lines(found: Mapping[Key, Judged]) -> list[str]:
+def lines(faults: Sequence[Fault], found: Mapping[Key, Judged]) -> list[str]:
     """The tables."""
     notes: list[str] = []
+    recipes = [recipe for recipe in RECIPES if any(recipe in each.recipes for each in faults)]
     rows = [
-        f"| fault | must happen | transport | {' | '.join(f'`{recipe}`' for recipe in RECIPES)} |",
-        f"|---|---|---|{'---|' * len(RECIPES)}",
+        f"| fault | must happen | transport | {' | '.join(f'`{recipe}`' for recipe in recipes)} |",
+        f"|---|---|---|{'---|' * len(recipes)}",
     ]
-    for fault, transport in [(each, transport) for each in FAULTS for transport in each.transports]:
+    for fault, transport in [(each, transport) for each in faults for transport in each.transports]:
         cells = []
-        for recipe in RECIPES:
+        for recipe in recipes:
             if recipe not in fault.recipes:
                 cells.append("")
                 continue
@@ -85,9 +93,9 @@ def lines(found: Mapping[Key, Judged]) -> list[str]:
         rows.append(
             f"| {fault.name if first else ''} | {demand(fault) if first else ''} | {transport} | {' | '.join(cells)} |"
         )
-    said = ["| fault | rank 0 says, with `sync_bn` over shared memory |", "|---|---|"]
-    for fault in FAULTS:
-        text = found[fault.name, TRANSPORTS[0], "sync_bn"].texts[0]
+    said = ["| fault | rank 0 says, with `sync_bn` over the first of the transports |", "|---|---|"]
+    for fault in faults:
+        text = found[fault.name, fault.transports[0], "sync_bn"].texts[0]
         if text:
             said.append(f"| {fault.name} | {shortened(text)} |")
     return [*rows, "", *(f"({number}) {why}." for number, why in enumerate(notes, 1)), "", *said]
@@ -108,22 +116,44 @@ def shortened(text: str) -> str:
     return text if len(text) < 260 else f"{text[:260].rpartition(' ')[0]} …"  # codespell reads it
 
 
-def main() -> int:
-    """Run everything and write the page."""
-    started = time.monotonic()
-    found = run_all([(fault.name, *key) for fault in FAULTS for key in fault.keys])
+def write(part: str) -> bool:
+    """Run a part of the table and write it to the page; whether all is as it must be."""
+    why_not = apart.why_not() if part == "between-hosts" else None
+    text = [f"{LEFT_OUT}{why_not}."] if why_not else run(part)
+    begin, end = markers(part)
+    before, _, rest = PAGE.read_text().partition(begin)
+    PAGE.write_text("\n".join([f"{before}{begin}", *text, f"{end}{rest.partition(end)[2]}"]))
+    print(part, "|", text[0])
+    return not any("**wrong**" in line for line in text)
+
+
+def run(part: str) -> list[str]:
+    """The rows of a part: where they were run, and what came of them."""
+    faults, started = PARTS[part], time.monotonic()
+    found = run_all([(fault.name, *key) for fault in faults for key in fault.keys])
     minutes = (time.monotonic() - started) / 60
     model = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     where = (
-        f"`make test-faults`, {date.today()}: {len(found)} rows in {minutes:.1f} minutes, {os.cpu_count()} cores of "
-        f"{model[1] if model else platform.machine()}, load {os.getloadavg()[2]:.0f}, torch {torch.__version__}."
+        f"`python -m tests.faults.table --only {part}`, {date.today()}: {len(found)} rows in {minutes:.1f} minutes, "
+        f"{os.cpu_count()} cores of {model[1] if model else platform.machine()}, load {os.getloadavg()[2]:.0f}, "
+        f"torch {torch.__version__}."
     )
-    before, _, rest = PAGE.read_text().partition(BEGIN)
-    _, _, after = rest.partition(END)
-    PAGE.write_text("\n".join([f"{before}{BEGIN}", where, "", *lines(found), f"{END}{after}"]))
     wrong = [key for key, judged in found.items() if judged.wrong]
-    print(f"{len(wrong)} of {len(found)} rows are wrong: {wrong}; {minutes:.1f} minutes")
-    return 1 if wrong else 0
+    print(f"{len(wrong)} of {len(found)} rows are wrong: {wrong}")
+    return [where, "", *lines(faults, found)]
+
+
+def markers(part: str) -> tuple[str, str]:
+    """Of a part of the page."""
+    return f"<!-- {part}:begin -->", f"<!-- {part}:end -->"
+
+
+def main() -> int:
+    """Run everything, or one part, and write the page."""
+    parser = argparse.ArgumentParser(description="Run rows of the fault table, and write them to docs/faults.md.")
+    parser.add_argument("--only", choices=PARTS, help="this part of the page")
+    only = parser.parse_args().only
+    return 0 if all([write(part) for part in ([only] if only else PARTS)]) else 1
 
 
 if __name__ == "__main__":

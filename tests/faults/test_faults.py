@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.faults import table
+from tests.faults import apart, table
 from tests.faults.faults import BY_NAME, FAULTS, TRANSPORTS
 from tests.faults.judge import stopped
 from tests.faults.runner import Runner
@@ -33,6 +34,8 @@ def runner() -> Iterator[Runner]:
 
 @pytest.mark.parametrize(("fault", "transport", "recipe"), rows())
 def test_row(runner: Runner, fault: str, transport: str, recipe: str) -> None:
+    if BY_NAME[fault].apart and (why := apart.why_not()):
+        pytest.skip(why)
     assert runner.run(fault, transport, recipe).wrong == []
 
 
@@ -46,8 +49,26 @@ def test_a_rank_that_is_stopped_notices_when_it_goes_on() -> None:
 
 def test_the_page_has_every_row_and_none_that_is_wrong() -> None:
     page = table.PAGE.read_text()
+    faults = [fault for fault in FAULTS if not (fault.apart and table.LEFT_OUT in page)]
     for transport in TRANSPORTS:
-        assert page.count(f"| {transport} |") == sum(transport in fault.transports for fault in FAULTS)
-    for fault in FAULTS:
-        assert f"| {fault.name} | {table.demand(fault)} | shm |" in page
+        assert page.count(f"| {transport} |") == sum(transport in fault.transports for fault in faults)
+    for fault in faults:
+        assert f"| {fault.name} | {table.demand(fault)} | {fault.transports[0]} |" in page
     assert "**wrong**" not in page
+
+
+def test_rows_between_hosts_are_left_out_with_their_cause(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    begin, end = table.markers("between-hosts")
+    page = tmp_path / "faults.md"
+    page.write_text(f"before\n{begin}\nrows\n{end}\nafter\n")
+    monkeypatch.setattr(table, "PAGE", page)
+    monkeypatch.setattr("os.geteuid", lambda: 1000)
+    monkeypatch.setattr("shutil.which", lambda program: program)
+    apart.why_not.cache_clear()
+    assert table.write("between-hosts")
+    apart.why_not.cache_clear()
+    why = f"{table.LEFT_OUT}a network between hosts needs root."
+    assert page.read_text() == f"before\n{begin}\n{why}\n{end}\nafter\n"
+    assert why in capsys.readouterr().out
