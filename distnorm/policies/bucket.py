@@ -144,7 +144,7 @@ class Bucket:
         return self._result
 
     def _leaving(self, own: Tensor) -> list[Call]:
-        """Start the next step; ``own`` is a copy of the last vector, since replayed CUDA graphs write to the original."""
+        """Start the next step; ``own`` copies the last vector, since replayed CUDA graphs write to the original."""
         return [put(self, "last", own), self.outbox.zero_]
 
     def _wait(self) -> Tensor | None:
