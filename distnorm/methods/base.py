@@ -44,7 +44,7 @@ class Method(ABC):
         return False
 
     def formula(self, affine: Affine | None = None) -> Formula | None:
-        """Return the name of its arithmetic if ``kernels`` has it in C; ``affine``: given if the transform is wanted."""
+        """Return the name of its arithmetic if ``kernels`` has it in C; ``affine`` if the transform is wanted."""
         return None
 
     @abstractmethod
