@@ -128,7 +128,7 @@ class Group(ABC):
 
     @abstractmethod
     def _prepare_sum(self, wire_: Tensor) -> tuple[Future, Call]:
-        """Return the future of an in-place sum among at least two ranks, bitwise equal on all, and the call to start it."""
+        """Return the future of an in-place sum among at least two ranks, and the call to start it; as ``_start``."""
 
     @abstractmethod
     def _broadcast(self, tensor: Tensor) -> None:
