@@ -85,7 +85,7 @@ class Left(Generic[ValueT]):
         self._left: tuple[int, Callable[[], ValueT]] | None = None
 
     def leave(self, value: Callable[[], ValueT]) -> None:
-        """Store ``value``, which computes the value, for this backward pass."""
+        """Store ``value``, a function that computes the value, for this backward pass."""
         self._left = graph_task(), value
 
     def take(self) -> Callable[[], ValueT] | None:

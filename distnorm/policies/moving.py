@@ -126,7 +126,9 @@ def _count(slot: Slot) -> Tensor:
 @final
 @dataclass(frozen=True, kw_only=True)
 class Moving(Policy):
-    """Average statistics and cotangents over the ``window`` newest steps, over all ranks except in the newest step.
+    """Average statistics and cotangents over the ``window`` newest steps of all ranks.
+
+    With staleness 1 the newest step is this rank's only.
 
     Args:
         window: steps, the newest included. 1 with staleness 0 is exact synchronization.
