@@ -1,1 +1,1 @@
-"""Differentiation: how shared statistics and the per-channel kernels become nodes of the graph."""
+"""Differentiation: how shared statistics and the per-channel kernels become nodes of the autograd graph."""

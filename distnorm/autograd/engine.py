@@ -1,9 +1,9 @@
-"""Where autograd's engine stands: inside a backward pass or not, repeating a forward or not, and when that pass ends.
+"""The state of the autograd engine: whether a backward pass runs, whether a forward is repeated, when the pass ends.
 
-The only user of torch's private graph-task id, forward-gradient mode, ``queue_callback``, of the ``apply`` below that
-of Functions, and of the two functions through which the engine is called and calls a Function's backward (torch 2.13;
-see tests/test_private_apis.py). FSDP2 relies on the same callback. It runs after the last gradient of the pass and
-needs no hook on a root module.
+The only user of torch's private graph-task id, forward-gradient mode, ``queue_callback``, the ``apply`` that
+``Function.apply`` wraps, and the two functions that call the engine and a Function's backward (torch 2.13; see
+tests/test_private_apis.py). FSDP2 relies on the same callback. It runs after the last gradient of the pass and needs no
+hook on a root module.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ _FUNCTION = BackwardCFunction.apply.__code__
 
 
 def graph_task() -> int:
-    """The number of the backward pass that this thread is in, or ``NO_BACKWARD`` outside of one."""
+    """Return the number of the backward pass that this thread runs, or ``NO_BACKWARD`` outside of one."""
     task: int = torch._C._current_graph_task_id()
     return task
 
 
 # docs/decisions.md#how-a-recomputation-is-recognized
 def repeating() -> bool:
-    """Whether a forward that runs now repeats an earlier one, for its gradients.
+    """Return whether the current forward repeats an earlier one to compute its gradients.
 
-    Checkpoints do: inside of a Function's backward (``torch.utils.checkpoint`` if reentrant, and others), or where a
-    saved tensor is unpacked. A forward that a hook of the backward pass runs is a new one. Told from the calls that led
-    here, since values may be the same. An unpacking is known by its name, which must have "unpack" in it.
+    Checkpoints do this inside a Function's backward (``torch.utils.checkpoint`` if reentrant, and others), or when a
+    saved tensor is unpacked. A forward that a hook of the backward pass runs is a new one. The call stack tells them
+    apart, since the values may be equal. Unpacking is recognized by the function's name, which must contain "unpack".
     """
     return torch._C._current_graph_task_id() != NO_BACKWARD and any(
         code is _FUNCTION or "unpack" in code.co_name for code in _called_by_engine()
@@ -44,7 +44,7 @@ def repeating() -> bool:
 
 
 def _called_by_engine() -> Iterator[CodeType]:
-    """What this thread's innermost backward pass has called, the last call first."""
+    """Yield the code of the calls within this thread's innermost backward pass, the last call first."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_code is not _ENGINE:
         yield frame.f_code
@@ -53,10 +53,10 @@ def _called_by_engine() -> Iterator[CodeType]:
 
 # docs/decisions.md#forward-passes-without-gradients
 def backward_may_follow() -> bool:
-    """Whether a backward pass may come for a forward that runs now.
+    """Return whether a backward pass may follow the current forward.
 
-    Gradients are on, or this is the first forward of a reentrant checkpoint: inside of an autograd Function, unlike
-    under ``no_grad``, forward-mode gradients are off too.
+    This is so if gradients are enabled, or in the first forward of a reentrant checkpoint. The latter runs inside an
+    autograd Function, which, unlike ``no_grad``, disables forward-mode gradients too.
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return torch.is_grad_enabled()
@@ -69,26 +69,26 @@ def at_end_of_backward(callback: Callable[[], None]) -> None:
 
 
 def bare_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
-    """``function.apply`` for inputs that no transform has, or had, to do with: torch looks at each of them for one."""
+    """Return ``function.apply`` without torch's search of each input for transforms, for inputs without any."""
     apply: Callable[..., Any] = super(torch.autograd.Function, function).apply  # type: ignore[misc]
     return apply
 
 
 class Left(Generic[ValueT]):
-    """What one node of the graph leaves for another, which runs later in the same backward pass.
+    """A value that one node of the graph leaves for another node, which runs later in the same backward pass.
 
-    A pass for some gradients only may never come to the other node: what it left is not for a later pass.
+    A pass for some of the gradients may never reach the other node. A later pass does not get the value.
     """
 
     def __init__(self) -> None:
-        """Nothing yet."""
+        """Start empty."""
         self._left: tuple[int, Callable[[], ValueT]] | None = None
 
     def leave(self, value: Callable[[], ValueT]) -> None:
-        """Leave what computes a value, for this backward pass."""
+        """Store ``value``, a function that computes the value, for this backward pass."""
         self._left = graph_task(), value
 
     def take(self) -> Callable[[], ValueT] | None:
-        """What this backward pass has left, once."""
+        """Return what this backward pass has stored, and remove it."""
         left, self._left = self._left, None
         return None if left is None or left[0] != graph_task() else left[1]

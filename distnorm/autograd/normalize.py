@@ -1,11 +1,11 @@
-"""Kernels meet autograd: every ``ChannelAffine`` method on a few loops over its big tensors, in one Function.
+"""Kernels as an autograd Function: every ``ChannelAffine`` method in a few loops over the activations.
 
-Forward: sums of x, shared, C-sized arithmetic, one loop that applies. Backward: two channel sums of dy, shared
-cotangents, C-sized arithmetic, one loop that combines. ``passes`` does all that is not sharing. Under
-``create_graph=True`` the plain path runs instead, as a repetition of the forward: it is differentiable to any order and
-issues no second collective forward.
+Forward: local sums of x, the shared sums, C-sized arithmetic, one loop that normalizes. Backward: two channel sums of
+dy, the shared cotangents, C-sized arithmetic, one loop that computes dx. ``passes`` does everything except sharing.
+With ``create_graph=True`` the plain path runs instead and repeats the forward. It is differentiable to any order and
+issues no second forward collective.
 
-A layer may have a epilogue: ``relu(y + residual)`` of the same Function, for the bytes that it saves.
+A layer may have an epilogue: the same Function computes ``relu(y + residual)``, which saves memory traffic.
 
 Shapes: x_NCL, y_NCL, their gradients dx_NCL, dy_NCL, and dz_NCL before the epilogue; weight_C, bias_C.
 """
@@ -29,16 +29,16 @@ from distnorm.types import Affine, Epilogue, Running
 
 NO_EPILOGUE = Epilogue()
 _Call = tuple[ChannelAffine, Exchange, Affine, Left[Tensor] | None, Running | None, bool]
-"""Method, share, affine, what ``_Wait`` waits for, running statistics, and whether a relu follows."""
+"""Method, share, affine, what ``_Wait`` waits for, running statistics, and whether a ReLU follows."""
 
 
 def suits(method: ChannelAffine, x_NCL: Tensor) -> bool:
-    """Whether the kernels can take this plain input; the plain path takes all others.
+    """Return whether the kernels accept this plain input; the plain path takes all others.
 
-    On a CPU any method's; on a GPU those of the methods that are written out for it.
+    On a CPU they accept every method, on a GPU those with a formula.
 
-    Empty ones, too: parameters must receive their gradients in the same order on a rank without values as on others.
-    DeepSpeed's ZeRO 2 fills the buckets that ranks add up in that order (0.19.8).
+    They accept empty inputs too: parameters must receive their gradients in the same order on a rank without values as
+    on the others. DeepSpeed's ZeRO 2 fills its gradient buckets in that order (0.19.8).
     """
     return x_NCL.is_cpu or (gpu.takes(x_NCL) and method.formula() is not None)
 
@@ -52,12 +52,12 @@ def normalize(
     running: Running | None = None,
     epilogue: Epilogue = NO_EPILOGUE,
 ) -> Tensor:
-    """As ``method.normalize``, and then the ``epilogue``: same values to rounding, same collectives.
+    """Compute ``method.normalize`` and then the ``epilogue``: equal values up to rounding, the same collectives.
 
-    If given, ``running`` statistics absorb what landed.
+    If given, ``running`` statistics are updated with the shared statistics, if these are global.
 
-    If given, ``between`` makes nodes of the graph that shall run while cotangents are under way: the engine takes ready
-    nodes newest first, so they come after the node that sends them, and before the one that waits.
+    If given, ``between`` creates nodes of the graph that run while the cotangents are in flight. The engine runs ready
+    nodes newest first, so they run after the node that sends the cotangents and before the node that waits.
     """
     weight_C, bias_C, *_ = affine
     residual_NCL, relu = epilogue
@@ -81,7 +81,7 @@ class _Wait(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dx_NCL: Tensor) -> tuple[Tensor, None]:
-        """The gradient that was left, for which ``dx`` stands in; ``dx`` itself where nothing was."""
+        """Return the gradient that was left, for which ``dx`` is a placeholder; ``dx`` itself if none was left."""
         gradient = ctx.finish.take()
         return dx_NCL if gradient is None else gradient(), None
 
@@ -90,8 +90,8 @@ class _Wait(torch.autograd.Function):
 class _Normalize(torch.autograd.Function):
     """A function of its first four arguments.
 
-    ``x_NCL`` is ``waiting_NCL`` before ``_Wait``, if there is one: what second derivatives have to say of x must not
-    pass there, where the gradient that was left takes the place of what comes.
+    ``x_NCL`` is ``waiting_NCL`` before ``_Wait``, if there is one. Second derivatives by x must not pass through
+    ``_Wait``, which replaces its incoming gradient by the one that was left.
     """
 
     @staticmethod
@@ -104,7 +104,7 @@ class _Normalize(torch.autograd.Function):
         x_NCL: Tensor | None,
         call: _Call,
     ) -> Tensor:
-        """Sums, and one pass that applies."""
+        """Compute the sums, then normalize in one pass."""
         method, share, affine, _, running, relu = ctx.call = call
         x_NCL = waiting_NCL if x_NCL is None else x_NCL
         ctx.affine = _as_of_now(affine) if method.follows else affine
@@ -123,16 +123,17 @@ class _Normalize(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy_NCL: Tensor) -> tuple[Tensor | None, ...]:
-        """One pass for the sums, and one that combines.
+        """Compute the sums in one pass and dx in another.
 
-        The plain path where a graph is being built, and for what kernels do not take: hooks of saved tensors may give
-        other tensors than were saved, of any layout, and passes of whole Jacobians batches of gradients.
+        The plain path runs where a graph is built, and for tensors that kernels do not accept. Hooks of saved tensors
+        may return other tensors than were saved, of any layout, and passes for whole Jacobians use batches of
+        gradients.
         """
         x_NCL, weight_C, bias_C, y_NCL = ctx.saved_tensors
         plain = are_plain(dy_NCL, x_NCL, weight_C, y_NCL) and not is_batch(dy_NCL)
         if torch.is_grad_enabled() or not plain:
-            affine = ctx.affine._replace(weight_C=weight_C, bias_C=bias_C)  # as saved: checkpoints give others
-            # Of y's gradient nothing arrives; that it is zero reaches parameters which nothing else does.
+            affine = ctx.affine._replace(weight_C=weight_C, bias_C=bias_C)  # as saved, since checkpoints give others
+            # No gradient of y arrives. That it is zero still has to reach parameters that nothing else reaches.
             dz_NCL = dy_NCL if y_NCL is None else torch.ops.aten.threshold_backward(dy_NCL, y_NCL, 0)
             gradients = _plain_gradients(ctx, x_NCL, affine, dz_NCL, opaque=not plain)
             return *gradients, dz_NCL if ctx.adds else None, None, None
@@ -154,7 +155,7 @@ _apply = bare_apply(_Normalize)
 
 
 def _as_of_now(affine: Affine) -> Affine:
-    """Running statistics go on changing in place before the backward pass."""
+    """Copy what changes in place before the backward pass: the running statistics."""
     running_var_C, updates = (None if each is None else each.clone() for each in affine[3:])
     return affine._replace(running_var_C=running_var_C, updates=updates)
 
@@ -163,7 +164,7 @@ def _plain_gradients(ctx: Any, x_NCL: Tensor, affine: Affine, dz_NCL: Tensor, *,
     method, share, *_ = ctx.call
     create_graph = torch.is_grad_enabled()
     leaves = [x_NCL, affine.weight_C, affine.bias_C]
-    if not create_graph:  # tensors as they come from hooks may belong to no graph
+    if not create_graph:  # tensors from hooks may belong to no graph
         leaves = [each if each is None else each.detach().requires_grad_() for each in leaves]
     wanted = [leaf for leaf, needed in zip(leaves, ctx.needs_input_grad, strict=False) if needed and leaf is not None]
     with torch.enable_grad():

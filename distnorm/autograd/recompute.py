@@ -1,8 +1,8 @@
 """Activation checkpointing: a recomputed forward gets the statistics of the first one, without a second collective.
 
-Whether a forward is a recomputation is known from the calls that led to it (``engine.repeating``). Which first
-forward it repeats is known from its local sums, which it forms again from the same values, up to rounding. On a CPU
-they are proof, too: where no record has them, the forward is a new one. A GPU is not asked, since the host would wait.
+The call stack tells whether a forward is a recomputation (``engine.repeating``). Its local sums tell which first
+forward it repeats: it computes them again from the same values, up to rounding. On a CPU they are also proof: if no
+record has equal sums, the forward is a new one. This is not checked on a GPU, since the host would wait.
 """
 
 from __future__ import annotations
@@ -14,30 +14,31 @@ import torch
 from torch import Tensor
 
 LOOSE_RECORDS = 64
-"""How many first forwards without a graph to hold them are remembered per layer (reentrant checkpoints run those)."""
+"""The largest number of first forwards per layer that no graph holds (reentrant checkpoints run those)."""
 
 TOLERANCE = 1e-2
-"""How far a repetition's sums may be from the first ones: lossy storage of activations rounds that much."""
+"""The largest relative difference of a repetition's sums, due to lossy storage of activations."""
 
 
 class Record:
-    """One forward's local sums and the shared ones that answered them, in training step ``step``."""
+    """The local sums of one forward and the shared sums that it got, in training step ``step``."""
 
     def __init__(self, local: Tensor, shared: Tensor, step: int, *, held: bool) -> None:
-        """Remember values without their graph; ``held`` says that an autograd node keeps the record."""
+        """Keep the values without their graph; ``held`` tells that an autograd node holds the record."""
         self.local = local.detach() if local.requires_grad else local
         self.shared = shared.detach() if shared.requires_grad else shared
         self.step = step
         self.held = held
         self.repeated = False
-        """Whether a recomputation has asked for it."""
+        """Whether a recomputation has used it."""
         self.stands_for: list[Record] = []
-        """Records that live as long as this one: it is one of them, and only the device knows which."""
+        """Records that live as long as this one: it is a copy of one of them, and only the device knows of which."""
 
     def is_near(self, local: Tensor, kinds: int) -> bool:
-        """Whether ``local`` sums, of ``kinds`` rows and a count, are those of the same values.
+        """Return whether ``local`` sums, of ``kinds`` rows and a count, belong to the same values.
 
-        The last row sums squares, or what else has one sign: with the count it is the scale of all other rows.
+        The last row contains sums of squares or of other values of one sign. With the count it gives the scale of all
+        rows.
         """
         count = float(local[-1])
         if count != float(self.local[-1]):
@@ -51,20 +52,20 @@ class Record:
 
 
 class Records:
-    """The forwards of one layer whose backward may still come.
+    """The forwards of one layer whose backward may still follow.
 
-    A record lives as long as the autograd node that it is given to. Those without a node (the first forward of a
-    reentrant checkpoint runs under no_grad, and so does SWA's ``update_bn``) live until a forward of a later step, and
-    at most ``LOOSE_RECORDS`` of them.
+    A record lives as long as the autograd node that holds it. Records without a node live until a forward of a later
+    step, and at most ``LOOSE_RECORDS`` of them are kept. They belong to forwards under no_grad: the first forward of a
+    reentrant checkpoint, or SWA's ``update_bn``.
     """
 
     def __init__(self) -> None:
-        """Empty."""
+        """Start empty."""
         self._held: WeakSet[Record] = WeakSet()
         self._loose: deque[Record] = deque(maxlen=LOOSE_RECORDS)
 
     def note(self, record: Record) -> None:
-        """Remember ``record``: weakly if a graph holds it."""
+        """Remember ``record``, weakly if a graph holds it."""
         while self._loose and self._loose[0].step != record.step:
             self._loose.popleft()
         if record.held:
@@ -74,10 +75,10 @@ class Records:
 
     # docs/decisions.md#which-forward-pass-a-recomputation-repeats
     def recall(self, local: Tensor, kinds: int = 1) -> Record | None:
-        """The record whose local sums, of so many ``kinds``, are nearest to ``local``; None if they are others.
+        """Return the record whose local sums are nearest to ``local``, of ``kinds`` rows; None if they differ.
 
-        Among several on a GPU, a copy with the right sums: chosen on the device, so that nobody waits for it. But where
-        some are held and some are not, the host must know which one it is.
+        If there are several on a GPU, return a copy with the right sums, chosen on the device, so that the host does
+        not wait. If some are held and some are not, the host has to know which one it is, and waits.
         """
         records = [*self._held, *self._loose]
         if not records:
@@ -103,6 +104,6 @@ def _distances(records: list[Record], local: Tensor) -> Tensor:
 
 
 def _apart(one: Tensor, two: Tensor) -> Tensor:
-    """``abs(one - two)``, where NaN is equal to NaN alone, and infinity to itself."""
+    """Return ``abs(one - two)``, where NaN is equal to NaN alone, and infinity to itself."""
     equal = (one == two) | (one.isnan() & two.isnan())
     return torch.where(equal, 0, (one - two).abs().nan_to_num(torch.inf, torch.inf))

@@ -1,4 +1,4 @@
-"""What a layer's forward shares its sums through: the line to a policy (``layers.line``), or nothing at all."""
+"""How a layer's forward shares its sums: through the policy (``layers.line``), or not at all."""
 
 from __future__ import annotations
 
@@ -12,61 +12,61 @@ from distnorm.types import Future, Link
 
 
 class Exchange(Protocol):
-    """A ``types.Share`` for one forward. Kernels, which know their own derivative, use its directions one by one.
+    """A ``types.Share`` for one forward. Kernels, which know their derivative, call its two directions separately.
 
-    Nothing is differentiated in ``gather`` and ``scatter``.
+    ``gather`` and ``scatter`` are not differentiated.
     """
 
     def __call__(self, count: int, sums_KC: Tensor, link: Link) -> tuple[Tensor, Tensor]:
-        """As ``types.Share``, on the plain path."""
+        """Share as ``types.Share`` does, on the plain path."""
         ...
 
     def gather(self, wire: Tensor, *, held: bool, enough: bool) -> Tensor:
-        """The shared counterpart of sums and count; ``held`` says that a graph keeps this exchange for a backward.
+        """Return the shared sums and count; ``held``: a graph keeps this exchange for a backward pass.
 
-        ``enough``: the local count alone is above 1, so that nobody need look at the shared one.
+        ``enough``: the local count alone is above 1, so the shared one needs no check.
         """
         ...
 
     def scatter(self, cotangents: Tensor) -> Future:
-        """Send the cotangents of ``link(shared means)``, to get their shared counterpart."""
+        """Start sharing the cotangents of ``link(shared means)``, and return a future of the result."""
         ...
 
     def lands(self) -> bool:
-        """Whether what was gathered is fit for the running statistics, and not there already."""
+        """Return whether the gathered sums are to update the running statistics: global, and not used before."""
         ...
 
     def again(self, *, opaque: bool = False) -> Exchange:
-        """For a repetition of the forward inside a backward pass, without a second collective.
+        """Return an exchange for a repetition of the forward inside a backward pass, without a second collective.
 
-        ``opaque``: for tensors that kernels do not take.
+        ``opaque``: for tensors that kernels do not accept.
         """
         ...
 
 
 class KeepLocal:
-    """Shares nothing, and remembers what it was given."""
+    """Share nothing, and keep the local sums."""
 
     shared: Tensor | None = None
 
     def __call__(self, count: int, sums_KC: Tensor, link: Link) -> tuple[Tensor, Tensor]:
-        """``link(sums / count)``, and the count."""
+        """Return ``link(sums / count)``, and the count."""
         total = sums_KC.new_full((), count)
         self.shared = torch.cat((sums_KC.detach().flatten(), total[None]))
         return link(sums_KC / total.clamp_min(1)), total
 
     def gather(self, wire: Tensor, *, held: bool, enough: bool) -> Tensor:
-        """The local sums and count."""
+        """Return the local sums and count."""
         return wire
 
     def scatter(self, cotangents: Tensor) -> Future:
-        """The cotangents."""
+        """Return the cotangents."""
         return Future.completed(cotangents)
 
     def lands(self) -> bool:
-        """Local statistics are there, unless a forward is repeated, whose first run has absorbed them."""
+        """Return true, except in the repetition of a forward: its first run has updated the running statistics."""
         return not repeating()
 
     def again(self, *, opaque: bool = False) -> KeepLocal:
-        """Another one."""
+        """Return a new instance."""
         return KeepLocal()

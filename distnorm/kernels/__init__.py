@@ -1,1 +1,1 @@
-"""The loops over big tensors; everything else in the package is of the size of the channels."""
+"""Kernels: the loops over activations. Everything else in the package handles tensors with one value per channel."""

@@ -1,4 +1,4 @@
-"""Running statistics absorb what was shared: a step's moments, in place, since engines hold references to buffers."""
+"""The updates of the running statistics with shared moments, in place, since engines hold references to buffers."""
 
 from __future__ import annotations
 
@@ -17,26 +17,27 @@ from distnorm.types import Landed, Moments, Running
 def absorb_shared(
     method: Shared, shared: Tensor, running: Running, features: int, landed: Tensor | bool = True
 ) -> None:
-    """``absorb`` what ``method`` makes of ``shared`` sums and their count, for so many ``features``."""
+    """Update ``running`` statistics with the moments of ``shared`` sums and their count, for so many ``features``."""
     if landed is False:
         return
     if shared.is_cpu and not torch.compiler.is_compiling():
-        # In C where that can be, as layers' passes do: ranks whose batches take other paths must agree to the bit.
+        # In C if possible, as in the passes of layers: results must be bitwise equal on ranks whose batches take other
+        # code paths.
         formula, count = method.formula(), shared[-1].item()
         absorb_in_c = None if formula is None else dense.absorbing(formula, shared, count, count, running)
         if absorb_in_c is not None:
             absorb_in_c()
             return
-    total = shared[-1]  # without gradient, like all that was shared
+    total = shared[-1]  # without gradient, like everything shared
     absorb(running, method.moments(shared[:-1].view(-1, features) / total.clamp_min(1), total), total, landed)
 
 
 def absorb(running: Running, moments: Moments, count: Tensor, landed: Tensor | bool) -> None:
-    """``running += (moments - running) * momentum``, or their plain average over all steps if momentum is None.
+    """Update ``running += (moments - running) * momentum``; the plain average over all steps if momentum is None.
 
-    Nothing happens where ``landed`` is 0 or fewer than two values were seen; nor, if guarded, where that would not
-    leave all running statistics of the layer finite: where a forward reads them, or windows beside them stay clean,
-    one broken batch must not last. Branch-free where a branch would make the host wait for a GPU.
+    Nothing changes if ``landed`` is 0 or fewer than two values were seen. If guarded, nothing changes either if a
+    running statistic of the layer would become non-finite: forwards that read them, or windows, must not keep the
+    values of one broken batch. There is no branch for which the host would wait for a GPU.
     """
     if count.is_cpu and not torch.compiler.is_compiling():
         at_once(*_moves(running, moments, count, landed))
@@ -54,14 +55,14 @@ def absorb(running: Running, moments: Moments, count: Tensor, landed: Tensor | b
 
 
 def _fit(running: Running, moments: Moments) -> Tensor:
-    """Whether running statistics stay finite when they move towards ``moments``."""
+    """Return whether running statistics stay finite when they move towards ``moments``."""
     limits = ((fresh_C, torch.finfo(buffer_C.dtype).max / 2) for buffer_C, fresh_C in _pairs(running, moments))
     fits = [(fresh_C.abs() <= limit).all() for fresh_C, limit in limits]
     return torch.stack(fits).all() if fits else moments.var_C.new_ones((), dtype=torch.bool)
 
 
 def _moves(running: Running, moments: Moments, count: Tensor, landed: Tensor | bool, *, others: int = 0) -> list[Call]:
-    """What ``absorb`` does with tensors, on the CPU, after ``others`` that are to be done before."""
+    """Return the calls that update CPU tensors as ``absorb`` does, after ``others`` other updates."""
     if not (landed and count > 1 and (not running.guarded or _fit(running, moments))):
         return []
     rate, counted = running.momentum or 0.0, []
@@ -74,24 +75,24 @@ def _moves(running: Running, moments: Moments, count: Tensor, landed: Tensor | b
 
 
 def _pairs(running: Running, moments: Moments) -> Iterator[tuple[Tensor, Tensor]]:
-    """Running statistics and what they absorb; none, if they were set to None."""
+    """Yield each running statistic and its new value; none for those that were set to None."""
     for buffer_C, fresh_C in ((running.mean_C, moments.mean_C), (running.var_C, moments.var_C)):
         if buffer_C is not None and fresh_C is not None:
             yield buffer_C, fresh_C
 
 
 def _lerp(buffer_C: Tensor, fresh_C: Tensor, rate: Tensor) -> None:
-    # 0 times NaN is NaN: where nothing is absorbed, nothing may enter.
+    # 0 times NaN is NaN, so the new values are replaced if nothing is to change.
     fresh_C = torch.where(rate > 0, fresh_C.to(buffer_C.dtype), buffer_C)
     buffer_C.lerp_(fresh_C, rate.to(buffer_C.dtype))
 
 
 def absorbing_landed(running: Running, landed: Landed, method: Shared, features: int, *, others: int = 0) -> list[Call]:
-    """Calls that, made at once, ``absorb`` what became global at a step's end, on whichever device that is.
+    """Return calls that ``absorb`` what became global at the end of a step, on its device, without interruption.
 
-    ``others``: how many come before. Not where gradients are on.
+    ``others``: the number of updates before this one. Requires disabled gradients.
     """
-    if running.var_C is not None and landed.means.device != running.var_C.device:  # the layer has moved since
+    if running.var_C is not None and landed.means.device != running.var_C.device:  # the layer has been moved since
         landed = Landed(landed.layer, *(values.to(running.var_C.device) for values in landed[1:]))
     _, means, total, weight = landed
     formula = method.formula()
@@ -113,7 +114,7 @@ def absorbing_landed(running: Running, landed: Landed, method: Shared, features:
 
 @torch.no_grad()
 def with_landed(running: Running, landed: Landed, method: Shared, features: int) -> Running:
-    """What ``absorbing_landed`` would make of ``running``, which stays as it is."""
+    """Return what ``absorbing_landed`` would make of ``running``, which does not change."""
     mean_C, var_C, updates = (None if each is None else each.detach().clone() for each in running[:3])
     ahead = Running(mean_C, var_C, updates, running.momentum, running.guarded)
     at_once(*absorbing_landed(ahead, landed, method, features))

@@ -1,4 +1,4 @@
-"""What passes need of a method, and which methods' arithmetic ``arithmetic.c`` and the kernels for GPUs know."""
+"""What passes need of a method, and the methods whose arithmetic is in ``arithmetic.c`` and the GPU kernels."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from distnorm.types import Affine, Moments
 
 
 class Formula(NamedTuple):
-    """A method of ``arithmetic.c``, and what limits its correction by running_var, if it has one.
+    """A method in ``arithmetic.c``, and the limits of its correction by running_var, if it has one.
 
-    Where asking would make the host wait, the device compares ``updates`` with ``clip_after``.
+    The device compares ``updates`` with ``clip_after`` if the host would have to wait for it.
     """
 
     name: str
@@ -25,14 +25,14 @@ class Formula(NamedTuple):
 
 
 class Shared(Protocol):
-    """What running statistics need of a method: its moments, and the name of its arithmetic, if that is written out."""
+    """What running statistics need of a method: its moments, and the name of its arithmetic in C, if there is one."""
 
     def formula(self, affine: Affine | None = None) -> Formula | None:
-        """The name of the same arithmetic in C, if there is one; with ``affine`` if the transform is wanted."""
+        """Return the name of the same arithmetic in C, if there is one; ``affine`` if the transform is wanted."""
         ...
 
     def moments(self, means_KC: Tensor, count: Tensor) -> Moments:
-        """What running statistics absorb."""
+        """Return what the running statistics are updated with."""
         ...
 
 
@@ -42,23 +42,23 @@ class PerChannel(Shared, Protocol):
     raw: ClassVar[slice]
 
     def link(self, means_KC: Tensor, eps: float) -> Tensor:
-        """``theta_KC``."""
+        """Return ``theta_KC``."""
         ...
 
     def coefficients(self, theta_KC: Tensor, affine: Affine) -> tuple[Tensor, Tensor]:
-        """``scale_C, shift_C``."""
+        """Return ``scale_C, shift_C``."""
         ...
 
 
 RAW_MOMENTS = 2
-"""Kinds of raw sums that exist: of x, and of x squared."""
+"""The number of raw sums: of x, and of x squared."""
 
 FORMULAS = {"rms": 0, "batch_norm": 1}
-"""The numbers that ``dense.c`` has for them."""
+"""Their numbers in ``dense.c``."""
 
 
 def plain(*values_C: Tensor | None) -> bool:
-    """Whether C can read ``[C]`` values of a layer whose input is on the CPU."""
+    """Return whether C can read ``[C]`` values of a layer whose input is on the CPU."""
     for each in values_C:
         if each is not None and not (each.dtype is torch.float32 and each.is_contiguous() and each.is_cpu):
             return False

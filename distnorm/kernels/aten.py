@@ -1,9 +1,9 @@
-"""The four loops over big tensors, in ATen: for CPU tensors that the compiled ones do not take.
+"""The four loops over activations in ATen, for CPU tensors that the compiled loops do not accept.
 
-Shapes: x_NCL and dy_NCL of one layout, pivot_C, scale_C, g1_C, g2_C in the dtype of the arithmetic (at least float32).
-Inference-mode batch norm is ATen's fastest per-channel multiply-add on a CPU, and its backward yields both channel sums
-in one pass. Half-precision tensors are widened first: (x - pivot) rounded to them would lose statistics.
-Empty tensors never reach ATen, whose batch norm divides by their size (torch 2.13: the process dies of it).
+Shapes: x_NCL and dy_NCL of one layout; pivot_C, scale_C, g1_C, g2_C in the dtype of the arithmetic (at least float32).
+Inference-mode batch norm is ATen's fastest per-channel multiply-add on a CPU, and its backward computes both channel
+sums in one pass. Half-precision tensors are converted to float32 first, since rounding (x - pivot) would lose accuracy.
+Empty tensors never reach ATen, whose batch norm divides by their size (torch 2.13: this ends the process).
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 FEW_VALUES = 32
-"""Values of a channel in one sample up to which group norm is slow."""
+"""Up to this number of values of a channel in one sample, group norm is slow."""
 
 
 def moments(x_NCL: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Sums of x and of its squares with their count, ``[2 C + 1]``, float64; the mean; memory for an output, if any."""
+    """Return sums of x and of x^2 with their count, ``[2 C + 1]``, float64; the mean; memory for an output, if any."""
     count = x_NCL.numel() // x_NCL.shape[1]
     mean_C, var_C, spare_NCL = _mean_and_variance(x_NCL)
     raw = torch.cat((mean_C, torch.addcmul(var_C, mean_C, mean_C), mean_C.new_ones(1)))
@@ -24,11 +24,11 @@ def moments(x_NCL: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
 
 
 def _mean_and_variance(x_NCL: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Per channel, float64 ``[C]``, biased; and memory for an output like x where there is some.
+    """Return mean and biased variance per channel, float64 ``[C]``, and memory for an output like x, if available.
 
-    Of contiguous images, group norm with a group per channel yields the moments of every channel of every sample in one
-    pass, by a stable recurrence; they are united in float64: mean = E[mean_n], var = E[var_n] + Var[mean_n]. Of all
-    others, sums about a pivot do, in two passes. Of none, both are zero.
+    For contiguous images, group norm with a group per channel computes the moments of every channel of every sample in
+    one pass, by a stable recurrence. They are combined in float64: mean = E[mean_n], var = E[var_n] + Var[mean_n]. All
+    other tensors use sums about a pivot, in two passes. For an empty tensor both are zero.
     """
     if not x_NCL.numel():
         zero_C = x_NCL.new_zeros(x_NCL.shape[1], dtype=torch.float64)
@@ -44,7 +44,7 @@ def _mean_and_variance(x_NCL: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
 
 
 def _moments_about_pivot(x_NCL: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Two passes; four where the first sample lies far from the others."""
+    """Compute the moments in two passes, or four if the first sample is far from the others."""
     pivot_C = pivot(x_NCL)
     sum_C, square_C, centred_NCL = sums(x_NCL, pivot_C)
     if bool((sum_C.square() > 0.75 * count * square_C).any()):
@@ -56,7 +56,7 @@ def _moments_about_pivot(x_NCL: Tensor, count: int) -> tuple[Tensor, Tensor, Ten
 
 
 def pivot(x_NCL: Tensor) -> Tensor:
-    """Mean of the first sample, ``[C]``: a centre so close that sums about it lose at most a factor N of accuracy.
+    """Return the mean of the first sample, ``[C]``. Sums about it lose at most a factor N of accuracy.
 
     With p the mean of one of N samples, (p - mean)^2 <= N var, so E(x - p)^2 - (p - mean)^2 cancels at most
     log2(N + 1) bits.
@@ -66,14 +66,14 @@ def pivot(x_NCL: Tensor) -> Tensor:
 
 
 def sums(x_NCL: Tensor, pivot_C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """``sum(x - pivot), sum((x - pivot)^2)``, each ``[C]``, and ``x - pivot``. Two passes."""
+    """Return ``sum(x - pivot), sum((x - pivot)^2)``, each ``[C]``, and ``x - pivot``. Two passes."""
     zero_C = torch.zeros_like(pivot_C)
     centred_NCL = apply(x_NCL.to(pivot_C.dtype), pivot_C, torch.ones_like(pivot_C), zero_C)
     return *_cosums(centred_NCL, centred_NCL, zero_C), centred_NCL
 
 
 def apply(x_NCL: Tensor, pivot_C: Tensor, scale_C: Tensor, shift_C: Tensor, *, into: Tensor | None = None) -> Tensor:
-    """``(x - pivot) * scale + shift``, in the dtype of x; in new memory, or ``into``. One pass."""
+    """Return ``(x - pivot) * scale + shift``, in the dtype of x; in new memory, or ``into``. One pass."""
     if not x_NCL.numel():
         return torch.empty_like(x_NCL)
     one_C = torch.ones_like(pivot_C)
@@ -87,14 +87,14 @@ def apply(x_NCL: Tensor, pivot_C: Tensor, scale_C: Tensor, shift_C: Tensor, *, i
 
 
 def cosums(dy_NCL: Tensor, x_NCL: Tensor, pivot_C: Tensor) -> Tensor:
-    """``sum(dy), sum(dy * (x - pivot))``, ``[2, C]``, float64. One pass."""
+    """Return ``sum(dy), sum(dy * (x - pivot))``, ``[2, C]``, float64. One pass."""
     return torch.stack(_cosums(dy_NCL, x_NCL, pivot_C)).double()
 
 
 def _cosums(dy_NCL: Tensor, x_NCL: Tensor, pivot_C: Tensor) -> tuple[Tensor, Tensor]:
     if not x_NCL.numel():
         return torch.zeros_like(pivot_C), torch.zeros_like(pivot_C)
-    if not _dense_alike(dy_NCL, x_NCL):  # ATen's loop over strides would add up in the dtype of dy
+    if not _dense_alike(dy_NCL, x_NCL):  # ATen's loop over strides would add in the dtype of dy
         dy_NCL, x_NCL = dy_NCL.to(pivot_C.dtype), x_NCL.to(pivot_C.dtype)
     one_C = torch.ones_like(pivot_C)
     _, product_C, sum_C = torch.ops.aten.native_batch_norm_backward(
@@ -106,7 +106,7 @@ def _cosums(dy_NCL: Tensor, x_NCL: Tensor, pivot_C: Tensor) -> tuple[Tensor, Ten
 def combine(
     dy_NCL: Tensor, x_NCL: Tensor, pivot_C: Tensor, scale_C: Tensor, level_C: Tensor, slope_C: Tensor
 ) -> Tensor:
-    """``dy * scale + level + (x - pivot) * slope``, in the dtype of x. Two passes."""
+    """Return ``dy * scale + level + (x - pivot) * slope``, in the dtype of x. Two passes."""
     dx_NCL = apply(x_NCL.to(pivot_C.dtype), pivot_C, slope_C, level_C)
     scale_1C1 = scale_C.view(1, -1, *(1,) * (x_NCL.dim() - 2))
     return dx_NCL.addcmul_(dy_NCL, scale_1C1).to(x_NCL.dtype)
@@ -121,5 +121,5 @@ def _dense_alike(dy_NCL: Tensor, x_NCL: Tensor) -> bool:
 
 
 def wide_dtype(x_NCL: Tensor) -> torch.dtype:
-    """The dtype of the arithmetic on ``x_NCL``: at least float32."""
+    """Return the dtype of the arithmetic on ``x_NCL``: at least float32."""
     return torch.float32 if x_NCL.dtype.itemsize < torch.float32.itemsize else x_NCL.dtype

@@ -1,7 +1,7 @@
-"""The four loops over big tensors, for CPU tensors: compiled for dense float32, ATen's for all others.
+"""The four loops over activations for CPU tensors: compiled for dense float32, in ATen for all others.
 
 Shapes: x_NCL, dy_NCL, y_NCL, dx_NCL; pivot_C, scale_C, shift_C, level_C, slope_C in the dtype of the arithmetic (at
-least float32); sums_KC float64, of two kinds. ``kernels.aten`` says what each computes.
+least float32); sums_KC float64, of two kinds. ``kernels.aten`` documents what each computes.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ class Family(NamedTuple):
 
 
 Image = tuple[int, int, int, int]
-"""N, C, L and the number of threads, the arguments that end each call of a loop."""
+"""N, C, L and the number of threads: the last arguments of each call of a loop."""
 
 Loops = tuple[Family, Image]
 
 
 def moments(x_NCL: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Sums of x and of its squares with their count, ``[2 C + 1]``, float64; the mean; memory for an output, if any."""
+    """Return sums of x and of x^2 with their count, ``[2 C + 1]``, float64; the mean; memory for an output, if any."""
     compiled = loops(x_NCL)
     if compiled is None:
         return aten.moments(x_NCL)
@@ -50,7 +50,7 @@ def moments(x_NCL: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
 
 
 def apply(x_NCL: Tensor, pivot_C: Tensor, scale_C: Tensor, shift_C: Tensor, *, into: Tensor | None = None) -> Tensor:
-    """``(x - pivot) * scale + shift``, in the dtype of x; in new memory, or ``into``."""
+    """Return ``(x - pivot) * scale + shift``, in the dtype of x; in new memory, or ``into``."""
     compiled = loops(x_NCL)
     if compiled is None:
         return aten.apply(x_NCL, pivot_C, scale_C, shift_C, into=into)
@@ -62,7 +62,7 @@ def apply(x_NCL: Tensor, pivot_C: Tensor, scale_C: Tensor, shift_C: Tensor, *, i
 
 
 def cosums(dy_NCL: Tensor, x_NCL: Tensor, pivot_C: Tensor) -> Tensor:
-    """``sum(dy), sum(dy * (x - pivot))``, ``[2, C]``, float64."""
+    """Return ``sum(dy), sum(dy * (x - pivot))``, ``[2, C]``, float64."""
     compiled = loops(x_NCL)
     if compiled is None:
         return aten.cosums(dy_NCL, x_NCL, pivot_C)
@@ -77,7 +77,7 @@ def cosums(dy_NCL: Tensor, x_NCL: Tensor, pivot_C: Tensor) -> Tensor:
 def combine(
     dy_NCL: Tensor, x_NCL: Tensor, pivot_C: Tensor, scale_C: Tensor, level_C: Tensor, slope_C: Tensor
 ) -> Tensor:
-    """``dy * scale + level + (x - pivot) * slope``, in the dtype of x."""
+    """Return ``dy * scale + level + (x - pivot) * slope``, in the dtype of x."""
     compiled = loops(x_NCL)
     if compiled is None:
         return aten.combine(dy_NCL, x_NCL, pivot_C, scale_C, level_C, slope_C)
@@ -91,7 +91,7 @@ def combine(
 
 
 def loops(x_NCL: Tensor) -> Loops | None:
-    """The compiled loops for ``x_NCL``; None where it is another dtype, has gaps, or is empty."""
+    """Return the compiled loops for ``x_NCL``; None if it has another dtype, has gaps, or is empty."""
     values = x_NCL.numel()
     found = library() if x_NCL.dtype is torch.float32 and values else None
     if found is None:
@@ -109,13 +109,13 @@ def loops(x_NCL: Tensor) -> Loops | None:
 
 @cache
 def _families(found: CDLL) -> tuple[Family, Family]:
-    """Of planes, and of rows."""
+    """Return the loops for planes and for rows."""
     planes = Family(False, found.plane_sums, found.plane_apply, found.plane_combine)
     return planes, Family(True, found.row_sums, found.row_apply, found.row_combine)
 
 
 def like(dy_NCL: Tensor, x_NCL: Tensor) -> Tensor:
-    """``dy`` laid out as ``x``, which is dense."""
+    """Return ``dy`` in the layout of ``x``, which is dense."""
     if dy_NCL.stride() == x_NCL.stride() and dy_NCL.dtype == x_NCL.dtype:
         return dy_NCL
     return torch.empty_like(x_NCL).copy_(dy_NCL)

@@ -1,8 +1,8 @@
-"""One forward and backward of one layer in C: dense float32 on a CPU, by a method that ``arithmetic.c`` knows.
+"""One forward and backward of one layer in C: dense float32 on a CPU, for a method in ``arithmetic.c``.
 
-Small layers cost what Python costs, so every pass is one call, by addresses. Shapes: x_NCL, y_NCL, their gradients
-dx_NCL, dy_NCL, and dz_NCL, which is dy_NCL before the epilogue; weight_C, bias_C; shared and cotangents float64,
-``[K C + 1]`` with the count and ``[K C]``, of the formula's K kinds.
+Python calls dominate the time of small layers, so every pass is one call that gets addresses. Shapes: x_NCL, y_NCL,
+their gradients dx_NCL, dy_NCL, and dz_NCL, which is dy_NCL before the epilogue; weight_C, bias_C; shared and cotangents
+float64, ``[K C + 1]`` with the count and ``[K C]``, of the formula's K kinds.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ HEAD = 8  # doubles
 
 
 def absorbs(running: Running) -> bool:
-    """Whether C can let ``running`` statistics absorb: all three are there, as stock layers have them."""
+    """Return whether C can update the ``running`` statistics: all three buffers exist, as in stock layers."""
     mean_C, var_C, updates, *_ = running
     if mean_C is None or var_C is None or updates is None:
         return False
@@ -31,20 +31,20 @@ def absorbs(running: Running) -> bool:
 
 
 class DensePass:
-    """A ``passes.Pass``: what the kernels remember between the loops of a forward, and for its backward."""
+    """A ``passes.Pass``: what the kernels keep between the loops of a forward, and for its backward."""
 
     absorbs = staticmethod(absorbs)
     __slots__ = "_at", "_c", "_eps", "_formula", "_image", "_memory", "_rows", "_signs_known", "_stride"
 
     def __init__(self, formula: Formula, compiled: Loops, eps: float) -> None:
-        """Nothing is computed yet."""
+        """Start without computing anything."""
         found = library()
         assert found is not None, "there are loops"
         self._c, self._formula, self._eps = found, formula, eps
         (self._rows, *_), self._image = compiled
 
     def sums(self, x_NCL: Tensor) -> Tensor:
-        """What the method shares: local sums and their count, float64 ``[K C + 1]``."""
+        """Return what the method shares: local sums and their count, float64 ``[K C + 1]``."""
         name, kinds, *_ = self._formula
         channels = self._image[1]
         self._stride = x_NCL.stride()
@@ -62,10 +62,10 @@ class DensePass:
         epilogue: Epilogue,
         running: Running | None,
     ) -> Tensor:
-        """The output, by ``shared`` sums and their count; ``running`` statistics absorb these, if given."""
+        """Return the output for ``shared`` sums and their count; update ``running`` statistics with them, if given."""
         formula, y_NCL = self._formula, torch.empty_like(x_NCL)
         residual_NCL, relu = epilogue
-        # Without a residual, the output's sign is known from x.
+        # Without a residual, the sign of the output follows from x.
         self._signs_known = relu and residual_NCL is None
         residual_NCL = None if residual_NCL is None else self._laid_out(residual_NCL)
         shared = shared.contiguous()
@@ -87,9 +87,9 @@ class DensePass:
     def pull(
         self, dy_NCL: Tensor, x_NCL: Tensor, y_NCL: Tensor | None, weight_C: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Cotangents of what was shared, gradients of weight and bias, and what ``combine`` wants of the output's.
+        """Return cotangents of the shared sums, gradients of weight and bias, and the output gradient for ``combine``.
 
-        With a relu the output is given, too. With a residual, the last result is its gradient.
+        With a ReLU the output is given, too. With a residual, the last result is the gradient of the residual.
         """
         x_NCL, dz_NCL = self._laid_out(x_NCL), self._laid_out(dy_NCL)
         weight_C = weight_C if weight_C is None or plain(weight_C) else weight_C.float().contiguous()
@@ -114,7 +114,7 @@ class DensePass:
         return cotangents, weight_grad_C, bias_grad_C, dz_NCL
 
     def combine(self, dz_NCL: Tensor, x_NCL: Tensor, cotangents: Tensor) -> Tensor:
-        """The input's gradient, by shared cotangents and the last result of ``pull``."""
+        """Return the gradient of the input, from shared cotangents and the last result of ``pull``."""
         x_NCL, dz_NCL, cotangents = self._laid_out(x_NCL), self._laid_out(dz_NCL), cotangents.contiguous()
         dx_NCL = torch.empty_like(x_NCL)
         addresses = dz_NCL.data_ptr(), x_NCL.data_ptr(), dx_NCL.data_ptr(), cotangents.data_ptr()
@@ -122,16 +122,16 @@ class DensePass:
         return dx_NCL
 
     def _laid_out(self, image_NCL: Tensor) -> Tensor:
-        """As the forward's input was. Hooks of saved tensors may give the backward another layout than they got."""
+        """Return the tensor in the layout of the forward's input: hooks of saved tensors may return another layout."""
         if image_NCL.stride() == self._stride and image_NCL.dtype is torch.float32:
             return image_NCL
         return image_NCL.new_empty_strided(image_NCL.shape, self._stride, dtype=torch.float32).copy_(image_NCL)
 
 
 def absorbing(formula: Formula, means: Tensor, over: float, count: float, running: Running) -> Call | None:
-    """A call of C that lets ``running`` statistics absorb ``means / over`` of ``count`` values; None where C cannot.
+    """Return a call of C that updates ``running`` with ``means / over`` of ``count`` values; None if C cannot.
 
-    To the bit as ``normalize`` does. Nothing happens where fewer than two values were seen.
+    The result is bitwise equal to that of ``normalize``. Nothing changes if fewer than two values were seen.
     """
     found = library() if formula.name in FORMULAS else None
     if found is None or not absorbs(running):
@@ -140,12 +140,14 @@ def absorbing(formula: Formula, means: Tensor, over: float, count: float, runnin
     mean_C, var_C, updates, *rate = _addresses(running)
     wire, function = means.contiguous(), getattr(found, f"{formula.name}_absorb")
     call = partial(function, wire.data_ptr(), over, count, len(running.var_C), *rate, updates, mean_C, var_C)
-    call.__dict__["reads"] = wire  # which must live as long
+    call.__dict__["reads"] = wire  # must live as long as the call
     return call
 
 
 _Addresses = tuple[int | None, int | None, int | None, float, bool]
-"""Of running_mean, running_var and the number of updates; the momentum, negative for the plain average; the guard."""
+"""Addresses of running_mean, running_var and the number of updates; the momentum, negative for the plain average; the
+guard.
+"""
 
 NOTHING: _Addresses = None, None, None, 0.0, False
 
@@ -153,7 +155,7 @@ NOTHING: _Addresses = None, None, None, 0.0, False
 def _addresses(running: Running) -> _Addresses:
     mean_C, var_C, updates, momentum, guarded = running
     assert mean_C is not None and var_C is not None and updates is not None, "they are whole"
-    increment_version((mean_C, var_C, updates))  # as torch's own operations do, for autograd's checks
+    increment_version((mean_C, var_C, updates))  # as torch's operations do, for autograd's checks
     rate = -1.0 if momentum is None else momentum
     return mean_C.data_ptr(), var_C.data_ptr(), updates.data_ptr(), rate, guarded
 
@@ -161,7 +163,7 @@ def _addresses(running: Running) -> _Addresses:
 def dense_pass(
     formula: Formula, x_NCL: Tensor, weight_C: Tensor | None, bias_C: Tensor | None, eps: float
 ) -> DensePass | None:
-    """A pass over ``x_NCL``; None where the C does not take it."""
+    """Return a pass over ``x_NCL``; None if the C kernels do not accept it."""
     compiled = loops(x_NCL) if formula.name in FORMULAS else None
     if compiled is None or not plain(weight_C, bias_C, formula.running_var_C):
         return None

@@ -1,6 +1,6 @@
-"""Derivatives of methods' C-sized arithmetic: autograd finds them, or a formula has them written out.
+"""Derivatives of the methods' C-sized arithmetic: from a formula if it has them in closed form, else from autograd.
 
-Written out, they save the making of a graph in every step; ``arithmetic.c`` and ``gpu/formulas.py`` hold the same.
+The closed form avoids building a graph in every step; ``arithmetic.c`` and ``gpu/formulas.py`` contain the same.
 Shapes: means_KC, theta_KC and their gradients of K kinds; factor_C, the scale without the weight; all float64.
 """
 
@@ -27,11 +27,11 @@ class Written(NamedTuple):
     weight."""
 
     pull_link: Callable[[Tensor, Tensor], Tensor]
-    """From theta_KC and its gradient to that of means_KC."""
+    """Compute the gradient of means_KC from theta_KC and its gradient."""
 
 
 def pull(method: PerChannel, theta_KC: Tensor, affine: Affine, scale_grad_C: Tensor, shift_grad_C: Tensor) -> Pulled:
-    """Gradients for theta_KC, weight_C and bias_C, given those for ``coefficients``."""
+    """Return gradients for theta_KC, weight_C and bias_C, given those for ``coefficients``."""
     written = _written(method)
     if written is None:
         return _pull_by_autograd(method, theta_KC, affine, scale_grad_C, shift_grad_C)
@@ -42,7 +42,7 @@ def pull(method: PerChannel, theta_KC: Tensor, affine: Affine, scale_grad_C: Ten
 
 
 def pull_link(method: PerChannel, means_KC: Tensor, theta_KC: Tensor, theta_grad_KC: Tensor, eps: float) -> Tensor:
-    """The gradient for means_KC, given that for ``theta_KC = link(means_KC)``."""
+    """Return the gradient for means_KC, given that for ``theta_KC = link(means_KC)``."""
     written = _written(method)
     if written is not None:
         return written.pull_link(theta_KC, theta_grad_KC)
@@ -77,13 +77,13 @@ def _pull_by_autograd(
 def _pull_batch_norm(
     theta_KC: Tensor, factor_C: Tensor, scale_grad_C: Tensor, shift_grad_C: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """``d mean = -scale dshift``, ``d log_std = -scale (dscale - mean dshift)``."""
+    """Compute ``d mean = -scale dshift``, ``d log_std = -scale (dscale - mean dshift)``."""
     centred_C = scale_grad_C - theta_KC[0] * shift_grad_C
     return torch.stack((-factor_C * shift_grad_C, -factor_C * centred_C)), factor_C * centred_C
 
 
 def _pull_link_batch_norm(theta_KC: Tensor, theta_grad_KC: Tensor) -> Tensor:
-    """``d square = d log_std / (2 (var + eps))``, ``d mean' = d mean - 2 mean d square``."""
+    """Compute ``d square = d log_std / (2 (var + eps))``, ``d mean' = d mean - 2 mean d square``."""
     mean_C, log_std_C = theta_KC.unbind()
     mean_grad_C, log_std_grad_C = theta_grad_KC.unbind()
     square_grad_C = torch.exp(-2 * log_std_C).mul_(log_std_grad_C).div_(2)
@@ -91,13 +91,13 @@ def _pull_link_batch_norm(theta_KC: Tensor, theta_grad_KC: Tensor) -> Tensor:
 
 
 def _pull_rms(theta_KC: Tensor, factor_C: Tensor, scale_grad_C: Tensor, shift_grad_C: Tensor) -> tuple[Tensor, Tensor]:
-    """``d log_rms = -scale dscale``; a correction is a constant."""
+    """Compute ``d log_rms = -scale dscale``; a correction is a constant."""
     weight_grad_C = factor_C * scale_grad_C
     return -weight_grad_C[None], weight_grad_C
 
 
 def _pull_link_rms(theta_KC: Tensor, theta_grad_KC: Tensor) -> Tensor:
-    """``d square = d log_rms / (2 (mean(x^2) + eps))``."""
+    """Compute ``d square = d log_rms / (2 (mean(x^2) + eps))``."""
     return torch.exp(-2 * theta_KC).mul_(theta_grad_KC).div_(2)
 
 
@@ -105,4 +105,4 @@ WRITTEN = {
     "batch_norm": Written(_pull_batch_norm, _pull_link_batch_norm),
     "rms": Written(_pull_rms, _pull_link_rms),
 }
-"""By the formula's name."""
+"""The closed forms by the name of the formula."""

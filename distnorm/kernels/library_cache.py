@@ -1,8 +1,8 @@
-"""A library compiled from C on first use, and kept in the user's cache folder for the next process.
+"""A library that is compiled from C on first use, and kept in the user's cache folder for later processes.
 
-Its name is ``kernels-<key>-<digest>.so``. The key tells apart what makes libraries differ: sources, flags, compiler and
-its version, machine, processor and libc. The digest is that of the file, so one that is truncated, foreign or empty is
-found before it is loaded, and is made anew. Nothing is written under that name: files are moved there whole.
+Its name is ``kernels-<key>-<digest>.so``. The key covers everything that libraries depend on: sources, flags, compiler
+and its version, machine, processor and libc. The digest is that of the file, so a truncated, foreign or empty file is
+detected before it is loaded, and is compiled again. Files are moved to that name complete, never written under it.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ logger = logging.getLogger("distnorm")
 
 COMPILE_SECONDS = 60
 FORGOTTEN_SECONDS = 24 * 3600
-"""Age of a folder that some other machine, or this one before it started anew, has left."""
+"""Age, in seconds, of a folder that another machine, or this one before a reboot, has left behind."""
 _BUILD = "distnorm-build"
 
 Check = Callable[[ctypes.CDLL], None]
-"""Declares what a library must have; raises AttributeError where it does not."""
+"""Declare what a library must have. Raise AttributeError if something is missing."""
 
 
 # docs/decisions.md#c-code-is-compiled-on-first-use
 def load(sources: Sequence[Path], headers: Sequence[Path], flags: Sequence[str], check: Check) -> ctypes.CDLL:
-    """The library of ``sources``, kept or made now; from a temporary folder where it cannot be kept, with a warning.
+    """Return the library of ``sources``, cached or compiled; in a temporary folder with a warning if it cannot be kept.
 
     Raises:
-        OSError: there is no compiler, or what it makes cannot be loaded.
+        OSError: there is no compiler, or the compiled file cannot be loaded.
         subprocess.SubprocessError: the compiler fails, or needs longer than ``COMPILE_SECONDS``.
     """
     compiler = _compiler(os.environ)
@@ -50,7 +50,7 @@ def load(sources: Sequence[Path], headers: Sequence[Path], flags: Sequence[str],
         _sweep(folder)
         return _kept(folder, key, check) or _made(command, folder, key, check)
     except (OSError, subprocess.CalledProcessError) as error:
-        # A full disk is an error of the compiler's, in words of its own: whatever went wrong, try elsewhere.
+        # A full disk appears as an error of the compiler, in its own words: whatever failed, try elsewhere.
         folder = Path(tempfile.gettempdir())
         _sweep(folder)
         library = _made(command, folder, key, check, keep=False)
@@ -63,7 +63,7 @@ def load(sources: Sequence[Path], headers: Sequence[Path], flags: Sequence[str],
 
 
 def cause(error: BaseException) -> str:
-    """What a failed compile, or a folder that cannot be used, has to say."""
+    """Return the message of a failed compilation, or of a folder that cannot be used."""
     return f"{error}\n{told}" if (told := getattr(error, "output", None)) else str(error)
 
 
@@ -72,7 +72,7 @@ def cause(error: BaseException) -> str:
 
 def _cache_folder(environment: Mapping[str, str]) -> Path:
     named = Path(environment.get("XDG_CACHE_HOME") or "")
-    if named.is_absolute():  # the others do not count, says the XDG specification
+    if named.is_absolute():  # the XDG specification ignores relative paths
         return named / "distnorm"
     try:
         return Path.home() / ".cache" / "distnorm"
@@ -81,7 +81,7 @@ def _cache_folder(environment: Mapping[str, str]) -> Path:
 
 
 def _kept(folder: Path, key: str, check: Check) -> ctypes.CDLL | None:
-    """The library of ``key`` in ``folder``, if there is a sound one."""
+    """Return the library of ``key`` in ``folder``, if there is an intact one."""
     for file in folder.glob(f"kernels-{key}-*.so"):
         try:
             if file.name == _name(key, file.read_bytes()):
@@ -96,7 +96,7 @@ def _name(key: str, content: bytes) -> str:
 
 
 def _opened(file: Path, key: str, check: Check) -> ctypes.CDLL:
-    """Load ``file``, whose content is known to be whole, and ask it what it is."""
+    """Load ``file``, whose content is known to be complete, and check its key."""
     library = ctypes.CDLL(str(file))
     try:
         library.distnorm_key.restype = ctypes.c_char_p
@@ -119,7 +119,7 @@ def _made(command: list[str], folder: Path, key: str, check: Check, *, keep: boo
         library = _opened(made, key, check)
         if keep:
             kept = folder / _name(key, made.read_bytes())
-            made.replace(kept)  # in one move: other ranks are doing the same
+            made.replace(kept)  # atomically, since other ranks do the same
             for other in folder.glob(f"kernels-{key}-*.so"):
                 if other != kept:
                     other.unlink(missing_ok=True)
@@ -128,21 +128,21 @@ def _made(command: list[str], folder: Path, key: str, check: Check, *, keep: boo
 
 @contextmanager
 def _workshop(folder: Path) -> Iterator[Path]:
-    """A folder in ``folder`` for as long as it is needed, whose name says by whom."""
+    """Create a temporary folder in ``folder``, whose name tells which process uses it."""
     with tempfile.TemporaryDirectory(prefix=f"{_BUILD}-{_machine()}-{os.getpid()}-", dir=folder) as workshop:
         yield Path(workshop)
 
 
 def _sweep(folder: Path) -> None:
-    """Remove the workshops in ``folder`` of processes that were killed."""
+    """Remove the temporary folders in ``folder`` of processes that were killed."""
     for left in folder.glob(f"{_BUILD}-*-*-*"):
         machine, process = left.name.removeprefix(f"{_BUILD}-").split("-")[:2]
         try:
             dead = not _lives(int(process)) if machine == _machine() else _is_forgotten(left)
-        except (OSError, ValueError, OverflowError):  # another process was quicker, or it is none of ours
+        except (OSError, ValueError, OverflowError):  # another process was faster, or the folder is not ours
             continue
         if dead:
-            shutil.rmtree(left, ignore_errors=True)  # others sweep, too
+            shutil.rmtree(left, ignore_errors=True)  # other processes remove it, too
 
 
 def _lives(process: int) -> bool:
@@ -160,7 +160,7 @@ def _is_forgotten(folder: Path) -> bool:
 
 
 def _machine() -> str:
-    """Where process numbers mean the same: one boot, one namespace."""
+    """Return an identifier of where process numbers are valid: one boot, one namespace."""
     try:
         text = Path("/proc/sys/kernel/random/boot_id").read_text() + os.readlink("/proc/self/ns/pid")
     except OSError:
@@ -172,7 +172,7 @@ def _machine() -> str:
 
 
 def _compiler(environment: Mapping[str, str]) -> list[str]:
-    """The words of CC, split as a shell does; the first compiler found where it is not set."""
+    """Return the words of CC, split as a shell does; if it is not set, the first compiler found."""
     given = environment.get("CC", "")
     try:
         words = shlex.split(given)
@@ -195,7 +195,7 @@ def _key(compiler: list[str], flags: Sequence[str], files: Sequence[Path]) -> st
 
 
 def _processor() -> str:
-    """What ``-march=native`` depends on: a home folder may be shared by unlike machines."""
+    """Return what ``-march=native`` depends on, since different machines may share a home folder."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -204,7 +204,7 @@ def _processor() -> str:
 
 
 def _run(command: list[str], **environment: str) -> str:
-    """What ``command`` prints; ends all that it has started where it takes too long, or this process is interrupted."""
+    """Return the output of ``command``. On a timeout or an interrupt, kill all processes that it has started."""
     with subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
@@ -218,7 +218,7 @@ def _run(command: list[str], **environment: str) -> str:
         try:
             told, _ = process.communicate(timeout=COMPILE_SECONDS)
         except BaseException:
-            with suppress(ProcessLookupError):  # it has ended
+            with suppress(ProcessLookupError):  # it has ended already
                 os.killpg(process.pid, signal.SIGKILL)
             raise
     if process.returncode:

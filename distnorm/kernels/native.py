@@ -1,6 +1,6 @@
-"""The C in csrc/, compiled once per machine for its CPU; None where that cannot be done.
+"""The C code in csrc/, compiled once per machine for its CPU; None if that is not possible.
 
-``library_cache`` keeps the library; ``DISTNORM_KERNELS=aten`` does without it.
+``library_cache`` keeps the library; ``DISTNORM_KERNELS=aten`` disables it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SOURCES = tuple(
     for name in ("loops", "arithmetic", "dense", "exchange", "entries", "key")
 )
 HEADER = SOURCES[0].with_name("kernels.h")
-# Only rounding may differ from the C as written: sums are reassociated by hand, infinities and NaN keep their meaning.
+# Only rounding may differ from the C as written: sums are reassociated by hand; infinities and NaN keep their meaning.
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC")
 
 _POINTER, _INDEX, _TURN, _DOUBLE = ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int64, ctypes.c_double
@@ -58,10 +58,10 @@ _RANK_RETURNED = ("exchange_await", "exchange_add")
 
 
 def wanted() -> bool:
-    """Whether the environment lets compiled kernels serve, in C or Triton.
+    """Return whether the environment allows compiled kernels, in C or Triton.
 
     Raises:
-        ValueError: DISTNORM_KERNELS holds another word than "compiled" and "aten".
+        ValueError: DISTNORM_KERNELS has another value than "compiled" and "aten".
     """
     choice = os.environ.get("DISTNORM_KERNELS", "compiled")
     if choice not in ("compiled", "aten"):
@@ -71,7 +71,7 @@ def wanted() -> bool:
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The library; made when first asked for, which takes about a second where the cache has none."""
+    """Return the library; compiled on first use, which takes about a second if the cache does not have it."""
     if not wanted():
         return None
     try:

@@ -1,4 +1,4 @@
-"""One forward and backward of one layer, by the formulas of its method; or in C or Triton, where these know them.
+"""One forward and backward of one layer, by its method's formulas, or in C or Triton if these have the method.
 
 Shapes: as in kernels/dense.py.
 """
@@ -17,14 +17,14 @@ from distnorm.types import Affine, Epilogue, Running
 
 
 class Pass(Protocol):
-    """One forward of one layer, and its backward: what comes before and after its sums are shared, twice."""
+    """One forward of one layer and its backward: the computation before and after each of the two exchanges."""
 
     def sums(self, x_NCL: Tensor) -> Tensor:
-        """What the method shares: local sums and their count, float64 ``[K C + 1]``."""
+        """Return what the method shares: local sums and their count, float64 ``[K C + 1]``."""
         ...
 
     def absorbs(self, running: Running) -> bool:
-        """Whether ``normalize`` can let ``running`` statistics absorb by the way."""
+        """Return whether ``normalize`` can update the ``running`` statistics in the same call."""
         ...
 
     def normalize(
@@ -36,38 +36,38 @@ class Pass(Protocol):
         epilogue: Epilogue,
         running: Running | None,
     ) -> Tensor:
-        """The output, by ``shared`` sums and their count; ``running`` statistics absorb these, if given."""
+        """Return the output for ``shared`` sums and their count; update ``running`` statistics with them, if given."""
         ...
 
     def pull(
         self, dy_NCL: Tensor, x_NCL: Tensor, y_NCL: Tensor | None, weight_C: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
-        """Cotangents of what was shared, gradients of weight and bias, and what ``combine`` takes for the gradient.
+        """Return cotangents of the shared sums, gradients of weight and bias, and the output gradient for ``combine``.
 
-        The output is given behind a relu. What ``combine`` takes is a residual's gradient.
+        With a ReLU the output is given. The last result is also the gradient of a residual.
         """
         ...
 
     def combine(self, dz_NCL: Tensor, x_NCL: Tensor, cotangents: Tensor) -> Tensor:
-        """The input's gradient, by shared cotangents."""
+        """Return the gradient of the input, from shared cotangents."""
         ...
 
 
 class FormulaPass:
-    """A ``Pass`` over any CPU tensor, by any method."""
+    """A ``Pass`` over any CPU tensor, for any method."""
 
     def __init__(self, method: PerChannel, affine: Affine) -> None:
-        """Nothing is computed yet."""
+        """Start without computing anything."""
         self._method = method
         self._affine = affine
 
     def sums(self, x_NCL: Tensor) -> Tensor:
-        """What the method shares: local sums and their count, float64 ``[K C + 1]``."""
+        """Return what the method shares: local sums and their count, float64 ``[K C + 1]``."""
         wire, self._pivot_C, self._spare_NCL = cpu.moments(x_NCL)
         return wire[self._method.raw.start * x_NCL.shape[1] :]
 
     def absorbs(self, running: Running) -> bool:
-        """Not by the way."""
+        """Return false: running statistics need a separate call."""
         return False
 
     def normalize(
@@ -79,7 +79,7 @@ class FormulaPass:
         epilogue: Epilogue,
         running: Running | None,
     ) -> Tensor:
-        """The output, by ``shared`` sums and their count."""
+        """Return the output for ``shared`` sums and their count."""
         self._total = torch.where(shared[-1] > 0, shared[-1], 1)
         self._means_KC = shared[:-1].view(-1, x_NCL.shape[1]) / self._total
         self._theta_KC = self._method.link(self._means_KC, self._affine.eps)
@@ -96,7 +96,7 @@ class FormulaPass:
     def pull(
         self, dy_NCL: Tensor, x_NCL: Tensor, y_NCL: Tensor | None, weight_C: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
-        """Cotangents of what was shared, gradients of weight and bias, and the gradient before the epilogue."""
+        """Return cotangents of the shared sums, gradients of weight and bias, and the gradient before the epilogue."""
         dz_NCL = dy_NCL if y_NCL is None else torch.ops.aten.threshold_backward(dy_NCL, y_NCL, 0)
         shift_grad_C, scale_grad_C = cpu.cosums(dz_NCL, x_NCL, self._pivot_C).unbind()
         scale_grad_C = torch.addcmul(scale_grad_C, self._pivot_C.double(), shift_grad_C)
@@ -105,7 +105,7 @@ class FormulaPass:
         return cotangents_KC.flatten(), grads[0], grads[1], dz_NCL
 
     def combine(self, dz_NCL: Tensor, x_NCL: Tensor, cotangents: Tensor) -> Tensor:
-        """The input's gradient, by shared cotangents."""
+        """Return the gradient of the input, from shared cotangents."""
         theta_grad_KC = cotangents.view_as(self._theta_KC)
         found_KC = gradients.pull_link(self._method, self._means_KC, self._theta_KC, theta_grad_KC, self._affine.eps)
         grad_KC = found_KC / self._total
@@ -119,7 +119,7 @@ class FormulaPass:
 
 # docs/decisions.md#saved-tensors-are-examined-again
 def new_pass(method: PerChannel, x_NCL: Tensor, affine: Affine) -> Pass:
-    """What computes one forward, and its backward."""
+    """Return the pass that computes one forward and its backward."""
     formula = method.formula(affine)
     if formula is not None and x_NCL.is_cuda:
         from distnorm.kernels.gpu.gpu_pass import GpuPass  # imports Triton

@@ -1,7 +1,7 @@
-"""Steps of policies that remember earlier ones: in Triton on a CUDA device, in C on a CPU, else in torch.
+"""Kernels for policies that keep sums of earlier steps: in Triton on a CUDA device, in C on a CPU, else in torch.
 
-All is float64 but counters, which are int64. A *vector* holds the values of all slots, one weight per slot, and maybe
-more; a slot is what one layer shares in one direction. Docstrings say it once for all three kinds of kernel.
+All tensors are float64 except counters, which are int64. A *vector* holds the values of all slots, one weight per slot,
+and possibly more. A slot is what one layer shares in one direction. The docstrings here hold for all three versions.
 """
 
 from __future__ import annotations
@@ -16,33 +16,33 @@ from distnorm.compat.at_once import Call, at_once
 from distnorm.kernels import gpu
 from distnorm.kernels.native import library
 
-_ITEMSIZE = 8  # bytes, of float64 and int64 alike
+_ITEMSIZE = 8  # bytes, of both float64 and int64
 
 
 class Slots(NamedTuple):
-    """How a vector is laid out, as tensors on its device.
+    """The layout of a vector, as tensors on its device.
 
     Fields:
-        starts: where each slot's values begin, and where the last one's end.
-        slot_of: which slot each value belongs to.
+        starts: where the values of each slot start, and where those of the last one end.
+        slot_of: the slot of each value.
     """
 
     starts: Tensor
     slot_of: Tensor
 
     def parts(self, vector: Tensor) -> tuple[Tensor, Tensor]:
-        """The values and the weights of ``vector``."""
+        """Return the values and the weights of ``vector``."""
         values = self.slot_of.numel()
         return vector[:values], vector[values : values + self.starts.numel() - 1]
 
     def means(self, vector: Tensor) -> Tensor:
-        """The values of ``vector`` over their weights; 0 where a slot was not used."""
+        """Return the values of ``vector`` divided by their weights; 0 for slots that were not used."""
         values, weights = self.parts(vector)
         spread = weights[self.slot_of]
         return torch.where(spread > 0, values / spread, 0.0)
 
     def judge(self, vector: Tensor) -> tuple[Tensor, Tensor]:
-        """Which slots of ``vector`` are finite, values and weight; and which of these have a weight above 0."""
+        """Return which slots of ``vector`` have finite values and weight, and which of these have a weight above 0."""
         values, weights = self.parts(vector)
         broken = torch.zeros_like(weights).index_add_(0, self.slot_of, (~values.isfinite()).to(weights.dtype))
         finite = (broken == 0) & weights.isfinite()
@@ -50,7 +50,7 @@ class Slots(NamedTuple):
 
 
 def in_triton(values: Tensor, outbox: Tensor) -> bool:
-    """Whether Triton's kernels take ``values`` for a step whose vector is ``outbox``."""
+    """Return whether the Triton kernels accept ``values`` for a step whose vector is ``outbox``."""
     return values.is_cuda and values.device == outbox.device and gpu.available()
 
 
@@ -72,20 +72,20 @@ def window(
     *,
     counted: bool,
 ) -> Tensor:
-    """Add ``newest / scale``, of this ``weight``, to a slot of ``outbox``; return what the layer goes on with.
+    """Add ``newest / scale``, of this ``weight``, to a slot of ``outbox``; return the layer's result.
 
-    That is ``scale * weight`` times the mean of the slot's entries and the newest, if it has any weight.
+    The result is ``scale * weight`` times the mean of the slot's entries and the newest, if it has any weight.
 
     Args:
-        newest: the slot's values; with their count behind them if ``counted``, which the output then has, too.
-        weight: what they are the sum of, a scalar; None for 1.
+        newest: the values of the slot; followed by their count if ``counted``, as in the result.
+        weight: the weight that the values are a sum over, a scalar; None for 1.
         scale: the loss scale; a tensor only if it is on the device of ``newest``.
         sums: over the entries of each slot, for all slots.
-        filled: how many entries each slot has.
+        filled: the number of entries of each slot.
         outbox: the vector of this step.
-        span: where the slot's values are in ``outbox`` and ``sums``.
-        number: which slot it is.
-        counted: see there.
+        span: the place of the slot's values in ``outbox`` and ``sums``.
+        number: the number of the slot.
+        counted: see ``newest``.
     """
     if in_triton(newest, outbox):
         from distnorm.kernels.gpu import entries  # imports Triton
@@ -139,22 +139,22 @@ def mix(newest: Tensor, scale: Tensor | float, others: Tensor, outbox: Tensor, s
 def pushing(
     vector: Tensor, slots: Slots, ring: Tensor, filled: Tensor, position: Tensor, sums: Tensor, dropped: Tensor
 ) -> tuple[list[Call], Tensor, Tensor]:
-    """What, done at once, makes ``vector`` the newest entry of ``ring``: per slot its values over its weight.
+    """Return calls that make ``vector`` the newest entry of ``ring``: per slot its values divided by its weight.
 
-    In Triton it is done when this returns. Slots without weight, and those with values that are not finite, keep their
-    entries.
+    In Triton this is done when the function returns. Slots without weight, and those with values that are not finite,
+    keep their entries.
 
     Args:
         vector: of the layout ``slots``.
-        slots: see there.
-        ring: entries ``[depth, values]``; of depth 0 it keeps none.
-        filled: how many entries each slot has.
-        position: the row of each slot's next entry; may be changed in place.
+        slots: the layout.
+        ring: entries ``[depth, values]``; with depth 0 it keeps none.
+        filled: the number of entries of each slot.
+        position: the row of the next entry of each slot; may be changed in place.
         sums: over the entries.
         dropped: how often each slot was not finite.
 
     Returns:
-        The calls; and, once they are made, which slots are usable, bool, and the ``position`` to go on with.
+        The calls. After they have run: which slots are usable, bool, and the new ``position``.
     """
     depth, count = len(ring), filled.numel()
     if depth and in_triton(vector, ring):
@@ -170,7 +170,7 @@ def pushing(
             compiled.entries_push,
             *(vector.data_ptr(), slots.starts.data_ptr(), count, depth, *(each.data_ptr() for each in changed)),
         )
-        held = vector.data_ptr  # until the calls are made: C knows its address only
+        held = vector.data_ptr  # until the calls have run, since C has its address only
         return [held, push], usable, position
     finite, usable = slots.judge(vector)
     noted: list[Call] = [partial(dropped.add_, ~finite)]
@@ -188,15 +188,15 @@ def pushing(
 
 
 def summing(ring: Tensor, sums: Tensor) -> list[Call]:
-    """Calls that, made at once, let ``sums`` be those over the entries: row by row, to the bit as C and Triton do."""
+    """Return calls that set ``sums`` to those over the entries: row by row, bitwise as in C and Triton."""
     return [sums.zero_, *(partial(sums.add_, row) for row in ring)]
 
 
 def _at_or_number(scale: Tensor | float) -> tuple[Tensor | None, float]:
-    """``scale`` as Triton's kernels take it: where it lies, or else the number."""
+    """Return ``scale`` as the Triton kernels take it: as tensor, or else as number."""
     return (scale, 1.0) if isinstance(scale, Tensor) else (None, scale)
 
 
 def _address(values: Tensor, at: int) -> int:
-    """Of element ``at``, for C."""
+    """Return the address of element ``at``, for C."""
     return values.data_ptr() + _ITEMSIZE * at

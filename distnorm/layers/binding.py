@@ -1,4 +1,4 @@
-"""A conversion at work among real ranks: where steps begin and end, what is in flight, and what DDP broadcasts."""
+"""A conversion bound to ranks: where steps start and end, what is in flight, and what DDP broadcasts."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ if TYPE_CHECKING:
 
 
 class Binding:
-    """A conversion at work among real ranks."""
+    """A conversion bound to ranks."""
 
     def __init__(self, conversion: Conversion, world: dist.ProcessGroup | None, met: agreement.Meeting) -> None:
-        """``world`` is the job that the groups belong to, None in a process that is alone."""
+        """Bind within ``world``, the job that the groups belong to; None for a single process without a job."""
         self.conversion = conversion
-        self._world = None if world is None else ref(world)  # weakly, as ``TorchGroup`` holds its group
+        self._world = None if world is None else ref(world)  # weakly, as in ``TorchGroup``
         self.topology, self.reducer = met.topology, met.reducer
         self.alone = met.reducer.facts.alone
         self.agrees = met.agrees
         """Whether running statistics are equal on all data-parallel ranks without further communication."""
         self.step = self._passes = 0
         self._ending: Slot | None = None
-        """Set while a step ends: an exception from outside, such as Ctrl-C, may leave that unfinished."""
+        """Set while a step ends, which an exception from outside, such as Ctrl-C, may interrupt."""
         self._boundary_queued = self._warned = False
         self._first_pass: int | None = None
         self._used: set[str] = set()
@@ -47,11 +47,11 @@ class Binding:
         self._broadcasts = Broadcasts(conversion.layers, () if conversion.is_bounded else met.topology.ranks)
 
     def belongs_to(self, world: dist.ProcessGroup | None) -> bool:
-        """Whether ``world`` is the job that the groups belong to."""
+        """Return whether ``world`` is the job that the groups belong to."""
         return world is None if self._world is None else self._world() is world is not None
 
     def tell(self, text: str) -> list[str]:
-        """What every rank told, in order. Collective over the ranks; no tensors move.
+        """Return what every rank told, in order. Collective over the ranks; no tensors are sent.
 
         Raises:
             RuntimeError: some ranks told nothing within the timeout; the message names them.
@@ -60,10 +60,10 @@ class Binding:
         return [text] if timeout is None else tell_and_collect(self.topology.ranks, text, timeout)
 
     def forward_begins(self, layer: str) -> None:
-        """A training forward of ``layer``; one inside of a backward pass, which may repeat another, changes nothing.
+        """Start a training forward of ``layer``. Inside a backward pass nothing changes: it may be a repetition.
 
-        Outside of one nothing can be queued; a queue left by a pass that raised is forgotten. Training goes on, so
-        stock running statistics that were loaded must now mean what the method tracks.
+        Outside of a backward pass no boundary can be queued: one left by a pass that raised is dropped. Since training
+        continues, stock running statistics that were loaded are converted to what the method tracks.
 
         Raises:
             RuntimeError: as ``Broadcasts.forward_begins``.
@@ -77,11 +77,11 @@ class Binding:
             self._end_skipped_step()
         self._broadcasts.forward_begins(layer, shares=not self.alone)
         if self.conversion.means_to_fold:
-            with unseen():  # by modes: no part of the forward
+            with unseen():  # hidden from modes: not part of the forward
                 self.conversion.training_goes_on()
 
     def loss_scale_of_pass(self) -> Tensor | float:
-        """The factor of the loss; asked for once per backward pass, as a GradScaler makes the host wait for a GPU."""
+        """Return the loss scale. Read once per backward pass, since the host waits for a GradScaler on a GPU."""
         ask = self.conversion.loss_scale
         if ask is None:
             return 1.0
@@ -93,9 +93,9 @@ class Binding:
 
     # docs/decisions.md#a-step-that-a-loss-scaler-skipped
     def _end_skipped_step(self) -> None:
-        """A loss scale that fell says that the optimizer skipped a step: end it, or its NaN would enter the next.
+        """End the step if a lower loss scale shows that the optimizer skipped it. Its NaN would enter the next step.
 
-        Asked once after every backward pass, as in ``loss_scale_of_pass``.
+        Checked once after every backward pass, as in ``loss_scale_of_pass``.
         """
         scale = self.conversion.loss_scale
         if scale is not None and not self.conversion.ends_with_backward and self._judged_pass != self._scaled_pass:
@@ -106,7 +106,7 @@ class Binding:
 
     # docs/decisions.md#calls-of-one-layer-share-one-window
     def note_use(self, layer: str) -> None:
-        """Watch for a second forward of ``layer`` in one step, which a window cannot tell from a missed step."""
+        """Warn of a second forward of ``layer`` in one step, which a window cannot tell from a missed end of step."""
         if layer in self._used and not self._warned and self.conversion.ends_with_backward:
             self._warned = True
             if self.conversion.facts.keeps_cotangents:
@@ -121,7 +121,7 @@ class Binding:
     def expect_boundary(self) -> None:
         """End the step when the outermost backward pass of this thread ends.
 
-        Called inside a backward pass. The reentrant checkpoint's nested pass comes after its recomputation, which
+        Called inside a backward pass. The nested pass of a reentrant checkpoint comes after its recomputation, which
         has queued the boundary at the outer pass already.
         """
         if self.conversion.ends_with_backward and not self._boundary_queued:
@@ -131,9 +131,9 @@ class Binding:
             at_end_of_backward(self.end_step)
 
     def end_step(self) -> None:
-        """Let the policy send and receive, and the running statistics absorb what landed.
+        """Let the policy send and receive, and update the running statistics with the completed sums.
 
-        If that was interrupted, to end the step again, or the next forward, goes on with it.
+        If this is interrupted, the next ``end_step`` or the next forward resumes it.
 
         Raises:
             RuntimeError: another rank did not take part within the timeout.
@@ -147,9 +147,9 @@ class Binding:
             self._finish(self._ending)
 
     def finish_step(self) -> None:
-        """Go on with the end of a step that was interrupted, if any: each part of it is done once."""
+        """Resume the end of a step that was interrupted, if any. Each part of it is done once."""
         if self._ending is not None:
-            with unseen():  # by modes: no part of a forward, or of what else goes on
+            with unseen():  # hidden from modes: not part of a forward or of other work
                 self._finish(self._ending)
 
     def _finish(self, slot: Slot) -> None:
@@ -166,7 +166,7 @@ class Binding:
 
     # docs/decisions.md#evaluation-and-checkpoints-include-sums-in-flight
     def in_flight(self) -> dict[str, Landed]:
-        """By layer, what the last step sent and the running statistics have not absorbed yet; waits for it once.
+        """Return by layer what the last step sent and is not in the running statistics yet. Waits for it once.
 
         No collective: every rank that ends the same steps has sent its part.
         """
@@ -176,11 +176,11 @@ class Binding:
         return self._in_flight
 
     def forget_in_flight(self) -> None:
-        """Running statistics are estimated anew, without gradients: what the last step sent is no part of them."""
+        """Ignore what the last step sent: running statistics are estimated from scratch, without gradients."""
         self._in_flight = {}
 
     def load(self, state: dict[str, Any], *, own: bool) -> None:
-        """Go on from a ``Conversion.state_dict``, this rank's ``own`` or another's."""
+        """Resume from a ``Conversion.state_dict``, of this rank if ``own``, else of another one."""
         self.reducer.load_state_dict(state["reducer"], own=own)
         self.step = state["step"]
         self._in_flight = self._ending = None

@@ -1,4 +1,4 @@
-"""What a layer refuses, before anything is computed or sent."""
+"""Checks of a layer's input, before anything is computed or sent."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from distnorm.types import Running
 
 
 def check_input(layer: _BatchNorm, site: Site, x_NCL: Tensor, state: Running) -> None:
-    """Raise where ``layer`` cannot take ``x_NCL``, in training or evaluation, naming the layer."""
+    """Raise if ``layer`` cannot process ``x_NCL`` in training or evaluation; the message names the layer."""
     try:
         layer._check_input_dim(x_NCL)
     except ValueError as error:
@@ -19,7 +19,7 @@ def check_input(layer: _BatchNorm, site: Site, x_NCL: Tensor, state: Running) ->
     if not x_NCL.is_floating_point():
         raise TypeError(f"{site.name}: given {x_NCL.dtype} values; normalization needs a floating-point input.")
     channels = x_NCL.shape[1]
-    if not isinstance(channels, Tensor) and channels != layer.num_features:  # tensors are being traced
+    if not isinstance(channels, Tensor) and channels != layer.num_features:  # tensors while tracing
         raise ValueError(
             f"{site.name}: given {channels} channels (shape {tuple(x_NCL.shape)}); the layer "
             f"normalizes {layer.num_features}, in dimension 1."
@@ -34,7 +34,7 @@ def check_input(layer: _BatchNorm, site: Site, x_NCL: Tensor, state: Running) ->
 
 
 def check_training(layer: _BatchNorm, site: Site, x_NCL: Tensor) -> None:
-    """Raise where ``layer`` cannot train on ``x_NCL``, naming the layer."""
+    """Raise if ``layer`` cannot train on ``x_NCL``; the message names the layer."""
     if layer.eps <= 0:
         raise ValueError(f"{site.name}: eps is {layer.eps}; training needs one above 0, such as 1e-5.")
     if type(x_NCL) is not Tensor and hasattr(x_NCL, "to_local"):
@@ -52,11 +52,11 @@ def check_training(layer: _BatchNorm, site: Site, x_NCL: Tensor) -> None:
 
 
 def check_alone(site: Site, x_NCL: Tensor) -> None:
-    """Raise where nothing is shared, and ``x_NCL`` has 1 value per channel.
+    """Raise if ``x_NCL`` has 1 value per channel, for a layer that shares nothing.
 
     Raises:
-        ValueError: so it is.
+        ValueError: it has.
     """
     channels = x_NCL.shape[1]
-    if not isinstance(channels, Tensor) and x_NCL.numel() == channels:  # tensors are being traced
+    if not isinstance(channels, Tensor) and x_NCL.numel() == channels:  # tensors while tracing
         raise site.too_few(1)

@@ -13,7 +13,7 @@ from distnorm.types import Affine, Direction, Layout, Link
 
 
 def layout_of(layers: Iterable[tuple[str, _BatchNorm]], method: Method) -> Layout:
-    """The sizes of what ``method`` shares in each of ``layers``, and the device of their first tensor."""
+    """Return the sizes of what ``method`` shares in each of ``layers``, and the device of their first tensor."""
     sizes: dict[tuple[str, Direction], int] = {}
     device = torch.device("cpu")
     known: dict[int, tuple[int, int]] = {}

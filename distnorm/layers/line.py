@@ -1,14 +1,14 @@
-"""Communication meets autograd: one forward's line from its layer to the policy.
+"""The connection of one forward to the policy, as differentiable communication.
 
 On the plain path two Functions are conjugate at every order. ``ReduceForward`` sends a vector through the policy, and
-its derivative is ``ReduceBackward``; ``ReduceBackward`` is the identity, and its derivative sends the cotangent through
-the policy, which is ``ReduceForward`` again. Between the two stand only values that are equal on all sharing ranks, and
+its derivative is ``ReduceBackward``. ``ReduceBackward`` is the identity, and its derivative sends the cotangent through
+the policy, which is ``ReduceForward`` again. Between the two are only values that are equal on all sharing ranks, and
 no trainable parameter::
 
     local sums -> ReduceForward -> shared means -> link -> ReduceBackward -> theta -> local outputs
 
 docs/autograd.md derives why this gives the gradient of the joined batch at first and second order, with one collective
-per direction. Kernels, which know their own derivative, ``gather`` and ``scatter``.
+per direction. Kernels, which know their derivative, call ``gather`` and ``scatter``.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from distnorm.layers.site import Site
 from distnorm.types import Direction, Future, Link, Slot
 
 NOW = -1
-"""The step in which a compiled graph runs, unknown while it is traced."""
+"""The step of a compiled graph, which is unknown while tracing."""
 
 
 class ReduceForward(torch.autograd.Function):
     """``y = policy(wire)``; its derivative is ``ReduceBackward``.
 
-    The wire is statistics with their count if ``count`` is None, else cotangents of a forward that was given ``count``.
-    The policy is reached through the forward's ``line``, or through operators if there is a ``number``.
+    The payload ``wire`` is statistics with their count if ``count`` is None, else cotangents of a forward that got
+    ``count``. The policy is reached through the forward's ``line``, or through operators if there is a ``number``.
     """
 
     @staticmethod
     def forward(
         ctx: Any, wire: Tensor, count: Tensor | None, number: Tensor | None, line: Line | None, learning: bool
     ) -> Tensor:
-        """Reduce. One use of the policy."""
+        """Reduce. Uses the policy once."""
         ctx.line = line
         if count is not None:
             ctx.save_for_backward(count, number)
@@ -55,7 +55,7 @@ class ReduceForward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
-        """The cotangent has been shared already, where it passed ``ReduceBackward``."""
+        """Return the gradient unchanged: ``ReduceBackward`` has shared this cotangent already."""
         count, number = ctx.saved_tensors
         return ReduceBackward.apply(grad, count, number, ctx.line), None, None, None, None
 
@@ -65,7 +65,7 @@ class ReduceBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, theta: Tensor, count: Tensor, number: Tensor | None, line: Line | None) -> Tensor:
-        """The identity. No collective."""
+        """Return ``theta``. Issues no collective."""
         ctx.line = line
         ctx.save_for_backward(count, number)
         return theta.view_as(theta)
@@ -92,27 +92,27 @@ def _share_cotangents(wire: Tensor, count: Tensor, number: Tensor | None, line: 
 
 # docs/decisions.md#one-line-from-a-layer-to-its-policy
 class Line:
-    """One forward's line to the policy; see ``autograd.share.Exchange``. ``open_line`` makes those that are bound."""
+    """The connection of one forward to the policy; see ``autograd.share.Exchange``. ``open_line`` makes a bound one."""
 
     shared: Tensor | None = None
 
     def __init__(
         self, site: Site, binding: Binding | None, step: int, *, opaque: bool, learning: bool | None = None
     ) -> None:
-        """Of the layer at ``site``, in training step ``step``.
+        """Connect the layer of ``site`` in training step ``step``.
 
-        ``binding``: None in a compiled graph and for fake tensors, which reach ranks by operators alone, if at all.
-        ``opaque``: the plain path shares by operators. ``learning``: a backward may follow; None asks the engine.
+        ``binding``: None in a compiled graph and for fake tensors, which reach ranks through operators only, if at all.
+        ``opaque``: the plain path shares through operators. ``learning``: a backward may follow; None asks the engine.
         """
         self.site, self._binding, self._step = site, binding, step
         self.opaque = opaque
         self.learning = backward_may_follow() if learning is None else learning
-        self._builds_graph = torch.is_grad_enabled()  # inside of a Function's forward it never is
+        self._builds_graph = torch.is_grad_enabled()  # never so inside a Function's forward
 
     def __call__(self, count: int, sums_KC: Tensor, link: Link) -> tuple[Tensor, Tensor]:
-        """``theta = link(shared sums / shared count)``, and the shared count, a float64 scalar without gradient.
+        """Return ``theta = link(shared sums / shared count)``, and the shared count, a float64 scalar without gradient.
 
-        One use of the policy forward, and one backward if ``sums_KC`` needs a gradient.
+        Uses the policy once in the forward pass, and once in the backward pass if ``sums_KC`` needs a gradient.
         """
         compiling = torch.compiler.is_compiling()
         if not compiling and transforming():
@@ -127,11 +127,11 @@ class Line:
         return theta_KC, total
 
     def number(self) -> Tensor:
-        """By which operators find the layer."""
+        """Return the number by which operators find the layer."""
         return self.site.number if torch.compiler.is_compiling() else self.site.scalar()
 
     def refusal(self) -> RuntimeError:
-        """What says that transforms do not reach other ranks."""
+        """Return the error for transforms, which do not reach other ranks."""
         return RuntimeError(
             f"{self.site.name}: statistics that ranks or steps share cannot pass a transform (torch.func.grad, "
             "vmap, jvp, forward-mode derivatives, is_grads_batched=True, vectorize=True) or torch.jit.trace. Use "
@@ -140,7 +140,7 @@ class Line:
         )
 
     def gather(self, wire: Tensor, *, held: bool, enough: bool = False) -> Tensor:
-        """The shared counterpart of local sums and count. One use of the policy, or none in a recomputation.
+        """Return the shared sums and count. Uses the policy once, or not at all in a recomputation.
 
         Raises:
             ValueError: 1 value per channel over all sharing ranks.
@@ -150,12 +150,12 @@ class Line:
         record = site.records.recall(wire, site.conversion.recipe.method.kinds) if repeating() else None
         if record is not None:
             record.repeated = True
-            # A reentrant checkpoint: cotangents will come in a nested pass, whose end is not the step's.
+            # A reentrant checkpoint: its cotangents come in a nested pass, whose end is not the end of the step.
             if not record.held:
                 binding.expect_boundary()
         else:
             record = self._share(binding, wire, held=held and self._builds_graph, enough=enough)
-        # The graph keeps this line and its record alive, for as long as a checkpoint may recompute this forward.
+        # The graph keeps this line and its record alive, as long as a checkpoint may recompute this forward.
         self._record = record
         self.shared = record.shared
         return record.shared
@@ -172,32 +172,32 @@ class Line:
         except RuntimeError as error:
             raise self._failed(binding, "forward", error) from error
         if not enough and binding.reducer.completeness(slot).is_counted:
-            # A policy that shares nothing in this step gives the wire back.
+            # A policy that shares nothing in this step returns ``wire`` itself.
             site.check_count(shared[-1], 1 if shared is wire else binding.reducer.size)
         record = Record(wire, shared, slot.step, held=held)
         site.records.note(record)
         return record
 
     def lands(self) -> bool:
-        """Whether what was gathered is fit for the running statistics, and not there already."""
+        """Return whether the gathered sums are to update the running statistics: global, and not used before."""
         assert self._binding is not None, "it has gathered"
         return not self._record.repeated and self._binding.reducer.completeness(self._slot).is_global
 
     def step_lands(self) -> bool:
-        """Whether statistics of its step are fit for the running statistics, whoever gathered them."""
+        """Return whether statistics of this step are global, so that they may update the running statistics."""
         assert self._binding is not None, "operators run on a line that is bound"
         slot = self._slot_of(self._binding, "forward", learning=self.learning)
         return self._binding.reducer.completeness(slot).is_global
 
     def scatter(self, cotangents: Tensor) -> Future:
-        """What gives the shared counterpart of the cotangents. One use of the policy."""
+        """Start sharing the cotangents, and return a future of the result. Uses the policy once."""
         assert self.shared is not None, "it has gathered"
         return self.start_cotangents(cotangents, self.shared[-1], learning=True)
 
     def start_cotangents(self, wire: Tensor, count: Tensor, *, learning: bool) -> Future:
-        """What gives the shared counterpart of the cotangents of a forward that was given ``count``.
+        """Start sharing the cotangents of a forward that got ``count``, and return a future of the result.
 
-        ``learning``: not while a graph is being built (``create_graph=True``), when the pass ends no step.
+        ``learning``: false while a graph is built (``create_graph=True``), since that pass ends no step.
 
         Raises:
             RuntimeError: second derivatives of a policy whose cotangents outlive their step.
@@ -227,7 +227,7 @@ class Line:
         return Future(wait)
 
     def again(self, *, opaque: bool = False) -> Line:
-        """For a repetition inside a backward pass, which the layer's records answer."""
+        """Return a line for a repetition inside a backward pass, which gets its sums from the layer's records."""
         return Line(self.site, self._binding, self._step, opaque=opaque)
 
     def _slot_of(
@@ -252,7 +252,7 @@ class Line:
 
 
 def open_line(site: Site, *, opaque: bool, learning: bool | None = None) -> Line:
-    """The line of a forward that begins now, in the current step of the layer's binding, which is made if need be."""
+    """Start a forward in the current step, and return its line. Binds the layer first if necessary."""
     binding = site.conversion.bound()
     binding.forward_begins(site.name)
     return Line(site, binding, binding.step, opaque=opaque, learning=learning)

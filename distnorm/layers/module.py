@@ -1,7 +1,7 @@
-"""The layer: a batch norm of torch's whose statistics and sharing are a recipe's.
+"""The layer: a PyTorch batch norm layer whose statistics and sharing follow a recipe.
 
-``convert`` makes one out of a stock layer by swapping its class, so parameters, buffers, hooks and every reference to
-the module survive. The classes derive from torch's: ``isinstance(layer, nn.BatchNorm2d)`` stays true.
+``convert`` turns a stock layer into this one by swapping its class, so parameters, buffers, hooks and all references to
+the module stay valid. The classes derive from torch's: ``isinstance(layer, nn.BatchNorm2d)`` stays true.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ from distnorm.types import Affine, Epilogue, Running
 
 
 class DistNorm(_BatchNorm):
-    """Normalization by a recipe's statistics in training, by the running statistics in evaluation.
+    """Normalize by a recipe's statistics in training, by the running statistics in evaluation.
 
-    Input and output ``[N, C, ...]`` of equal shape, dtype and memory format; statistics are at least float32.
-    Evaluation never communicates. Training uses the recipe's policy once forward and once backward.
+    Input and output ``[N, C, ...]`` have equal shape, dtype and memory format; statistics are at least float32.
+    Evaluation never communicates. Training uses the recipe's policy once in the forward and once in the backward pass.
 
     Raises:
         TypeError: the input is not floating point.
@@ -49,29 +49,29 @@ class DistNorm(_BatchNorm):
     _site: Site
 
     epilogue: str = ""
-    """What ``convert(..., fuse=True)`` found that this layer does as well: "relu", "residual" or "residual, relu"."""
+    """The epilogue that ``convert(..., fuse=True)`` found for this layer: "relu", "residual" or "residual, relu"."""
 
     @property
     def recipe(self) -> Recipe:
-        """What normalizes here."""
+        """Return the recipe of this layer."""
         return self._site.conversion.recipe
 
-    # What torch.jit.script shall not read; it compiles ``forward`` as far as ``is_scripting`` tells it to.
+    # Hide from torch.jit.script what it cannot compile; ``is_scripting`` limits how much of ``forward`` it compiles.
     __jit_ignored_attributes__ = ("_site", "epilogue")
     __jit_unused_properties__ = ["recipe", "_place"]  # noqa: RUF012
     __constants__ = [*_BatchNorm.__constants__, "_place"]  # noqa: RUF012
 
     @property
     def _place(self) -> str:
-        """The layer's name in the model that was converted."""
+        """Return the layer's name in the model that was converted."""
         return self._site.name
 
     def forward(self, input: Tensor, residual: Tensor | None = None, relu: bool = False, widen: bool = True) -> Tensor:
-        """``relu(norm(input) + residual)``, with what is asked for of the epilogue.
+        """Return ``relu(norm(input) + residual)``, where ``residual`` and ``relu`` are optional.
 
-        In training the kernels form it in the same passes over memory, and its gradients too, if ``residual`` has the
-        shape, dtype and device of ``input``. Otherwise it is added as ``+`` does, which may give a wider dtype, or
-        without ``widen`` as ``+=`` does.
+        In training the kernels compute this epilogue and its gradients in the same passes over memory, if ``residual``
+        has the shape, dtype and device of ``input``. Otherwise the residual is added as ``+`` does, which may give a
+        wider dtype, or with ``widen=False`` as ``+=`` does.
         """
         if torch.jit.is_scripting():
             return _finish(self._evaluate_scripted(input), residual, relu, widen)
@@ -102,7 +102,7 @@ class DistNorm(_BatchNorm):
         return y if fits else _finish(y, residual, relu, widen)
 
     def _train_plainly(self, input: Tensor, affine: Affine, running: Running | None, plain: bool) -> Tensor:
-        """Normalize by the method's specification, for what the kernels do not take."""
+        """Normalize by the method's specification, for inputs that the kernels do not accept."""
         method, share = self.recipe.method, self._exchange(input, plain)
         transformed = not torch.compiler.is_compiling() and transforming()
         if transformed and isinstance(share, KeepLocal) and isinstance(method, BatchNorm):
@@ -113,14 +113,14 @@ class DistNorm(_BatchNorm):
         return y
 
     def _exchange(self, input: Tensor, plain: bool) -> Line | KeepLocal:
-        """What a training forward shares through, which begins now; ``plain``: nobody looks on."""
+        """Start a training forward, and return what it shares through; ``plain``: no mode or transform is active."""
         site = self._site
         if not plain and torch.compiler.is_compiling():
-            if isinstance(self.recipe.policy, Local) and exporting():  # it needs no model to run
+            if isinstance(self.recipe.policy, Local) and exporting():  # the exported graph then needs no live model
                 checks.check_alone(site, input)
                 return KeepLocal()
             return Line(site, None, NOW, opaque=True)
-        if not plain and is_fake(input):  # there may be no ranks to ask, and there are no values to share
+        if not plain and is_fake(input):  # there may be no ranks, and there are no values to share
             return Line(site, None, NOW, opaque=True)
         binding = site.conversion.bound()
         alone = binding.alone and (input.is_cpu or input.is_cuda)
@@ -131,18 +131,18 @@ class DistNorm(_BatchNorm):
         return KeepLocal() if alone else Line(site, binding, binding.step, opaque=not plain)
 
     def extra_repr(self) -> str:
-        """As torch's, and the recipe."""
+        """Return torch's text, and the recipe."""
         epilogue = f", fused with {self.epilogue}" if self.epilogue else ""
         return f"{super().extra_repr()}, {self.recipe.name or self.recipe}{epilogue}"
 
     def train(self, mode: bool = True) -> DistNorm:
-        """Switch between training and evaluation; reports what a GPU could not report in time."""
+        """Switch between training and evaluation. Report errors that a GPU could not report earlier."""
         self._site.raise_if_starved()
         super().train(mode)
         return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """A copy registers itself with its own, unbound conversion."""
+        """Register a copy with its own, unbound conversion."""
         super().__setstate__(state)
         self._site.conversion.add(self._site.index, self._site.name, self)
 
@@ -176,7 +176,7 @@ class DistNorm(_BatchNorm):
         return self
 
     def _running_statistics(self, running: Running) -> tuple[Tensor | None, Tensor | None]:
-        """With what is in flight, if an asynchronous policy has sent statistics that no step's end has absorbed yet."""
+        """Return the running statistics; with what is in flight, if a policy is asynchronous."""
         mean_C, var_C = running[:2]
         if self._site.conversion.facts.always_global or exporting() or mean_C is None or var_C is None:
             return mean_C, var_C
@@ -187,14 +187,14 @@ class DistNorm(_BatchNorm):
         return (mean_C, var_C) if ahead is None else ahead[:2]
 
     def _absorb(self, share: Line | KeepLocal, running: Running) -> None:
-        """Let ``running`` statistics absorb what was shared on the plain path, if it landed."""
+        """Update the ``running`` statistics with what the plain path has shared, if it is global."""
         shared, conversion, landed = share.shared, self._site.conversion, True
         assert shared is not None, "the method has shared"
         if torch.compiler.is_compiling():
             if isinstance(share, Line) and not conversion.facts.always_global:
                 landed = torch.ops.distnorm.lands(shared[-1], self._site.number, share.learning)
         elif (isinstance(share, Line) and share.opaque) or not are_plain(shared):
-            # Unseen by dispatch modes, for a repetition has no such operations.
+            # Hidden from dispatch modes, since a repetition has no such operations.
             torch.ops.distnorm.absorb(shared, self._site.scalar(), backward_may_follow())
             return
         elif not share.lands():
@@ -202,13 +202,13 @@ class DistNorm(_BatchNorm):
         absorb_shared(conversion.recipe.method, shared, running, self.num_features, landed)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DistNorm:
-        """Move or cast as torch does, but keep running statistics in float32 or better, whatever an engine casts."""
+        """Move or cast as torch does, but keep running statistics in float32 or wider, whatever an engine casts."""
         wide = {name: getattr(self, name) for name in ("running_mean", "running_var")}
         super()._apply(fn, recurse)
         for name, buffer in wide.items():
             cast = getattr(self, name)
             if buffer is not None and cast.dtype != compute_dtype(cast.dtype):
-                # From the buffer as it was, for its digits; the meta device has none to give.
+                # Convert the original buffer, to keep its digits; a meta tensor has no values to keep.
                 kept = cast if buffer.is_meta else buffer
                 setattr(self, name, kept.to(device=cast.device, dtype=compute_dtype(cast.dtype)))
         return self
@@ -224,17 +224,17 @@ class DistNorm(_BatchNorm):
             destination[f"{prefix}{name}"] = values
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy or a pickle is bound to no ranks: nothing would land there, so it has what is in flight."""
+        """Include what is in flight: a copy or a pickle is bound to no ranks, so it would never receive it."""
         return {**self.__dict__, "_buffers": {**self._buffers, **self._ahead()}}
 
     @torch.no_grad()
     def absorb_in_flight(self) -> None:
-        """Let the buffers hold what evaluation uses, for a layer that ends no more steps."""
+        """Write to the buffers what evaluation uses, for a layer that ends no more steps."""
         for name, values in self._ahead().items():
             getattr(self, name).copy_(values)
 
     def _ahead(self) -> dict[str, Tensor]:
-        """Copies of the running statistics with what is in flight; empty if nothing is."""
+        """Return copies of the running statistics with what is in flight; empty if nothing is."""
         if self._site.conversion.ahead(self._site.name) is None:
             return {}
         ahead = self._site.running(self)
@@ -248,36 +248,36 @@ def _fits(residual: Tensor, x_NCL: Tensor) -> bool:
 
 
 def _finish(y_NCL: Tensor, residual: Tensor | None, relu: bool, widen: bool) -> Tensor:
-    """A epilogue by itself."""
+    """Apply the epilogue separately."""
     if residual is not None:
         y_NCL = y_NCL + residual if widen else y_NCL.add_(residual)
     return y_NCL.relu() if relu else y_NCL
 
 
-# Initialization and filters of public code ask for "BatchNorm", or "BatchNorm2d", in the name of a layer's class.
+# Initialization code and filters in public code look for "BatchNorm" or "BatchNorm2d" in a layer's class name.
 
 
 class DistBatchNorm1d(DistNorm, nn.BatchNorm1d):
-    """``[N, C]`` or ``[N, C, L]``."""
+    """A converted ``nn.BatchNorm1d``: ``[N, C]`` or ``[N, C, L]``."""
 
 
 class DistBatchNorm2d(DistNorm, nn.BatchNorm2d):
-    """``[N, C, H, W]``."""
+    """A converted ``nn.BatchNorm2d``: ``[N, C, H, W]``."""
 
 
 class DistBatchNorm3d(DistNorm, nn.BatchNorm3d):
-    """``[N, C, D, H, W]``."""
+    """A converted ``nn.BatchNorm3d``: ``[N, C, D, H, W]``."""
 
 
 # docs/decisions.md#syncbatchnorm-is-not-a-base-class
 class DistSyncBatchNorm(DistNorm):
-    """Any layout from ``[N, C]`` on, as torch's SyncBatchNorm takes it."""
+    """A converted ``nn.SyncBatchNorm``: any layout from ``[N, C]`` on."""
 
     __jit_unused_properties__ = [*DistNorm.__jit_unused_properties__, "process_group"]  # noqa: RUF012
 
     @property
     def process_group(self) -> dist.ProcessGroup | LostGroup | None:
-        """The group that the layer was given: nothing is shared beyond it. None means what the recipe says."""
+        """Return the group that the layer was given, the limit of its sharing. None leaves that to the recipe."""
         return self._site.conversion.process_group
 
     def _check_input_dim(self, input: Tensor) -> None:
@@ -285,5 +285,5 @@ class DistSyncBatchNorm(DistNorm):
             raise ValueError(f"expected at least 2D input (got {input.dim()}D input)")
 
 
-# Their names until 0.1, which pickles and register_converter's callers may hold.
+# The names until 0.1. Pickles and callers of register_converter may use them.
 DistNorm1d, DistNorm2d, DistNorm3d = DistBatchNorm1d, DistBatchNorm2d, DistBatchNorm3d

@@ -1,6 +1,6 @@
-"""The policy as opaque operators: what compiled graphs hold in place of it, and what dispatch modes see of it.
+"""The policy as opaque operators, for compiled graphs and dispatch modes.
 
-Graphs carry numbers, not objects: an operator looks its layer's place up when it runs, and acts in the current step.
+Graphs contain numbers, not objects: an operator looks up its layer when it runs, and acts in the current step.
 """
 
 from __future__ import annotations
@@ -18,27 +18,27 @@ from distnorm.layers.site import Site
 # docs/decisions.md#compiled-graphs-hold-the-policy-as-operators
 @torch.library.custom_op("distnorm::statistics", mutates_args=())
 def statistics_op(wire: Tensor, number: Tensor, learning: bool) -> Tensor:
-    """``Line.gather``."""
+    """Call ``Line.gather``."""
     return open_line(Site.of(number), opaque=False, learning=learning).gather(wire, held=False).clone()
 
 
 @torch.library.custom_op("distnorm::cotangents", mutates_args=())
 def cotangents_op(wire: Tensor, count: Tensor, number: Tensor) -> Tensor:
-    """``Line.scatter``, and the result."""
+    """Call ``Line.scatter``, and wait for the result."""
     return _now(number, True).start_cotangents(wire, count, learning=True).wait().clone()
 
 
 @torch.library.custom_op("distnorm::lands", mutates_args=())
 def lands_op(count: Tensor, number: Tensor, learning: bool) -> Tensor:
-    """1 where the statistics that came with ``count`` are fit for the running statistics, else 0, in its dtype."""
+    """Return 1 if the statistics with ``count`` are to update the running statistics, else 0, in its dtype."""
     return torch.full_like(count, _now(number, learning).step_lands())
 
 
 @torch.library.custom_op("distnorm::absorb", mutates_args=())
 def absorb_op(shared: Tensor, number: Tensor, learning: bool) -> None:
-    """Let running statistics absorb ``shared`` sums and count of the current step, if they are fit for them.
+    """Update the running statistics with the ``shared`` sums and count of the current step, if they are global.
 
-    Not in repetitions. For dispatch modes: a compiled graph must see what changes.
+    Repetitions change nothing. For dispatch modes only: a compiled graph must see which buffers change.
     """
     site = Site.of(number)
     layer = site.conversion.layer(site.index)
@@ -49,7 +49,7 @@ def absorb_op(shared: Tensor, number: Tensor, learning: bool) -> None:
 
 @torch.library.custom_op("distnorm::running", mutates_args=())
 def running_op(mean_C: Tensor, var_C: Tensor, number: Tensor) -> tuple[Tensor, Tensor]:
-    """``Site.ahead`` of the buffers ``mean_C`` and ``var_C``, as copies."""
+    """Return ``Site.ahead`` of the buffers ``mean_C`` and ``var_C``, as copies."""
     mean_C, var_C = Site.of(number).ahead(mean_C, var_C)
     return mean_C.clone(), var_C.clone()
 

@@ -1,6 +1,6 @@
 """Running statistics of layers, and how they become equal on all ranks.
 
-Every function changes buffers in place: engines hold references to them.
+Every function changes buffers in place, since engines hold references to them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 def absorbing(layers: Mapping[str, _BatchNorm], landed: Iterable[Landed], method: Method) -> list[Call]:
-    """``absorbing_landed`` of all ``landed``, for those of ``layers`` that track; guarded, as windows are."""
+    """Return ``absorbing_landed`` of all ``landed``, for those of ``layers`` that track; guarded, as windows are."""
     calls: dict[str, list[list[Call]]] = {}
     for each in landed:
         layer = layers.get(each.layer)
@@ -37,7 +37,7 @@ def absorbing(layers: Mapping[str, _BatchNorm], landed: Iterable[Landed], method
 
 
 def running_of(layer: _BatchNorm, guarded: bool = False) -> Running:
-    """The running statistics of a layer. Its dictionary spares the calls that finding attributes of a module takes."""
+    """Return the running statistics of a layer, read from its dictionary, which is faster than module attributes."""
     buffers = layer._buffers
     if "running_mean" in buffers and "running_var" in buffers and "num_batches_tracked" in buffers:
         found = buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
@@ -48,9 +48,10 @@ def running_of(layer: _BatchNorm, guarded: bool = False) -> Running:
 
 @torch.no_grad()
 def fold_means(layers: Iterable[_BatchNorm]) -> None:
-    """Turn stock running statistics into those of a method without centring: var + mean^2 about a mean of 0.
+    """Convert stock running statistics to those of a method without centring: var + mean^2 about a mean of 0.
 
-    Stock running statistics evaluate as they are until training goes on; then they must mean what the method tracks.
+    Stock running statistics are used unchanged in evaluation until training continues. From then on they must hold what
+    the method tracks.
     """
     folded = 0
     for layer in layers:
@@ -66,9 +67,9 @@ def fold_means(layers: Iterable[_BatchNorm]) -> None:
 # docs/decisions.md#running-statistics-at-binding
 @torch.no_grad()
 def take_over(layers: Iterable[_BatchNorm], group: Group) -> None:
-    """Give every rank of ``group`` the running statistics of its first rank. One broadcast per dtype.
+    """Overwrite the running statistics of every rank of ``group`` with its first rank's. One broadcast per dtype.
 
-    What is equal is not written: a frozen layer that ran before may have saved it for backward.
+    Equal values are not written: a frozen layer that ran before may have saved its buffers for backward.
     """
     if group.size == 1:
         return
@@ -76,7 +77,7 @@ def take_over(layers: Iterable[_BatchNorm], group: Group) -> None:
     for buffer in _buffers(layers):
         by_dtype.setdefault(buffer.dtype, []).append(buffer)
     for buffers in by_dtype.values():
-        device = buffers[0].device  # where layers lie on several, their statistics travel from the first one's
+        device = buffers[0].device  # if layers are on several devices, all statistics are sent from the first layer's
         flat = torch.cat([buffer.flatten().to(device) for buffer in buffers])
         group.broadcast(flat)
         for buffer, values in zip(buffers, flat.split([buffer.numel() for buffer in buffers]), strict=True):
@@ -87,7 +88,7 @@ def take_over(layers: Iterable[_BatchNorm], group: Group) -> None:
 
 @torch.no_grad()
 def average(layers: Iterable[_BatchNorm], group: Group) -> None:
-    """Make running statistics those of all ranks together: means of mean and of var + mean^2. One collective."""
+    """Average running statistics over all ranks: the means of mean and of var + mean^2. One collective."""
     tracked = [
         (layer.running_mean, layer.running_var)
         for layer in layers
@@ -105,13 +106,13 @@ def average(layers: Iterable[_BatchNorm], group: Group) -> None:
 
 
 def snapshot(layers: Iterable[tuple[str, _BatchNorm]]) -> dict[str, list[Tensor]]:
-    """Copies of running statistics, by layer."""
+    """Return copies of running statistics, by layer."""
     return {name: [buffer.detach().clone() for buffer in _buffers([layer])] for name, layer in layers}
 
 
 @torch.no_grad()
 def restore(layers: Iterable[tuple[str, _BatchNorm]], saved: Mapping[str, list[Tensor]]) -> None:
-    """Put what ``snapshot`` copied back; layers that it does not know stay as they are."""
+    """Restore what ``snapshot`` copied; layers that it does not contain are not changed."""
     for name, layer in layers:
         for buffer, values in zip(_buffers([layer]), saved.get(name, ()), strict=False):
             buffer.copy_(values)

@@ -1,4 +1,4 @@
-"""One converted layer's place: what it is called, what it was, and what it remembers between forwards."""
+"""The record of one converted layer: its name, its original class, and what it keeps between forwards."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from distnorm.methods import ChannelAffine
 from distnorm.transport import LostGroup, lost
 from distnorm.types import Landed, Running
 
-# Graphs carry numbers, not objects: this is where an operator finds the site that a number stands for.
+# Graphs contain numbers, not objects: here an operator finds the site of a number.
 _sites: WeakValueDictionary[int, Site] = WeakValueDictionary()
 _keys = itertools.count()
 
 
 class Site:
-    """What operators, ``revert`` and error messages need to know of one layer, and forwards that may be repeated."""
+    """What operators, ``revert`` and error messages need to know of one layer, and its forwards to repeat."""
 
     process_group: dist.ProcessGroup | LostGroup | None = None
-    """The one that the layer had of its own."""
+    """The process group that the layer had before."""
 
     def __init__(
         self,
@@ -41,7 +41,7 @@ class Site:
         momentum: float | None,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
-        """Layer number ``index`` of ``conversion``; ``revert`` gives ``original`` class, momentum and group back."""
+        """Register layer number ``index`` of ``conversion``; ``revert`` restores ``original``, momentum and group."""
         self.conversion = conversion
         self.index = index
         self.name = name
@@ -53,24 +53,24 @@ class Site:
     def _open(self) -> None:
         method = self.conversion.recipe.method
         self.channel_affine = method if isinstance(method, ChannelAffine) else None
-        """The recipe's method, if kernels can take it."""
+        """The recipe's method, if kernels accept it."""
         self.key = next(_keys)
         _sites[self.key] = self
         with unseen():
             self.number = self.scalar()
-            """By which operators find it: an input of compiled graphs, which are equal then for equal layers."""
+            """By which operators find this site; an input of compiled graphs, so equal layers have equal graphs."""
         self.records = Records()
         self._starved: dict[int, Tensor] = {}
-        """Whether a GPU has seen 1 value per channel, by the number of ranks that shared it."""
+        """By the number of sharing ranks, whether a GPU has seen 1 value per channel."""
         self._ahead: tuple[Landed, list[object], Running] | None = None
-        """What running statistics will be, and what that was made of."""
+        """The running statistics with what is in flight, and what they were computed from."""
 
     @staticmethod
     def of(number: Tensor) -> Site:
-        """The site that ``number`` stands for.
+        """Return the site with this ``number``.
 
         Raises:
-            RuntimeError: it is gone.
+            RuntimeError: it no longer exists.
         """
         found = _sites.get(int(number))
         if found is None:
@@ -83,23 +83,23 @@ class Site:
         return found
 
     def scalar(self) -> Tensor:
-        """``number`` once more, of the mode that looks on if there is one."""
+        """Return ``number`` as a new tensor, which belongs to the active mode, if any."""
         return torch.full((), self.key, dtype=torch.int64, device="cpu")
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies keep what was configured and drop what is in use."""
+        """Keep the configuration and drop what is in use."""
         kept = {name: getattr(self, name) for name in ("conversion", "index", "name", "original", "momentum")}
         return {**kept, "process_group": lost(self.process_group)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Open a line of its own for the copy."""
+        """Restore, and open the site of the copy."""
         self.__dict__.update(state)
         self._open()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Site:
         """Register the layer's copy with the copied conversion, whichever ``__deepcopy__`` the layer's class has.
 
-        Within a process a group stays valid.
+        Keep the process group, which stays valid within the process.
         """
         copied = memo[id(self)] = type(self).__new__(type(self))
         state = {**self.__getstate__(), "process_group": self.process_group}
@@ -111,7 +111,7 @@ class Site:
 
     # docs/decisions.md#one-value-per-channel
     def check_count(self, count: Tensor, size: int) -> None:
-        """Raise where the ``count`` that so many ranks share is 1; on a GPU, remember it.
+        """Raise if the ``count`` that ``size`` ranks share is 1; on a GPU, remember it.
 
         Raises:
             ValueError: it is 1.
@@ -122,13 +122,13 @@ class Site:
             return
         if count.device.type == "meta":
             return
-        # Asking a GPU for the count would stall the host in every layer: remember it there, ask at the next switch
-        # between training and evaluation, or save.
+        # Reading the count from a GPU would stall the host in every layer. Keep it there, and read it when the layer
+        # next switches between training and evaluation, or is saved.
         starved = count == 1
         self._starved[size] = self._starved[size] | starved if size in self._starved else starved
 
     def running(self, layer: _BatchNorm) -> Running | None:
-        """The running statistics of ``layer`` with what is in flight; None if it tracks none."""
+        """Return the running statistics of ``layer`` with what is in flight; None if it tracks none."""
         if layer.running_mean is None or layer.running_var is None:
             return None
         live, landed = running_of(layer, guarded=True), self.conversion.ahead(self.name)
@@ -143,7 +143,7 @@ class Site:
         return self._ahead[2]
 
     def ahead(self, mean_C: Tensor, var_C: Tensor) -> tuple[Tensor, Tensor]:
-        """Running mean and variance with what is in flight, for a compiled graph, which holds the buffers only."""
+        """Return running mean and variance with what is in flight, for a compiled graph, which has the buffers only."""
         layer = self.conversion.layer(self.index)
         found = None if layer is None else self.running(layer)
         if found is None or found.mean_C is None or found.var_C is None:
@@ -154,7 +154,7 @@ class Site:
         """Report a batch of 1 value per channel that a GPU has seen since the last call.
 
         Raises:
-            ValueError: there was one. Its statistics were not absorbed.
+            ValueError: there was one. The running statistics were not updated with it.
         """
         starved, self._starved = self._starved, {}
         for size, found in starved.items():
@@ -162,7 +162,7 @@ class Site:
                 raise self.too_few(size)
 
     def too_few(self, size: int) -> ValueError:
-        """The error where so many ranks share 1 value per channel."""
+        """Return the error for 1 value per channel over ``size`` ranks."""
         return ValueError(
             f"{self.name}: 1 value per channel across {size} rank{'s' if size > 1 else ''}; training needs at least 2. "
             "Raise the batch size, share over more ranks, or put the layer in eval()."
@@ -170,5 +170,5 @@ class Site:
 
 
 def _versions(running: Running) -> list[object]:
-    """What changes when the buffers do."""
+    """Return values that change when the buffers do."""
     return [(id(each), each._version) for each in running[:3] if each is not None]

@@ -1,4 +1,4 @@
-"""Which statistics, which transform: the method axis of the grid."""
+"""Methods: which statistics are computed, and how they transform the input."""
 
 from distnorm.methods.base import ChannelAffine, Method
 from distnorm.methods.batch_norm import BatchNorm

@@ -1,6 +1,7 @@
-"""What a method is: one differentiable function from local values to normalized ones, given a way to share sums.
+"""The interface of a method: one differentiable function from local values to normalized ones, with sums to be shared.
 
-Shapes: x_NCL input of any layout from ``[N, C]`` to ``[N, C, D, H, W]``; sums_KC, means_KC, theta_KC of K kinds.
+Shapes: x_NCL is the input, of any layout from ``[N, C]`` to ``[N, C, D, H, W]``. sums_KC, means_KC and theta_KC have K
+kinds of statistics.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from distnorm.types import Affine, Moments, Share
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of big-tensor arithmetic: at least float32."""
+    """Return the dtype for arithmetic on activations: at least float32."""
     return torch.float32 if dtype.itemsize < torch.float32.itemsize else dtype
 
 
@@ -27,42 +28,42 @@ def per_channel(values_C: Tensor, x_NCL: Tensor) -> Tensor:
 
 
 class Method(ABC):
-    """Which statistics, which transform. Concrete methods are final frozen dataclasses."""
+    """Which statistics are computed, and how they transform the input. Concrete ones are final frozen dataclasses."""
 
     centred: ClassVar[bool] = True
-    """Whether evaluation subtracts ``running_mean``; if not, ``running_var`` tracks the second moment."""
+    """Whether evaluation subtracts ``running_mean``. If not, ``running_var`` tracks the second moment."""
 
     @property
     def kinds(self) -> int:
-        """Rows of the sums that it shares, of which the last one's have one sign."""
+        """Return the number of rows of the shared sums. All values in the last row have one sign."""
         return 1
 
     @property
     def follows(self) -> bool:
-        """Whether the transform depends on the running statistics."""
+        """Return whether the transform depends on the running statistics."""
         return False
 
     def formula(self, affine: Affine | None = None) -> Formula | None:
-        """The name of its arithmetic, where ``kernels`` has it in C; with ``affine`` if the transform is wanted."""
+        """Return the name of its arithmetic if ``kernels`` has it in C; ``affine`` if the transform is wanted."""
         return None
 
     @abstractmethod
     def normalize(self, x_NCL: Tensor, share: Share, affine: Affine) -> Tensor:
-        """Normalize ``x_NCL`` by shared statistics; shape and dtype kept.
+        """Normalize ``x_NCL`` with shared statistics; shape and dtype are kept.
 
-        Every quantity that passes through ``share`` comes back equal on all sharing ranks. Trainable parameters must
-        enter after it, never before: their gradients stay local, and data parallelism averages them.
+        Every value that passes through ``share`` is equal on all sharing ranks afterwards. Trainable parameters must be
+        applied after it, never before: their gradients then stay local, and data parallelism averages them.
         """
 
     @abstractmethod
     def moments(self, means_KC: Tensor, count: Tensor) -> Moments:
-        """What the running statistics absorb of the shared ``means_KC`` over ``count`` values."""
+        """Return the update of the running statistics from the shared ``means_KC`` over ``count`` values."""
 
 
 class ChannelAffine(Method):
-    """Methods of the form ``y = scale_C * x + shift_C``, written in C-sized float64 arithmetic alone.
+    """Methods of the form ``y = scale_C * x + shift_C``, defined by C-sized float64 arithmetic alone.
 
-    ``normalize`` below is their executable specification; ``kernels`` compute the same with one pass per loop.
+    ``normalize`` below is their executable specification. ``kernels`` compute the same with one memory pass per loop.
     """
 
     raw: ClassVar[slice]
@@ -70,22 +71,22 @@ class ChannelAffine(Method):
 
     @property
     def kinds(self) -> int:
-        """Kinds of raw moments."""
+        """Return the number of raw moments."""
         return len(range(RAW_MOMENTS)[self.raw])
 
     @abstractmethod
     def link(self, means_KC: Tensor, eps: float) -> Tensor:
-        """The coordinates theta_KC of the shared means, in which cotangents travel."""
+        """Return the coordinates theta_KC of the shared means, in which cotangents are exchanged."""
 
     @abstractmethod
     def coefficients(self, theta_KC: Tensor, affine: Affine) -> tuple[Tensor, Tensor]:
-        """``scale_C, shift_C``, float64."""
+        """Return ``scale_C, shift_C``, float64."""
 
     def normalize(self, x_NCL: Tensor, share: Share, affine: Affine) -> Tensor:
-        """The plain path: differentiable any number of times, traceable, on any device.
+        """Normalize on the plain path: differentiable any number of times, traceable, on any device.
 
-        Moments are taken about the local mean, and y is formed as ``(x - mean) * scale + (shift + mean * scale)``,
-        whose last term is C-sized and float64: large means cost no accuracy.
+        Moments are computed about the local mean, and y is ``(x - mean) * scale + (shift + mean * scale)``. The last
+        term is C-sized and float64, so large means cost no accuracy.
         """
         count = x_NCL.numel() // x_NCL.shape[1]
         values_NCL = x_NCL.to(compute_dtype(x_NCL.dtype))
@@ -98,7 +99,7 @@ class ChannelAffine(Method):
 
 
 def _raw_means(values_NCL: Tensor) -> tuple[Tensor, Tensor]:
-    """Float64 (mean, mean of squares) ``[2, C]``, and the detached mean."""
+    """Return float64 (mean, mean of squares) ``[2, C]``, and the detached mean."""
     dims = [dim for dim in range(values_NCL.dim()) if dim != 1]
     var_C, mean_C = torch.var_mean(values_NCL, dims, correction=0)
     var_C, mean_C = var_C.double(), mean_C.double()
@@ -106,7 +107,7 @@ def _raw_means(values_NCL: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _no_values(values_NCL: Tensor) -> tuple[Tensor, Tensor]:
-    """Zeros that still hang in the graph: a rank without values must take part in the backward collective."""
+    """Return zeros that are part of the graph: a rank without values must take part in the backward collective."""
     dims = [dim for dim in range(values_NCL.dim()) if dim != 1]
     zero_C = values_NCL.sum(dims, dtype=torch.float64)
     return torch.stack((zero_C, zero_C)), zero_C.detach()

@@ -24,22 +24,22 @@ _WRITTEN_OUT = Formula("batch_norm", kinds=2)
 @final
 @dataclass(frozen=True, kw_only=True)
 class BatchNorm(ChannelAffine):
-    """Centre and scale by the batch's mean and biased variance; running_var absorbs the unbiased one."""
+    """Centre and scale by the batch's mean and biased variance; running_var is updated with the unbiased variance."""
 
     raw: ClassVar[slice] = slice(0, 2)
 
     def formula(self, affine: Affine | None = None) -> Formula:
-        """Written out in arithmetic.c and kernels/gradients.py."""
+        """Return its formula in arithmetic.c and kernels/gradients.py."""
         return _WRITTEN_OUT
 
     def link(self, means_KC: Tensor, eps: float) -> Tensor:
-        """``(mean, log(var + eps) / 2)``: location and log-scale."""
+        """Return ``(mean, log(var + eps) / 2)``: location and log-scale."""
         mean_C, square_C = means_KC.unbind()
         var_C = (square_C - mean_C.square()).clamp_min(0)
         return torch.stack((mean_C, (var_C + eps).log() / 2))
 
     def coefficients(self, theta_KC: Tensor, affine: Affine) -> tuple[Tensor, Tensor]:
-        """``scale = weight / sqrt(var + eps)``, ``shift = bias - mean * scale``."""
+        """Return ``scale = weight / sqrt(var + eps)``, ``shift = bias - mean * scale``."""
         mean_C, log_std_C = theta_KC.unbind()
         scale_C = torch.exp(-log_std_C)
         if affine.weight_C is not None:
@@ -48,7 +48,7 @@ class BatchNorm(ChannelAffine):
         return scale_C, shift_C if affine.bias_C is None else shift_C + affine.bias_C
 
     def moments(self, means_KC: Tensor, count: Tensor) -> Moments:
-        """Mean and unbiased variance."""
+        """Return mean and unbiased variance."""
         mean_C, square_C = means_KC.unbind()
         var_C = (square_C - mean_C.square()).clamp_min(0)
         return Moments(mean_C, var_C * (count / (count - 1).clamp_min(1)))

@@ -3,8 +3,8 @@
     y = x / sqrt(mean(x^2) + eps) * weight + bias
 
 Shares one sum per channel forward, one cotangent backward. It is the normalizer inside MABN (Yan et al., "Towards
-Stabilizing Batch Statistics in Backward Propagation of Batch Normalization", ICLR 2020); there the weights of the
-convolution before it are centred, which stands in for the missing mean.
+Stabilizing Batch Statistics in Backward Propagation of Batch Normalization", ICLR 2020). There the weights of the
+preceding convolution are centred, which replaces subtracting the mean.
 """
 
 from __future__ import annotations
@@ -29,9 +29,10 @@ class RMS(ChannelAffine):
     """Scale by the batch's root mean square; running_var tracks the second moment, running_mean stays 0.
 
     Args:
-        clip: if given, y is multiplied by r = sqrt(mean(x^2) + eps) / sqrt(running_var + eps), a constant to autograd,
-            clipped to [1 / clip, clip]: training then normalizes as evaluation will, but for outliers. MABN uses 5.
-        clip_after: r is 1 until running_var was updated so often.
+        clip: if given, y is multiplied by r = sqrt(mean(x^2) + eps) / sqrt(running_var + eps), clipped to
+            [1 / clip, clip] and constant in autograd. Except for outliers, training then normalizes as evaluation does.
+            MABN uses 5.
+        clip_after: the number of updates of running_var before which r is 1.
     """
 
     centred: ClassVar[bool] = False
@@ -45,11 +46,11 @@ class RMS(ChannelAffine):
 
     @property
     def follows(self) -> bool:
-        """With a clip."""
+        """Return whether there is a clip."""
         return self.clip is not None
 
     def formula(self, affine: Affine | None = None) -> Formula:
-        """Written out in arithmetic.c and kernels/gradients.py, with the correction if it is due."""
+        """Return its formula in arithmetic.c and kernels/gradients.py, with the correction if it applies by now."""
         if self.clip is None or affine is None or affine.running_var_C is None or affine.updates is None:
             return _WRITTEN_OUT
         if affine.updates.is_cpu and int(affine.updates) < self.clip_after:
@@ -57,11 +58,11 @@ class RMS(ChannelAffine):
         return Formula("rms", 1, affine.running_var_C, self.clip, affine.updates, self.clip_after)
 
     def link(self, means_KC: Tensor, eps: float) -> Tensor:
-        """``log(mean(x^2) + eps) / 2``."""
+        """Return ``log(mean(x^2) + eps) / 2``."""
         return (means_KC + eps).log() / 2
 
     def coefficients(self, theta_KC: Tensor, affine: Affine) -> tuple[Tensor, Tensor]:
-        """``scale = weight / sqrt(mean(x^2) + eps)``, ``shift = bias``."""
+        """Return ``scale = weight / sqrt(mean(x^2) + eps)``, ``shift = bias``."""
         scale_C = torch.exp(-theta_KC[0]) * self._correction(theta_KC[0], affine)
         if affine.weight_C is not None:
             scale_C = scale_C * affine.weight_C
@@ -76,5 +77,5 @@ class RMS(ChannelAffine):
         return torch.where(affine.updates >= self.clip_after, ratio_C, 1.0)
 
     def moments(self, means_KC: Tensor, count: Tensor) -> Moments:
-        """The second moment, as the variance about a mean that is 0."""
+        """Return the second moment, as the variance about a mean of 0."""
         return Moments(None, means_KC[0])

@@ -1,4 +1,4 @@
-"""How sums are shared: the policy axis of the grid."""
+"""Policies: how the ranks of a job share sums."""
 
 from distnorm.policies.all_reduce import AllReduce
 from distnorm.policies.base import Policy, Reducer

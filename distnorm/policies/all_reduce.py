@@ -1,7 +1,7 @@
 """AllReduce: exact sums over a set of ranks.
 
-Timeline: one blocking collective per layer and direction, staleness 0. The set is all data-parallel ranks, those along
-one axis, blocks of neighbours, or a process group of the user's.
+Timeline: one blocking collective per layer and direction, staleness 0. The set is all data-parallel ranks, the ranks
+along one axis, a block of neighbouring ranks, or a process group that the user passes.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ class _GroupSum(Reducer):
 @final
 @dataclass(frozen=True, kw_only=True)
 class AllReduce(Policy):
-    """Sum over ranks: ``reduce(wire) = sum of wire over the set``. One collective.
+    """Sum over ranks: ``reduce(wire) = sum of wire over the set``. Issues one collective.
 
     Give at most one of:
-        axis: ``"local"`` (ranks of a node), ``"node"`` (one rank of each node), or an axis of the mesh given to
+        axis: ``"local"`` (the ranks of a node), ``"node"`` (one rank of each node), or an axis of the mesh passed to
             ``convert``.
-        group_size: blocks of so many neighbouring ranks.
-        process_group: the ranks of this group. Statistics travel in a group of their own over the same ranks.
-    With none of them the set is all data-parallel ranks.
+        group_size: the number of neighbouring ranks in each block.
+        process_group: the ranks of this group. Statistics use a separate process group over the same ranks.
+    Without any of them the set is all data-parallel ranks.
     """
 
     axis: Axis | None = None
@@ -50,7 +50,7 @@ class AllReduce(Policy):
     process_group: dist.ProcessGroup | LostGroup | None = None
 
     def __post_init__(self) -> None:
-        """Validate what can be validated before ranks are known."""
+        """Validate what does not depend on the ranks."""
         given = [name for name in ("axis", "group_size", "process_group") if getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"AllReduce takes one of axis, group_size, process_group; given are {given}.")
@@ -58,7 +58,7 @@ class AllReduce(Policy):
         check_fields(self)
 
     def __repr__(self) -> str:
-        """Name the ranks of an explicit group, so that equal text means equal sharing."""
+        """Return text that names the ranks of an explicit group: policies with equal text share equally."""
         if isinstance(self.process_group, dist.ProcessGroup):
             return f"AllReduce(process_group={dist.get_process_group_ranks(self.process_group)})"
         given = self.axis if self.axis is not None else self.group_size
@@ -66,17 +66,17 @@ class AllReduce(Policy):
         return f"AllReduce({name}={given!r})" if given is not None else "AllReduce()"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AllReduce:
-        """A frozen value is its own copy; process groups are never copied."""
+        """Return ``self``: a frozen value needs no copy, and process groups cannot be copied."""
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle without the process group, leaving a note of it."""
+        """Pickle with a ``LostGroup`` in place of the process group."""
         if isinstance(self.process_group, dist.ProcessGroup):
             return replace(self, process_group=lost(self.process_group)).__reduce__()
         return _rebuild, (self.axis, self.group_size, self.process_group)
 
     def bind(self, topology: Topology, layout: Layout) -> Reducer:
-        """Make, or find, the group of this rank."""
+        """Create or look up the group of this rank."""
         return _GroupSum(self._group(topology), self.facts)
 
     def _group(self, topology: Topology) -> Group:
@@ -90,12 +90,12 @@ class AllReduce(Policy):
 
     @property
     def facts(self) -> Facts:
-        """One collective."""
+        """Return the facts of one blocking collective."""
         named = () if self.process_group is None else (self.process_group,)
         return Facts(collectives=1.0, groups=named, bounded=bool(named))
 
     def stores(self, layout: Layout) -> Check:
-        """Nothing."""
+        """Return the check of an empty state."""
         return fields({})
 
 

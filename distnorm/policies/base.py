@@ -1,4 +1,4 @@
-"""What a policy is: a frozen description that, bound to ranks, becomes a reducer."""
+"""The interface of a policy: a frozen description, which becomes a reducer once it is bound to ranks."""
 
 from __future__ import annotations
 
@@ -17,78 +17,78 @@ from distnorm.validation import kind
 
 
 class Reducer(ABC):
-    """A policy at work among real ranks. Linear and self-adjoint: it serves statistics and cotangents alike."""
+    """A policy bound to ranks. It is linear and self-adjoint, so it serves both statistics and cotangents."""
 
     def __init__(self, size: int, facts: Facts | None = None) -> None:
-        """``size``: how many ranks share. ``facts``: what is known of it among them; by default ``routes()``."""
+        """Set ``size``, the number of sharing ranks, and ``facts``, which default to those of ``routes()``."""
         self.size = size
         if facts is not None:
             self.facts = facts
 
     @cached_property
     def facts(self) -> Facts:
-        """What is known of it among its ranks."""
+        """Return what is known of this reducer among its ranks."""
         return Facts().along(self.routes())
 
     @abstractmethod
     def reduce(self, wire: Tensor, slot: Slot) -> Tensor:
-        """The shared counterpart of the local sums ``wire``; shape and dtype kept."""
+        """Return the shared sums for the local sums ``wire``, of the same shape and dtype."""
 
     def start(self, wire: Tensor, slot: Slot) -> Future:
-        """``reduce``, whose result is asked for later: where the policy can, what comes meanwhile hides its waiting."""
+        """Start ``reduce`` and return a future. Where the policy can, the collective overlaps with computation."""
         return Future.completed(self.reduce(wire, slot))
 
     def routes(self) -> Routes:
-        """By which groups ``reduce`` joins statistics, in one step or another; None if that is not known."""
+        """Return the groups through which ``reduce`` shares statistics, in any step; None if they are not known."""
         return None
 
     def completeness(self, slot: Slot) -> Completeness:
-        """How much of what it shares is in what ``reduce`` returns for ``slot``. By default all."""
+        """Return how complete the result of ``reduce`` is for ``slot``. The default is complete."""
         return Completeness()
 
     def observe(self, shared: Tensor, slot: Slot, contributions: float) -> None:  # noqa: B027
-        """Take note of sums that another policy has shared among ``contributions`` ranks, while it is in charge."""
+        """Record sums that another, active policy has shared among ``contributions`` ranks."""
 
     def end_step(self, slot: Slot, *, observed: bool = False) -> list[Landed]:
-        """End the step of ``slot``; ``observed`` says that another policy was in charge of it."""
+        """End the step of ``slot``; ``observed`` tells that another policy was active in it."""
         return []
 
     def in_flight(self) -> list[Landed]:
-        """What would land if the step ended now. Waits for it, and changes nothing; no collective."""
+        """Return what would complete if the step ended now. Waits for it, changes nothing and issues no collective."""
         return []
 
     def watch(self, slot: Slot, *, exact: bool) -> dict[str, Watch]:
-        """By layer, statistics of the last step, if kept; ``exact`` adds those of all ranks, by a collective."""
+        """Return by layer statistics of the last step, if kept; ``exact`` adds those of all ranks, by a collective."""
         return {}
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs, tensors by name; waits for what is in flight."""
+        """Return what a resumed run needs, tensors by name. Waits for what is in flight."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any], *, own: bool) -> None:  # noqa: B027
-        """Take over ``state``, which ``Policy.stores`` has checked; ``own``: this very rank wrote it, in such a job."""
+        """Load ``state``, which ``Policy.stores`` has checked; ``own``: this rank of an equal job wrote it."""
 
 
 # docs/decisions.md#a-policy-is-a-value
 class Policy(ABC):
-    """How sums are shared. Concrete policies are frozen dataclasses: values that compare, print and travel."""
+    """How sums are shared. Concrete policies are frozen dataclasses, which can be compared, printed and pickled."""
 
     @abstractmethod
     def bind(self, topology: Topology, layout: Layout) -> Reducer:
-        """Make the groups this policy needs among the ranks of ``topology``, for layers of ``layout``."""
+        """Create the groups that this policy needs among the ranks of ``topology``, for the layers of ``layout``."""
 
     @property
     @abstractmethod
     def facts(self) -> Facts:
-        """What is known of it before ranks are."""
+        """Return what is known of this policy before the ranks are known."""
 
     @property
     def memory(self) -> str:
-        """What its reducers remember, in words: policies of equal ones can go on from each other's state."""
+        """Return a description of what its reducers store. With equal ones, policies can load each other's state."""
         return repr(self) if self.facts.keeps_cotangents else ""
 
     def stores(self, layout: Layout) -> Check:
-        """What checks a state for its reducers among layers of ``layout``. By default everything passes."""
+        """Return the check of a saved state of its reducers for the layers of ``layout``. By default all pass."""
         return anything
 
 

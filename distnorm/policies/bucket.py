@@ -1,7 +1,7 @@
-"""Bucket: one flat vector that carries what every layer shares in a step, and its journey to the other ranks.
+"""Bucket: one flat vector with everything that the layers share in a step, and its asynchronous sum over ranks.
 
-Layout: the values of all slots, then one weight per slot, then the number of backward passes so far. It is fixed when
-binding, so every rank sends the same size whatever its layers did; a slot that was not used has weight 0.
+Layout: the values of all slots, then one weight per slot, then the number of backward passes so far. The layout is
+fixed when binding, so every rank sends the same size whatever its layers did. A slot that was not used has weight 0.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ logger = logging.getLogger("distnorm")
 
 
 def loss_scale_of(slot: Slot, values: Tensor) -> Tensor | float:
-    """What the ``values`` of ``slot`` are multiplied by: statistics by nothing. A tensor only if it is beside them."""
+    """Return the factor in the ``values`` of ``slot``, 1 for statistics; a tensor only if it is on their device."""
     scale = slot.loss_scale if slot.direction == "backward" else 1.0
     return float(scale) if isinstance(scale, Tensor) and scale.device != values.device else scale
 
 
 def moved(values: Tensor, device: torch.device) -> Tensor:
-    """``values`` on ``device``; zeros in place of those of a meta tensor, which has none."""
+    """Return ``values`` on ``device``; zeros for a meta tensor, which has no values."""
     return torch.zeros_like(values, device=device) if values.is_meta else values.to(device)
 
 
 class _InFlight(NamedTuple):
-    """The sum of a step's vector; ``passes`` is what this rank sent along, None if another process sent it."""
+    """The sum of a step's vector; ``passes`` is the number that this rank sent, None if another process sent it."""
 
     sum: Future
     step: int
@@ -43,15 +43,15 @@ class _InFlight(NamedTuple):
 
 
 Enter = Callable[[Tensor | None, Tensor | None], list[Call]]
-"""How a policy takes note of the sum that landed, if any, and of what is sent: calls that are made at once."""
+"""How a policy records the completed sum, if any, and the vector that is sent: calls that run without interruption."""
 
 
 # docs/decisions.md#an-asynchronous-sum-gets-one-whole-step
 class Bucket:
-    """Collects slots during a step and sums them over a group while the next step runs."""
+    """Collect the slots of a step, and sum them over a group while the next step runs."""
 
     def __init__(self, layout: Layout, group: Group, *, extra: int = 0) -> None:
-        """Room for ``layout``, with ``extra`` more values per forward slot, behind the others."""
+        """Allocate room for ``layout``, with ``extra`` more values at the end of each forward slot."""
         self.group = group
         self._extra = extra
         self.index = {slot: number for number, slot in enumerate(layout.sizes)}
@@ -64,25 +64,25 @@ class Bucket:
         self.layout = self._lay_out(layout.device)
         self.outbox = torch.zeros(self.values + self.slots + 1, dtype=torch.float64, device=layout.device)
         self.dropped = torch.zeros(self.slots, dtype=torch.int64, device=layout.device)
-        """How often each slot came back with NaN or Inf and was left out."""
+        """The number of sums per slot that contained NaN or Inf and were left out."""
         self.last = torch.zeros_like(self.outbox)
-        """This rank's part of the last step."""
+        """The contribution of this rank to the last step."""
         self._pending: _InFlight | None = None
         self._reached: Slot | None = None
         self._ended: Slot | None = None
-        """Which step has received, and which one has ended, last; told by identity, since steps may be loaded."""
+        """The last steps that received values and that ended; compared by identity, since a state may be loaded."""
         self._landed: Tensor | None = None
         self._result: list[Landed] = []
         self._warned: set[str] = set()
 
     def _lay_out(self, device: torch.device) -> windows.Slots:
-        # Made on the CPU, whatever the default device is: one copy, and no waiting for a GPU.
+        # Made on the CPU, whatever the default device is: one copy, and the host does not wait for a GPU.
         starts, sizes = torch.tensor(self._starts, device="cpu"), torch.tensor(self._sizes, device="cpu")
         slot_of = torch.repeat_interleave(sizes, output_size=self.values)
         return windows.Slots(starts.to(device), slot_of.to(device))
 
     def to(self, device: torch.device) -> None:
-        """Go on there. Waits for the vector in flight."""
+        """Move to ``device``. Waits for the vector in flight."""
         self.layout = self._lay_out(device)
         landed = self._wait()
         if landed is not None and self._pending is not None:
@@ -90,7 +90,7 @@ class Bucket:
         if self.outbox.is_meta:
             self._pending = None  # it carried nothing
         self.dropped, self.last = moved(self.dropped, device), moved(self.last, device)
-        self.outbox = moved(self.outbox, device)  # in the end: it says where all the others are
+        self.outbox = moved(self.outbox, device)  # last: its device tells where all the others are
 
     def write(self, layer: str, direction: Direction, values: Tensor, weight: Tensor | float) -> None:
         """Add to a slot of this step."""
@@ -98,14 +98,14 @@ class Bucket:
         windows.add(self.outbox, self.span[key], self.values + self.index[key], values, weight)
 
     def in_flight(self) -> Tensor | None:
-        """The sum that is under way, if any, waited for; None where ranks are out of phase, and it may never come."""
+        """Wait for the sum in flight and return it, if any; None if ranks are out of phase and it may not complete."""
         return None if "phase" in self._warned else self._wait()
 
     def exchange(self, slot: Slot, enter: Enter) -> Tensor | None:
-        """End the step of ``slot``: wait for the last one's sum, and send this one's. Returns that sum, if any.
+        """End the step of ``slot``: wait for the last step's sum, send this one's. Return the completed sum, if any.
 
-        An exception from outside, such as Ctrl-C, finds that nothing was sent, or that all was sent and entered. Who
-        calls again with the same ``slot`` ends the step once, and gets what it would have got.
+        An exception from outside, such as Ctrl-C, leaves one of two states: nothing was sent, or everything was sent
+        and recorded. A second call with the same ``slot`` does not end the step again and returns the same result.
         """
         if self._ended is slot:
             return self._landed
@@ -113,7 +113,7 @@ class Bucket:
         if landed is not None and self._pending is not None and self._pending.passes is not None:
             self._check_phase(landed, self._pending.passes)
         travelling, own = self.outbox.clone(), self.outbox.clone()
-        travelling[-1].fill_(slot.passes)  # to assign a number copies it to a GPU, which waits
+        travelling[-1].fill_(slot.passes)  # assigning a number would copy it to a GPU, and the host would wait
         calls = [*self._leaving(own), *enter(landed, own), put(self, "_landed", landed), put(self, "_ended", slot)]
 
         def note(sum_: Future) -> list[Call]:
@@ -126,7 +126,7 @@ class Bucket:
         return landed
 
     def land(self, slot: Slot, enter: Enter) -> Tensor | None:
-        """The sum that is under way, if any, waited for and under way no more; as ``exchange``, but nothing is sent."""
+        """Wait for the sum in flight and return it, if any. It is no longer in flight then; nothing is sent."""
         if self._reached is not slot:
             landed = self._wait()
             at_once(
@@ -136,7 +136,7 @@ class Bucket:
         return self._landed
 
     def take(self, slot: Slot, enter: Enter, result: list[Landed]) -> list[Landed]:
-        """End a step whose sums need no collective: this step's vector is entered. Returns the first ``result``."""
+        """End a step whose sums need no collective: record the vector of this step. Return the first ``result``."""
         if self._ended is not slot:
             own = self.outbox.clone()
             calls = [*self._leaving(own), *enter(own, None)]
@@ -144,7 +144,7 @@ class Bucket:
         return self._result
 
     def _leaving(self, own: Tensor) -> list[Call]:
-        """This step's vector is ``own``, a copy: replayed CUDA graphs go on writing where they wrote when captured."""
+        """Start the next step; ``own`` copies the last vector, since replayed CUDA graphs write to the original."""
         return [put(self, "last", own), self.outbox.zero_]
 
     def _wait(self) -> Tensor | None:
@@ -163,7 +163,7 @@ class Bucket:
         )
 
     def landed(self, means: Tensor, weights: Tensor, usable: Tensor) -> list[Landed]:
-        """What the running statistics shall absorb: the forward slots of these vectors."""
+        """Return what the running statistics are to be updated with: the forward slots of these vectors."""
         rows = zip(self.index, means.split(self._sizes), weights.unbind(), usable.double().unbind(), strict=True)
         return [
             Landed(layer, values[: len(values) - self._extra], *rest)
@@ -172,7 +172,7 @@ class Bucket:
         ]
 
     def statistics(self, means: Tensor) -> dict[str, Tensor]:
-        """By layer, what ``means`` of all slots hold of its forward one."""
+        """Return by layer the forward slot in ``means`` of all slots."""
         spans = {layer: span for (layer, direction), span in self.span.items() if direction == "forward"}
         return {layer: means[span.start : span.stop - self._extra] for layer, span in spans.items()}
 
@@ -186,13 +186,13 @@ class Bucket:
             )
 
     def warn_once(self, about: str, message: str) -> None:
-        """Log ``message`` the first time that it is ``about`` this."""
+        """Log ``message`` the first time that it is about the topic ``about``."""
         if about not in self._warned:
             self._warned.add(about)
             logger.warning(message)
 
     def warn_of_drops(self) -> None:
-        """Log once, naming the layers, that values were dropped. Waits for the device."""
+        """Log once which layers had values dropped. Waits for the device."""
         if self.dropped.is_meta:
             return
         dropped = self.dropped.tolist()
@@ -201,16 +201,16 @@ class Bucket:
             self.warn_once("drops", f"distnorm: NaN or Inf from some rank; those steps were left out for {lost}.")
 
     def state_dict(self) -> dict[str, Any]:
-        """Waits for the vector in flight and stores it as in flight: saving does not change the trajectory."""
+        """Wait for the vector in flight and store it as in flight, so that saving does not change the trajectory."""
         state: dict[str, Any] = {"outbox": self.outbox.clone(), "dropped": self.dropped.clone()}
         in_flight = self._wait()
         if in_flight is not None:
             state["in_flight"] = in_flight.clone()
-            state["in_flight"][-1] = 0  # of this process alone
+            state["in_flight"][-1] = 0  # known to this process only
         return state
 
     def load_state_dict(self, state: dict[str, Any], *, own: bool) -> None:
-        """Resume; the outbox is this rank's only if ``own``."""
+        """Resume; the outbox belongs to this rank only if ``own``."""
         self.dropped.copy_(state["dropped"])
         self.outbox.zero_()
         if own:

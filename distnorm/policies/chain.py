@@ -1,7 +1,7 @@
-"""Chain: one policy after the other.
+"""Chain: one policy after another.
 
-Timeline: the collectives of its parts, in order; staleness of the stalest. ``Chain(AllReduce("local"),
-AllReduce("node"))`` adds up within each node, then between nodes: the exact global sum, in two short hops.
+Timeline: the collectives of all parts, in order; the staleness is the largest of theirs. ``Chain(AllReduce("local"),
+AllReduce("node"))`` sums within each node, then between nodes: the exact global sum in two short hops.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class _Sequence(Reducer):
         return Completeness(all(each.is_global for each in found), all(each.is_counted for each in found))
 
     def observe(self, shared: Tensor, slot: Slot, contributions: float) -> None:
-        # What a part would have seen: statistics that earlier parts have summed, cotangents that later ones have.
+        # What a part would have seen: statistics after the earlier parts, or cotangents after the later ones.
         earlier = 1
         for part in self.parts:
             if slot.direction == "forward":
@@ -65,22 +65,22 @@ class _Sequence(Reducer):
 @final
 @dataclass(frozen=True)
 class Chain(Policy):
-    """``reduce = last(... first(wire))`` forward, and in reverse order for cotangents."""
+    """``reduce = last(... first(wire))`` for statistics, in reverse order for cotangents."""
 
     parts: tuple[Policy, ...]
 
     def __init__(self, *parts: Policy) -> None:
-        """Chain ``parts``, the first one applied first.
+        """Chain ``parts``; the first one is applied first.
 
         Raises:
-            ValueError: fewer than two parts, or a part that is no policy.
+            ValueError: fewer than two parts, or a part is not a policy.
         """
         if len(parts) < 2 or not all(isinstance(part, Policy) for part in parts):
             raise ValueError(f"Chain takes two or more policies, given {parts!r}.")
         object.__setattr__(self, "parts", parts)
 
     def __repr__(self) -> str:
-        """As it is written."""
+        """Return the expression that creates it."""
         return f"Chain({', '.join(map(repr, self.parts))})"
 
     def bind(self, topology: Topology, layout: Layout) -> Reducer:
@@ -89,16 +89,16 @@ class Chain(Policy):
 
     @property
     def facts(self) -> Facts:
-        """Those of all parts together."""
+        """Return the combined facts of all parts."""
         return in_sequence(*(part.facts for part in self.parts))
 
     @property
     def memory(self) -> str:
-        """That of its parts."""
+        """Return the memory of its parts."""
         return f"Chain({', '.join(part.memory for part in self.parts)})" if self.facts.keeps_cotangents else ""
 
     def stores(self, layout: Layout) -> Check:
-        """What its parts store, by number."""
+        """Return the checks of its parts, by number."""
         checks = {str(index): part.stores(layout) for index, part in enumerate(self.parts)}
         kept = {str(index) for index, part in enumerate(self.parts) if part.memory}
         return fields({name: checks.pop(name) for name in sorted(kept)}, **checks)

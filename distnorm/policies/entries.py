@@ -1,7 +1,7 @@
-"""Entries: what landed in the newest steps, for each slot of a bucket, and the sum of it.
+"""Entries: the completed sums of the newest steps, for each slot of a bucket, and their total.
 
-An entry is a landed value over its weight. Slots go on by themselves: one that was not used, or came back with NaN or
-Inf, keeps the entries that it has.
+An entry is a completed value divided by its weight. Slots advance independently: a slot that was not used, or whose
+sum contains NaN or Inf, keeps its entries.
 """
 
 from __future__ import annotations
@@ -32,48 +32,48 @@ class Entries:
         device = bucket.outbox.device
         self.ring = torch.zeros(depth, bucket.values, dtype=torch.float64, device=device)
         self.filled = torch.zeros(bucket.slots, dtype=torch.int64, device=device)
-        """How many entries each slot has."""
+        """The number of entries of each slot."""
         self.position = torch.zeros_like(self.filled)
-        """The row of each slot's next entry."""
+        """The row of the next entry of each slot."""
         self.sums = torch.zeros(bucket.values, dtype=torch.float64, device=device)
         self.usable = torch.zeros(bucket.slots, dtype=torch.bool, device=device)
-        """Which slots the last vector had an entry for."""
+        """Which slots of the last vector had an entry."""
 
     def pushing(self, vector: Tensor) -> list[Call]:
-        """What, done at once, makes an entry of each ``usable`` slot of ``vector``; counts those not finite."""
+        """Return calls that append an entry per ``usable`` slot of ``vector``, and count the non-finite slots."""
         ring = self.ring, self.filled, self.position, self.sums
         calls, usable, position = windows.pushing(vector, self.bucket.layout, *ring, self.bucket.dropped)
         return [*calls, put(self, "usable", usable), put(self, "position", position)]
 
     def mean(self, out: Tensor | None = None) -> Tensor:
-        """Of the entries of each slot; 0 where there is none. In ``out``, if it is given."""
+        """Return the mean over the entries of each slot, 0 where there are none; written to ``out``, if given."""
         return torch.div(self.sums, self.filled[self.bucket.layout.slot_of].clamp_min(1), out=out)
 
     def mean_after(self, entry: Tensor, usable: Tensor) -> Tensor:
-        """What ``mean`` would be with ``entry`` pushed into the ``usable`` slots."""
+        """Return what ``mean`` would be after pushing ``entry`` into the ``usable`` slots."""
         slot_of = self.bucket.layout.slot_of
         oldest = self.ring[self.position[slot_of], torch.arange(self.bucket.values, device=slot_of.device)]
         sums = self.sums + torch.where(usable[slot_of], entry - oldest, 0.0)
         return sums / (self.filled + usable).clamp_max(self.depth)[slot_of].clamp_min(1)
 
     def to(self, device: torch.device) -> None:
-        """Go on there."""
+        """Move to ``device``."""
         for name in (*_STORED, "sums"):
             setattr(self, name, moved(getattr(self, name), device))
 
     def state_dict(self) -> dict[str, Any]:
-        """All but the sum."""
+        """Return all tensors but the total, which follows from them."""
         return {name: getattr(self, name).clone() for name in _STORED}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Resume, from another number of entries than ``depth`` with the newest ones that there are and fit."""
+        """Resume. From a state of another ``depth``, keep the newest entries that fit."""
         kept = state if len(state["ring"]) == self.depth else self._newest(**state)
         for name in _STORED:
             getattr(self, name).copy_(kept[name])
         at_once(*windows.summing(self.ring, self.sums))
 
     def _newest(self, ring: Tensor, filled: Tensor, position: Tensor) -> dict[str, Tensor]:
-        """Entries of another depth in rows of this one's, the oldest first."""
+        """Arrange the entries of a state of another depth in rows of this one, the oldest first."""
         slot_of, columns = self.bucket.layout.slot_of.to(ring.device), torch.arange(ring.shape[1], device=ring.device)
         kept = filled.clamp_max(self.depth)
         rows = ring.new_zeros(self.depth, ring.shape[1])
@@ -84,23 +84,23 @@ class Entries:
 
 
 class Remembering(Reducer):
-    """A reducer with a bucket and entries, on the device of the layers: they follow when these move."""
+    """A reducer with a bucket and entries. They move to another device when the layers do."""
 
     def __init__(
         self, facts: Facts, groups: tuple[Group, Group], layout: Layout, *, depth: int, extra: int = 0
     ) -> None:
-        """``groups``: for blocking sums and for the bucket's, of the same ranks."""
+        """Create the buffers; ``groups``: one for blocking sums and one for the bucket, over the same ranks."""
         self.blocking, background = groups
         super().__init__(self.blocking.size, facts.along([(self.blocking.ranks,)]))
         self.bucket = Bucket(layout, background, extra=extra)
         self.entries = Entries(self.bucket, depth)
 
     def completeness(self, slot: Slot) -> Completeness:
-        """Steps mix what is global with what is not; all else is summed at once."""
+        """Return that steps mix global and local values, and that forwards outside of steps are summed at once."""
         return Completeness(not slot.learning, not slot.learning)
 
     def watches(self, local: Tensor, used: Tensor, shared: Tensor | None) -> dict[str, Watch]:
-        """``watch``, of means of all slots."""
+        """Return ``watch`` of the means of all slots."""
         local_of, used_of = self.bucket.statistics(local), self.bucket.statistics(used)
         shared_of = {} if shared is None else self.bucket.statistics(shared)
         found = {}
@@ -111,12 +111,12 @@ class Remembering(Reducer):
         return found
 
     def follow(self, values: Tensor) -> None:
-        """Go on where the ``values`` of a layer are now. Waits for the vector in flight, if that is elsewhere."""
+        """Move to the device of ``values``, if a layer has moved. This waits for the vector in flight."""
         if values.device != self.bucket.outbox.device:
             with torch.inference_mode(False):
                 self.move(values.device)
 
     def move(self, device: torch.device) -> None:
-        """Go on there."""
+        """Move to ``device``."""
         self.entries.to(device)
-        self.bucket.to(device)  # in the end: it says where all is
+        self.bucket.to(device)  # last: its device tells where all the others are

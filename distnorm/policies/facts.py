@@ -1,7 +1,7 @@
-"""What is known of a policy, before ranks are and after: one value, which each wrapper combines by one function.
+"""What is known of a policy before and after its ranks are known: one value, which each wrapper combines by a function.
 
-``Policy.facts`` is what tools, layers and binding ask before ranks are known; ``Reducer.facts`` adds which ranks it
-joins. What depends on the step is a ``Completeness``.
+Tools, layers and binding ask ``Policy.facts`` before ranks are known. ``Reducer.facts`` adds which ranks it joins.
+Facts that depend on the step are in ``Completeness``.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from distnorm.transport import LostGroup
 
 
 class Completeness(NamedTuple):
-    """How much of what it shares is in what ``reduce`` returns for a slot.
+    """How complete the result of ``reduce`` is for a slot.
 
     Fields:
-        is_global: all of it, so that running statistics may absorb the statistics.
-        is_counted: their count is how many values they rest on.
+        is_global: whether it contains everything that is shared, so that the running statistics may be updated with it.
+        is_counted: whether its count is the number of values in it.
     """
 
     is_global: bool = True
@@ -31,20 +31,20 @@ class Completeness(NamedTuple):
 # docs/decisions.md#what-is-known-of-a-policy-before-ranks-are
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """What is known of a policy; of a reducer, once ranks are known, with the last four.
+    """What is known of a policy. A reducer, whose ranks are known, sets the last four as well.
 
     Attributes:
         collectives: blocking ones per layer, direction and step, on average.
         background: asynchronous ones per step, for all layers together.
-        staleness: steps that a collective is given before anyone waits for it; 0 means that it blocks.
-        always_global: whether the statistics of every step are global ones (see ``Completeness``).
-        keeps_cotangents: whether cotangents outlive their step: loss scales must come out of them, second derivatives
-            do not exist, and nothing that is not finite may be kept.
-        groups: the process groups of the user's that it names.
-        bounded: whether it shares with nobody beyond these.
-        routes: by which groups ``reduce`` joins statistics, in one step or another; None if that is not known.
-        global_routes: those of the statistics that running statistics absorb.
-        handovers: pairs of routes that must join the same ranks: what one policy has shared is another one's memory.
+        staleness: the steps that a collective has until its result is needed; 0 means that it blocks.
+        always_global: whether the statistics of every step are global (see ``Completeness``).
+        keeps_cotangents: whether cotangents outlive their step. Loss scales must then be divided out, second
+            derivatives do not exist, and values that are not finite must not be kept.
+        groups: the user's process groups that it names.
+        bounded: whether it shares with no rank outside of ``groups``.
+        routes: the groups through which ``reduce`` shares statistics, in any step; None if they are not known.
+        global_routes: the routes of the statistics that update the running statistics.
+        handovers: pairs of routes that must join the same ranks: one policy's shared sums are the other one's state.
         alone: whether ``reduce`` is the identity, and its result global, in every step.
     """
 
@@ -62,21 +62,21 @@ class Facts:
 
     @property
     def communicates(self) -> bool:
-        """Whether there is any collective."""
+        """Return whether there is any collective."""
         return self.collectives > 0 or self.background > 0
 
     @property
     def scope(self) -> tuple[dist.ProcessGroup | LostGroup, ...]:
-        """The groups that bound which ranks the policy concerns; none where these are all data-parallel ranks."""
+        """Return the groups that limit which ranks the policy concerns; none if it concerns all data-parallel ranks."""
         return self.groups if self.bounded else ()
 
     def along(self, routes: Routes, *, alone: bool = False) -> Facts:
-        """With the ``routes`` of a reducer, which all its statistics take."""
+        """Add the ``routes`` of a reducer, which all its statistics take."""
         return replace(self, routes=routes, global_routes=routes, alone=alone)
 
 
 def in_sequence(*parts: Facts) -> Facts:
-    """Of policies that are applied one after the other in every step."""
+    """Combine the facts of policies that are applied one after another in every step."""
     return Facts(
         collectives=sum(part.collectives for part in parts),
         background=sum(part.background for part in parts),
@@ -93,7 +93,7 @@ def in_sequence(*parts: Facts) -> Facts:
 
 
 def _global_routes(parts: tuple[Facts, ...]) -> Routes:
-    """What all parts return is global, or what a part makes so, at a step's end, of what came to it."""
+    """Return the routes that are global: those of all parts, or of what a part makes global at the end of a step."""
     found = functools.reduce(followed_by, (part.global_routes for part in parts))
     before: Routes = [()]
     for part in parts:
@@ -104,7 +104,7 @@ def _global_routes(parts: tuple[Facts, ...]) -> Routes:
 
 
 def first_then(first: Facts, then: Facts) -> Facts:
-    """Of ``first`` for a limited time, and ``then`` for good; the scope of either bounds both."""
+    """Combine the facts of ``first`` for a limited time and ``then`` afterwards. Either scope limits the result."""
     return replace(
         then,
         always_global=first.always_global and then.always_global,
@@ -119,7 +119,7 @@ def first_then(first: Facts, then: Facts) -> Facts:
 
 
 def every_kth(facts: Facts, k: int) -> Facts:
-    """Of a policy that is applied in every ``k``-th step."""
+    """Return the facts of a policy that is applied in every ``k``-th step."""
     return replace(
         facts,
         collectives=facts.collectives / k,

@@ -1,7 +1,7 @@
 """Local: nothing is shared.
 
-Timeline: no collective, staleness 0. Each rank normalizes by its own batch, as ``nn.BatchNorm`` does under
-DistributedDataParallel. It is the headroom of every other policy: the most that communication work could win.
+Timeline: no collective, staleness 0. Each rank normalizes with its local batch, as ``nn.BatchNorm`` does under
+DistributedDataParallel. It gives the bound for every other policy: the most that faster communication could gain.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ class _Identity(Reducer):
 @final
 @dataclass(frozen=True, kw_only=True)
 class Local(Policy):
-    """Every rank keeps its own statistics: ``reduce(wire) = wire``. No collective."""
+    """Keep the statistics of every rank local: ``reduce(wire) = wire``. Issues no collective."""
 
     def bind(self, topology: Topology, layout: Layout) -> Reducer:
-        """No group is needed."""
+        """Return a reducer without a group."""
         return _Identity(1, self.facts.along([()], alone=True))
 
     @property
     def facts(self) -> Facts:
-        """No collective, with nobody."""
+        """Return the facts of no collective, over no other rank."""
         return Facts(bounded=True)
 
     def stores(self, layout: Layout) -> Check:
-        """Nothing."""
+        """Return the check of an empty state."""
         return fields({})

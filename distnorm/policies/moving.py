@@ -1,10 +1,10 @@
-"""Moving: a window of steps instead of a bigger batch; one asynchronous collective per step for the whole model.
+"""Moving: a window of steps instead of a larger batch; one asynchronous collective per step for the whole model.
 
-Timeline, staleness 1: forward and backward of step t use the landed entries up to t - 2 and the local values of t; at
-the end of step t the sums of t - 1 land and those of t are sent. Staleness 0: the newest entry is shared too, by one
-blocking collective per layer and direction. docs/moving.md derives the scaling. Yan et al., "Towards Stabilizing
-Batch Statistics in Backward Propagation of Batch Normalization", ICLR 2020, for the window; sharing it across ranks
-is our construction.
+Timeline with staleness 1: forward and backward of step t use the completed entries up to t - 2 and the local values of
+t. At the end of step t the sums of t - 1 have completed, and those of t are sent. With staleness 0 the newest entry is
+shared too, by one blocking collective per layer and direction. docs/moving.md derives the scaling. The window is due to
+Yan et al., "Towards Stabilizing Batch Statistics in Backward Propagation of Batch Normalization", ICLR 2020. Sharing it
+across ranks is our construction.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ LossReduction = Literal["mean", "sum"]
 
 class _Window(Remembering):
     def __init__(self, policy: Moving, groups: tuple[Group, Group], layout: Layout) -> None:
-        # The newest entry never enters the ring before it is global: the window is the ring and the newest.
+        # The newest entry enters the ring only once it is global: the window is the ring and the newest entry.
         super().__init__(policy.facts, groups, layout, depth=policy.window - 1)
         self.policy = policy
 
@@ -45,7 +45,7 @@ class _Window(Remembering):
         return self._enter(newest, newest[-1], slot)
 
     def _cotangents(self, wire: Tensor, slot: Slot) -> tuple[Tensor, Tensor | None]:
-        """The newest cotangents and their weight, None for 1: this rank's, or those that a blocking sum joins."""
+        """Return the newest cotangents, of this rank or of a blocking sum, and their weight, None for 1."""
         count = _count(slot) if self.policy.loss_reduction == "sum" else None
         if self.policy.staleness:
             return wire, count
@@ -54,9 +54,9 @@ class _Window(Remembering):
         return newest[:-1], newest[-1]
 
     def _enter(self, newest: Tensor, weight: Tensor | None, slot: Slot) -> Tensor:
-        """Add ``newest`` to this step's vector; ``weight`` times the mean over the window.
+        """Add ``newest`` to the vector of this step. Return ``weight`` times the mean over the window.
 
-        Statistics come with their count, and leave with it.
+        Statistics have their count as last value, in the argument and in the result.
         """
         key = slot.layer, slot.direction
         return windows.window(
@@ -79,7 +79,7 @@ class _Window(Remembering):
 
     def end_step(self, slot: Slot, *, observed: bool = False) -> list[Landed]:
         if observed or self.policy.staleness == 0:
-            # What was sent before a state was loaded into a longer warm-up.
+            # The vector was sent before a state with a longer warm-up was loaded.
             landed = self._landed(self.bucket.land(slot, self._entering))
             return self.bucket.take(slot, self._entering, landed)
         return self._landed(self.bucket.exchange(slot, self._entering))
@@ -91,7 +91,7 @@ class _Window(Remembering):
         if landed is None:
             return []
         weights = self.bucket.layout.parts(landed)[1]
-        # A window of one keeps no entry: what landed is all there is.
+        # A window of one keeps no entry: the completed sum is the whole mean.
         shared = self.entries.mean() if self.entries.depth else self.bucket.layout.means(landed)
         return self.bucket.landed(shared, weights, self.entries.usable)
 
@@ -126,15 +126,17 @@ def _count(slot: Slot) -> Tensor:
 @final
 @dataclass(frozen=True, kw_only=True)
 class Moving(Policy):
-    """Statistics and cotangents averaged over the ``window`` newest steps, over all ranks but for the newest one.
+    """Average statistics and cotangents over the ``window`` newest steps of all ranks.
+
+    With staleness 1 the newest step is this rank's only.
 
     Args:
         window: steps, the newest included. 1 with staleness 0 is exact synchronization.
-        staleness: 1 sends each step's sums while the next step runs; 0 blocks in every layer.
+        staleness: 1 sends the sums of each step while the next step runs; 0 blocks in every layer.
         axis: share along this axis only, as ``AllReduce(axis=...)``; None for all data-parallel ranks.
-        loss_reduction: whether each rank's loss is a ``"mean"`` or a ``"sum"`` over its batch.
+        loss_reduction: whether the loss of each rank is a ``"mean"`` or a ``"sum"`` over its batch.
 
-    Training-mode forwards under ``no_grad`` share synchronously and leave the window as it is.
+    Training-mode forwards under ``no_grad`` share synchronously and do not change the window.
     """
 
     window: Window = 16
@@ -147,12 +149,12 @@ class Moving(Policy):
         check_fields(self)
 
     def bind(self, topology: Topology, layout: Layout) -> Reducer:
-        """Make one group for blocking sums and one for the bucket."""
+        """Create one group for blocking sums and one for the bucket."""
         return _Window(self, topology.pair(self.axis), layout)
 
     @property
     def facts(self) -> Facts:
-        """One collective, which blocks or does not; windows hold cotangents of many steps."""
+        """Return the facts of one collective, blocking or not. The window holds cotangents of several steps."""
         return Facts(
             collectives=1.0 - self.staleness,
             background=float(self.staleness),
@@ -163,10 +165,10 @@ class Moving(Policy):
 
     @property
     def memory(self) -> str:
-        """Entries mean the same in a window of any size."""
+        """Return the description with a window of 1: a state can be loaded into a window of any size."""
         return repr(replace(self, window=1))
 
     def stores(self, layout: Layout) -> Check:
-        """A window of any size, and a bucket."""
+        """Return the check of a window of any size, and of a bucket."""
         sizes = sizes_of(layout)
         return fields({"window": entries(len(sizes), sum(sizes)), "bucket": bucket(len(sizes), sum(sizes))})

@@ -1,7 +1,7 @@
-"""Periodic: share in every k-th step, be local in between.
+"""Periodic: share in every k-th step and stay local in between.
 
-Timeline: steps 0, k, 2k, ... issue the collectives of the inner policy, the others none; staleness 0, since the steps
-in between use no remote statistics at all. A step ends with a backward pass that builds no graph.
+Timeline: steps 0, k, 2k, ... issue the collectives of the inner policy, the others issue none. Staleness is 0, since
+the steps in between use no remote statistics at all. A step ends with a backward pass that builds no graph.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class _EveryKth(Reducer):
         return self.inner.reduce(wire, slot) if self._shares(slot) else wire
 
     def _shares(self, slot: Slot) -> bool:
-        # Forwards that no backward may follow estimate running statistics: those are always shared.
+        # Forwards without a backward pass estimate running statistics: those are always shared.
         still = slot.direction == "forward" and not slot.learning
         return still or slot.step % self.every == 0
 
@@ -43,8 +43,8 @@ class _EveryKth(Reducer):
 class Periodic(Policy):
     """``reduce = policy.reduce`` in every ``every``-th step, the identity in the others.
 
-    Running statistics absorb the shared steps only: they are equal on every rank at all times, and each of them has
-    seen the batches of all ranks.
+    Only the shared steps update the running statistics. They are therefore equal on all ranks at all times, and every
+    update includes the batches of all ranks.
     """
 
     every: Period
@@ -62,9 +62,9 @@ class Periodic(Policy):
 
     @property
     def facts(self) -> Facts:
-        """The inner policy's, spread over ``every`` steps."""
+        """Return the facts of the inner policy, averaged over ``every`` steps."""
         return every_kth(self.policy.facts, self.every)
 
     def stores(self, layout: Layout) -> Check:
-        """Nothing."""
+        """Return the check of an empty state."""
         return fields({})

@@ -1,9 +1,9 @@
-"""StaleMix: the other ranks' newest landed steps and this rank's current one; one asynchronous collective per step.
+"""StaleMix: the other ranks' newest completed steps and this rank's current one; one asynchronous collective per step.
 
-Timeline: as ``Moving`` with staleness 1: in step t the other ranks are represented by their mean over the ``window``
-steps up to t - 2, and weigh as much as this rank, however many they are (docs/moving.md). Our own
-construction, after the displaced statistics of Li et al., "DistriFusion", CVPR 2024, in the form that suits independent
-batches.
+Timeline: as ``Moving`` with staleness 1. In step t the other ranks are represented by their mean over the ``window``
+steps up to t - 2. This mean has the weight of one rank, whatever the number of ranks (docs/moving.md). The policy is
+our own construction, after the displaced statistics of Li et al., "DistriFusion", CVPR 2024, in the form that suits
+independent batches.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class _Mix(Remembering):
         # Counts are values here, to be mixed like sums; weights count contributions.
         super().__init__(policy.facts, groups, layout, depth=policy.window, extra=1)
         self.others = torch.zeros_like(self.entries.sums)
-        """Per slot, what one other rank contributes on average; 0 before anything landed."""
+        """Per slot, the mean contribution of one other rank; 0 until a sum has completed."""
         self._sent: Tensor | None = None
 
     def reduce(self, wire: Tensor, slot: Slot) -> Tensor:
@@ -58,7 +58,7 @@ class _Mix(Remembering):
         return landed
 
     def _entering(self, landed: Tensor | None, sent: Tensor | None) -> list[Call]:
-        """Let what landed, less what this rank had sent, speak for the other ranks."""
+        """Record the completed sum less this rank's own part, as the contribution of the other ranks."""
         own = self._sent
         noted = put(self, "_sent", sent)
         return [noted] if landed is None else [noted, *self.entries.pushing(landed if own is None else landed - own)]
@@ -67,7 +67,7 @@ class _Mix(Remembering):
         return self._landed(self.bucket.in_flight())
 
     def _landed(self, vector: Tensor | None) -> list[Landed]:
-        """Of all slots at once: the forward ones end with their counts."""
+        """Return the updates of all slots. A forward slot ends with its count."""
         if vector is None:
             return []
         values, usable = self.bucket.layout.parts(vector)[0], self.bucket.layout.judge(vector)[1]
@@ -75,7 +75,7 @@ class _Mix(Remembering):
         return self.bucket.landed(means, counts, usable & (counts > 0))
 
     def _means(self, sums: Tensor) -> tuple[Tensor, Tensor]:
-        """Of all slots, over the last of their values; which these are."""
+        """Return the means of all slots, each divided by its last value, the count; and the counts."""
         counts = sums[self.bucket.layout.starts[1:] - 1]
         return sums / counts.clamp_min(1)[self.bucket.layout.slot_of], counts
 
@@ -103,7 +103,7 @@ class _Mix(Remembering):
         self._sent = state["sent"].to(self.others.device) if own and "sent" in state else None
 
     def _one_entry(self, others: Tensor) -> dict[str, Tensor]:
-        """As entries, what states without a version hold: what one other rank contributed to the last landed step."""
+        """Convert a state without a version, which holds one completed step's mean contribution, to entries."""
         filled = torch.zeros_like(self.bucket.dropped, device=others.device)
         filled.index_add_(0, self.bucket.layout.slot_of.to(others.device), (others != 0).long()).clamp_max_(1)
         return {"ring": others[None], "filled": filled, "position": torch.zeros_like(filled)}
@@ -112,10 +112,10 @@ class _Mix(Remembering):
 @final
 @dataclass(frozen=True, kw_only=True)
 class StaleMix(Policy):
-    """``reduce(wire) = own wire + what one other rank contributed on average to the landed steps``.
+    """``reduce(wire) = own wire + the mean contribution of one other rank to the completed steps``.
 
     Args:
-        window: how many of them, the newest ones.
+        window: the number of completed steps to average over, the newest ones.
         axis: share along this axis only, as ``AllReduce(axis=...)``; None for all data-parallel ranks.
 
     Training-mode forwards under ``no_grad`` share synchronously.
@@ -129,21 +129,21 @@ class StaleMix(Policy):
         check_fields(self)
 
     def bind(self, topology: Topology, layout: Layout) -> Reducer:
-        """Make one group for blocking sums and one for the bucket."""
+        """Create one group for blocking sums and one for the bucket."""
         return _Mix(self, topology.pair(self.axis), layout)
 
     @property
     def facts(self) -> Facts:
-        """One asynchronous collective; cotangents of an earlier step come back."""
+        """Return the facts of one asynchronous collective. Cotangents of an earlier step are used."""
         return Facts(background=1.0, staleness=1, always_global=False, keeps_cotangents=True)
 
     @property
     def memory(self) -> str:
-        """Entries mean the same in a window of any size."""
+        """Return the description with a window of 1: a state can be loaded into a window of any size."""
         return repr(replace(self, window=1))
 
     def stores(self, layout: Layout) -> Check:
-        """Entries of any number, or the one that states without a version hold; and a bucket."""
+        """Return the check of any number of entries, or the one of a state without a version, and of a bucket."""
         slots, values = len(layout.sizes), sum(sizes_of(layout, extra=1))
         ring, one = entries(slots, values), array(values)
 

@@ -1,4 +1,4 @@
-"""What a saved state must hold for a reducer to go on from it: checked as a whole, before anything changes."""
+"""What a saved state must contain for a reducer to resume from it: checked as a whole, before anything changes."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from torch import Tensor
 from distnorm.types import Layout
 
 Check = Callable[[str, object], None]
-"""Given a place in a state and what is there, raises a ValueError that names the place if that does not fit."""
+"""Check the part of a state at a place. Raise a ValueError that names the place if the part does not fit."""
 
 
 def anything(where: str, given: object) -> None:
-    """Nothing is known of what must be there."""
+    """Accept every state."""
 
 
 def whole(where: str, given: object) -> None:
-    """A whole number, at least 0."""
+    """Require an integer that is at least 0."""
     if type(given) is not int or given < 0:
         raise ValueError(f"{where} is {_short(given)}; need a whole number, at least 0")
 
 
 def array(*shape: int | None, dtype: torch.dtype = torch.float64) -> Check:
-    """A tensor of this shape, where None stands for any size."""
+    """Return the check of a tensor of this shape, where None stands for any size."""
 
     def check(where: str, given: object) -> None:
         if not isinstance(given, Tensor) or given.is_meta or given.layout != torch.strided:
@@ -40,7 +40,7 @@ def array(*shape: int | None, dtype: torch.dtype = torch.float64) -> Check:
 
 
 def fields(required: Mapping[str, Check], **optional: Check) -> Check:
-    """A dict that has all ``required``, may have ``optional``, and has no tensors elsewhere."""
+    """Return the check of a dict that has all ``required``, may have ``optional``, and has no other tensors."""
     known = {**optional, **required}
 
     def check(where: str, given: object) -> None:
@@ -57,7 +57,7 @@ def fields(required: Mapping[str, Check], **optional: Check) -> Check:
 
 
 def entries(slots: int, values: int) -> Check:
-    """What ``Entries`` of any depth store."""
+    """Return the check of the state of ``Entries`` of any depth."""
     numbers = array(slots, dtype=torch.int64)
     stored = fields({"ring": array(None, values), "filled": numbers, "position": numbers})
 
@@ -73,13 +73,13 @@ def entries(slots: int, values: int) -> Check:
 
 
 def bucket(slots: int, values: int) -> Check:
-    """What a ``Bucket`` stores."""
+    """Return the check of the state of a ``Bucket``."""
     vector = array(values + slots + 1)
     return fields({"outbox": vector, "dropped": array(slots, dtype=torch.int64)}, in_flight=vector)
 
 
 def sizes_of(layout: Layout, extra: int = 0) -> list[int]:
-    """How many values each slot of a bucket has."""
+    """Return the number of values of each slot of a bucket."""
     return [size + extra * (direction == "forward") for (_, direction), size in layout.sizes.items()]
 
 

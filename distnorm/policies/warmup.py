@@ -1,7 +1,7 @@
 """Warmup: one policy for the first steps, another one for the rest.
 
-Timeline: steps 0 to steps - 1 share by ``first``, and ``then`` takes note of what it shared; after that ``then`` is in
-charge and starts warm. MABN starts this way, and so does anything whose old statistics mean nothing while weights jump.
+Timeline: in steps 0 to steps - 1, ``first`` shares and ``then`` records the results. After that ``then`` is active and
+starts with those entries. MABN starts this way, as should any policy with stale statistics while weights change fast.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from distnorm.validation import Steps, check_fields
 
 class _Relay(Reducer):
     def __init__(self, first: Reducer, then: Reducer, steps: int, *, remembers: bool) -> None:
-        """``remembers``: ``then`` keeps what it observes."""
+        """Relay to ``first`` and then to ``then``; ``remembers``: ``then`` keeps what it observes."""
         super().__init__(then.size, first_then(first.facts, replace(then.facts, keeps_cotangents=remembers)))
         self.first = first
         self.then = then
@@ -65,7 +65,7 @@ class _Relay(Reducer):
 @final
 @dataclass(frozen=True, kw_only=True)
 class Warmup(Policy):
-    """``first.reduce`` during ``steps`` steps, ``then.reduce`` after them."""
+    """``first.reduce`` during the first ``steps`` steps, ``then.reduce`` afterwards."""
 
     first: APolicy = field(default_factory=AllReduce)
     then: APolicy
@@ -84,22 +84,22 @@ class Warmup(Policy):
             )
 
     def bind(self, topology: Topology, layout: Layout) -> Reducer:
-        """Bind both."""
+        """Bind both policies."""
         first, then = self.first.bind(topology, layout), self.then.bind(topology, layout)
         return _Relay(first, then, self.steps, remembers=self.then.facts.keeps_cotangents)
 
     @property
     def facts(self) -> Facts:
-        """Those of the policy that stays, within the groups of either."""
+        """Return the facts of the second policy, with the groups of both."""
         return first_then(self.first.facts, self.then.facts)
 
     @property
     def memory(self) -> str:
-        """That of the policy that stays, however long the warm-up."""
+        """Return the memory of the second policy, for any length of the warm-up."""
         return f"Warmup(then={self.then.memory})" if self.then.memory else ""
 
     def stores(self, layout: Layout) -> Check:
-        """What both store; the first one may have nothing."""
+        """Return the checks of both; the state of the first one is optional."""
         then = {"then": self.then.stores(layout)}
         first = self.first.stores(layout)
         return fields(then, first=first) if self.then.memory else fields({}, first=first, **then)

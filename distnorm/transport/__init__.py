@@ -1,4 +1,4 @@
-"""Who carries the bytes: groups of our own, of torch or of MPI, and which ranks they join."""
+"""Transport: process groups of our own, through torch or MPI, and the ranks in them."""
 
 from distnorm.transport.group import Group, LostGroup, TorchGroup, check_group, lost
 from distnorm.transport.topology import Topology

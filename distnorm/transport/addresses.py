@@ -1,4 +1,4 @@
-"""Where other hosts reach this one."""
+"""The address at which other hosts reach this one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ LOOPBACK = "127.0.0.1"
 
 
 def own_address() -> str:
-    """The address of the interface that gloo is told to use, or of the way to the job's master; IPv4 before IPv6."""
+    """Return the address of the interface that gloo is told to use, or of the route to the job's master; IPv4 first."""
     if name := os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")[0]:
         return _interface_address(name)
     master = _way_to(os.environ.get("MASTER_ADDR", "localhost"))
@@ -23,12 +23,12 @@ def own_address() -> str:
 
 
 def family_of(address: str) -> socket.AddressFamily:
-    """IPv4 or IPv6."""
+    """Return the family, IPv4 or IPv6."""
     return socket.AF_INET6 if ":" in address else socket.AF_INET
 
 
 def _way_to(host: str) -> str:
-    """This host's end of the way to ``host``; nothing if there is none."""
+    """Return the local address of the route to ``host``; an empty string if there is none."""
     for address in _addresses_of(host):
         with socket.socket(family_of(address), socket.SOCK_DGRAM) as probe:
             try:
@@ -40,7 +40,7 @@ def _way_to(host: str) -> str:
 
 
 def _addresses_of(host: str) -> list[str]:
-    """What ``host`` resolves to, IPv4 first; without addresses of a link, which mean nothing on another host."""
+    """Return the addresses of ``host``, IPv4 first, without link-local ones, which are invalid on other hosts."""
     try:
         found = [str(each[4][0]) for each in socket.getaddrinfo(host, None, type=socket.SOCK_DGRAM)]
     except OSError:
@@ -50,7 +50,7 @@ def _addresses_of(host: str) -> list[str]:
 
 
 def _interface_address(name: str) -> str:
-    import fcntl  # of Unix only
+    import fcntl  # Unix only
 
     get_interface_address = 0x8915  # SIOCGIFADDR
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:

@@ -1,4 +1,4 @@
-"""Who carries statistics, as the code or the environment says, and whether the ranks of a job can have it."""
+"""The choice of the transport, by code or environment, and the check that the ranks of a job can use it."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ OF_OUR_OWN = ("shm", "sockets")
 
 
 def chosen(given: Transport | None) -> Transport:
-    """What is ``given``, else what the environment says, else ``"torch"``.
+    """Return ``given``, else the setting in the environment, else ``"torch"``.
 
     Raises:
-        ValueError: there is no such way; the message says where it came from, and what is allowed.
+        ValueError: there is no such transport; the message says where it was set, and what is allowed.
     """
     choice = os.environ.get(VARIABLE, "torch") if given is None else given
     if choice not in get_args(Transport):
@@ -31,10 +31,10 @@ def chosen(given: Transport | None) -> Transport:
 
 
 def check(transport: Transport, ranks: Sequence[int], devices: Sequence[str], world: dist.ProcessGroup) -> None:
-    """Whether ``transport`` can carry what layers on ``devices`` share, by rank. No collective.
+    """Check that ``transport`` can send what layers on ``devices``, by rank, share. No collective.
 
     Raises:
-        RuntimeError: it cannot; on every rank alike.
+        RuntimeError: it cannot; on all ranks.
     """
     if transport in ("torch", "mpi"):
         return

@@ -1,7 +1,7 @@
-"""Small all-reduces that ranks do themselves, without a library's helper threads: turn by turn, in one order.
+"""Small all-reduces without a library's helper threads: the ranks do them one turn at a time, in the same order.
 
-A message says whose vector it carries. Where ranks hand in those of different layers nothing is added: all of them see
-it in the same turn, tell each other through the job's store, and raise the same error.
+A message names the layer of its vector. If ranks send vectors of different layers, nothing is added. All ranks detect
+this in the same turn, tell each other through the job's store, and raise the same error.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ logger = logging.getLogger("distnorm")
 
 # docs/decisions.md#where-the-direct-exchange-ends
 CAPACITY = 16 * 1024
-"""Longest vector, in values: 128 KiB."""
+"""Largest vector, in float64 values: 128 KiB."""
 
 # docs/decisions.md#a-waiting-rank-spins-first
 SPIN_S = 5e-3
-"""How long a rank spin-waits for the others before it sleeps between looks, in seconds.
+"""How long a rank spin-waits for the others, in seconds, before it sleeps between checks.
 
-A thread that sleeps is woken late, and on a core that another rank may be using: in a training step that cost about as
-much again as the collective. One that yields lets others run, and goes on as soon as they are done.
+A thread that sleeps is woken late, and on a core that another rank may be using: in a training step this took about as
+much time again as the collective. A thread that yields lets others run, and continues as soon as they are done.
 """
 
 
 class Declined(NamedTuple):
-    """Why all ranks of a group do without a transport, and the level at which that is logged if none was asked for."""
+    """Why all ranks of a group do without a transport, and the log level of this if the user requested none."""
 
     cause: str
     level: int = logging.WARNING
 
     @classmethod
     def by_rank(cls, ranks: tuple[int, ...], causes: Sequence[str]) -> Declined:
-        """Of each rank that has one, the cause."""
+        """Combine the causes of all ranks that have one."""
         return cls("; ".join(f"rank {rank}: {why}" for rank, why in zip(ranks, causes, strict=True) if why))
 
     def log(self, message: str, ranks: tuple[int, ...]) -> None:
@@ -52,33 +52,33 @@ class Declined(NamedTuple):
 
 # docs/decisions.md#small-all-reduces-do-not-use-gloo
 class Direct(ABC):
-    """All-reduces of float64 vectors on the CPU among the ranks of a group, all of the same length."""
+    """All-reduces of float64 vectors of equal length on the CPU, among the ranks of a group."""
 
     over_network: ClassVar[bool] = True
-    """Whether vectors cross a network, so that ranks do not come out of a sum at the same time."""
+    """Whether vectors are sent over a network, so that ranks do not finish a sum at the same time."""
 
     def __init__(self, ranks: tuple[int, ...], place: int, timeout: timedelta) -> None:
-        """As rank number ``place`` of ``ranks``; no turn yet."""
+        """Start as rank number ``place`` of ``ranks``, before the first turn."""
         self._ranks, self._place, self._timeout = ranks, place, timeout
         self._last: tuple[int, Future] | None = None
 
     @property
     def turn(self) -> int:
-        """How many vectors this rank has handed in."""
+        """Return the number of vectors that this rank has sent."""
         return 0 if self._last is None else self._last[0]
 
     def takes(self, wire: Tensor) -> bool:
-        """Whether ``wire`` can travel here: the same on every rank."""
+        """Return whether this transport accepts ``wire``; the answer is the same on every rank."""
         return wire.dtype is torch.float64 and wire.is_cpu and wire.numel() <= CAPACITY
 
     # docs/decisions.md#a-collective-can-be-interrupted
     def start(self, wire: Tensor, who: Sender) -> Future:
-        """Hand in ``wire`` of ``who``; one turn at a time. Where this raises, nothing was handed in, or all of it."""
+        """Send the vector ``wire`` of ``who``; one turn at a time. If this raises, nothing was sent, or everything."""
         last = self._last
         if last is not None and not last[1].done():
             last[1].wait()
         # From here on an exception, such as Ctrl-C, may come between any two lines. A turn is one assignment, which is
-        # taken back if no part of the vector has left.
+        # undone if no part of the vector has been sent.
         turn = self._open(self.turn + 1, wire, who)
         future = Future(partial(self._complete, turn))
         self._last = turn.number, future
@@ -103,17 +103,18 @@ class Direct(ABC):
 
     @abstractmethod
     def post(self, turn: Turn) -> None:
-        """Let the others have this rank's vector of the turn; what they have already is not sent again."""
+        """Send this rank's vector of the turn to the other ranks. What they have already is not sent again."""
 
     @abstractmethod
     def posted(self, turn: Turn) -> bool:
-        """Whether others may have seen a part of this rank's vector of the turn."""
+        """Return whether other ranks may have seen a part of this rank's vector of the turn."""
 
     @abstractmethod
     def finish(self, turn: Turn) -> bool:
-        """Wait for the others', and write the sum, of equal bits on every rank; may be called again if it raised.
+        """Wait for the vectors of the other ranks, and write the sum. May be called again if it raised.
 
-        Returns whether all sent what this rank did; if not there is no sum, but the turn is over.
+        The sum is bitwise equal on all ranks. Return whether all ranks sent vectors of the same layer and size. If not,
+        there is no sum, but the turn is over.
 
         Raises:
             RuntimeError: a rank has ended, or did not take part within the timeout.
@@ -121,24 +122,24 @@ class Direct(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Leave: whoever waits for this rank is told that it has ended."""
+        """Leave the group. Ranks that wait for this one are told that it has ended."""
 
     def timed_out(self, place: int) -> RuntimeError:
-        """The error where rank number ``place`` did not come in time."""
+        """Return the error that rank number ``place`` did not take part within the timeout."""
         return RuntimeError(
             f"rank {self._ranks[place]} did not take part within {self._timeout.total_seconds():.0f} s."
         )
 
     def ended(self, place: int) -> RuntimeError:
-        """The error where rank number ``place`` has gone."""
+        """Return the error that rank number ``place`` has ended."""
         return RuntimeError(f"rank {self._ranks[place]} has ended.")
 
 
 class Turn:
-    """What this rank hands in, and the sum to be."""
+    """The vector of this rank in one turn, and the sum."""
 
     def __init__(self, number: int, wire: Tensor, who: Sender) -> None:
-        """The vector ``wire`` of ``who``."""
+        """Start turn ``number`` with the vector ``wire`` of ``who``."""
         self.number, self.wire, self.who = number, wire.contiguous(), who
         self.sum = torch.empty_like(wire, memory_format=torch.contiguous_format)
         self.handed_in = False

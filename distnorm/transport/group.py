@@ -1,4 +1,4 @@
-"""Groups for small all-reduces: what every transport offers, and torch process groups at their lowest latency."""
+"""Groups for small all-reduces: the interface of every transport, and torch process groups at their lowest latency."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from distnorm.transport.senders import Sender, mixed, sender, signature
 from distnorm.types import Future, Slot
 
 EXCHANGE_LIMIT_BYTES = 128 * 1024
-"""Largest vector that gloo ranks send to each other directly; ``benchmarks/exchange.py`` measures the switch point."""
+"""Largest vector, in bytes, that gloo ranks send each other directly; ``benchmarks/exchange.py`` measures the limit."""
 
 
 # docs/decisions.md#groups-are-held-weakly
 @dataclass(frozen=True)
 class LostGroup:
-    """Stands in a pickled recipe where a process group was: groups belong to the process that made them."""
+    """A placeholder in a pickled recipe for a process group, which is valid only in the process that created it."""
 
     what: str
 
     def refuse(self) -> RuntimeError:
-        """The error that training with the copy raises."""
+        """Return the error that training with the copy raises."""
         return RuntimeError(
             f"this layer was unpickled, and {self.what} cannot travel in a pickle. It evaluates as it is; "
             "to train it, call distnorm.revert(model), then distnorm.convert(model, ...) with a group of this process."
@@ -46,10 +46,10 @@ OtherT = TypeVar("OtherT")
 
 
 def check_group(group: object, owner: str) -> None:
-    """Whether ``group``, which ``owner`` was given, is one of this rank, or none.
+    """Check that ``group``, which ``owner`` was given, is None or a process group of this rank.
 
     Raises:
-        ValueError: it is not.
+        ValueError: it is neither.
     """
     if not isinstance(group, dist.ProcessGroup | LostGroup | None):
         raise ValueError(
@@ -59,23 +59,23 @@ def check_group(group: object, owner: str) -> None:
 
 
 def lost(group: dist.ProcessGroup | OtherT) -> LostGroup | OtherT:
-    """What a pickle holds for ``group``, if it is one."""
+    """Return what a pickle contains in place of ``group``: a ``LostGroup`` if it is a process group, else itself."""
     if isinstance(group, dist.ProcessGroup):
         return LostGroup(f"its process group over ranks {dist.get_process_group_ranks(group)}")
     return group
 
 
 class Group(ABC):
-    """Ranks that share statistics, and what carries these between them."""
+    """Ranks that share statistics, and the transport between them."""
 
     def __init__(self, ranks: tuple[int, ...], schedule: Schedule | None = None) -> None:
-        """Join the global ``ranks`` of the job; ``schedule`` compares what they are about to sum."""
+        """Join the global ``ranks`` of the job; ``schedule`` checks that they are about to sum the same."""
         self.ranks = ranks
         self.size = len(ranks)
         self._schedule = schedule
 
     def sum(self, wire: Tensor, slot: Slot) -> Tensor:
-        """Sum of ``wire`` over the group, shape and dtype kept. One collective; none in a group of one rank."""
+        """Return the sum of ``wire`` over the group, of equal shape and dtype. One collective; none for one rank."""
         if self.size == 1:
             return wire
         self._announce(wire, slot)
@@ -83,7 +83,7 @@ class Group(ABC):
             return self._start(wire.detach(), slot).wait()
 
     def start(self, wire: Tensor, slot: Slot) -> Future:
-        """``sum``, whose result is asked for later. One collective; none in a group of one rank."""
+        """Start ``sum`` and return a future. One collective; none in a group of one rank."""
         if self.size == 1:
             return Future.completed(wire)
         self._announce(wire, slot)
@@ -94,7 +94,8 @@ class Group(ABC):
     def sum_async(self, wire_: Tensor, slot: Slot, then: Callable[[Future], list[Call]] = lambda _: []) -> Future:
         """Start summing ``wire_`` over the group, in place. One collective; none in a group of one rank.
 
-        ``then``: gives, for the future, calls that are made at once with the start, or not at all: see ``at_once``.
+        ``then``: returns calls for the future. They and the start run without interruption, or not at all; see
+        ``at_once``.
         """
         if self.size == 1:
             future = Future.completed(wire_)
@@ -115,7 +116,7 @@ class Group(ABC):
             self._broadcast(tensor)
 
     def _announce(self, wire: Tensor, slot: Slot) -> None:
-        """Tell observers and, if so asked for, see that all ranks are at the same collective."""
+        """Notify observers and, if requested, check that all ranks are at the same collective."""
         if self._schedule is not None:
             self._schedule.check_sum(wire, slot)
         for observer in slot.observers:
@@ -123,21 +124,21 @@ class Group(ABC):
 
     @abstractmethod
     def _start(self, wire: Tensor, slot: Slot) -> Future:
-        """Start a sum among two ranks at least, of which every rank gets the same bits."""
+        """Start a sum among at least two ranks, whose results are bitwise equal on all ranks."""
 
     @abstractmethod
     def _prepare_sum(self, wire_: Tensor) -> tuple[Future, Call]:
-        """``sum_async`` among two ranks at least, and what starts it, at once; every rank gets the same bits."""
+        """Return the future of an in-place sum among at least two ranks, and the call to start it; as ``_start``."""
 
     @abstractmethod
     def _broadcast(self, tensor: Tensor) -> None:
-        """``broadcast``, among two ranks at least."""
+        """Broadcast among at least two ranks."""
 
 
 def backend_for(process_group: dist.ProcessGroup, device: str) -> str | None:
-    """Who carries tensors on ``device``, such as "cpu"; None where nobody does.
+    """Return the backend for tensors on ``device``, such as "cpu"; None if there is none.
 
-    A job may have a backend for each device, or have been given none, so that torch chose.
+    A job may have a backend for each device, or have been started without one, so that torch chose.
     """
     pairs = (pair.split(":") for pair in dist.get_backend_config(process_group).split(","))
     return dict(pairs).get(device)
@@ -146,10 +147,10 @@ def backend_for(process_group: dist.ProcessGroup, device: str) -> str | None:
 class TorchGroup(Group):
     """Sums over the ranks of one process group.
 
-    On gloo an all_reduce of P ranks costs about 2 (P - 1) message rounds and a direct exchange costs one, so small
-    vectors are exchanged and added locally, in rank order: every rank gets the same bits. Larger ones, and those on a
-    device that another backend serves, use all_reduce. Small vectors on the CPU need no gloo where ranks share memory
-    or have sockets of their own.
+    On gloo an all_reduce of P ranks takes about 2 (P - 1) message rounds, and a direct exchange takes one. Small
+    vectors are therefore exchanged and added locally in rank order, with bitwise equal results on all ranks. Larger
+    ones, and those on a device of another backend, use all_reduce. Small vectors on the CPU do not need gloo if ranks
+    share memory or have their own sockets.
     """
 
     def __init__(
@@ -161,12 +162,12 @@ class TorchGroup(Group):
         direct: Direct | None = None,
         schedule: Schedule | None = None,
     ) -> None:
-        """Wrap ``process_group``, which joins the global ``ranks``; None where a rank is alone.
+        """Wrap ``process_group`` over the global ``ranks``; None for a single rank.
 
-        ``direct`` carries small vectors that a rank waits for, where there is a way without gloo.
+        ``direct`` sends small vectors that a rank waits for, if that is possible without gloo.
         """
         super().__init__(ranks, schedule)
-        # Weakly: torch ends the threads of a destroyed group when nobody holds it, and threads that outlive the
+        # Weakly: torch ends the threads of a destroyed group once nothing references it, and threads that outlive the
         # interpreter may abort the process.
         self._process_group = None if process_group is None else ref(process_group)
         self.gloo_devices = () if process_group is None else _served_by_gloo(process_group)
@@ -175,10 +176,10 @@ class TorchGroup(Group):
 
     @property
     def process_group(self) -> dist.ProcessGroup | None:
-        """What it wraps.
+        """Return the wrapped process group.
 
         Raises:
-            RuntimeError: that has been destroyed.
+            RuntimeError: it has been destroyed.
         """
         found = None if self._process_group is None else self._process_group()
         if found is None and self._process_group is not None:
@@ -195,7 +196,7 @@ class TorchGroup(Group):
         return self._exchange(wire, who)
 
     def _prepare_sum(self, wire_: Tensor) -> tuple[Future, Call]:
-        # dist.all_reduce is Python: an exception in it may lose the work of a sum that was started.
+        # dist.all_reduce is a Python function: an exception in it may lose the work of a sum that was started.
         options = dist.AllreduceOptions()
         options.asyncOp = True
         assert self.process_group is not None
@@ -211,7 +212,7 @@ class TorchGroup(Group):
         dist.broadcast(tensor, src=self.ranks[0], group=self.process_group)
 
     def _exchange(self, wire: Tensor, who: Sender) -> Future:
-        # Behind the values stands who sends them; not on a GPU, where reading it would make the host wait.
+        # The sender is appended to the values; not on a GPU, where the host would wait to read it.
         count = wire.numel()
         signed = torch.cat((wire.reshape(-1), signature(who, wire.dtype))) if wire.is_cpu else wire.reshape(-1)
         sent = signed.repeat(self.size)
@@ -234,7 +235,7 @@ class TorchGroup(Group):
 
 
 def _future(work: dist.Work, result: Callable[[], Tensor | RuntimeError], *, spin: bool) -> Future:
-    """Of a collective of torch's, after which ``result`` gives the sum; ``spin``: busy-wait for it at first."""
+    """Return the future of a torch collective, after which ``result`` returns the sum; ``spin``: busy-wait at first."""
 
     def finish() -> Tensor | RuntimeError:
         if spin:
@@ -260,7 +261,7 @@ def _timed(slot: Slot) -> Iterator[None]:
 
 
 def _observed(started: Future, slot: Slot) -> Future:
-    """``started``, of whose wait the observers of ``slot`` are told."""
+    """Return ``started`` such that the observers of ``slot`` are notified of the wait."""
     if not slot.observers:
         return started
 

@@ -1,7 +1,7 @@
-"""How ranks that have told each other addresses and secrets connect, whoever else calls meanwhile.
+"""Connections between ranks that know each other's addresses and secrets, in the presence of other callers.
 
-A caller sends the secret of the rank that it calls, and its own place; the answer is the caller's secret. Unknown
-processes have neither. All connections are read at the same time, and one that sends nothing holds up nobody.
+A caller sends the secret of the rank that it calls, and its own place. The answer is the caller's secret. Unknown
+processes have neither. All connections are read concurrently, so one that sends nothing does not delay the others.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from typing import NamedTuple
 from distnorm.transport.patience import LOOK_S, Patience
 
 SECRET = 16  # bytes
-_HELLO = struct.Struct(f"!{SECRET}sI")  # the secret of the rank that is called, and who calls
+_HELLO = struct.Struct(f"!{SECRET}sI")  # the secret of the called rank, and the place of the caller
 
 IDENTIFY_S = 2.0
-"""How long a caller may take to identify itself."""
+"""How long a caller may take to identify itself, in seconds."""
 
 MAX_UNIDENTIFIED = 256
-"""How many callers may be unidentified at once; the oldest is dropped for another."""
+"""The largest number of unidentified callers at a time; a further one replaces the oldest."""
 
 
 class UnreachableError(OSError):
@@ -42,7 +42,7 @@ class Endpoint(NamedTuple):
 
 @dataclass
 class _Unidentified:
-    """A connection whose other end has not proved who it is: rank number ``called``, or a caller if that is None."""
+    """A connection to an unidentified process: rank number ``called``, or a caller if that is None."""
 
     connection: socket.socket
     called: int | None
@@ -52,19 +52,19 @@ class _Unidentified:
 
 # docs/decisions.md#unknown-processes-that-connect
 class Handshake:
-    """This rank's part in connecting all with all."""
+    """This rank's part in connecting all ranks with each other."""
 
     def __init__(self, listener: socket.socket, endpoints: Sequence[Endpoint], place: int) -> None:
-        """As rank number ``place`` of those at ``endpoints``."""
+        """Start as rank number ``place`` of those at ``endpoints``."""
         self.peers: dict[int, socket.socket] = {}
         self._listener, self._endpoints, self._place = listener, endpoints, place
         self._unidentified: dict[socket.socket, _Unidentified] = {}
 
     def connect(self, patience: Patience) -> None:
-        """Call the ranks before this one, and answer those after it: ``peers`` has them by place.
+        """Call the ranks before this one, and answer those after it. ``peers`` then has the connections by place.
 
         Raises:
-            UnreachableError: somebody could not be reached, or did not call.
+            UnreachableError: a rank could not be reached, or did not call.
         """
         self._listener.setblocking(False)
         with selectors.DefaultSelector() as self._selector:
@@ -94,12 +94,12 @@ class Handshake:
             connection.close()
 
     def _missing(self) -> list[int]:
-        """Ranks that are no peers yet."""
+        """Return the ranks that are not connected yet."""
         there = {*self.peers, self._place}
         return [endpoint.rank for place, endpoint in enumerate(self._endpoints) if place not in there]
 
     def _call(self, other: int, patience: Patience) -> None:
-        """Again and again: a listener with many callers may refuse one, and it was there before it said where."""
+        """Call until a connection is made: a listener with many callers may refuse one, although it exists."""
         rank, address, port, secret = self._endpoints[other]
         while True:
             try:
@@ -120,7 +120,7 @@ class Handshake:
                 connection, _ = self._listener.accept()
             except BlockingIOError:
                 return
-            except OSError:  # one that has gone before it came
+            except OSError:  # the caller has disconnected already
                 continue
             if len(self._callers()) >= MAX_UNIDENTIFIED:
                 self._drop(self._callers()[0])
@@ -154,7 +154,7 @@ class Handshake:
             self._call(unknown.called, patience)
 
     def _verify(self, unknown: _Unidentified) -> bool:
-        """Whether the other end is a rank, which is then a peer."""
+        """Return whether the other process is a rank, which then becomes a peer."""
         mine = bytes.fromhex(self._endpoints[self._place].secret)
         if unknown.called is not None:
             other, known = unknown.called, hmac.compare_digest(unknown.heard, mine)
@@ -170,7 +170,7 @@ class Handshake:
                 return False
         self._selector.unregister(unknown.connection)
         del self._unidentified[unknown.connection]
-        if other in self.peers:  # a connection that broke before its answer came
+        if other in self.peers:  # a connection that broke before its answer was read
             self.peers[other].close()
         self.peers[other] = unknown.connection
         return True

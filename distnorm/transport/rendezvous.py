@@ -1,7 +1,7 @@
-"""What ranks tell each other once, before any collective: small texts through the job's key-value store.
+"""What ranks tell each other once, before any collective: short texts through the job's key-value store.
 
 The only user of torch's private ``_get_default_store`` and of a process group's private ``_device_types``,
-``_get_backend`` and ``_timeout`` (torch 2.13; see tests/test_private_apis.py). A store, unlike a collective, can say
+``_get_backend`` and ``_timeout`` (torch 2.13; see tests/test_private_apis.py). Unlike a collective, a store can tell
 *which* rank did not answer.
 """
 
@@ -27,7 +27,7 @@ SHORTEST_PAUSE_S = 1e-3
 
 
 def group_timeout(process_group: dist.ProcessGroup) -> timedelta:
-    """The timeout that the user gave to ``process_group``, so that groups made from it keep it."""
+    """Return the timeout of the user's ``process_group``, so that groups made from it keep it."""
     for device in process_group._device_types:
         options = getattr(process_group._get_backend(device), "options", None)
         timeout = getattr(options, "_timeout", None)
@@ -38,10 +38,10 @@ def group_timeout(process_group: dist.ProcessGroup) -> timedelta:
 
 # docs/decisions.md#ranks-compare-through-the-first-rank
 def tell_and_collect(ranks: tuple[int, ...], text: str, timeout: timedelta, *, doing: str = START) -> list[str]:
-    """Publish ``text`` and return every rank's, in the order of ``ranks``. Collective over ``ranks``; no tensors move.
+    """Publish ``text`` and return every rank's text, in the order of ``ranks``. Collective; no tensors are sent.
 
-    The first rank reads them one by one and publishes all, equal ones once: P ranks make 2 P reads of one store.
-    ``doing``: what ranks meet for, in words; those that meet for different things do not meet.
+    The first rank reads them one by one and publishes all of them, equal ones once: P ranks need 2 P reads of one
+    store. ``doing``: the purpose in words. Ranks with different purposes do not meet.
 
     Raises:
         RuntimeError: some ranks published nothing within ``timeout``; the message names them.
@@ -61,10 +61,10 @@ def tell_and_collect(ranks: tuple[int, ...], text: str, timeout: timedelta, *, d
 
 # docs/decisions.md#several-groups-in-one-policy
 def connected(groups: list[tuple[int, ...]], timeout: timedelta) -> tuple[int, ...]:
-    """All ranks that share groups with this one, with those that share groups with these, and so on; in order.
+    """Return all ranks that are connected to this one by shared groups, directly or through other ranks, in order.
 
-    Collective over them: each says at every one of its ``groups`` which ones it has, in an order common to all, and
-    reads on where those that it meets say so.
+    Collective over them: each rank publishes for every one of its ``groups`` which groups it has, in an order common to
+    all, and continues with the groups of the ranks that it finds.
 
     Raises:
         RuntimeError: as ``tell_and_collect``.
@@ -92,8 +92,8 @@ def _store() -> dist.Store:
 class _Room:
     """The place in the store where ``ranks`` meet next for what they are ``doing``.
 
-    Numbered per set of ranks: its members may have met different numbers of times in other sets. The number goes up
-    when all have met, so that a rank that was interrupted before comes to the same place when it tries again.
+    Places are numbered per set of ranks, since members may have met different numbers of times in other sets. The
+    number increases when all have met, so a rank that was interrupted before gets the same place when it tries again.
     """
 
     def __init__(self, ranks: tuple[int, ...], doing: str) -> None:
@@ -122,7 +122,7 @@ class _Room:
         _store().add(self._serial, 1)
 
     def forget_earlier(self) -> None:
-        """Who was met here has left the room before, and read what was published there."""
+        """Delete this rank's texts of the previous meeting, which all ranks have read and left."""
         if self._number > 1:
             earlier, own = f"{self._place}/{self._number - 1}", dist.get_rank()
             for name in (own, "all") if own == self.ranks[0] else (own,):
@@ -130,17 +130,17 @@ class _Room:
 
 
 def _collect(places: list[tuple[str, int]], timeout: timedelta, doing: str) -> list[str]:
-    """What is at the keys of ``places``, each of which is written by the rank that goes with it."""
+    """Return the texts of ``places``, pairs of a key and the rank that writes it."""
     store = _store()
     _await([key for key, _ in places], places, timeout, doing)
     return [text.decode() for text in store.multi_get([key for key, _ in places])]
 
 
 def _await(keys: list[str], places: list[tuple[str, int]], timeout: timedelta, doing: str) -> None:
-    """Wait for ``keys``; what is missing says who is, by the ``places`` of all."""
+    """Wait for ``keys``; ``places`` tell which ranks to blame for those that are missing."""
     store, patience, pause_s = _store(), Patience(timeout), SHORTEST_PAUSE_S
     missing = keys
-    # Not by the store's own wait, in which a process hears no signal.
+    # The store's own wait would not react to signals.
     while missing := missing[_present(store, missing) :]:
         if not patience.look():
             raise _absent(places, timeout, doing)
@@ -149,7 +149,7 @@ def _await(keys: list[str], places: list[tuple[str, int]], timeout: timedelta, d
 
 
 def _absent(places: list[tuple[str, int]], timeout: timedelta, doing: str) -> RuntimeError:
-    """What says which ranks have written nothing: or else the first one, which has not read what the others wrote."""
+    """Return the error that names the ranks that wrote nothing; if all wrote, the first rank, which has not read."""
     missing = [rank for key, rank in places if not _store().check([key])] or [places[0][1]]
     return RuntimeError(
         f"rank {dist.get_rank()} waited {timeout.total_seconds():.0f} s for ranks {missing} to {doing}. "
@@ -158,7 +158,7 @@ def _absent(places: list[tuple[str, int]], timeout: timedelta, doing: str) -> Ru
 
 
 def _present(store: dist.Store, keys: list[str]) -> int:
-    """How many of the first of ``keys`` are there, in few questions whether many of them are or few."""
+    """Return how many of the first ``keys`` exist, with few queries whether that is many or few."""
     found, more = 0, 1
     while found < len(keys) and store.check(keys[found : found + more]):
         found, more = found + more, 2 * more

@@ -1,7 +1,7 @@
-"""Whether all ranks are about to do the same collective: asked before every one under ``DISTNORM_CHECK=1``.
+"""Check before every collective that all ranks are about to issue the same one, with ``DISTNORM_CHECK=1``.
 
-Messages of our own say whose they are. A collective of NCCL's or MPI's, and gloo's of large vectors, does not: it adds
-what comes, and some libraries end the process where sizes differ.
+Our own messages name their sender. A collective of NCCL or MPI, and of gloo for large vectors, does not: it adds
+whatever arrives, and some libraries abort the process if sizes differ.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ VARIABLE = "DISTNORM_CHECK"
 
 
 class Schedule:
-    """What the ranks of a group tell each other through the job's store: slow, for finding a fault."""
+    """What the ranks of a group tell each other through the job's store: slow, for debugging."""
 
     def __init__(self, ranks: tuple[int, ...], purpose: str, timeout: timedelta) -> None:
-        """``purpose`` tells groups of the same ranks apart."""
+        """Start without a collective; ``purpose`` distinguishes groups of the same ranks."""
         self._ranks, self._timeout = ranks, timeout
         self._doing = f"say which collective comes next ({purpose})"
 
     def check_sum(self, wire: Tensor, slot: Slot) -> None:
-        """Before a sum. Collective; raises as ``check``."""
+        """Check before a sum. Collective; raises as ``check``."""
         self.check(sender(slot.layer, slot.direction, slot.model).words, wire)
 
     def check(self, what: str, tensor: Tensor) -> None:
-        """Before ``what`` is done with tensors like this. Collective.
+        """Check before ``what`` is done with a tensor like this. Collective.
 
         Raises:
-            RuntimeError: ranks are about to do different things, or some do nothing; on every rank.
+            RuntimeError: ranks are about to do different things, or some do nothing; on all ranks.
         """
         mine = f"{what}, {tensor.numel()} values of {tensor.dtype}"
         told = tell_and_collect(self._ranks, mine, self._timeout, doing=self._doing)
@@ -43,10 +43,10 @@ class Schedule:
 
 
 def schedule_of(ranks: tuple[int, ...], purpose: str, timeout: timedelta) -> Schedule | None:
-    """One for a group of ``ranks`` if the environment asks for it.
+    """Return a schedule for a group of ``ranks``, if the environment requests it.
 
     Raises:
-        ValueError: the environment asks for something else.
+        ValueError: the environment has another value.
     """
     choice = os.environ.get(VARIABLE, "0")
     if choice not in ("0", "1"):

@@ -1,4 +1,4 @@
-"""Whose vector a message carries, and what is said where ranks mix those of different layers."""
+"""The sender of a message, and the error if ranks mix the vectors of different layers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from distnorm.transport.rendezvous import tell_and_collect
 
 
 class Sender(NamedTuple):
-    """Layer and direction, in words and as the number that travels with the vector."""
+    """Layer and direction, in words and as the number that is sent with the vector."""
 
     words: str
     number: int
@@ -24,7 +24,7 @@ class Sender(NamedTuple):
 # docs/decisions.md#messages-name-their-layer
 @lru_cache(maxsize=16 * 1024)
 def sender(layer: str, direction: str, model: int) -> Sender:
-    """Of a layer in the ``model`` that ranks count alike."""
+    """Return the sender for a layer of ``model``, a number that is the same on all ranks."""
     words = f"the {direction} statistics of {layer}" + (f" in model {model}" if model > 1 else "")
     digest = hashlib.blake2b(repr((layer, direction, model)).encode(), digest_size=8).digest()
     return Sender(words, int.from_bytes(digest, "little", signed=True))
@@ -32,17 +32,17 @@ def sender(layer: str, direction: str, model: int) -> Sender:
 
 @lru_cache(maxsize=16 * 1024)
 def signature(who: Sender, dtype: torch.dtype) -> Tensor:
-    """The number of ``who`` as the bits of a few values on the CPU, to be sent along with others."""
+    """Return the number of ``who`` as the bits of a few values on the CPU, to be sent with other values."""
     return torch.tensor([who.number], device="cpu").view(dtype)
 
 
 def mixed(ranks: tuple[int, ...], mine: str, timeout: timedelta) -> RuntimeError:
-    """The error where ranks have seen that they share different things, this one ``mine``. Collective over ranks."""
+    """Return the error that ranks share different things, this one ``mine``. Collective over ``ranks``."""
     return differing(ranks, tell_and_collect(ranks, mine, timeout, doing="say which layer they share"))
 
 
 def differing(ranks: tuple[int, ...], told: Sequence[str]) -> RuntimeError:
-    """The same on all ranks: what each of them shares, by what it ``told``."""
+    """Return an error that is the same on all ranks and lists what each of them shares, as it ``told``."""
     sides: dict[str, list[int]] = {}
     for rank, words in zip(ranks, told, strict=True):
         sides.setdefault(words, []).append(rank)

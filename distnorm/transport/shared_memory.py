@@ -1,10 +1,10 @@
-"""All-reduces among ranks of one host through shared memory: no helper thread, no socket.
+"""All-reduces among ranks of one host through shared memory, without helper threads and sockets.
 
-A gloo collective is done by threads of its own, which wake up late where ranks keep all cores busy: it takes 0.2 ms
-alone, and about 1 ms in a training step. Here the rank itself writes its vector and watches for the others'.
+A gloo collective runs in gloo's threads, which wake up late if ranks keep all cores busy: it takes 0.2 ms alone, and
+about 1 ms in a training step. Here the rank itself writes its vector and polls for the others'.
 
-Every rank holds a lock on its byte of the segment's file for as long as it lives. So a rank that has ended is told from
-one that is late, however it ended.
+Every rank holds a lock on its byte of the segment's file as long as it lives. This distinguishes a rank that has ended,
+however it ended, from one that is late.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ LINE = 64  # bytes, as in exchange.c
 
 
 class SharedMemory(Direct):
-    """A segment that the ranks of a group share; each knows it by its own address."""
+    """A memory segment that the ranks of a group share. Each rank maps it at its own address."""
 
     over_network: ClassVar[bool] = False
 
     def __init__(self, file: int, ranks: tuple[int, ...], place: int, timeout: timedelta, compiled: CDLL) -> None:
-        """Map the open ``file`` as rank number ``place`` of ``ranks``, and hold this rank's lock."""
+        """Map the open ``file`` as rank number ``place`` of ``ranks``, and take this rank's lock."""
         super().__init__(ranks, place, timeout)
         self._file = os.fdopen(file, "r+b")
         fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, place)
@@ -51,12 +51,12 @@ class SharedMemory(Direct):
         )
 
     def posted(self, turn: Turn) -> bool:
-        """Whether the turn is written."""
+        """Return whether the turn is written."""
         written: int = struct.unpack_from("Q", self._map, self._place * LINE)[0]
         return written >= turn.number
 
     def finish(self, turn: Turn) -> bool:
-        """Watch for the turns of all, and add up in the order of ranks."""
+        """Poll for the turns of all ranks, and add in rank order."""
         size, number = len(self._ranks), turn.number
         late = self._compiled.exchange_await(self._segment, size, number, SPIN_S, LOOK_S)
         if late >= 0:
@@ -67,7 +67,7 @@ class SharedMemory(Direct):
         return place < 0
 
     def close(self) -> None:
-        """Give up this rank's lock."""
+        """Release this rank's lock."""
         self._file.close()
 
     def _await_late(self, late: int, number: int) -> None:
@@ -90,12 +90,12 @@ class SharedMemory(Direct):
 
 
 def segment_bytes(size: int) -> int:
-    """How large the segment of ``size`` ranks is."""
+    """Return the size of the segment of ``size`` ranks."""
     return size * (LINE + 2 * CAPACITY * 8)
 
 
 def join(ranks: tuple[int, ...], rank: int, timeout: timedelta) -> SharedMemory | None:
-    """The segment of ``ranks``; None on all of them if one of them cannot take part. Collective, as ``attempt``."""
+    """Return the segment of ``ranks``; None on all of them if one cannot take part. Collective, as ``attempt``."""
     found = attempt(ranks, rank, timeout)
     if not isinstance(found, Declined):
         return found
@@ -104,12 +104,12 @@ def join(ranks: tuple[int, ...], rank: int, timeout: timedelta) -> SharedMemory 
 
 
 def attempt(ranks: tuple[int, ...], rank: int, timeout: timedelta) -> SharedMemory | Declined:
-    """The segment of ``ranks``; or on all of them why there is none.
+    """Return the segment of ``ranks``, or on all of them why there is none.
 
     Collective over ``ranks``: they tell each other through the job's store where they are, and whether it worked.
 
     Raises:
-        RuntimeError: some ranks are gone, or too late; the message names them.
+        RuntimeError: some ranks have ended, or are late; the message names them.
     """
     patience, place = Patience(timeout), ranks.index(rank)
 
@@ -136,9 +136,9 @@ def attempt(ranks: tuple[int, ...], rank: int, timeout: timedelta) -> SharedMemo
 
 # docs/decisions.md#shared-memory-belongs-to-one-host-and-leaves-nothing-behind
 def host_id() -> str:
-    """Names the host: the boot of its kernel, and its network and processes, as containers see them.
+    """Return an identifier of the host: its kernel's boot, and its network and process namespaces, for containers.
 
-    Nothing where the system does not tell.
+    Empty if the system does not provide it.
     """
     try:
         spaces = [os.readlink(f"/proc/self/ns/{each}") for each in ("net", "pid")]
@@ -149,9 +149,9 @@ def host_id() -> str:
 
 
 def _offer(nbytes: int) -> int | str:
-    """A file for the segment, or why there is none.
+    """Create a file for the segment, or return why that failed.
 
-    It has no name and goes with the last process that holds it, however that ends.
+    The file has no name and is freed with the last process that holds it, however that ends.
     """
     try:
         file = os.memfd_create("distnorm")
@@ -166,7 +166,7 @@ def _offer(nbytes: int) -> int | str:
 
 
 def _path_of(offered: int | str) -> tuple[str, str]:
-    """Where others find the file, or why there is none."""
+    """Return where other ranks find the file, or why there is none."""
     return ("", offered) if isinstance(offered, str) else (f"/proc/{os.getpid()}/fd/{offered}", "")
 
 
@@ -177,7 +177,7 @@ def _attach(
     if not path:
         return f"rank {ranks[0]} offers no memory, {why_not}"
     try:
-        # The rank that offers goes on with its own descriptor: to close one gives up the locks of all.
+        # The rank that offers uses its own descriptor: closing another one would release all its locks.
         file = offered if isinstance(offered, int) else os.open(path, os.O_RDWR | os.O_CLOEXEC)
         return SharedMemory(file, ranks, place, timeout, compiled)
     except OSError as error:

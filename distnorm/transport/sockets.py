@@ -1,7 +1,7 @@
-"""All-reduces among ranks of several hosts over sockets of our own: one message each way, sent without asking.
+"""All-reduces among ranks of several hosts over sockets: one message each way, sent without a request.
 
-A message of gloo's takes a round trip, since the receiver announces its buffer first, and two threads that wake up.
-Here every rank writes its vector to all others at once and reads theirs as they come: half a round trip.
+A gloo message takes a round trip, since the receiver announces its buffer first, and it wakes two threads. Here every
+rank writes its vector to all others at once and reads theirs as they arrive: half a round trip.
 
 A message: turn, number of values and sender, each 8 bytes, then the values.
 """
@@ -32,19 +32,19 @@ from distnorm.transport.rendezvous import tell_and_collect
 from distnorm.transport.senders import Sender
 
 MOST_RANKS = 64
-"""More ranks would open, and write to, more sockets than is worth it."""
+"""The largest number of ranks; more would need too many sockets and writes."""
 
 CONNECT_S = 5.0
-"""How long ranks try to reach each other before all do without."""
+"""How long ranks try to connect, in seconds, before all do without."""
 
 HEADER = 3  # values
 
 
 class _SocketTurn(Turn):
-    """A turn, and how far its messages have come."""
+    """A turn, and the progress of its messages."""
 
     def __init__(self, number: int, wire: Tensor, who: Sender, ranks: int, place: int) -> None:
-        """To and from all ``ranks`` but number ``place``, which is this one."""
+        """Start messages to and from all ``ranks`` except number ``place``, which is this one."""
         super().__init__(number, wire, who)
         count = wire.numel()
         self.rows = torch.empty(ranks, HEADER + count, dtype=torch.float64, device="cpu")
@@ -56,7 +56,7 @@ class _SocketTurn(Turn):
         self.unsent = dict.fromkeys(others, whole)
         self.unread = {other: _bytes_of(self.rows[other, :HEADER]) for other in others}
         self.values_of: dict[int, Tensor] = {}
-        """By rank whose header is there, where its values go."""
+        """By rank whose header has arrived, the tensor for its values."""
         self.alike = True
         self.untouched = True
 
@@ -78,16 +78,16 @@ class Sockets(Direct):
         return _SocketTurn(number, wire, who, len(self._ranks), self._place)
 
     def post(self, turn: Turn) -> None:
-        """Write to all that take it; the rest of a message goes out while others are read."""
+        """Write to all ranks whose sockets accept it. The rest of a message is sent while others are read."""
         assert isinstance(turn, _SocketTurn)
         self._write(turn)
 
     def posted(self, turn: Turn) -> bool:
-        """Whether a byte has left."""
+        """Return whether a byte has been sent."""
         return not isinstance(turn, _SocketTurn) or not turn.untouched
 
     def finish(self, turn: Turn) -> bool:
-        """Read what the others have written, all of it, so that the next message begins where this one ends."""
+        """Read the messages of the other ranks completely, so that the next message starts where this one ends."""
         assert isinstance(turn, _SocketTurn)
         started, patience = time.monotonic(), Patience(self._timeout)
         while turn.unread or turn.unsent:
@@ -104,7 +104,7 @@ class Sockets(Direct):
         return turn.alike
 
     def _sleep(self, turn: _SocketTurn) -> None:
-        """Until something can be read or written, or for a while."""
+        """Sleep until a socket can be read or written, at most ``LOOK_S`` seconds."""
         poller = select.poll()
         for place, connection in self._peers.items():
             wanted = select.POLLIN * (place in turn.unread) | select.POLLOUT * (place in turn.unsent)
@@ -118,7 +118,7 @@ class Sockets(Direct):
             connection.close()
 
     def _write(self, turn: _SocketTurn) -> bool:
-        """Write what can be written; whether anything was."""
+        """Write what can be written; return whether anything was."""
         progress = False
         for place in list(turn.unsent):
             turn.untouched = False
@@ -126,7 +126,7 @@ class Sockets(Direct):
         return progress
 
     def _read(self, turn: _SocketTurn) -> bool:
-        """Read what has come; whether anything has."""
+        """Read what has arrived; return whether anything has."""
         progress = False
         for place in list(turn.unread):
             progress |= self._advance(place, turn.unread, self._peers[place].recv_into) > 0
@@ -137,12 +137,12 @@ class Sockets(Direct):
         return progress
 
     def _advance(self, place: int, rests: dict[int, memoryview], move: Callable[[memoryview], int]) -> int:
-        """How many bytes of what is left of a message ``move`` has moved; none if it would have to wait."""
+        """Return how many bytes of the rest of a message ``move`` has moved; 0 if it would block."""
         if self._torn:
             self.close()
             raise RuntimeError("this rank was interrupted in the middle of a message, and nobody can tell where.")
         rest = rests[place]
-        self._torn = True  # an exception from here on loses count
+        self._torn = True  # after an exception from here on, the position in the message is unknown
         try:
             count = move(rest)
         except BlockingIOError:
@@ -161,7 +161,7 @@ class Sockets(Direct):
         return count
 
     def _room_for(self, place: int, turn: _SocketTurn) -> Tensor:
-        """Where the values go that a header announces: apart if they are not what this rank has handed in."""
+        """Return the tensor for the values that a header announces: a separate one if they differ from this rank's."""
         number, count, who = turn.rows[place, :HEADER].view(torch.int64).tolist()
         if number != turn.number or not 0 < count <= CAPACITY:
             raise RuntimeError(
@@ -177,7 +177,7 @@ _in_use: WeakSet[Sockets] = WeakSet()
 
 
 def _close_copies() -> None:
-    """In a forked process: as long as it held a connection, nobody would notice the end of the rank."""
+    """Close the connections in a forked process. Otherwise nobody would notice the end of the rank."""
     for each in _in_use:
         each.close()
 
@@ -186,12 +186,12 @@ os.register_at_fork(after_in_child=_close_copies)
 
 
 def _bytes_of(row: Tensor) -> memoryview:
-    """The memory of a contiguous tensor; valid as long as the tensor is."""
+    """Return the memory of a contiguous tensor; valid as long as the tensor is."""
     return memoryview((c_char * (row.numel() * row.element_size())).from_address(row.data_ptr())).cast("B")
 
 
 def join(ranks: tuple[int, ...], rank: int, timeout: timedelta) -> Sockets | None:
-    """Connections among ``ranks``; None on all of them if one cannot be reached. Collective, as ``attempt``."""
+    """Return connections among ``ranks``; None on all if one cannot be reached. Collective, as ``attempt``."""
     found = attempt(ranks, rank, timeout)
     if not isinstance(found, Declined):
         return found
@@ -200,12 +200,12 @@ def join(ranks: tuple[int, ...], rank: int, timeout: timedelta) -> Sockets | Non
 
 
 def attempt(ranks: tuple[int, ...], rank: int, timeout: timedelta) -> Sockets | Declined:
-    """Connections among ``ranks``; or on all of them why there are none.
+    """Return connections among ``ranks``, or on all of them why there are none.
 
     Collective over ``ranks``: they tell each other through the job's store where they listen, and whether it worked.
 
     Raises:
-        RuntimeError: some ranks are gone, or too late; the message names them.
+        RuntimeError: some ranks have ended, or are late; the message names them.
     """
     if len(ranks) > MOST_RANKS:
         return Declined(f"they are {len(ranks)}, more than {MOST_RANKS}", logging.INFO)
@@ -239,7 +239,7 @@ def attempt(ranks: tuple[int, ...], rank: int, timeout: timedelta) -> Sockets | 
 
 
 def _listen(address: str) -> socket.socket | str:
-    """On no other interface than the one that is announced; else why not."""
+    """Listen on the announced interface only; return why that failed otherwise."""
     try:
         return socket.create_server((address, 0), family=family_of(address), backlog=socket.SOMAXCONN)
     except OSError as error:

@@ -21,31 +21,31 @@ from distnorm.transport.schedule import schedule_of
 from distnorm.types import Transport
 
 if dist.is_available():
-    # Its functions take the job's group for a default when they are imported, which torch 2.13 does at its first meta
-    # tensor: a group so held is not freed when it is destroyed. Before there is a job they take none.
+    # On import, its functions use the job's group as default value of an argument, which keeps the group alive after it
+    # is destroyed. torch 2.13 imports it at the first meta tensor. Imported before a job exists, they hold none.
     import torch.distributed.nn.functional  # noqa: F401
 
 NODE_AXES = ("local", "node")
 
-# Groups are resources of the process, as torch's own are: layers and models that join the same ranks use one group.
-# Keyed weakly by the job's world, so that a destroyed job leaves nothing behind.
+# Groups are resources of the process, as torch's are: layers and models that join the same ranks use one group. The
+# keys are weak references to the job's group, so a destroyed job leaves nothing behind.
 _groups: WeakKeyDictionary[dist.ProcessGroup, dict[tuple[tuple[int, ...], bool, Transport], Group]] = (
     WeakKeyDictionary()
 )
 
 
 def current_world() -> dist.ProcessGroup | None:
-    """The job's process group, or None in a process that is alone."""
+    """Return the job's process group, or None for a single process without a job."""
     return dist.group.WORLD if dist.is_available() else None
 
 
 def node_id() -> str:
-    """Names the node of this process: the launcher's word where there is one, else the host name."""
+    """Return the name of this process's node: the launcher's if there is one, else the host name."""
     return os.environ.get("GROUP_RANK") or os.environ.get("SLURM_NODEID") or socket.gethostname()
 
 
 def mesh_ranks(mesh: DeviceMesh, axes: Collection[str]) -> tuple[int, ...]:
-    """Global ranks that differ from this one only along ``axes`` of ``mesh``; all of an unnamed mesh."""
+    """Return the global ranks that differ from this one only along ``axes`` of ``mesh``; all of an unnamed mesh."""
     names = tuple(mesh.mesh_dim_names or ())
     unknown = sorted(set(axes) - set(names))
     if unknown:
@@ -60,11 +60,11 @@ def mesh_ranks(mesh: DeviceMesh, axes: Collection[str]) -> tuple[int, ...]:
 
 
 class Topology:
-    """The data-parallel ranks of one model, in order, and how to make groups of them.
+    """The data-parallel ranks of one model, in order, and how to create groups of them.
 
     Every group is our own, never DDP's: statistics must not queue behind gradient buckets, and a rank that skips a
-    layer must not shift the order of DDP's collectives. Groups form among their members only, in the order in which
-    policies ask for them, which is the same on every rank that runs the same recipe.
+    layer must not shift the order of DDP's collectives. Groups are created among their members only, in the order in
+    which policies request them, which is the same on every rank that runs the same recipe.
     """
 
     def __init__(
@@ -79,9 +79,9 @@ class Topology:
         transport: Transport = "torch",
         model: int = 0,
     ) -> None:
-        """Describe ``ranks``; ``nodes`` names the node of each of them, and ``on_cpu`` says that all have layers there.
+        """Describe ``ranks``; ``nodes`` names the node of each, and ``on_cpu`` tells that all have layers on the CPU.
 
-        ``mpi``: which ranks of MPI they are, where MPI carries the statistics. ``model``: its number on all.
+        ``mpi``: their ranks in MPI, if MPI is the transport. ``model``: its number, the same on all ranks.
         """
         self.ranks = ranks
         self.rank = dist.get_rank() if current_world() is not None else ranks[0]
@@ -94,11 +94,11 @@ class Topology:
         self.model = model
 
     def everyone(self, *, background: bool = False) -> Group:
-        """All data-parallel ranks; ``background`` gives the group for asynchronous collectives."""
+        """Return the group of all data-parallel ranks; ``background``: the one for asynchronous collectives."""
         return self._group(self.ranks, background)
 
     def blocks(self, size: int) -> Group:
-        """This rank's block of ``size`` neighbouring ranks.
+        """Return this rank's block of ``size`` neighbouring ranks.
 
         Raises:
             ValueError: ``size`` does not divide the number of ranks.
@@ -113,10 +113,10 @@ class Topology:
         return self._group(self.ranks[start : start + size])
 
     def along(self, axis: str, *, background: bool = False) -> Group:
-        """The ranks along a mesh axis; else ``"local"`` is this node, and ``"node"`` this place on every node.
+        """Return the ranks along a mesh axis. Else ``"local"`` is this node, ``"node"`` the same place on every node.
 
         Raises:
-            ValueError: no such axis, or ``"node"`` where nodes hold different numbers of ranks.
+            ValueError: no such axis, or ``"node"`` where nodes have different numbers of ranks.
         """
         if self.mesh is not None and (axis not in NODE_AXES or axis in (self.mesh.mesh_dim_names or ())):
             return self._group(mesh_ranks(self.mesh, (axis,)), background)
@@ -135,13 +135,13 @@ class Topology:
         return self._group(tuple(ranks[place] for ranks in members.values()), background)
 
     def pair(self, axis: str | None) -> tuple[Group, Group]:
-        """Two groups over the ranks along ``axis``, or all: for blocking and for asynchronous collectives."""
+        """Return two groups over the ranks along ``axis``, or all: for blocking and for asynchronous collectives."""
         if axis is None:
             return self.everyone(), self.everyone(background=True)
         return self.along(axis), self.along(axis, background=True)
 
     def joining(self, process_group: dist.ProcessGroup) -> Group:
-        """A group of our own over the ranks of the user's ``process_group``."""
+        """Return our own group over the ranks of the user's ``process_group``."""
         return self._group(tuple(dist.get_process_group_ranks(process_group)))
 
     def _group(self, ranks: tuple[int, ...], background: bool = False) -> Group:
@@ -161,23 +161,23 @@ class Topology:
         purpose = " ".join(
             ("background" if background else "blocking", *([] if self.transport == "torch" else [self.transport]))
         )
-        # First what takes long, and may fail on all ranks alike: of a torch group only its own timeout can tell.
+        # First what takes long and may fail on all ranks: a torch group could report only its own timeout.
         direct = None if background else self._direct(world, ranks, timeout)
-        if direct is None:  # which ranks do not come, torch does not say; and while it waits it hears no signal
+        if direct is None:  # torch does not tell which ranks are missing, and does not react to signals while it waits
             tell_and_collect(ranks, "", timeout, doing="make a process group")
         process_group = make_group(ranks, purpose, timeout)
         return TorchGroup(process_group, ranks, direct=direct, schedule=schedule_of(ranks, purpose, timeout))
 
     def _direct(self, world: dist.ProcessGroup, ranks: tuple[int, ...], timeout: timedelta) -> Direct | None:
-        """What carries small vectors in place of gloo; None where gloo does, or where none would come to it.
+        """Return the transport of small vectors in place of gloo; None if gloo sends them, or if gloo had none to send.
 
         Raises:
-            RuntimeError: there is no such way as the user insists on; on all ``ranks`` alike.
+            RuntimeError: the transport that the user requires is not available; on all ``ranks``.
         """
         in_place_of_gloo = self.on_cpu and backend_for(world, "cpu") == "gloo"
         if self.transport == "gloo" or sys.platform != "linux" or not in_place_of_gloo:
             return None
-        from distnorm.transport import shared_memory, sockets  # of Linux only
+        from distnorm.transport import shared_memory, sockets  # Linux only
 
         place = ranks, self.rank, timeout
         if self.transport == "torch":
