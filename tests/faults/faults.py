@@ -85,7 +85,7 @@ ABSENT = r"waited \d+ s for ranks \[[01]\] to "
 DIFFERENT = r"rank 1 converted another model or recipe than rank 0\. Rank 0 has \["
 MIXED = r"share different layers at the same time"
 BAD_FILE = r"cannot resume from their file, so no rank has loaded any.*rank 1: .*distnorm_state_1\.pt"
-ANOTHER_STATE = r"2 of 2 ranks cannot go on.*the state given is of recipe"
+ANOTHER_STATE = r"2 of 2 ranks cannot resume.*the state given is of recipe"
 OF_GLOO = "Connection closed|Connection reset|Broken pipe|Cause:"
 
 IN_BUCKETS = "their layers wait for nobody: sums of all layers travel together, by name"
