@@ -18,8 +18,8 @@ from abc import abstractmethod
 from dataclasses import dataclass
 from typing import final
 
+import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
 
 from distnorm.methods.base import Layer, Method, Share, compute_dtype
 from distnorm.validation import Groups, check_fields
@@ -46,7 +46,8 @@ class PerSample(Method):
             None if each is None else each.to(dtype) for each in (layer.parameters["weight"], layer.parameters["bias"])
         )
         groups = self.groups_of(x_NCL.shape[1])
-        return F.group_norm(x_NCL.to(dtype), groups, weight_C, bias_C, layer.eps).to(x_NCL.dtype)
+        # Not torch.nn.functional's, which refuses sets of one value.
+        return torch.group_norm(x_NCL.to(dtype), groups, weight_C, bias_C, layer.eps).to(x_NCL.dtype)
 
     def stock(self, features: int, layer: Layer) -> nn.Module:
         """Return nn.GroupNorm with the layer's weight and bias."""
@@ -99,7 +100,7 @@ class GroupNorm(PerSample):
 @final
 @dataclass(frozen=True, kw_only=True)
 class InstanceNorm(PerSample):
-    """Normalize each channel of a sample. Channels of one value become 0: the input needs more than two dimensions."""
+    """Normalize each channel of a sample. A channel of one value becomes 0, as in inputs of two dimensions."""
 
     def groups_of(self, features: int) -> int:
         """Return the number of channels."""
