@@ -20,9 +20,10 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from distnorm import recipes
 from distnorm.fusion import epilogue
-from distnorm.layers import agreement, ddp, feeders, overlap, weights
+from distnorm.layers import agreement, ddp, feeders, initial, overlap, weights
 from distnorm.layers.class_swap import swap, underlying
 from distnorm.layers.conversion import Conversion
+from distnorm.layers.layout import Measured, measure
 from distnorm.layers.module import (
     DistBatchNorm1d,
     DistBatchNorm2d,
@@ -31,6 +32,7 @@ from distnorm.layers.module import (
     DistSyncBatchNorm,
 )
 from distnorm.layers.site import Site
+from distnorm.methods import ChannelAffine
 from distnorm.recipe import Recipe
 from distnorm.transport import LostGroup, check_group
 from distnorm.transport.choice import chosen
@@ -121,6 +123,8 @@ def convert(
     if transport == "mpi":
         load_mpi("transport='mpi'")
     layers = _select(model, wanted, where)
+    for name, layer in layers:
+        _measured(name, layer, wanted)  # before anything changes
     apply_to(model, _by_group(layers, wanted, mesh, transport), _targets)
     if fuse and layers and not epilogue.fuse(model):
         warnings.warn(
@@ -149,7 +153,8 @@ def apply_to(
 
 def _replace(layer: _BatchNorm, target: type[DistNorm], conversion: Conversion, index: int, name: str) -> None:
     own = layer.__dict__.get("process_group")
-    site = Site(conversion, index, name, _original(layer), layer.momentum, own)
+    measured = _measured(name, layer, conversion.recipe)
+    site = Site(conversion, index, name, _original(layer), layer.momentum, own, measured)
     if issubclass(target, DistSyncBatchNorm):  # its property process_group reads the conversion
         layer.__dict__.pop("process_group", None)
     swap(layer, target)
@@ -157,6 +162,25 @@ def _replace(layer: _BatchNorm, target: type[DistNorm], conversion: Conversion, 
         layer.momentum = conversion.recipe.momentum
     layer.__dict__["_site"] = site
     conversion.add(index, name, layer)
+    if measured is not None:
+        initial.register(layer, measured)
+
+
+def _measured(name: str, layer: _BatchNorm, recipe: Recipe) -> Measured | None:
+    """Return what the method of ``recipe`` shares and declares in ``layer``; None if it is affine per channel.
+
+    Raises:
+        ValueError: it cannot normalize this layer; the message begins with ``name``.
+    """
+    if isinstance(recipe.method, ChannelAffine):
+        return None
+    try:
+        recipe.method.check(layer.num_features)
+        measured = measure(recipe.method, layer.num_features)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    initial.check(name, layer, measured)
+    return measured
 
 
 def revert(model: ModelT) -> ModelT:
@@ -179,6 +203,7 @@ def undo(model: ModelT) -> ModelT:
     layers = [layer for layer in model.modules() if isinstance(layer, DistNorm)]
     ddp.relist(model, layers)
     for layer in layers:
+        initial.remove(layer, layer._site)
         site = layer.__dict__.pop("_site")
         swap(layer, site.original)
         layer.momentum = site.momentum

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 
 import torch
@@ -10,12 +10,12 @@ from torch import Tensor
 
 from distnorm.compat.at_once import Call, at_once
 from distnorm.kernels import dense, gpu
-from distnorm.kernels.arithmetic import Shared
-from distnorm.types import Landed, Moments, Running
+from distnorm.kernels.arithmetic import Tracked
+from distnorm.types import Landed, Running
 
 
 def absorb_shared(
-    method: Shared, shared: Tensor, running: Running, features: int, landed: Tensor | bool = True
+    method: Tracked, shared: Tensor, running: Running, features: int, landed: Tensor | bool = True
 ) -> None:
     """Update ``running`` statistics with the moments of ``shared`` sums and their count, for so many ``features``."""
     if landed is False:
@@ -32,53 +32,59 @@ def absorb_shared(
     absorb(running, method.moments(shared[:-1].view(-1, features) / total.clamp_min(1), total), total, landed)
 
 
-def absorb(running: Running, moments: Moments, count: Tensor, landed: Tensor | bool) -> None:
-    """Update ``running += (moments - running) * momentum``; the plain average over all steps if momentum is None.
+def absorb(running: Running, targets: Mapping[str, Tensor], count: Tensor, landed: Tensor | bool) -> None:
+    """Update ``running += (target - running) * momentum``; the plain average over all steps if momentum is None.
+
+    ``targets`` are by the name of the buffer.
 
     Nothing changes if ``landed`` is 0 or fewer than two values were seen. If guarded, nothing changes either if a
     running statistic of the layer would become non-finite: forwards that read them, or windows, must not keep the
     values of one broken batch. There is no branch for which the host would wait for a GPU.
     """
     if count.is_cpu and not torch.compiler.is_compiling():
-        at_once(*_moves(running, moments, count, landed))
+        at_once(*_moves(running, targets, count, landed))
         return
     fresh = (landed * (count > 1)).to(count.dtype)
     if running.guarded:
-        fresh = fresh * _fit(running, moments)
+        fresh = fresh * _fit(running, targets)
     momentum: Tensor | float = running.momentum or 0.0
     if running.updates is not None:
         running.updates.add_(fresh.to(running.updates.dtype))
         if running.momentum is None:
             momentum = 1 / running.updates.clamp_min(1)
-    for buffer_C, fresh_C in _pairs(running, moments):
+    for buffer_C, fresh_C in _pairs(running, targets):
         _lerp(buffer_C, fresh_C, fresh * momentum)
 
 
-def _fit(running: Running, moments: Moments) -> Tensor:
-    """Return whether running statistics stay finite when they move towards ``moments``."""
-    limits = ((fresh_C, torch.finfo(buffer_C.dtype).max / 2) for buffer_C, fresh_C in _pairs(running, moments))
+def _fit(running: Running, targets: Mapping[str, Tensor]) -> Tensor | bool:
+    """Return whether running statistics stay finite when they move towards ``targets``."""
+    limits = ((fresh_C, torch.finfo(buffer_C.dtype).max / 2) for buffer_C, fresh_C in _pairs(running, targets))
     fits = [(fresh_C.abs() <= limit).all() for fresh_C, limit in limits]
-    return torch.stack(fits).all() if fits else moments.var_C.new_ones((), dtype=torch.bool)
+    return torch.stack(fits).all() if fits else True
 
 
-def _moves(running: Running, moments: Moments, count: Tensor, landed: Tensor | bool, *, others: int = 0) -> list[Call]:
+def _moves(
+    running: Running, targets: Mapping[str, Tensor], count: Tensor, landed: Tensor | bool, *, others: int = 0
+) -> list[Call]:
     """Return the calls that update CPU tensors as ``absorb`` does, after ``others`` other updates."""
-    if not (landed and count > 1 and (not running.guarded or _fit(running, moments))):
+    if not (landed and count > 1 and (not running.guarded or _fit(running, targets))):
         return []
     rate, counted = running.momentum or 0.0, []
     if running.updates is not None:
         counted = [partial(running.updates.add_, 1)]
         if running.momentum is None:
             rate = 1 / (float(running.updates) + others + 1)
-    pairs = _pairs(running, moments)
+    pairs = _pairs(running, targets)
     return [*counted, *(partial(buffer_C.lerp_, fresh_C.to(buffer_C.dtype), rate) for buffer_C, fresh_C in pairs)]
 
 
-def _pairs(running: Running, moments: Moments) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield each running statistic and its new value; none for those that were set to None."""
-    for buffer_C, fresh_C in ((running.mean_C, moments.mean_C), (running.var_C, moments.var_C)):
-        if buffer_C is not None and fresh_C is not None:
-            yield buffer_C, fresh_C
+def _pairs(running: Running, targets: Mapping[str, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield each running statistic and its target; none for those that were set to None."""
+    buffers = running.buffers
+    for name, target in targets.items():
+        buffer = buffers[name]
+        if buffer is not None:
+            yield buffer, target
 
 
 def _lerp(buffer_C: Tensor, fresh_C: Tensor, rate: Tensor) -> None:
@@ -87,14 +93,16 @@ def _lerp(buffer_C: Tensor, fresh_C: Tensor, rate: Tensor) -> None:
     buffer_C.lerp_(fresh_C, rate.to(buffer_C.dtype))
 
 
-def absorbing_landed(running: Running, landed: Landed, method: Shared, features: int, *, others: int = 0) -> list[Call]:
+def absorbing_landed(
+    running: Running, landed: Landed, method: Tracked, features: int, *, others: int = 0
+) -> list[Call]:
     """Return calls that ``absorb`` what became global at the end of a step, on its device, without interruption.
 
     ``others``: the number of updates before this one. Requires disabled gradients.
     """
     if running.var_C is not None and landed.means.device != running.var_C.device:  # the layer has been moved since
-        landed = Landed(landed.layer, *(values.to(running.var_C.device) for values in landed[1:]))
-    _, means, total, weight = landed
+        landed = moved(landed, running.var_C.device)
+    _, means, total, weight, _ = landed
     formula = method.formula()
     if means.is_cpu and formula is not None:
         if not weight:
@@ -106,16 +114,19 @@ def absorbing_landed(running: Running, landed: Landed, method: Shared, features:
         from distnorm.kernels.gpu.gpu_pass import absorb_means  # imports Triton
 
         return [partial(absorb_means, formula, landed, running)]
-    moments = method.moments(means.view(-1, features), total)
+    return absorbing(running, method.moments(means.view(-1, features), total), total, weight, others=others)
+
+
+def absorbing(
+    running: Running, targets: Mapping[str, Tensor], total: Tensor, landed: Tensor, *, others: int = 0
+) -> list[Call]:
+    """Return calls that ``absorb`` after ``others`` other updates, without interruption."""
     if total.is_cpu:
-        return _moves(running, moments, total, weight, others=others)
-    return [partial(absorb, running, moments, total, weight)]
+        return _moves(running, targets, total, landed, others=others)
+    return [partial(absorb, running, targets, total, landed)]
 
 
-@torch.no_grad()
-def with_landed(running: Running, landed: Landed, method: Shared, features: int) -> Running:
-    """Return what ``absorbing_landed`` would make of ``running``, which does not change."""
-    mean_C, var_C, updates = (None if each is None else each.detach().clone() for each in running[:3])
-    ahead = Running(mean_C, var_C, updates, running.momentum, running.guarded)
-    at_once(*absorbing_landed(ahead, landed, method, features))
-    return ahead
+def moved(landed: Landed, device: torch.device) -> Landed:
+    """Return ``landed`` on ``device``."""
+    means, total, weight = (each.to(device) for each in landed[1:4])
+    return landed._replace(means=means, total=total, weight=weight)

@@ -65,6 +65,7 @@ class Conversion:
         """Whether updates of running statistics skip values that are not finite. Stock batch norm does not."""
         self.observers: list[Observer] = []
         self.means_to_fold = True
+        self.told_of_initial_values = False
         self.loss_scale: Callable[[], Tensor | float] | None = None
         self.ends_with_backward = True
         self.optimizers: WeakKeyDictionary[Optimizer, RemovableHandle] = WeakKeyDictionary()
@@ -125,7 +126,7 @@ class Conversion:
             running_statistics.fold_means(layer for _, layer in self.layers())
         self.means_to_fold = False
 
-    def ahead(self, name: str) -> Landed | None:
+    def ahead(self, name: str) -> list[Landed] | None:
         """Return the sums in flight that have not updated the running statistics of layer ``name`` yet."""
         return None if self._binding is None or self.means_to_fold else self._binding.in_flight().get(name)
 

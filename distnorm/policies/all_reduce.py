@@ -26,7 +26,7 @@ class _GroupSum(Reducer):
         self.group = group
 
     def reduce(self, wire: Tensor, slot: Slot) -> Tensor:
-        return self.group.sum(wire, slot)
+        return self.group.max(wire, slot) if slot.op == "max" else self.group.sum(wire, slot)
 
     def start(self, wire: Tensor, slot: Slot) -> Future:
         return self.group.start(wire, slot)

@@ -147,7 +147,7 @@ def test_tails_change_no_values(policy, under_test):
         for _ in range(3):
             x, shortcut, dy = torch.randn(3, 2 + rank, 3, 5, generator=generator, dtype=torch.float64).unbind()
             x, shortcut = x.requires_grad_(), shortcut.requires_grad_()
-            y = layer(x, shortcut, relu=True) if fused else torch.relu(layer(x) + shortcut)
+            y = layer(x, residual=shortcut, relu=True) if fused else torch.relu(layer(x) + shortcut)
             y.backward(dy)
             found += [y.detach(), x.grad, shortcut.grad]
         return [*found, layer.weight.grad, layer.bias.grad, *layer.buffers()]
