@@ -20,7 +20,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from distnorm import recipes
 from distnorm.fusion import epilogue
-from distnorm.layers import agreement, ddp, feeders, initial, overlap, weights
+from distnorm.layers import agreement, ddp, feeders, initial, overlap, reverting, weights
 from distnorm.layers.class_swap import swap, underlying
 from distnorm.layers.conversion import Conversion
 from distnorm.layers.layout import Measured, measure
@@ -186,13 +186,35 @@ def _measured(name: str, layer: _BatchNorm, recipe: Recipe) -> Measured | None:
 def revert(model: ModelT) -> ModelT:
     """Restore the original class of every converted layer, in place, and return the model.
 
-    Evaluation output does not change. Centralized weights are written into the parameters. Issues no collective.
+    Evaluation output does not change. Centralized weights are written into the parameters. Layers whose evaluation is
+    affine per channel become their original class; those of other methods become a module of torch that computes the
+    same. Issues no collective.
+
+    Raises:
+        RuntimeError: a layer's method computes what no module of torch does. The model is unchanged.
     """
+    for layer in _converted(model):
+        reverting.check(layer)
     weights.write_centred(model)
-    for layer in model.modules():
-        if isinstance(layer, DistNorm):
-            layer.absorb_in_flight()
-    return undo(model)
+    for layer in _converted(model):
+        layer.absorb_in_flight()
+    outcomes = [(layer, reverting.outcome(layer)) for layer in _converted(model)]
+    undo(model)
+    return reverting.finish(model, outcomes)
+
+
+def as_stock(model: nn.Module) -> None:
+    """Revert, in place, the layers of ``model`` whose evaluation is affine per channel; leave the others."""
+    for layer in _converted(model):
+        layer.absorb_in_flight()
+        found = reverting.outcome(layer)
+        if not isinstance(found, nn.Module) and (found is not None or isinstance(layer.recipe.method, ChannelAffine)):
+            _unswap(layer)
+            reverting.finish(model, [(layer, found)])
+
+
+def _converted(model: nn.Module) -> list[DistNorm]:
+    return [layer for layer in model.modules() if isinstance(layer, DistNorm)]
 
 
 def undo(model: ModelT) -> ModelT:
@@ -200,22 +222,26 @@ def undo(model: ModelT) -> ModelT:
     feeders.release(model)
     overlap.release(model)
     epilogue.release(model)
-    layers = [layer for layer in model.modules() if isinstance(layer, DistNorm)]
+    layers = _converted(model)
     ddp.relist(model, layers)
     for layer in layers:
-        initial.remove(layer, layer._site)
-        site = layer.__dict__.pop("_site")
-        swap(layer, site.original)
-        layer.momentum = site.momentum
-        # Stock layers need buffers of their parameters' dtype. Computed weights (parametrizations) are not parameters.
-        dtype = next((parameter.dtype for parameter in layer.parameters()), None)
-        for name in ("running_mean", "running_var"):
-            buffer = getattr(layer, name)
-            if buffer is not None and dtype is not None:
-                setattr(layer, name, buffer.to(dtype))
-        if issubclass(site.original, nn.SyncBatchNorm):
-            layer.__dict__.setdefault("process_group", site.process_group)
+        _unswap(layer)
     return model
+
+
+def _unswap(layer: DistNorm) -> None:
+    initial.remove(layer, layer._site)
+    site = layer.__dict__.pop("_site")
+    swap(layer, site.original)
+    layer.momentum = site.momentum
+    # Stock layers need buffers of their parameters' dtype. Computed weights (parametrizations) are not parameters.
+    dtype = next((parameter.dtype for parameter in layer.parameters()), None)
+    for name in ("running_mean", "running_var"):
+        buffer = getattr(layer, name)
+        if buffer is not None and dtype is not None:
+            setattr(layer, name, buffer.to(dtype))
+    if issubclass(site.original, nn.SyncBatchNorm):
+        layer.__dict__.setdefault("process_group", site.process_group)
 
 
 # docs/decisions.md#which-ranks-a-conversion-concerns

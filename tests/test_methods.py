@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import pytest
@@ -10,15 +10,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import distnorm
 from distnorm import Recipe
 from distnorm.methods import Method
-from distnorm.policies import AllReduce, Local, Policy
+from distnorm.policies import AllReduce, Local, Moving, Policy, StaleMix
 from tests.laws.ranks import nodes_by_local
 from tests.support.threads import run_threads
 from tests.tilted import Gated, Peaked, Tilted, joined
-from tests.zoo import EXACT
+from tests.zoo import EXACT, MOVING, POLICIES
 
 OFFSET = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64).view(1, 3)
 
@@ -39,7 +40,9 @@ def make(method: Method, policy: Policy, world_size: int = 1) -> nn.SyncBatchNor
     layer = nn.SyncBatchNorm(3).double()
     layer.weight.data.copy_(torch.tensor([0.5, 1.0, 2.0]))
     layer.bias.data.copy_(torch.tensor([0.1, 0.2, -0.3]))
-    return distnorm.convert(layer, Recipe(method=method, policy=policy), mesh=nodes_by_local(world_size) if world_size > 1 else None)
+    return distnorm.convert(
+        layer, Recipe(method=method, policy=policy), mesh=nodes_by_local(world_size) if world_size > 1 else None
+    )
 
 
 def draw(sizes: Sequence[int], spatial: tuple[int, ...], seed: int, ties: bool) -> tuple[list[Tensor], list[Tensor]]:
@@ -111,3 +114,108 @@ def test_split_equals_joined(policy, method, sizes, spatial, ties, seed):
     for name in ("parameters", "second"):
         summed = [torch.stack(each).sum(0) for each in zip(*(getattr(ours, name) for ours in found), strict=True)]
         torch.testing.assert_close(summed, getattr(wanted[0], name), rtol=1e-9, atol=1e-9)
+
+
+ADMITTED = [
+    *((method, name) for method in (Tilted(), Gated()) for name in (POLICIES | MOVING)),
+    *((Peaked(), name) for name in POLICIES),
+]
+
+
+def train(model: nn.Module, rank: int, steps: int, run: Callable[..., Tensor] | None = None) -> list[Tensor]:
+    """Everything that a few steps leave: outputs, gradients, buffers."""
+    found = []
+    for step in range(steps):
+        generator = torch.Generator().manual_seed(10 * rank + step)
+        x = torch.randn(2 + rank % 2, 3, 4, generator=generator, dtype=torch.float64).requires_grad_()
+        y = (run or model)(x, *offset(model.recipe.method, x))
+        y.square().sum().backward()
+        assert x.grad is not None
+        found += [y.detach(), x.grad, *(buffer.clone() for buffer in model.buffers())]
+    return [*found, *(parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None)]
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize(("method", "policy"), ADMITTED, ids=str)
+def test_recomputation_changes_nothing(method, policy, reentrant):
+    """Values, running statistics and the number of collectives."""
+
+    def run(rank: int, checkpointed: bool) -> tuple[list[Tensor], int]:
+        layer = make(method, (POLICIES | MOVING)[policy], 4)
+        again = lambda *given: checkpoint(layer, *given, use_reentrant=reentrant)  # noqa: E731
+        with distnorm.Ledger(layer) as ledger:
+            found = train(layer, rank, 4, again if checkpointed else None)
+        return found, ledger.collectives
+
+    plain, checked = run_threads(4, run, False), run_threads(4, run, True)
+    assert [each[1] for each in plain] == [each[1] for each in checked]
+    torch.testing.assert_close([each[0] for each in checked], [each[0] for each in plain], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("method", "policy"), ADMITTED, ids=str)
+def test_compiled(method, policy):
+    """In one graph, whatever the policy."""
+    torch.compiler.reset()
+    layer, eager = (make(method, (POLICIES | MOVING)[policy]) for _ in range(2))
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    found, wanted = train(layer, 0, 4, compiled), train(eager, 0, 4)
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+    x = torch.randn(2, 3, 4, dtype=torch.float64)
+    compiled.eval(), eager.eval()
+    torch.testing.assert_close(compiled(x, *offset(method, x)), eager(x, *offset(method, x)))
+
+
+@pytest.mark.parametrize("method", [Tilted(), Gated()], ids=str)
+def test_a_window_of_one_shared_step_is_exact(method):
+    def run(rank: int, policy: Policy) -> list[Tensor]:
+        return train(make(method, policy, 2), rank, 3)
+
+    one, exact = (run_threads(2, run, each) for each in (Moving(window=1, staleness=0), AllReduce()))
+    torch.testing.assert_close(one, exact)
+
+
+@pytest.mark.parametrize("policy", [Moving(window=4), StaleMix(window=4)], ids=str)
+@pytest.mark.parametrize("method", [Tilted(), Gated()], ids=str)
+def test_a_window_over_equal_steps_is_one_step(method, policy):
+    """Without learning, and on ranks with equal batches, old values are as good as new ones; weights included."""
+
+    def run(rank: int, policy: Policy) -> list[Tensor]:
+        layer = make(method, policy, 2)
+        for _ in range(3):
+            x = torch.randn(3, 3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
+            layer.zero_grad()
+            if "level" in layer._buffers:
+                layer.level.fill_(0.25)  # the transform of ``Tilted`` depends on it
+            y = layer(x)
+            y.square().mean().backward()
+        assert x.grad is not None
+        return [y.detach(), x.grad, *(parameter.grad for parameter in layer.parameters())]
+
+    torch.testing.assert_close(run_threads(2, run, policy), run_threads(2, run, AllReduce()))
+
+
+@pytest.mark.parametrize("method", [Tilted(), Gated()], ids=str)
+@pytest.mark.parametrize("policy", MOVING.values(), ids=MOVING.keys())
+def test_evaluation_includes_what_is_in_flight(method, policy):
+    """As it is once the next step has ended, also in a saved model; and all ranks agree."""
+
+    def run(rank: int) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+        layer = make(method, policy, 4)
+        train(layer, rank, 4)
+        x = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        other = make(method, Local())
+        other.load_state_dict(layer.state_dict())
+        now, saved = layer.eval()(x).detach(), other.eval()(x).detach()
+        layer._site.conversion.bound().end_step()
+        return now, saved, layer(x).detach(), list(layer.buffers())
+
+    results = run_threads(4, run)
+    for now, saved, later, buffers in results:
+        torch.testing.assert_close(now, saved, rtol=0, atol=0)
+        torch.testing.assert_close(now, later)
+        torch.testing.assert_close(buffers, results[0][3], rtol=0, atol=0)
+
+
+def test_maxima_are_refused_where_steps_are_averaged():
+    with pytest.raises(ValueError, match=r"Peaked\(\).*Moving.*maxima.*AllReduce"):
+        Recipe(method=Peaked(), policy=Moving())

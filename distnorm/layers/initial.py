@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from distnorm.layers.layout import Measured
 from distnorm.layers.site import Site
+from distnorm.layers.untrained import watch
 from distnorm.methods.base import compute_dtype
 
 logger = logging.getLogger("distnorm")
@@ -32,6 +33,7 @@ def register(layer: _BatchNorm, measured: Measured) -> None:
     like = there[0] if there else None
     for name, value in measured.declared.parameters.items():
         layer.register_parameter(name, nn.Parameter(_as(value, like)))
+        watch(layer)
     for name, value in measured.declared.buffers.items():
         layer.register_buffer(name, _as(value, like, wide=True))
 
