@@ -354,13 +354,13 @@ def test_later_steps_of_a_threshold() -> None:
     assert followed > 20
 
 
-DISTRIBUTIONS = {"normal": lambda x: x, "skewed": torch.exp, "heavy": lambda x: x**3}
+DISTRIBUTIONS = {"normal": lambda x: x, "skewed": torch.exp, "heavy": lambda x: x * (1 + x.abs())}
 
 
 @pytest.mark.parametrize("alpha", [0.5, 0.7, 0.9])
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 def test_a_threshold_follows_the_quantile(alpha: float, distribution: str) -> None:
-    """Of values whose mean and scale drift. In units of D: S within the noise of a batch's quantile, D within 2 %."""
+    """Of values whose mean and scale drift. In units of D: S within the noise of a batch's quantile, D within 1 %."""
     layer = layer_of(SQD(alpha=alpha), features=8)
     layer.weight.data.fill_(1.0)
     layer.bias.data.zero_()
@@ -368,14 +368,14 @@ def test_a_threshold_follows_the_quantile(alpha: float, distribution: str) -> No
     errors = []
     for step in range(100):
         x = DISTRIBUTIONS[distribution](torch.randn(8, 8, 64, generator=generator, dtype=torch.float64))
-        x = x * (1 + step / 100) + 10 + step / 20
+        x = x * (1 + step / 500) + 10 + step / 100
         y = layer(x)
         exact_S, exact_D = zip(*map(reference.superquantile(alpha), x.transpose(0, 1).flatten(1)), strict=True)
         slope = (x.std((0, 2)) / y.std((0, 2)), x.mean((0, 2)) - y.mean((0, 2)) * x.std((0, 2)) / y.std((0, 2)))
         D, S = slope
         errors.append([((S - torch.stack(exact_S)) / D).abs().mean(), (D / torch.stack(exact_D) - 1).abs().mean()])
     statistic, deviation = torch.tensor(errors)[50:].mean(0)
-    assert statistic < 0.06 and deviation < 0.02
+    assert statistic < 0.06 and deviation < 0.01
 
 
 def test_a_stale_threshold_costs_the_square_of_its_error() -> None:

@@ -259,6 +259,18 @@ def mixture_output(x_PC: Tensor, belongs_PK: Tensor, state: MixtureState, eps: f
     ).sum(0)
 
 
+def first_mixture(
+    inputs: Sequence[Tensor], weight: Tensor | None = None, bias: Tensor | None = None, *, components: int = 2
+) -> Normalized:
+    """The first step of a mixture whose components are equal: each gets the same part of every sample."""
+    x_NCS = _joined(inputs)
+    x_PC = x_NCS.movedim(1, -1).reshape(-1, x_NCS.shape[1])
+    belongs_PK = torch.full((len(x_PC), components), 1 / components, dtype=torch.float64)
+    y_PC = mixture_output(x_PC, belongs_PK, mixture_of(x_PC, belongs_PK), 1e-5)
+    y_NCS = y_PC.reshape(*x_NCS.movedim(1, -1).shape).movedim(-1, 1)
+    return batch_norm(inputs)._replace(outputs=_split(_affine(y_NCS, weight, bias), inputs))
+
+
 def group_norm(
     inputs: Sequence[Tensor],
     weight: Tensor | None = None,

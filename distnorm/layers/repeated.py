@@ -1,0 +1,42 @@
+"""Buffers that a method reads in training: a recomputed forward gets those of the forward that it repeats.
+
+The first forward has updated them since. Which one is repeated is recognized by the sums of its input, as for shared
+sums (``autograd.recompute``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from distnorm.autograd.engine import repeating
+from distnorm.autograd.recompute import Record
+from distnorm.layers.site import Site
+from distnorm.methods.base import compute_dtype
+
+Buffers = Mapping[str, Tensor | None]
+
+
+@torch.no_grad()
+def buffers_for(x_NCL: Tensor, site: Site, buffers: Buffers) -> Buffers:
+    """Return copies of ``buffers`` for a training forward of ``x_NCL``, as they were if it repeats an earlier one."""
+    there = {name: each for name, each in buffers.items() if each is not None}
+    key = _sums(x_NCL)
+    record = site.followed.recall(key, kinds=2) if repeating() else None
+    if record is None:
+        flat = torch.cat([each.double().flatten() for each in there.values()])
+        record = Record(key, flat, site.conversion.bound().step, held=False)
+        site.followed.note(record)
+    parts = record.shared.split([each.numel() for each in there.values()])
+    copies = {name: part.to(each.dtype).view_as(each) for (name, each), part in zip(there.items(), parts, strict=True)}
+    return {**buffers, **copies}
+
+
+def _sums(x_NCL: Tensor) -> Tensor:
+    """Return the sums of x and of x^2 per channel, and the number of values."""
+    dims = [dim for dim in range(x_NCL.dim()) if dim != 1]
+    values_NCL = x_NCL.to(compute_dtype(x_NCL.dtype))
+    sum_C, square_C = (each.sum(dims, dtype=torch.float64) for each in (values_NCL, values_NCL.square()))
+    return torch.cat((sum_C, square_C, sum_C.new_full((1,), x_NCL.numel() // x_NCL.shape[1])))
