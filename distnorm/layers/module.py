@@ -6,7 +6,7 @@ the module stay valid. The classes derive from torch's: ``isinstance(layer, nn.B
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,9 +19,8 @@ from distnorm.autograd import normalize
 from distnorm.autograd.engine import backward_may_follow
 from distnorm.autograd.keep_local import KeepLocal
 from distnorm.compat.dispatch_state import are_own, are_plain, exporting, is_fake, transforming
-from distnorm.layers import checks, initial, overlap
+from distnorm.layers import checks, initial, overlap, repeated
 from distnorm.layers.line import NOW, Line
-from distnorm.layers.repeated import buffers_for
 from distnorm.layers.running_statistics import running_of, seen
 from distnorm.layers.scripting import scriptable
 from distnorm.layers.site import Site, absorb
@@ -104,11 +103,15 @@ class DistNorm(_BatchNorm):
         if transformed and isinstance(share, KeepLocal) and isinstance(method, BatchNorm):
             return _BatchNorm.forward(self, input)  # torch's own: nobody else knows its rules under transforms
         layer = seen(self, running)
-        if self._site.measured is not None:  # a graph may keep buffers, which change in place
-            follows = plain and self._site.buffers
-            copies = buffers_for(input, self._site, layer.buffers) if follows else _copies(layer.buffers)
-            layer = layer._replace(buffers=copies)
+        record = None
+        if plain and self._site.buffers:
+            buffers, record = repeated.buffers_for(input, self._site, layer.buffers)
+            layer = layer._replace(buffers=buffers)
+        elif self._site.measured is not None:  # a graph may keep buffers, which change in place
+            layer = layer._replace(buffers={name: _copy(each) for name, each in layer.buffers.items()})
         y = method.normalize(input, share, layer, *inputs)
+        if record is not None:
+            repeated.remember(record, self._site, y)
         if tracked is not None and share.shared:
             self._absorb(share, tracked)
         return y
@@ -242,8 +245,8 @@ class DistNorm(_BatchNorm):
         return {name: each.clone() for name, each in found.items() if each is not None}
 
 
-def _copies(buffers: Mapping[str, Tensor | None]) -> Mapping[str, Tensor | None]:
-    return {name: None if each is None else each.clone() for name, each in buffers.items()}
+def _copy(buffer: Tensor | None) -> Tensor | None:
+    return None if buffer is None else buffer.clone()
 
 
 def _fits(residual: Tensor, x_NCL: Tensor) -> bool:

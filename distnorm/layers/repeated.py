@@ -20,18 +20,31 @@ Buffers = Mapping[str, Tensor | None]
 
 
 @torch.no_grad()
-def buffers_for(x_NCL: Tensor, site: Site, buffers: Buffers) -> Buffers:
-    """Return copies of ``buffers`` for a training forward of ``x_NCL``, as they were if it repeats an earlier one."""
+def buffers_for(x_NCL: Tensor, site: Site, buffers: Buffers) -> tuple[Buffers, Record | None]:
+    """Return copies of ``buffers`` for a training forward of ``x_NCL``, as they were if it repeats an earlier one.
+
+    If it does not, also return the record that ``remember`` takes with the output.
+    """
     there = {name: each for name, each in buffers.items() if each is not None}
     key = _sums(x_NCL)
     record = site.followed.recall(key, kinds=2) if repeating() else None
     if record is None:
         flat = torch.cat([each.double().flatten() for each in there.values()])
-        record = Record(key, flat, site.conversion.bound().step, held=False)
-        site.followed.note(record)
-    parts = record.shared.split([each.numel() for each in there.values()])
+        found = made = Record(key, flat, site.conversion.bound().step, held=False)
+    else:
+        found, made = record, None
+        found.repeated = True
+    parts = found.shared.split([each.numel() for each in there.values()])
     copies = {name: part.to(each.dtype).view_as(each) for (name, each), part in zip(there.items(), parts, strict=True)}
-    return {**buffers, **copies}
+    return {**buffers, **copies}, made
+
+
+def remember(record: Record, site: Site, y_NCL: Tensor) -> None:
+    """Keep ``record`` of the forward that has computed ``y_NCL`` as long as its graph, or the step if it has none."""
+    if y_NCL.grad_fn is not None:
+        record.held = True
+        y_NCL.grad_fn.metadata[__name__] = record
+    site.followed.note(record)
 
 
 def _sums(x_NCL: Tensor) -> Tensor:

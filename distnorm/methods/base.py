@@ -43,8 +43,8 @@ class Declared(NamedTuple):
         buffers: initial values of buffers, of any shape. ``Method.targets`` says what they move towards.
     """
 
-    parameters: Mapping[str, Tensor] = MappingProxyType({})
-    buffers: Mapping[str, Tensor] = MappingProxyType({})
+    parameters: Mapping[str, Tensor] = {}
+    buffers: Mapping[str, Tensor] = {}
 
 
 class Layer(NamedTuple):
