@@ -47,7 +47,7 @@ def gbn(
     Args:
         deviation: "sqd", the superquantile deviation about a quantile, which the paper recommends before a ReLU; "mad",
             the mean distance from the median; "l1", that from the mean; "semideviation" above the mean; "range", half
-            the range about its middle; "worst_case", what the maximum exceeds the mean by; or "sd", which is batch norm.
+            the range about its middle; "worst_case", what the maximum exceeds the mean by; "sd", which is batch norm.
         alpha: the level of the quantile of "sqd", 0.7 by default.
         policy: "local", nothing is shared; "sync", the joined batch of all ranks; "moving" as ``mabn`` or "stale" as
             ``lazy_bn``, one asynchronous collective per step, for all but "range" and "worst_case". Quantiles are exact
@@ -55,7 +55,9 @@ def gbn(
         weights: "none", or "centralized" to subtract its mean from every filter of the layers before the norms.
     """
     if alpha is not None and deviation != "sqd":
-        raise ValueError(f'gbn(deviation="{deviation}", alpha={alpha}): only deviation="sqd" has an alpha; leave it out.')
+        raise ValueError(
+            f'gbn(deviation="{deviation}", alpha={alpha}): only deviation="sqd" has an alpha; leave it out.'
+        )
     exact = policy == "local"
     methods: dict[Deviation, Method] = {
         "sd": BatchNorm(),

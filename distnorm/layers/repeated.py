@@ -7,6 +7,7 @@ sums (``autograd.recompute``).
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,9 +42,10 @@ def buffers_for(x_NCL: Tensor, site: Site, buffers: Buffers) -> tuple[Buffers, R
 
 def remember(record: Record, site: Site, y_NCL: Tensor) -> None:
     """Keep ``record`` of the forward that has computed ``y_NCL`` as long as its graph, or the step if it has none."""
-    if y_NCL.grad_fn is not None:
+    node: Any = y_NCL.grad_fn
+    if node is not None:
         record.held = True
-        y_NCL.grad_fn.metadata[__name__] = record
+        node.metadata[__name__] = record
     site.followed.note(record)
 
 

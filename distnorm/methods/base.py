@@ -63,6 +63,12 @@ class Layer(NamedTuple):
     buffers: Mapping[str, Tensor | None] = MappingProxyType({})
     updates: Tensor | None = None
 
+    def declared(self, name: str) -> Tensor:
+        """Return the declared parameter or buffer of this ``name``, which no user can set to None."""
+        found = self.parameters[name] if name in self.parameters else self.buffers[name]
+        assert found is not None, name
+        return found
+
 
 class Shared(NamedTuple):
     """Global statistics of one share, without gradient: ``means``, of the shape of its sums, and their ``weight``.

@@ -2,9 +2,9 @@
 
     y = (x - S) / sqrt(D^2 + eps) * weight + bias
 
-Each class is one pair, in which D(x) = min_c E(x - c) for an error measure E and S is where the minimum is. S moves with
-x and D does not, and both scale with x. So ``sum dx = 0`` and, for a small eps, ``sum x dx = 0``, as in batch norm.
-Shared per channel forward, in float64; backward, two cotangents for each row that is not a count:
+Each class is one pair, in which D(x) = min_c E(x - c) for an error measure E and S is where the minimum is. S moves
+with x and D does not, and both scale with x. So ``sum dx = 0`` and, for a small eps, ``sum x dx = 0``, as in batch
+norm. Shared per channel forward, in float64; backward, two cotangents for each row that is not a count:
 
     class             S                 D                           rows                          collectives
     BatchNorm         mean              sqrt(mean (x - mean)^2)     x, x^2                        1
@@ -15,10 +15,12 @@ Shared per channel forward, in float64; backward, two cotangents for each row th
     MAD               median            mean |x - median|           x, x^2, x over C, x > C       1
     SQD               alpha-quantile    CVaR_alpha - mean           as MAD                        1
 
-Evaluation is batch norm's, with S in ``running_mean`` and D^2 in ``running_var``: it can be folded. Yuan, Feng, Norton &
-Li, "Generalized Batch Normalization: Towards Accelerating Deep Neural Networks", AAAI 2019. RECONSTRUCTION: the paper's
-abstract and reviews name the pairs' origin (the risk quadrangle of Rockafellar & Uryasev, 2013) and recommend SQD before
-a ReLU; the other pairs, eps inside the root and the running statistics are ours. The paper does not share across ranks.
+Evaluation is batch norm's, with S in ``running_mean`` and D^2 in ``running_var``: it can be folded.
+
+Yuan, Feng, Norton & Li, "Generalized Batch Normalization: Towards Accelerating Deep Neural Networks", AAAI 2019.
+RECONSTRUCTION: the paper's abstract and reviews name the pairs' origin (the risk quadrangle of Rockafellar & Uryasev,
+2013) and recommend SQD before a ReLU; the other pairs, eps inside the root and the running statistics are ours. The
+paper does not share across ranks.
 """
 
 from __future__ import annotations
@@ -116,7 +118,7 @@ class Semideviation(Deviation):
 @final
 @dataclass(frozen=True, kw_only=True)
 class Range(Deviation):
-    """S is the middle of the range, D half of its width. Needs an exact policy: maxima cannot be averaged over steps."""
+    """S is the middle of the range, D half of its width. Needs an exact policy: maxima have no mean over steps."""
 
     needs_max: ClassVar[bool] = True
 
@@ -155,22 +157,26 @@ class WorstCase(Deviation):
 
 
 class Quantile(Deviation):
-    """S is the ``alpha``-quantile, D the distance from the mean of all values to that of the values above S."""
+    """S is the ``level``-quantile, D the distance from the mean of all values to that of the values above S."""
 
-    alpha: float
     exact: bool
+
+    @property
+    @abstractmethod
+    def level(self) -> float:
+        """Return alpha."""
 
     def declare(self, features: int) -> Declared:
         """Declare the threshold that follows the quantile, unless it is computed exactly."""
-        return Declared() if self.exact else Following(self.alpha).declare(features)
+        return Declared() if self.exact else Following(self.level).declare(features)
 
     def share_pair(self, x_NCL: Tensor, share: Share, layer: Layer) -> Tensor:
         """Share the local quantile and deviation if exact, else sums about the threshold."""
         count = values_per_channel(x_NCL)
         if self.exact:
-            sums_KC = torch.stack(exact_pair(x_NCL, self.alpha)) * count
+            sums_KC = torch.stack(exact_pair(x_NCL, self.level)) * count
         else:
-            sums_KC = Following(self.alpha).sums(x_NCL, layer)
+            sums_KC = Following(self.level).sums(x_NCL, layer)
 
         def link(means_KC: Tensor) -> Tensor:
             statistic_C, deviation_C = self._pair_of(means_KC, layer)
@@ -186,12 +192,12 @@ class Quantile(Deviation):
         if self.exact:
             quantile_C, deviation_C = means_KC.unbind()
             return quantile_C, deviation_C
-        return Following(self.alpha).pair(means_KC, layer)
+        return Following(self.level).pair(means_KC, layer)
 
     def targets(self, shared: Mapping[str, Shared], layer: Layer) -> Mapping[str, Tensor]:
         """Return the running statistics, and where the threshold moves."""
         running = super().targets(shared, layer)
-        return running if self.exact else {**running, **Following(self.alpha).targets(shared[""].means, layer)}
+        return running if self.exact else {**running, **Following(self.level).targets(shared[""].means, layer)}
 
 
 @final
@@ -216,18 +222,27 @@ class SQD(Quantile):
         """Validate."""
         check_fields(self)
 
+    @property
+    def level(self) -> float:
+        """Return ``alpha``."""
+        return self.alpha
+
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class MAD(Quantile):
     """S is the median, D the mean distance from it. ``exact``: as in ``SQD``, whose pair it is for alpha = 0.5."""
 
-    alpha: ClassVar[float] = 0.5
     exact: bool = False
 
     def __post_init__(self) -> None:
         """Validate."""
         check_fields(self)
+
+    @property
+    def level(self) -> float:
+        """Return one half."""
+        return 0.5
 
 
 def centred(x_NCL: Tensor, centre_C: Tensor) -> Tensor:
@@ -274,4 +289,3 @@ def _middle(largest_2C: Tensor) -> tuple[Tensor, Tensor]:
 
 def _log_scale(deviation_C: Tensor, eps: float) -> Tensor:
     return (deviation_C.square() + eps).log() / 2
-

@@ -4,8 +4,8 @@
     y = (x - mean) / sqrt(var + eps) * weight * gate + bias
 
 The gate sees x before it is normalized. It starts with gate_weight 0 and gate_bias -1, so that the first outputs have a
-scale of 0.27. It is computed per sample: what is shared is batch norm's, two sums per channel forward, two cotangents
-backward. In evaluation the gate still depends on the sample, so the layer cannot be folded. Liang, Huang, Liang & Yang,
+scale of 0.27. It is computed per sample: what is shared is batch norm's, two sums per channel forward, two
+cotangents backward. In evaluation the gate still depends on the sample, so the layer cannot be folded. Liang, Huang, Liang & Yang,
 "Instance Enhancement Batch Normalization: An Adaptive Regulator of Batch Noise", AAAI 2020; the initial values are those
 of the authors' code.
 """
@@ -54,7 +54,7 @@ def _gated(x_NCL: Tensor, normalized_NCL: Tensor, layer: Layer) -> Tensor:
     dtype = compute_dtype(x_NCL.dtype)
     space = list(range(2, x_NCL.dim()))
     pooled_NCL = x_NCL.to(dtype).mean(space, keepdim=True) if space else x_NCL.to(dtype)
-    gate_weight_C, gate_bias_C = layer.parameters["gate_weight"], layer.parameters["gate_bias"]
+    gate_weight_C, gate_bias_C = layer.declared("gate_weight"), layer.declared("gate_bias")
     gate_NCL = (pooled_NCL * per_channel(gate_weight_C, x_NCL) + per_channel(gate_bias_C, x_NCL)).sigmoid()
     scale_NCL = gate_NCL if weight_C is None else gate_NCL * per_channel(weight_C, x_NCL)
     y_NCL = normalized_NCL.to(dtype) * scale_NCL

@@ -13,8 +13,8 @@ pass through all rounds, and are exact where the running mixture is constant. ``
 
 The running mixture averages l_k, l_k m_k and l_k v_k. Before it has any value, all components are equal, and the layer
 is batch norm: in its first training step, and in evaluation. That step places the means at quantiles of a normal
-distribution with the batch's mean and variance. A component that loses its samples keeps its place, and competes with at
-least a hundredth of the usual weight. Evaluation uses the running mixture; r_ik depend on x, so it cannot be folded.
+distribution with the batch's mean and variance. A component that loses its samples keeps its place, and competes with
+at least a hundredth of the usual weight. Evaluation uses the running mixture; r_ik depend on x, so it cannot be folded.
 
 Kalayeh & Shah, "Training Faster by Separating Modes of Variation in Batch-normalized Models", TPAMI 2019.
 RECONSTRUCTION: the formula of y is the paper's, except for the factor 1 / sqrt(K). The paper's output has a variance of
@@ -26,7 +26,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from statistics import NormalDist
 from typing import NamedTuple, final
 
 import torch
@@ -69,8 +68,8 @@ class Mixture(NamedTuple):
     def spread(self) -> Mixture:
         """Return components at quantiles of a normal distribution with the same mean and variance."""
         components = len(self.weight_K)
-        places = [NormalDist().inv_cdf((each + 0.5) / components) for each in range(components)]
-        place_K1 = self.mean_KC.new_tensor(places)[:, None]
+        part_K = torch.arange(components, device=self.weight_K.device, dtype=self.weight_K.dtype)
+        place_K1 = torch.special.ndtri((part_K[:, None] + 0.5) / components)
         mean_C, var_C = self.moments()
         inside_C = var_C * (1 - place_K1.square().mean())
         return Mixture(
@@ -147,9 +146,9 @@ class MixtureNorm(Method):
         }
 
     def _running(self, layer: Layer) -> tuple[Mixture, Tensor]:
-        """Return the running mixture, and whether it has no value yet: it is then the running statistics of batch norm."""
+        """Return the running mixture, and whether it has no value yet; if so, it is that of the running statistics."""
         weight_K, mean_KC, var_KC = (
-            layer.buffers[name].double() for name in ("component_weight", "component_mean", "component_var")
+            layer.declared(name).double() for name in ("component_weight", "component_mean", "component_var")
         )
         fresh = weight_K.sum() <= 0
         weight_K1 = weight_K[:, None].clamp_min(_TINY)

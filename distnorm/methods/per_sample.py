@@ -50,10 +50,12 @@ class PerSample(Method):
         return torch.group_norm(x_NCL.to(dtype), groups, weight_C, bias_C, layer.eps).to(x_NCL.dtype)
 
     def stock(self, features: int, layer: Layer) -> nn.Module:
-        """Return nn.GroupNorm with the layer's weight and bias."""
-        weight_C, bias_C = layer.parameters["weight"], layer.parameters["bias"]
-        norm = nn.GroupNorm(self.groups_of(features), features, layer.eps, affine=weight_C is not None)
-        norm.weight, norm.bias = weight_C, bias_C
+        """Return nn.GroupNorm with the layer's weight and bias, which optimizers may hold."""
+        norm = nn.GroupNorm(self.groups_of(features), features, layer.eps)
+        for name in ("weight", "bias"):
+            values_C = layer.parameters[name]
+            computed = values_C is not None and not isinstance(values_C, nn.Parameter)
+            setattr(norm, name, nn.Parameter(values_C.detach().clone()) if computed else values_C)
         return norm
 
 

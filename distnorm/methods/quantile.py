@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from statistics import NormalDist
 from typing import NamedTuple
 
 import torch
@@ -56,22 +55,14 @@ class Following(NamedTuple):
 
     alpha: float
 
-    @property
-    def _normal(self) -> tuple[float, float, float]:
-        """Return of a standard normal distribution its quantile, D, and 1 / (f D), with f the density there."""
-        quantile = NormalDist().inv_cdf(self.alpha)
-        density = NormalDist().pdf(quantile)
-        deviation = density / (1 - self.alpha)
-        return quantile, deviation, 1 / (density * deviation)
-
     def declare(self, features: int) -> Declared:
         """Declare the buffers, with the place of the quantile in a normal distribution."""
-        quantile, deviation, _ = self._normal
+        quantile, deviation, _ = _normal(torch.full((features,), self.alpha, dtype=torch.float64))
         return Declared(
             buffers={
                 "threshold": torch.zeros(features),
                 "threshold_weight": torch.zeros(()),
-                "position": torch.full((features,), quantile / deviation),
+                "position": (quantile / deviation).float(),
             }
         )
 
@@ -94,7 +85,7 @@ class Following(NamedTuple):
 
     def pair(self, means_KC: Tensor, layer: Layer) -> tuple[Tensor, Tensor]:
         """Return S and D of shared means."""
-        quantile, deviation, _ = self._normal
+        quantile, deviation, _ = _normal(means_KC.new_full((), self.alpha))
         mean_C, square_C, upper_C, over_C = means_KC.unbind()
         near_C = self._is_near(over_C, layer)
         ratio_C = torch.where(near_C, over_C.detach() / (1 - self.alpha), 1)
@@ -109,8 +100,8 @@ class Following(NamedTuple):
         """Return S for the threshold, and the place at which a step of Newton's method sees the quantile."""
         statistic_C, deviation_C = self.pair(means_KC, layer)
         mean_C, _, _, over_C = means_KC.unbind()
-        position_C, weight = self._position(layer), layer.buffers["threshold_weight"]
-        step_C = self._normal[2] * (over_C - (1 - self.alpha))
+        position_C, weight = self._position(layer), layer.declared("threshold_weight")
+        step_C = _normal(means_KC.new_full((), self.alpha))[2] * (over_C - (1 - self.alpha))
         seen_C = (self._threshold(layer) - mean_C) / deviation_C.clamp_min(_TINY) + step_C
         seen_C = torch.where(self._is_near(over_C, layer), seen_C, position_C)
         return {
@@ -120,12 +111,20 @@ class Following(NamedTuple):
         }
 
     def _threshold(self, layer: Layer) -> Tensor:
-        return layer.buffers["threshold"] / layer.buffers["threshold_weight"].clamp_min(_TINY)
+        return layer.declared("threshold") / layer.declared("threshold_weight").clamp_min(_TINY)
 
     def _position(self, layer: Layer) -> Tensor:
-        return layer.buffers["position"].double()
+        return layer.declared("position").double()
 
     def _is_near(self, over_C: Tensor, layer: Layer) -> Tensor:
         """Return where a threshold exists and is near the quantile: too few or too many values above it are not."""
         low, high = (1 - self.alpha) / 4, 1 - self.alpha / 4
-        return (layer.buffers["threshold_weight"] > 0) & (over_C > low) & (over_C < high)
+        return (layer.declared("threshold_weight") > 0) & (over_C > low) & (over_C < high)
+
+
+def _normal(alpha: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return of a standard normal distribution its ``alpha``-quantile, D, and 1 / (f D), with f the density there."""
+    quantile = torch.special.ndtri(alpha)
+    density = (-quantile.square() / 2).exp() / math.sqrt(2 * math.pi)
+    deviation = density / (1 - alpha)
+    return quantile, deviation, 1 / (density * deviation)

@@ -48,9 +48,7 @@ def train(rank: int, cases: list[Case], method: Method, policy: Policy) -> list[
 def test_steps_of_ranks_are_those_of_the_joined_batch(method, policy):
     """With a rank of few samples and one without any."""
     cases = steps_of((5, 0, 2, 4))
-    joined = [
-        case._replace(inputs=[torch.cat(case.inputs)], cotangents=[torch.cat(case.cotangents)]) for case in cases
-    ]
+    joined = [case._replace(inputs=[torch.cat(case.inputs)], cotangents=[torch.cat(case.cotangents)]) for case in cases]
     ranks = run_threads(4, train, cases, method, policy)
     (alone,) = run_threads(1, train, joined, method, AllReduce())
     for step, expected in enumerate(alone):

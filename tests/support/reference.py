@@ -205,10 +205,10 @@ def instance_enhancement(
     *,
     gate_weight: Tensor | float = 0.0,
     gate_bias: Tensor | float = -1.0,
-    **options: float,
+    eps: float = 1e-5,
 ) -> Normalized:
     """IEBN: batch norm with weight * sigmoid(gate_weight * mean over S of x + gate_bias) as its weight."""
-    found = batch_norm(inputs, None, None, **options)
+    found = batch_norm(inputs, eps=eps)
     outputs = []
     for x, normalized in zip(inputs, found.outputs, strict=True):
         x_NCS = x.double()
@@ -255,7 +255,10 @@ def mixture_output(x_PC: Tensor, belongs_PK: Tensor, state: MixtureState, eps: f
     components = len(state.weights)
     rows = zip(belongs_PK.t(), *state, strict=True)
     return torch.stack(
-        [part[:, None] / (components * weight) ** 0.5 * (x_PC - mean) / (var + eps).sqrt() for part, weight, mean, var in rows]
+        [
+            part[:, None] / (components * weight) ** 0.5 * (x_PC - mean) / (var + eps).sqrt()
+            for part, weight, mean, var in rows
+        ]
     ).sum(0)
 
 
