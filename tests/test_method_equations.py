@@ -98,7 +98,7 @@ class TestPairs:
             torch.testing.assert_close(invariant, torch.zeros(3, dtype=torch.float64), rtol=0, atol=1e-9)
 
     def test_gradcheck(self, method: Method, pair: Pair, shape: tuple[int, ...]) -> None:
-        """Where no two values are equal, which is where the gradient exists. On stock running statistics: no momentum."""
+        """Where no two values are equal, which is where the gradient exists. Without momentum, buffers stay."""
         layer, x = layer_of(method), skewed(shape)
         layer.momentum = 0.0
         assert torch.autograd.gradcheck(layer, (x,), eps=1e-7, atol=1e-4, nondet_tol=0)

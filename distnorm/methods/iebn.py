@@ -4,10 +4,11 @@
     y = (x - mean) / sqrt(var + eps) * weight * gate + bias
 
 The gate sees x before it is normalized. It starts with gate_weight 0 and gate_bias -1, so that the first outputs have a
-scale of 0.27. It is computed per sample: what is shared is batch norm's, two sums per channel forward, two
-cotangents backward. In evaluation the gate still depends on the sample, so the layer cannot be folded. Liang, Huang, Liang & Yang,
-"Instance Enhancement Batch Normalization: An Adaptive Regulator of Batch Noise", AAAI 2020; the initial values are those
-of the authors' code.
+scale of 0.27. It is computed per sample: what is shared is batch norm's, two sums per channel forward, two cotangents
+backward. In evaluation the gate still depends on the sample, so the layer cannot be folded.
+
+Liang, Huang, Liang & Yang, "Instance Enhancement Batch Normalization: An Adaptive Regulator of Batch Noise", AAAI 2020;
+the initial values are those of the authors' code.
 """
 
 from __future__ import annotations

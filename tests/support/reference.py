@@ -228,7 +228,7 @@ class MixtureState(NamedTuple):
 
 
 def mixture_step(x_PC: Tensor, state: MixtureState, eps: float) -> tuple[Tensor, MixtureState]:
-    """One round of EM for samples ``[P, C]``: responsibilities ``[P, K]`` under ``state``, and the mixture they give."""
+    """One round of EM for samples ``[P, C]``: responsibilities ``[P, K]`` under ``state``, and their mixture."""
     weights = state.weights.clamp_min(0.01 / len(state.weights))
     joint_PK = torch.stack(
         [
