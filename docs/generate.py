@@ -52,11 +52,12 @@ OBJECTS: dict[str, dict[str, tuple[str, ...]]] = {
     "Methods": {
         "distnorm.methods.batch_norm": ("BatchNorm",),
         "distnorm.methods.rms": ("RMS",),
-        "distnorm.methods.gbn": ("L1", "Semideviation", "Range", "WorstCase", "SQD", "MAD"),
+        "distnorm.methods.gbn": ("L1", "Semideviation", "Range", "WorstCase"),
+        "distnorm.methods.quantile": ("SQD", "MAD"),
         "distnorm.methods.iebn": ("IEBN",),
         "distnorm.methods.mixture": ("MixtureNorm",),
         "distnorm.methods.per_sample": ("LayerNorm", "GroupNorm", "InstanceNorm"),
-        "distnorm.methods.base": ("Method", "ChannelAffine"),
+        "distnorm.methods.base": ("Method", "ChannelAffine", "Declared", "Layer", "Share", "Shared"),
     },
     "Policies": {
         "distnorm.policies.local": ("Local",),

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import distnorm
 from distnorm import Recipe
-from distnorm.methods import Method
+from distnorm.methods import RMS, Method
 from distnorm.policies import AllReduce, Local, Moving, Policy, StaleMix
 from tests.laws.ranks import nodes_by_local
 from tests.support.threads import run_threads
@@ -128,7 +128,7 @@ def train(model: nn.Module, rank: int, steps: int, run: Callable[..., Tensor] | 
     for step in range(steps):
         generator = torch.Generator().manual_seed(10 * rank + step)
         x = torch.randn(2 + rank % 2, 3, 4, generator=generator, dtype=torch.float64).requires_grad_()
-        y = (run or model)(x, *offset(model.recipe.method, x))
+        y = (model if run is None else run)(x, *offset(model.recipe.method, x))
         y.square().sum().backward()
         assert x.grad is not None
         found += [y.detach(), x.grad, *(buffer.clone() for buffer in model.buffers())]
@@ -152,9 +152,11 @@ def test_recomputation_changes_nothing(method, policy, reentrant):
     torch.testing.assert_close([each[0] for each in checked], [each[0] for each in plain], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(("method", "policy"), ADMITTED, ids=str)
+@pytest.mark.parametrize(
+    ("method", "policy"), [*ADMITTED, (RMS(clip=1.1, clip_after=1), "AllReduce"), (RMS(clip=1.1), "Moving")], ids=str
+)
 def test_compiled(method, policy):
-    """In one graph, whatever the policy."""
+    """In one graph, whatever the policy, and with the buffers that the forward found."""
     torch.compiler.reset()
     layer, eager = (make(method, (POLICIES | MOVING)[policy]) for _ in range(2))
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
@@ -201,12 +203,15 @@ def test_evaluation_includes_what_is_in_flight(method, policy):
 
     def run(rank: int) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
         layer = make(method, policy, 4)
-        train(layer, rank, 4)
+        distnorm.attach(layer, manual=True)  # threads count their backward passes together
+        for _ in range(4):
+            train(layer, rank, 1)
+            distnorm.end_step(layer)
         x = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         other = make(method, Local())
         other.load_state_dict(layer.state_dict())
         now, saved = layer.eval()(x).detach(), other.eval()(x).detach()
-        layer._site.conversion.bound().end_step()
+        distnorm.end_step(layer)
         return now, saved, layer(x).detach(), list(layer.buffers())
 
     results = run_threads(4, run)

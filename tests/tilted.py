@@ -111,6 +111,10 @@ class Gated(Method):
 
     core: ClassVar[BatchNorm] = BatchNorm()
 
+    @property
+    def follows(self) -> bool:
+        return False
+
     def declare(self, features: int) -> Declared:
         return Declared({"gate": torch.full((features,), 0.5)})
 

@@ -25,7 +25,7 @@ from distnorm.layers.running_statistics import running_of, seen
 from distnorm.layers.scripting import scriptable
 from distnorm.layers.site import Site, absorb
 from distnorm.layers.tracing import is_traced, leaf
-from distnorm.methods import BatchNorm
+from distnorm.methods import BatchNorm, Layer
 from distnorm.methods.base import compute_dtype
 from distnorm.policies import Local
 from distnorm.recipe import Recipe
@@ -104,11 +104,10 @@ class DistNorm(_BatchNorm):
             return _BatchNorm.forward(self, input)  # torch's own: nobody else knows its rules under transforms
         layer = seen(self, running)
         record = None
-        if plain and self._site.buffers:
-            buffers, record = repeated.buffers_for(input, self._site, layer.buffers)
-            layer = layer._replace(buffers=buffers)
-        elif self._site.measured is not None:  # a graph may keep buffers, which change in place
-            layer = layer._replace(buffers={name: _copy(each) for name, each in layer.buffers.items()})
+        if method.follows and plain and self._site.measured is not None:
+            layer, record = repeated.as_of_first(input, self._site, layer)
+        elif method.follows:
+            layer = _with_copies(layer)
         y = method.normalize(input, share, layer, *inputs)
         if record is not None:
             repeated.remember(record, self._site, y)
@@ -245,8 +244,14 @@ class DistNorm(_BatchNorm):
         return {name: each.clone() for name, each in found.items() if each is not None}
 
 
-def _copy(buffer: Tensor | None) -> Tensor | None:
-    return None if buffer is None else buffer.clone()
+def _with_copies(layer: Layer) -> Layer:
+    """Return ``layer`` with copies of its buffers, which a graph may keep, since the original ones change in place."""
+    names = [name for name, each in layer.buffers.items() if each is not None]
+    buffers = [each for each in layer.buffers.values() if each is not None]
+    # A compiler may compute clones again in the backward pass, from what has changed by then (torch 2.13, min-cut).
+    hidden = torch.compiler.is_compiling() and not exporting()
+    copies = torch.ops.distnorm.copies(buffers) if hidden else [each.clone() for each in buffers]
+    return layer._replace(buffers={**layer.buffers, **dict(zip(names, copies, strict=True))})
 
 
 def _fits(residual: Tensor, x_NCL: Tensor) -> bool:

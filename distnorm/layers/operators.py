@@ -53,6 +53,17 @@ def running_op(buffers: list[Tensor], number: Tensor) -> list[Tensor]:
     return [each.clone() for each in Site.of(number).ahead(buffers)]
 
 
+@torch.library.custom_op("distnorm::copies", mutates_args=())
+def copies_op(buffers: list[Tensor]) -> list[Tensor]:
+    """Return copies of ``buffers``."""
+    return [each.clone() for each in buffers]
+
+
+@copies_op.register_fake
+def _(buffers: list[Tensor]) -> list[Tensor]:
+    return [torch.empty_like(each) for each in buffers]
+
+
 @running_op.register_fake
 def _(buffers: list[Tensor], number: Tensor) -> list[Tensor]:
     return [torch.empty_like(each) for each in buffers]

@@ -6,7 +6,6 @@ sums (``autograd.recompute``).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,20 +14,20 @@ from torch import Tensor
 from distnorm.autograd.engine import repeating
 from distnorm.autograd.recompute import Record
 from distnorm.layers.site import Site
+from distnorm.methods import Layer
 from distnorm.methods.base import compute_dtype
-
-Buffers = Mapping[str, Tensor | None]
 
 
 @torch.no_grad()
-def buffers_for(x_NCL: Tensor, site: Site, buffers: Buffers) -> tuple[Buffers, Record | None]:
-    """Return copies of ``buffers`` for a training forward of ``x_NCL``, as they were if it repeats an earlier one.
+def as_of_first(x_NCL: Tensor, site: Site, layer: Layer) -> tuple[Layer, Record | None]:
+    """Return ``layer`` with copies of its buffers, as they were if the forward of ``x_NCL`` repeats an earlier one.
 
     If it does not, also return the record that ``remember`` takes with the output.
     """
-    there = {name: each for name, each in buffers.items() if each is not None}
-    key = _sums(x_NCL)
-    record = site.followed.recall(key, kinds=2) if repeating() else None
+    state = {**layer.buffers, "updates": layer.updates}
+    there = {name: each for name, each in state.items() if each is not None}
+    key = _moments(x_NCL)
+    record = site.forwards.recall(key, kinds=2) if repeating() else None
     if record is None:
         flat = torch.cat([each.double().flatten() for each in there.values()])
         found = made = Record(key, flat, site.conversion.bound().step, held=False)
@@ -36,8 +35,10 @@ def buffers_for(x_NCL: Tensor, site: Site, buffers: Buffers) -> tuple[Buffers, R
         found, made = record, None
         found.repeated = True
     parts = found.shared.split([each.numel() for each in there.values()])
-    copies = {name: part.to(each.dtype).view_as(each) for (name, each), part in zip(there.items(), parts, strict=True)}
-    return {**buffers, **copies}, made
+    for (name, each), part in zip(there.items(), parts, strict=True):
+        state[name] = part.view_as(each).to(each.dtype, copy=True)
+    updates = state.pop("updates")
+    return layer._replace(buffers=state, updates=updates), made
 
 
 def remember(record: Record, site: Site, y_NCL: Tensor) -> None:
@@ -46,10 +47,10 @@ def remember(record: Record, site: Site, y_NCL: Tensor) -> None:
     if node is not None:
         record.held = True
         node.metadata[__name__] = record
-    site.followed.note(record)
+    site.forwards.note(record)
 
 
-def _sums(x_NCL: Tensor) -> Tensor:
+def _moments(x_NCL: Tensor) -> Tensor:
     """Return the sums of x and of x^2 per channel, and the number of values."""
     dims = [dim for dim in range(x_NCL.dim()) if dim != 1]
     values_NCL = x_NCL.to(compute_dtype(x_NCL.dtype))

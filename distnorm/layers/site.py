@@ -73,8 +73,8 @@ class Site:
             """By which operators find this site; an input of compiled graphs, so equal layers have equal graphs."""
         self.records = {name: Records() for name in (("",) if self.measured is None else self.measured.parts)}
         """By the name of the share."""
-        self.followed = Records()
-        """The buffers of each forward, if the method reads declared ones."""
+        self.forwards = Records()
+        """What identifies recent inputs, with the buffers that their forwards found."""
         self._starved: dict[int, Tensor] = {}
         """By the number of sharing ranks, whether a GPU has seen 1 value per channel."""
         self._ahead: tuple[list[Landed], list[object], Running] | None = None

@@ -35,7 +35,6 @@ import torch
 from torch import Tensor
 
 from distnorm.methods.base import (
-    Declared,
     Layer,
     Method,
     Share,
@@ -45,9 +44,7 @@ from distnorm.methods.base import (
     per_channel,
 )
 from distnorm.methods.batch_norm import BatchNorm
-from distnorm.methods.quantile import Following, exact_pair
 from distnorm.types import Link
-from distnorm.validation import Level, check_fields
 
 _STOCK = BatchNorm()
 
@@ -62,6 +59,11 @@ class Deviation(Method):
     @abstractmethod
     def pair(self, shared: Mapping[str, Shared], layer: Layer) -> tuple[Tensor, Tensor]:
         """Return S and D of shared means."""
+
+    @property
+    def follows(self) -> bool:
+        """Return false: S and D are those of the batch."""
+        return False
 
     def normalize(self, x_NCL: Tensor, share: Share, layer: Layer, *inputs: Tensor) -> Tensor:
         """Centre by S and divide by ``sqrt(D^2 + eps)``."""
@@ -94,7 +96,7 @@ class L1(Deviation):
 
     def share_pair(self, x_NCL: Tensor, share: Share, layer: Layer) -> Tensor:
         """Share the mean, then the distances from it."""
-        return _about_the_mean(x_NCL, share, torch.abs, partial(_log_scale, eps=layer.eps))
+        return _about_the_mean(x_NCL, share, torch.abs, partial(log_scale, eps=layer.eps))
 
     def pair(self, shared: Mapping[str, Shared], layer: Layer) -> tuple[Tensor, Tensor]:
         """Return the mean, and the mean distance."""
@@ -127,7 +129,7 @@ class Range(Deviation):
 
         def link(largest_2C: Tensor) -> Tensor:
             statistic_C, deviation_C = _middle(largest_2C)
-            return torch.stack((statistic_C, _log_scale(deviation_C, layer.eps)))
+            return torch.stack((statistic_C, log_scale(deviation_C, layer.eps)))
 
         (upper_C, upper_ties_C), (lower_C, lower_ties_C) = _largest(x_NCL), _largest(-x_NCL)
         ties_2C = torch.stack((upper_ties_C, lower_ties_C))
@@ -149,100 +151,11 @@ class WorstCase(Deviation):
         """Share the maximum, then the mean."""
         largest_C, _ = share(*_largest(x_NCL), name="max", op="max")
         mean_C, _ = share(channel_sum(x_NCL), values_per_channel(x_NCL), name="mean")
-        return torch.stack((largest_C, _log_scale(largest_C - mean_C, layer.eps)))
+        return torch.stack((largest_C, log_scale(largest_C - mean_C, layer.eps)))
 
     def pair(self, shared: Mapping[str, Shared], layer: Layer) -> tuple[Tensor, Tensor]:
         """Return the maximum, and its distance from the mean."""
         return shared["max"].means, shared["max"].means - shared["mean"].means
-
-
-class Quantile(Deviation):
-    """S is the ``level``-quantile, D the distance from the mean of all values to that of the values above S."""
-
-    exact: bool
-
-    @property
-    @abstractmethod
-    def level(self) -> float:
-        """Return alpha."""
-
-    def declare(self, features: int) -> Declared:
-        """Declare the threshold that follows the quantile, unless it is computed exactly."""
-        return Declared() if self.exact else Following(self.level).declare(features)
-
-    def share_pair(self, x_NCL: Tensor, share: Share, layer: Layer) -> Tensor:
-        """Share the local quantile and deviation if exact, else sums about the threshold."""
-        count = values_per_channel(x_NCL)
-        if self.exact:
-            sums_KC = torch.stack(exact_pair(x_NCL, self.level)) * count
-        else:
-            sums_KC = Following(self.level).sums(x_NCL, layer)
-
-        def link(means_KC: Tensor) -> Tensor:
-            statistic_C, deviation_C = self._pair_of(means_KC, layer)
-            return torch.stack((statistic_C, _log_scale(deviation_C, layer.eps)))
-
-        return share(sums_KC, count, link)[0]
-
-    def pair(self, shared: Mapping[str, Shared], layer: Layer) -> tuple[Tensor, Tensor]:
-        """Return the quantile and the deviation."""
-        return self._pair_of(shared[""].means, layer)
-
-    def _pair_of(self, means_KC: Tensor, layer: Layer) -> tuple[Tensor, Tensor]:
-        if self.exact:
-            quantile_C, deviation_C = means_KC.unbind()
-            return quantile_C, deviation_C
-        return Following(self.level).pair(means_KC, layer)
-
-    def targets(self, shared: Mapping[str, Shared], layer: Layer) -> Mapping[str, Tensor]:
-        """Return the running statistics, and where the threshold moves."""
-        running = super().targets(shared, layer)
-        return running if self.exact else {**running, **Following(self.level).targets(shared[""].means, layer)}
-
-
-@final
-@dataclass(frozen=True, kw_only=True)
-class SQD(Quantile):
-    """S is the ``alpha``-quantile, D the superquantile deviation ``CVaR_alpha - mean``.
-
-    After S, a part 1 - alpha of the values is above 0, and their mean plus the distance of S from the mean is 1: D is
-    what a ReLU of ``x - S`` lets through. For alpha = 0.5 the pair is ``MAD``.
-
-    Args:
-        alpha: the level of the quantile.
-        exact: whether the quantile of the local batch is computed, exactly, for policies that share nothing; with
-            others, quantiles and deviations of ranks would be averaged. If not, it is that of all ranks, by a
-            threshold that follows it (``distnorm/methods/quantile.py``).
-    """
-
-    alpha: Level = 0.7
-    exact: bool = False
-
-    def __post_init__(self) -> None:
-        """Validate."""
-        check_fields(self)
-
-    @property
-    def level(self) -> float:
-        """Return ``alpha``."""
-        return self.alpha
-
-
-@final
-@dataclass(frozen=True, kw_only=True)
-class MAD(Quantile):
-    """S is the median, D the mean distance from it. ``exact``: as in ``SQD``, whose pair it is for alpha = 0.5."""
-
-    exact: bool = False
-
-    def __post_init__(self) -> None:
-        """Validate."""
-        check_fields(self)
-
-    @property
-    def level(self) -> float:
-        """Return one half."""
-        return 0.5
 
 
 def centred(x_NCL: Tensor, centre_C: Tensor) -> Tensor:
@@ -287,5 +200,6 @@ def _middle(largest_2C: Tensor) -> tuple[Tensor, Tensor]:
     return (upper_C - lower_C) / 2, (upper_C + lower_C) / 2
 
 
-def _log_scale(deviation_C: Tensor, eps: float) -> Tensor:
+def log_scale(deviation_C: Tensor, eps: float) -> Tensor:
+    """Return ``log(D^2 + eps) / 2``, a coordinate in which old cotangents keep their meaning."""
     return (deviation_C.square() + eps).log() / 2

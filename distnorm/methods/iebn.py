@@ -30,6 +30,11 @@ _CORE = BatchNorm()
 class IEBN(Method):
     """Batch norm with a gate per sample and channel, whose ``gate_weight`` and ``gate_bias`` ``[C]`` are trained."""
 
+    @property
+    def follows(self) -> bool:
+        """Return false: it depends on the batch only."""
+        return False
+
     def declare(self, features: int) -> Declared:
         """Declare the gate's parameters."""
         return Declared(parameters={"gate_weight": torch.zeros(features), "gate_bias": torch.full((features,), -1.0)})

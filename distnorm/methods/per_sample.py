@@ -31,6 +31,11 @@ USUAL_GROUPS = 32
 class PerSample(Method):
     """GroupNorm with a number of groups that depends on the number of channels."""
 
+    @property
+    def follows(self) -> bool:
+        """Return false: it depends on the sample only."""
+        return False
+
     @abstractmethod
     def groups_of(self, features: int) -> int:
         """Return the number of groups for so many channels."""
@@ -54,8 +59,9 @@ class PerSample(Method):
         norm = nn.GroupNorm(self.groups_of(features), features, layer.eps)
         for name in ("weight", "bias"):
             values_C = layer.parameters[name]
-            computed = values_C is not None and not isinstance(values_C, nn.Parameter)
-            setattr(norm, name, nn.Parameter(values_C.detach().clone()) if computed else values_C)
+            if values_C is not None and not isinstance(values_C, nn.Parameter):
+                values_C = nn.Parameter(values_C.detach().clone())
+            setattr(norm, name, values_C)
         return norm
 
 

@@ -1,4 +1,4 @@
-"""Quantiles and what lies above them: exactly for a local batch, or by a threshold that follows for additive sums.
+"""Generalized batch norm by quantiles: exactly for a local batch, or by a threshold that follows for additive sums.
 
 For an alpha in (0, 1), q is the alpha-quantile of m values, the ceil(alpha m)-th smallest. The superquantile is
 ``CVaR = q + sum [x - q]+ / ((1 - alpha) m)``, the mean of the largest (1 - alpha) m values. D = CVaR - mean.
@@ -21,15 +21,113 @@ threshold yet, S and D are those of a normal distribution with the batch's mean 
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Mapping
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple, final
 
 import torch
 from torch import Tensor
 
-from distnorm.methods.base import Declared, Layer, per_channel
+from distnorm.methods.base import Declared, Layer, Share, Shared, per_channel
+from distnorm.methods.gbn import Deviation, log_scale, values_per_channel
+from distnorm.validation import Level, check_fields
 
 _TINY = 1e-30
+
+
+class Quantile(Deviation):
+    """S is the ``level``-quantile, D the distance from the mean of all values to that of the values above S."""
+
+    exact: bool
+
+    @property
+    @abstractmethod
+    def level(self) -> float:
+        """Return alpha."""
+
+    @property
+    def follows(self) -> bool:
+        """Return whether there is a threshold."""
+        return not self.exact
+
+    def declare(self, features: int) -> Declared:
+        """Declare the threshold that follows the quantile, unless it is computed exactly."""
+        return Declared() if self.exact else Following(self.level).declare(features)
+
+    def share_pair(self, x_NCL: Tensor, share: Share, layer: Layer) -> Tensor:
+        """Share the local quantile and deviation if exact, else sums about the threshold."""
+        count = values_per_channel(x_NCL)
+        if self.exact:
+            sums_KC = torch.stack(exact_pair(x_NCL, self.level)) * count
+        else:
+            sums_KC = Following(self.level).sums(x_NCL, layer)
+
+        def link(means_KC: Tensor) -> Tensor:
+            statistic_C, deviation_C = self._pair_of(means_KC, layer)
+            return torch.stack((statistic_C, log_scale(deviation_C, layer.eps)))
+
+        return share(sums_KC, count, link)[0]
+
+    def pair(self, shared: Mapping[str, Shared], layer: Layer) -> tuple[Tensor, Tensor]:
+        """Return the quantile and the deviation."""
+        return self._pair_of(shared[""].means, layer)
+
+    def _pair_of(self, means_KC: Tensor, layer: Layer) -> tuple[Tensor, Tensor]:
+        if self.exact:
+            quantile_C, deviation_C = means_KC.unbind()
+            return quantile_C, deviation_C
+        return Following(self.level).pair(means_KC, layer)
+
+    def targets(self, shared: Mapping[str, Shared], layer: Layer) -> Mapping[str, Tensor]:
+        """Return the running statistics, and where the threshold moves."""
+        running = super().targets(shared, layer)
+        return running if self.exact else {**running, **Following(self.level).targets(shared[""].means, layer)}
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class SQD(Quantile):
+    """S is the ``alpha``-quantile, D the superquantile deviation ``CVaR_alpha - mean``.
+
+    After S, a part 1 - alpha of the values is above 0, and their mean plus the distance of S from the mean is 1: D is
+    what a ReLU of ``x - S`` lets through. For alpha = 0.5 the pair is ``MAD``.
+
+    Args:
+        alpha: the level of the quantile.
+        exact: whether the quantile of the local batch is computed, exactly, for policies that share nothing; with
+            others, quantiles and deviations of ranks would be averaged. If not, it is that of all ranks, by a
+            threshold that follows it (``distnorm/methods/quantile.py``).
+    """
+
+    alpha: Level = 0.7
+    exact: bool = False
+
+    def __post_init__(self) -> None:
+        """Validate."""
+        check_fields(self)
+
+    @property
+    def level(self) -> float:
+        """Return ``alpha``."""
+        return self.alpha
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class MAD(Quantile):
+    """S is the median, D the mean distance from it. ``exact``: as in ``SQD``, whose pair it is for alpha = 0.5."""
+
+    exact: bool = False
+
+    def __post_init__(self) -> None:
+        """Validate."""
+        check_fields(self)
+
+    @property
+    def level(self) -> float:
+        """Return one half."""
+        return 0.5
 
 
 def exact_pair(values_NCL: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
