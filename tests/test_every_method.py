@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import distnorm
-from distnorm import recipes
+from distnorm import Recipe, recipes
+from distnorm.methods import IEBN, MAD, SQD, BatchNorm, GroupNorm, MixtureNorm
+from distnorm.policies import AllReduce, Local, Moving, StaleMix, Warmup
 
 FOLDABLE = [
     *(f"gbn(deviation='{each}')" for each in ("sd", "mad", "l1", "range", "worst_case", "sqd", "semideviation")),
@@ -204,6 +206,27 @@ def test_layers_without_parameters_or_statistics(recipe: str, options: dict[str,
     x = torch.randn(4, 4, 3, 3, requires_grad=True)
     layer(x).square().sum().backward()
     assert x.grad.isfinite().all() and layer.eval()(x).isfinite().all()
+
+
+MOVING = Warmup(then=Moving(window=16), steps=99)
+STALE = Warmup(then=StaleMix(window=8), steps=16)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "expected"),
+    [
+        ("gbn", Recipe(method=SQD(alpha=0.7), policy=AllReduce())),
+        ("gbn(deviation='sd')", Recipe(method=BatchNorm(), policy=AllReduce())),
+        ("gbn(alpha=0.9, policy='moving')", Recipe(method=SQD(alpha=0.9), policy=MOVING)),
+        ("gbn(policy='local')", Recipe(method=SQD(exact=True), policy=Local())),
+        ("gbn(deviation='mad', policy='local')", Recipe(method=MAD(exact=True), policy=Local())),
+        ("iebn(policy='stale', weights='centralized')", Recipe(method=IEBN(), policy=STALE, weights="centralized")),
+        ("mixture_norm(rounds=1)", Recipe(method=MixtureNorm(components=3, rounds=1), policy=AllReduce())),
+        ("group_norm(groups=32)", Recipe(method=GroupNorm(groups=32), policy=Local())),
+    ],
+)
+def test_what_a_name_stands_for(recipe: str, expected: Recipe) -> None:
+    assert recipes.parse(recipe) == expected and recipes.parse(recipe).name == recipe
 
 
 @pytest.mark.parametrize(
