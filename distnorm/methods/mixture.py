@@ -214,4 +214,5 @@ class _Samples:
 
     @staticmethod
     def _weighted(weights: Tensor, values: Tensor) -> Tensor:
-        return weights.to(values.dtype) @ values
+        # Not matmul, which rounds otherwise under no_grad (torch 2.13), as in the first forward of a checkpoint.
+        return torch.bmm(weights.to(values.dtype).expand(len(values), -1, -1), values)
