@@ -197,7 +197,7 @@ def revert(model: ModelT) -> ModelT:
         reverting.check(layer)
     weights.write_centred(model)
     for layer in _converted(model):
-        layer.absorb_in_flight()
+        layer.apply_in_flight()
     outcomes = [(layer, reverting.outcome(layer)) for layer in _converted(model)]
     undo(model)
     return reverting.finish(model, outcomes)
@@ -206,7 +206,7 @@ def revert(model: ModelT) -> ModelT:
 def as_stock(model: nn.Module) -> None:
     """Revert, in place, the layers of ``model`` whose evaluation is affine per channel; leave the others."""
     for layer in _converted(model):
-        layer.absorb_in_flight()
+        layer.apply_in_flight()
         found = reverting.outcome(layer)
         if not isinstance(found, nn.Module) and (found is not None or isinstance(layer.recipe.method, ChannelAffine)):
             _unswap(layer)
