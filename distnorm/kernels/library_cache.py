@@ -113,7 +113,7 @@ def _opened(file: Path, key: str, check: Check) -> ctypes.CDLL:
 
 def _made(command: list[str], folder: Path, key: str, check: Check, *, keep: bool = True) -> ctypes.CDLL:
     """Compile in ``folder``, and keep the library there, in place of all others of this key."""
-    with _workshop(folder) as workshop:
+    with _build_folder(folder) as workshop:
         made = workshop / "kernels.so"
         _run([*command, "-o", str(made)], TMPDIR=str(workshop))
         library = _opened(made, key, check)
@@ -127,7 +127,7 @@ def _made(command: list[str], folder: Path, key: str, check: Check, *, keep: boo
 
 
 @contextmanager
-def _workshop(folder: Path) -> Iterator[Path]:
+def _build_folder(folder: Path) -> Iterator[Path]:
     """Create a temporary folder in ``folder``, whose name tells which process uses it."""
     with tempfile.TemporaryDirectory(prefix=f"{_BUILD}-{_machine()}-{os.getpid()}-", dir=folder) as workshop:
         yield Path(workshop)
@@ -138,14 +138,14 @@ def _sweep(folder: Path) -> None:
     for left in folder.glob(f"{_BUILD}-*-*-*"):
         machine, process = left.name.removeprefix(f"{_BUILD}-").split("-")[:2]
         try:
-            dead = not _lives(int(process)) if machine == _machine() else _is_forgotten(left)
+            dead = not _is_running(int(process)) if machine == _machine() else _is_forgotten(left)
         except (OSError, ValueError, OverflowError):  # another process was faster, or the folder is not ours
             continue
         if dead:
             shutil.rmtree(left, ignore_errors=True)  # other processes remove it, too
 
 
-def _lives(process: int) -> bool:
+def _is_running(process: int) -> bool:
     try:
         os.kill(process, 0)
     except ProcessLookupError:

@@ -41,7 +41,7 @@ _DENSE: dict[str, list[Any]] = {
     "pull": [*_THREE, *_THREE, *_THREE],
     "combine": [*_THREE, _POINTER, _POINTER],
 }
-_ABSORB: dict[str, list[Any]] = {"absorb": [_POINTER, _DOUBLE, _DOUBLE, _INDEX, *_RATE, *_THREE]}
+_UPDATE_RUNNING: dict[str, list[Any]] = {"update_running": [_POINTER, _DOUBLE, _DOUBLE, _INDEX, *_RATE, *_THREE]}
 _EXCHANGE: dict[str, list[Any]] = {
     "post": [_POINTER, _INDEX, _INDEX, _INDEX, _TURN, _TURN, _POINTER, _INDEX],
     "await": [_POINTER, _INDEX, _TURN, _DOUBLE, _DOUBLE],
@@ -53,7 +53,7 @@ _ENTRIES: dict[str, list[Any]] = {
     "push": [_POINTER, _POINTER, _INDEX, _INDEX] + [_POINTER] * 6,
 }
 _FAMILIES: dict[str, dict[str, list[Any]]] = {"plane": _LOOPS, "row": _LOOPS, "exchange": _EXCHANGE}
-_FAMILIES |= {"dense": _DENSE, "entries": _ENTRIES, "rms": _ABSORB, "batch_norm": _ABSORB}
+_FAMILIES |= {"dense": _DENSE, "entries": _ENTRIES, "rms": _UPDATE_RUNNING, "batch_norm": _UPDATE_RUNNING}
 _RANK_RETURNED = ("exchange_await", "exchange_add")
 
 

@@ -37,7 +37,7 @@ def group_timeout(process_group: dist.ProcessGroup) -> timedelta:
 
 
 # docs/decisions.md#ranks-compare-through-the-first-rank
-def tell_and_collect(ranks: tuple[int, ...], text: str, timeout: timedelta, *, doing: str = START) -> list[str]:
+def all_gather_text(ranks: tuple[int, ...], text: str, timeout: timedelta, *, doing: str = START) -> list[str]:
     """Publish ``text`` and return every rank's text, in the order of ``ranks``. Collective; no tensors are sent.
 
     The first rank reads them one by one and publishes all of them, equal ones once: P ranks need 2 P reads of one
@@ -67,7 +67,7 @@ def connected(groups: list[tuple[int, ...]], timeout: timedelta) -> tuple[int, .
     all, and continues with the groups of the ranks that it finds.
 
     Raises:
-        RuntimeError: as ``tell_and_collect``.
+        RuntimeError: as ``all_gather_text``.
     """
     rooms = [_Room(ranks, START) for ranks in dict.fromkeys(groups)]
     text = json.dumps([[room.name, room.ranks] for room in rooms])

@@ -23,7 +23,7 @@ from typing import ClassVar
 from distnorm.kernels.native import library
 from distnorm.transport.direct import CAPACITY, SPIN_S, Declined, Direct, Turn, logger
 from distnorm.transport.patience import LOOK_S, Patience
-from distnorm.transport.rendezvous import tell_and_collect
+from distnorm.transport.rendezvous import all_gather_text
 
 LINE = 64  # bytes, as in exchange.c
 
@@ -47,7 +47,7 @@ class SharedMemory(Direct):
         place, size = self._place, len(self._ranks)
         self._compiled.exchange_post(
             *(self._segment, place, size, CAPACITY, turn.number, turn.who.number),
-            *(turn.wire.data_ptr(), turn.wire.numel()),
+            *(turn.payload.data_ptr(), turn.payload.numel()),
         )
 
     def posted(self, turn: Turn) -> bool:
@@ -113,11 +113,11 @@ def attempt(ranks: tuple[int, ...], rank: int, timeout: timedelta) -> SharedMemo
     """
     patience, place = Patience(timeout), ranks.index(rank)
 
-    def tell(what: str, doing: str) -> list[str]:
-        return tell_and_collect(ranks, what, patience.rest(), doing=doing)
+    def gather_text(what: str, doing: str) -> list[str]:
+        return all_gather_text(ranks, what, patience.rest(), doing=doing)
 
     compiled = library()
-    hosts = tell("" if compiled is None else host_id(), "say which host they are on")
+    hosts = gather_text("" if compiled is None else host_id(), "say which host they are on")
     if compiled is None or not all(hosts):
         without = [rank for rank, host in zip(ranks, hosts, strict=True) if not host]
         return Declined(f"ranks {without} have no compiled kernels, or no /proc that names their host", logging.INFO)
@@ -126,9 +126,9 @@ def attempt(ranks: tuple[int, ...], rank: int, timeout: timedelta) -> SharedMemo
         apart = " and ".join(map(str, on.values()))
         return Declined(f"ranks {apart} are on different hosts, or in containers of their own", logging.INFO)
     offered = _offer(segment_bytes(len(ranks))) if place == 0 else ""
-    path = tell(json.dumps(_path_of(offered)), "offer shared memory")[0]
+    path = gather_text(json.dumps(_path_of(offered)), "offer shared memory")[0]
     joined = _attach(offered, json.loads(path), ranks, place, timeout, compiled)
-    causes = tell("" if isinstance(joined, SharedMemory) else joined, "open shared memory")
+    causes = gather_text("" if isinstance(joined, SharedMemory) else joined, "open shared memory")
     if isinstance(joined, SharedMemory) and not any(causes):
         return joined
     return Declined.by_rank(ranks, causes)

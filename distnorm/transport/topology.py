@@ -16,7 +16,7 @@ from distnorm.transport.direct import Declined, Direct
 from distnorm.transport.group import Group, TorchGroup, backend_for
 from distnorm.transport.make_group import make_group
 from distnorm.transport.mpi import make_mpi_group
-from distnorm.transport.rendezvous import group_timeout, tell_and_collect
+from distnorm.transport.rendezvous import all_gather_text, group_timeout
 from distnorm.transport.schedule import schedule_of
 from distnorm.types import Transport
 
@@ -164,7 +164,7 @@ class Topology:
         # First what takes long and may fail on all ranks: a torch group could report only its own timeout.
         direct = None if background else self._direct(world, ranks, timeout)
         if direct is None:  # torch does not tell which ranks are missing, and does not react to signals while it waits
-            tell_and_collect(ranks, "", timeout, doing="make a process group")
+            all_gather_text(ranks, "", timeout, doing="make a process group")
         process_group = make_group(ranks, purpose, timeout)
         return TorchGroup(process_group, ranks, direct=direct, schedule=schedule_of(ranks, purpose, timeout))
 

@@ -1,4 +1,4 @@
-"""Finalize and apply, in one launch: shared sums become scale and shift, and running statistics absorb them.
+"""Finalize and apply, in one launch: shared sums become scale and shift, and update the running statistics.
 
 Every program works out scale and shift of its own channels, which costs less than a launch; the first of each channel
 keeps them for the backward pass and moves the running statistics. Nothing depends on a value that the host knows.
@@ -17,7 +17,7 @@ from distnorm.kernels.gpu import formulas
 from distnorm.kernels.gpu.tiles import channels, launch, operator, place, spread, tiles_of
 
 BLOCK = 128
-"""Channels that a program of ``absorb_kernel`` takes."""
+"""Channels that a program of ``update_running_kernel`` takes."""
 
 
 @operator("gpu_apply", mutates=("running",))
@@ -167,7 +167,7 @@ def apply_kernel(
             bad = formulas.misfits(shared, formulas.divisor(total), total, C, LIMIT, KINDS, BLOCK)
             fresh = fresh & (bad + 0 * c == 0)
             counts = counts & (bad == 0)
-        formulas.absorb(mean, square, count, running_mean, running_var, earlier, momentum, c, fresh, KINDS)
+        formulas.update_running(mean, square, count, running_mean, running_var, earlier, momentum, c, fresh, KINDS)
         tl.store(updates, tl.load(updates) + 1, mask=counts)
     middle = spread(tl.load(pivot + c, mask=here, other=0.0), PLANES)
     scale, shift = spread(scale.to(tl.float32), PLANES), spread(shift.to(tl.float32), PLANES)
@@ -188,32 +188,45 @@ def normalized(values, middle, scale, shift):
     return tl.fma(values - middle, scale, shift)
 
 
-@operator("gpu_absorb", mutates=("running",))
-def absorb(
+@operator("gpu_update_running", mutates=("running",))
+def update_running(
     means: Tensor,
     total: Tensor,
-    landed: Tensor,
+    completed: Tensor,
     running: Sequence[Tensor],
     earlier: Tensor | None,
     momentum: float | None,
     kinds: int,
     guarded: bool = False,
 ) -> None:
-    """Running statistics absorb ``means[kinds * C]`` over ``total`` values, where ``landed`` is not 0. One launch.
+    """Update running statistics with ``means[kinds * C]`` of ``total`` values, if ``completed`` is not 0. One launch.
 
     All float64; ``running``, ``earlier``, ``momentum`` and ``guarded`` as for ``apply``.
     """
     channels_ = running[1].numel()
     blocks = (triton.cdiv(channels_, BLOCK),)
     limit = _limit(running) if guarded else 0.0
-    launch(absorb_kernel, blocks, means, total, landed, *running, earlier, momentum, channels_, kinds, limit, BLOCK)
+    launch(
+        update_running_kernel,
+        blocks,
+        means,
+        total,
+        completed,
+        *running,
+        earlier,
+        momentum,
+        channels_,
+        kinds,
+        limit,
+        BLOCK,
+    )
 
 
-@torch.library.register_fake("distnorm::gpu_absorb")
+@torch.library.register_fake("distnorm::gpu_update_running")
 def _(
     means: Tensor,
     total: Tensor,
-    landed: Tensor,
+    completed: Tensor,
     running: Sequence[Tensor],
     earlier: Tensor | None,
     momentum: float | None,
@@ -224,10 +237,10 @@ def _(
 
 
 @triton.jit
-def absorb_kernel(
+def update_running_kernel(
     means,
     total,
-    landed,
+    completed,
     running_mean,
     running_var,
     updates,
@@ -238,17 +251,17 @@ def absorb_kernel(
     LIMIT: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """``formulas.absorb`` of means that came by themselves."""
+    """Call ``formulas.update_running`` with means that no forward has computed."""
     c = tl.program_id(0) * COLS + tl.arange(0, COLS)
     here = c < C
     mean = tl.load(means + c, mask=here, other=0.0)
     square = tl.load(means + (KINDS - 1) * C + c, mask=here, other=0.0)
     count = tl.load(total + 0 * c)
-    fresh = here & (count > 1) & (tl.load(landed + 0 * c) > 0)
-    counts = (tl.program_id(0) == 0) & (tl.load(total) > 1) & (tl.load(landed) > 0)
+    fresh = here & (count > 1) & (tl.load(completed + 0 * c) > 0)
+    counts = (tl.program_id(0) == 0) & (tl.load(total) > 1) & (tl.load(completed) > 0)
     if LIMIT > 0:
         bad = formulas.misfits(means, 1.0 + 0.0 * count, count, C, LIMIT, KINDS, COLS)
         fresh = fresh & (bad + 0 * c == 0)
         counts = counts & (bad == 0)
-    formulas.absorb(mean, square, count, running_mean, running_var, earlier, momentum, c, fresh, KINDS)
+    formulas.update_running(mean, square, count, running_mean, running_var, earlier, momentum, c, fresh, KINDS)
     tl.store(updates, tl.load(updates) + 1, mask=counts)

@@ -1,8 +1,8 @@
 """Slots of a step under a policy that remembers earlier steps: csrc/entries.c once more, in float64.
 
-No program reads what another one writes. What all read (the newest values, their weight, the loss scale, what has
-landed) nobody writes; of the outbox, the output and the ring every lane reads and writes its own elements; one lane of
-the first program adds to a slot's weight.
+No program reads what another one writes. What all programs read is constant: the newest values, their weight, the loss
+scale and the completed entries. In the outbox, the output and the ring every lane reads and writes its own elements.
+One lane of the first program adds to a slot's weight.
 
 Launches: 1 per layer and direction, and 1 at a step's end for all layers.
 """
@@ -40,15 +40,15 @@ def window(
 ) -> Tensor:
     """Add ``newest / loss scale`` to a slot of this step; return what the layer goes on with. One launch.
 
-    That is loss scale * ``weight`` * mean of the slot's landed entries and the newest, if it has any weight.
+    That is loss scale * ``weight`` * mean of the slot's completed entries and the newest, if it has any weight.
 
     Args:
         newest: the slot's values, or more; float64 like all but the loss scale and ``filled``.
         weight: what they are the sum of, a scalar; None for 1.
         scale_at: the loss scale, a scalar of any dtype; None for ``scale``.
         scale: see there.
-        sums: of the landed entries, for all slots.
-        filled: how many landed, per slot, int64.
+        sums: of the completed entries, for all slots.
+        filled: how many completed, per slot, int64.
         outbox: values of all slots, and then their weights.
         start: where the slot's values begin there, and in ``sums``.
         count: how many they are.
@@ -183,7 +183,7 @@ def push(
     sums: Tensor,
     dropped: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Let a landed ``vector`` become the newest entry of the ring, slot by slot. One launch.
+    """Let a completed ``vector`` become the newest entry of the ring, slot by slot. One launch.
 
     Slots without weight, and those with values that are not finite, keep their entries.
 

@@ -8,12 +8,12 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from distnorm.kernels.arithmetic import Formula
-from distnorm.kernels.gpu.apply import absorb, apply
+from distnorm.kernels.gpu.apply import apply, update_running
 from distnorm.kernels.gpu.combine import combine
 from distnorm.kernels.gpu.cosums import BY_INPUT, BY_OUTPUT, UNMASKED, cosums
 from distnorm.kernels.gpu.moments import moments
 from distnorm.kernels.gpu.tiles import dense, like
-from distnorm.types import Epilogue, Landed, Running
+from distnorm.types import Epilogue, GlobalStatistics, Running
 
 
 class GpuPass:
@@ -25,12 +25,12 @@ class GpuPass:
 
     def sums(self, x_NCL: Tensor) -> Tensor:
         """What the method shares: local sums and their count, float64 ``[K C + 1]``."""
-        wire: Tensor
-        wire, self._pivot_C = moments(dense(x_NCL))
-        return wire[(2 - self._formula.kinds) * x_NCL.shape[1] :]
+        payload: Tensor
+        payload, self._pivot_C = moments(dense(x_NCL))
+        return payload[(2 - self._formula.kinds) * x_NCL.shape[1] :]
 
-    def absorbs(self, running: Running) -> bool:
-        """Whether ``normalize`` can let ``running`` statistics absorb."""
+    def can_update(self, running: Running) -> bool:
+        """Return whether ``normalize`` can update the ``running`` statistics."""
         return running.is_whole
 
     def normalize(
@@ -42,7 +42,7 @@ class GpuPass:
         epilogue: Epilogue,
         running: Running | None,
     ) -> Tensor:
-        """The output, by ``shared`` sums and their count; ``running`` statistics absorb these, if given."""
+        """Return the output for ``shared`` sums and their count; these update the ``running`` statistics, if given."""
         formula, x_NCL = self._formula, dense(x_NCL)
         shared = shared.contiguous()
         self._count, self._mask = shared[-1], _mask(epilogue)
@@ -89,11 +89,11 @@ def _mask(epilogue: Epilogue) -> int:
     return BY_INPUT if epilogue.residual_NCL is None else BY_OUTPUT
 
 
-def absorb_means(formula: Formula, landed: Landed, running: Running) -> None:
-    """Let ``running`` statistics absorb what ``landed`` at a step's end, if anything did."""
+def update_from_means(formula: Formula, statistics: GlobalStatistics, running: Running) -> None:
+    """Update ``running`` with the ``statistics`` that completed at a step's end, if their weight is not 0."""
     buffers, earlier, momentum = _arguments(running)
-    given = landed.means.contiguous(), landed.total, landed.weight
-    absorb(*given, buffers, earlier, momentum, formula.kinds, running.guarded)
+    given = statistics.means.contiguous(), statistics.total, statistics.weight
+    update_running(*given, buffers, earlier, momentum, formula.kinds, running.guarded)
     increment_version(buffers)
 
 
