@@ -35,8 +35,8 @@ def repeating() -> bool:
     """Return whether the current forward repeats an earlier one to compute its gradients.
 
     Checkpoints do this inside a Function's backward (``torch.utils.checkpoint`` if reentrant, and others), or when a
-    saved tensor is unpacked. A forward that a hook of the backward pass runs is a new one. The call stack tells them
-    apart, since the values may be equal. Unpacking is recognized by the function's name, which must contain "unpack".
+    saved tensor is unpacked. A forward that a hook of the backward pass runs is a new one. The call stack distinguishes
+    them, since the values may be equal. Unpacking is recognized by the function's name, which must contain "unpack".
     """
     return torch._C._current_graph_task_id() != NO_BACKWARD and any(
         code is _FUNCTION or "unpack" in code.co_name for code in _called_by_engine()

@@ -1,8 +1,8 @@
 """Which dispatch modes and transforms are active: they decide whether kernels may access tensors by address.
 
 The only user of torch's private counts of dispatch modes and of functorch levels, of the level of forward-mode
-differentiation, of what tells wrapped tensors and traces, of the global module hooks, of the flag of ``torch.export``,
-and of the context managers that disable modes and transforms (torch 2.13; see tests/test_private_apis.py).
+differentiation, of the tests for wrapped tensors and traces, of the global module hooks, of the flag of
+``torch.export``, and of the context managers that disable modes and transforms (torch 2.13; see tests/test_private_apis.py).
 """
 
 from __future__ import annotations

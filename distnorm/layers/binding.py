@@ -51,10 +51,10 @@ class Binding:
         return world is None if self._world is None else self._world() is world is not None
 
     def gather_text(self, text: str) -> list[str]:
-        """Return what every rank told, in order. Collective over the ranks; no tensors are sent.
+        """Return every rank's text, in order. Collective over the ranks; no tensors are sent.
 
         Raises:
-            RuntimeError: some ranks told nothing within the timeout; the message names them.
+            RuntimeError: some ranks sent nothing within the timeout; the message names them.
         """
         timeout = self.topology.timeout
         return [text] if timeout is None else all_gather_text(self.topology.ranks, text, timeout)
@@ -106,7 +106,7 @@ class Binding:
 
     # docs/decisions.md#calls-of-one-layer-share-one-window
     def note_use(self, layer: str) -> None:
-        """Warn of a second forward of ``layer`` in one step, which a window cannot tell from a missed end of step."""
+        """Warn of a second forward of ``layer`` in one step; a window cannot distinguish it from a missed end of step."""
         if layer in self._used and not self._warned and self.conversion.ends_with_backward:
             self._warned = True
             if self.conversion.facts.keeps_cotangents:

@@ -106,7 +106,7 @@ class DistNorm(_BatchNorm):
         method, share = self.recipe.method, self._exchange(input, plain)
         transformed = not torch.compiler.is_compiling() and in_transform()
         if transformed and isinstance(share, KeepLocal) and isinstance(method, BatchNorm):
-            return _BatchNorm.forward(self, input)  # torch's own: nobody else knows its rules under transforms
+            return _BatchNorm.forward(self, input)  # torch's own, which has the rules for transforms
         y = method.normalize(input, share, affine)
         if running is not None:
             self._update_running(share, running)
@@ -155,7 +155,7 @@ class DistNorm(_BatchNorm):
 
     def _evaluate_scripted(self, input: Tensor) -> Tensor:
         if self.training:
-            raise RuntimeError(f"{self._place}: scripted from evaluation, where nothing is shared; call eval().")
+            raise RuntimeError(f"{self._place}: it was scripted in evaluation and cannot train; call eval().")
         mean_C, var_C = self.running_mean, self.running_var
         dtype = input.dtype if mean_C is None else mean_C.dtype
         weight_C = None if self.weight is None else self.weight.to(dtype)
@@ -170,7 +170,7 @@ class DistNorm(_BatchNorm):
             )
         if self.running_mean is None and not isinstance(self.recipe.method, BatchNorm):
             raise RuntimeError(
-                f"{self._place}: without running statistics torch.jit.script knows those of batch norm; this is "
+                f"{self._place}: without running statistics torch.jit.script supports batch norm only; this is "
                 f"{self.recipe.method}."
             )
         return self

@@ -229,7 +229,7 @@ def die_in_handshake(rank: int) -> float:
             patch.setattr(sockets, "Handshake", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
             sockets.join((0, 1, 2), rank, timedelta(seconds=4))
     started = time.monotonic()
-    with pytest.raises(RuntimeError, match=r"for ranks \[1\] to connect. They were there before"):
+    with pytest.raises(RuntimeError, match=r"for ranks \[1\] to connect. They took part before"):
         sockets.join((0, 1, 2), rank, timedelta(seconds=4))
     return time.monotonic() - started
 

@@ -1,4 +1,4 @@
-"""Local moments: sums of x and of its squares with their count, in float64, and the mean that loops centre about.
+"""Local moments: sums of x and of its squares with their count, in float64, and the mean, about which loops centre.
 
 Two levels. A program takes the mean of its first tile as its pivot, sums (x - pivot) and (x - pivot)^2 in float32, lane
 by lane, and turns these into sums about 0 in float64; those are added up over programs. With p the mean of one of T
@@ -24,7 +24,7 @@ from distnorm.kernels.gpu.tiles import (
 )
 
 MERGE_ROWS, MERGE_COLUMNS = 32, 32
-"""What a program that adds up takes at once: splits, channels."""
+"""Splits and channels per block of the merging kernel."""
 
 
 @operator("gpu_moments")
