@@ -2,7 +2,8 @@
 
 The only user of torch's private counts of dispatch modes and of functorch levels, of the level of forward-mode
 differentiation, of the tests for wrapped tensors and traces, of the global module hooks, of the flag of
-``torch.export``, and of the context managers that disable modes and transforms (torch 2.13; see tests/test_private_apis.py).
+``torch.export``, and of the context managers that disable modes and transforms (torch 2.13; see
+tests/test_private_apis.py).
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ Check = Callable[[ctypes.CDLL], None]
 
 # docs/decisions.md#c-code-is-compiled-on-first-use
 def load(sources: Sequence[Path], headers: Sequence[Path], flags: Sequence[str], check: Check) -> ctypes.CDLL:
-    """Return the library of ``sources``, from the cache or compiled. If it cannot be cached, warn, use a temporary folder.
+    """Return the library of ``sources``, cached or compiled; if it cannot be cached, warn and use a temporary folder.
 
     Raises:
         OSError: there is no compiler, or the compiled file cannot be loaded.

@@ -106,7 +106,7 @@ class Binding:
 
     # docs/decisions.md#calls-of-one-layer-share-one-window
     def note_use(self, layer: str) -> None:
-        """Warn of a second forward of ``layer`` in one step; a window cannot distinguish it from a missed end of step."""
+        """Warn of a second forward of ``layer`` in one step: to a window, it looks like a missed end of a step."""
         if layer in self._used and not self._warned and self.conversion.ends_with_backward:
             self._warned = True
             if self.conversion.facts.keeps_cotangents:
