@@ -72,7 +72,7 @@ void dense_normalize(head_t *head, const float *x, const float *residual, float 
     LOOPS[h.rows].apply(x, residual, y, m.pivot, m.scale, m.shift, relu, h.N, h.C, h.L, h.threads);
 }
 
-/* Cotangents of what was shared, and the parameters' gradients. Behind a relu the output's sign is formed anew from x,
+/* Cotangents of what was shared, and the parameters' gradients. With a relu the output's sign is recomputed from x,
    or read from y, which gives dz, too. */
 void dense_pull(head_t *head, const float *dy, const float *x, const float *y, float *dz, const float *weight,
                 double *cotangents, float *weight_grad, float *bias_grad)
@@ -84,7 +84,7 @@ void dense_pull(head_t *head, const float *dy, const float *x, const float *y, f
     FORMULAS[h.formula].pull(m.cosums, m.means, m.factor, m.pivot, weight, h.C, cotangents, weight_grad, bias_grad);
 }
 
-/* The input's gradient, by shared cotangents. */
+/* The gradient of the input, from shared cotangents. */
 void dense_combine(head_t *head, const float *dz, const float *x, float *dx, const double *cotangents)
 {
     head_t h = *head;

@@ -17,7 +17,7 @@ from distnorm.kernels.gpu import formulas
 from distnorm.kernels.gpu.tiles import channels, launch, operator, place, spread, tiles_of
 
 BLOCK = 128
-"""Channels that a program of ``update_running_kernel`` takes."""
+"""Channels per program of ``update_running_kernel``."""
 
 
 @operator("gpu_apply", mutates=("running",))

@@ -15,7 +15,7 @@ from torch import Tensor
 from distnorm.kernels.gpu.tiles import launch, operator
 
 BLOCK = 256
-"""Values that a program takes at once."""
+"""Values per block."""
 
 # Slots start at any offset; one compiled variant handles all.
 _ANY = {
@@ -97,7 +97,7 @@ def window_kernel(
     COUNTED: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """A program takes COLS values of the slot."""
+    """A program handles COLS values of the slot."""
     lane = tl.arange(0, COLS)
     i = tl.program_id(0) * COLS + lane
     here, first = i < count, i == 0
@@ -163,7 +163,7 @@ def mix_kernel(
     values,
     COLS: tl.constexpr,
 ):
-    """A program takes COLS values of the slot."""
+    """A program handles COLS values of the slot."""
     lane = tl.arange(0, COLS)
     i = tl.program_id(0) * COLS + lane
     here, factor = i < count, spread_scalar(scale_at, scale, lane)
@@ -240,7 +240,7 @@ def push_kernel(
     depth,
     COLS: tl.constexpr,
 ):
-    """A program takes a slot: first it looks for values that are not finite, then it writes."""
+    """A program handles one slot: it looks for values that are not finite, then writes."""
     lane = tl.arange(0, COLS)
     slot, first = tl.program_id(0) + 0 * lane, lane == 0
     start, end = tl.load(starts + tl.program_id(0)), tl.load(starts + tl.program_id(0) + 1)

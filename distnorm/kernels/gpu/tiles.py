@@ -3,8 +3,8 @@
 Two layouts. Planes: images [N, C, L], contiguous; a program works on one channel, a tile is ROWS samples by COLS
 positions. Rows: [N L, C], channels last; a program works on COLS channels, a tile is ROWS rows of them.
 
-The grid is (channels, splits): program (i, j) takes the tiles j, j + splits, ... of its channels. Positions come as
-``L * VEC`` with a constant VEC, so that the compiler knows how far they are aligned and loads vectors.
+The grid is (channels, splits): program (i, j) handles the tiles j, j + splits, ... of its channels. Positions come as
+``L * VEC`` with a constant VEC, so that the compiler can infer their alignment and load vectors.
 """
 
 import math
@@ -27,10 +27,10 @@ PROGRAMS = 1024
 """Programs that occupy a large GPU: 8 on each of its multiprocessors."""
 
 LONGEST = 64
-"""Tiles that one program takes, unless the grid ends: its float32 sums are as long in each lane."""
+"""Tiles per program, unless the grid is at its limit: the number of values in each lane's float32 sums."""
 
 SPLITS = 65535
-"""Programs that a grid has along its second dimension at most, by CUDA; a program takes more tiles then."""
+"""CUDA's limit of a grid's second dimension; beyond it, a program handles more tiles."""
 
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
