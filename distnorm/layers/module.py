@@ -155,7 +155,7 @@ class DistNorm(_BatchNorm):
 
     def _evaluate_scripted(self, input: Tensor) -> Tensor:
         if self.training:
-            raise RuntimeError(f"{self._place}: it was scripted in evaluation and cannot train; call eval().")
+            raise RuntimeError(f"{self._place}: scripted in evaluation, so it cannot train; call eval().")
         mean_C, var_C = self.running_mean, self.running_var
         dtype = input.dtype if mean_C is None else mean_C.dtype
         weight_C = None if self.weight is None else self.weight.to(dtype)

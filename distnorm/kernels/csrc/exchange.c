@@ -1,8 +1,9 @@
 /* Sums of float64 vectors among processes of one host, through memory that they share.
 
    The segment: per rank a cache line with its turn, and how long its vectors are and whose; then two vectors per rank,
-   used by turns. A rank writes its vector of a turn, then the turn; after reading that turn, others may read the vector. Writing turn t overwrites
-   turn t - 2, which nobody reads any more: a rank starts t after it has seen all others at t - 1, so they have finished t - 2. */
+   used by turns. A rank writes its vector of a turn, then the turn; after reading that turn, others may read the
+   vector. Writing turn t overwrites turn t - 2, which nobody reads any more: a rank starts t after it has seen all
+   others at t - 1, so they have finished t - 2. */
 
 #include <sched.h>
 #include <stddef.h>
