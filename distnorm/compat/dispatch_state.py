@@ -1,8 +1,8 @@
 """Which dispatch modes and transforms are active: they decide whether kernels may access tensors by address.
 
 The only user of torch's private counts of dispatch modes and of functorch levels, of the level of forward-mode
-differentiation, of what tells wrapped tensors and traces, of the hooks on all modules and on all saved tensors, of the
-flag of ``torch.export``, and of the context managers that disable modes and transforms (torch 2.13; see
+differentiation, of the tests for wrapped tensors and traces, of the hooks on all modules and on all saved tensors, of
+the flag of ``torch.export``, and of the context managers that disable modes and transforms (torch 2.13; see
 tests/test_private_apis.py).
 """
 
@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 
 # docs/decisions.md#transforms-see-only-what-is-not-shared
-def transforming() -> bool:
+def in_transform() -> bool:
     """Return whether functorch, forward-mode differentiation or ``torch.jit.trace`` replaces or records tensors."""
     differentiating = torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
     return differentiating or torch._C._is_tracing()
@@ -34,13 +34,13 @@ def exporting() -> bool:
     return torch.compiler._is_exporting_flag
 
 
-def watched() -> bool:
+def has_dispatch_mode() -> bool:
     """Return whether a dispatch mode is active: fake tensors, selective checkpoints, tracing, counting."""
     return torch._C._len_torch_dispatch_stack() > 0
 
 
 @contextmanager
-def unseen() -> Iterator[None]:
+def modes_disabled() -> Iterator[None]:
     """Disable modes and transforms in this context, for work that is not part of the model, on tensors that persist."""
     with _disable_current_modes(), temporarily_clear_interpreter_stack(), torch.inference_mode(False):
         yield
@@ -54,7 +54,7 @@ def is_batch(gradient: Tensor) -> bool:
 # docs/decisions.md#kernels-take-plain-tensors-only
 def are_plain(*tensors: Tensor | None) -> bool:
     """Return whether kernels may access ``tensors`` by address: plain strided tensors, and no mode or transform."""
-    if watched() or transforming():
+    if has_dispatch_mode() or in_transform():
         return False
     for each in tensors:
         if each is not None and not (type(each) in _OWN and _is_plain(each)):
