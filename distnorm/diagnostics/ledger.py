@@ -10,6 +10,7 @@ from torch import nn
 
 from distnorm.attach import conversions_of
 from distnorm.layers.module import DistNorm
+from distnorm.preconditioning.handle import preconditioners_of
 from distnorm.types import Slot
 
 
@@ -36,8 +37,9 @@ class Ledger:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        """Watch the converted layers of ``model``."""
-        self._conversions = conversions_of(model) if any(isinstance(each, DistNorm) for each in model.modules()) else []
+        """Watch the converted layers of ``model``, and what preconditions it."""
+        converted = any(isinstance(each, DistNorm) for each in model.modules())
+        self._observed = [*(conversions_of(model) if converted else []), *preconditioners_of(model)]
         self.total = Tally()
         self.layers: defaultdict[str, Tally] = defaultdict(Tally)
         self.steps: defaultdict[int, Tally] = defaultdict(Tally)
@@ -59,16 +61,16 @@ class Ledger:
 
     def __enter__(self) -> Ledger:
         """Start counting."""
-        for conversion in self._conversions:
-            conversion.observers.append(self)
+        for each in self._observed:
+            each.observers.append(self)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Stop counting."""
-        for conversion in self._conversions:
-            conversion.observers.remove(self)
+        for each in self._observed:
+            each.observers.remove(self)
 
     def __str__(self) -> str:
         """Format a table with one row per layer."""
