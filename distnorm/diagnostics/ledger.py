@@ -9,8 +9,9 @@ from types import TracebackType
 from torch import nn
 
 from distnorm.attach import conversions_of
+from distnorm.layers.conversion import Conversion
 from distnorm.layers.module import DistNorm
-from distnorm.preconditioning.handle import preconditioners_of
+from distnorm.preconditioning.handle import Preconditioner, preconditioners_of
 from distnorm.types import Slot
 
 
@@ -39,7 +40,8 @@ class Ledger:
     def __init__(self, model: nn.Module) -> None:
         """Watch the converted layers of ``model``, and what preconditions it."""
         converted = any(isinstance(each, DistNorm) for each in model.modules())
-        self._observed = [*(conversions_of(model) if converted else []), *preconditioners_of(model)]
+        conversions = conversions_of(model) if converted else []
+        self._observed: list[Conversion | Preconditioner] = [*conversions, *preconditioners_of(model)]
         self.total = Tally()
         self.layers: defaultdict[str, Tally] = defaultdict(Tally)
         self.steps: defaultdict[int, Tally] = defaultdict(Tally)

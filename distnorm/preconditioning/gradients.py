@@ -14,7 +14,7 @@ def precondition_(weight: Tensor, bias: Tensor, moments: Moments, groups: int, d
     They stay as they are where ``moments`` has seen nothing.
     """
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    seen = moments.count > 0
+    seen = moments.values > 0
     damped_C = torch.where(seen, moments.var_C + damping * moments.var_C.max() + eps, 1.0)
     # One row per group, output channel of it, input channel of it, and place in the kernel.
     mean, damped = (each.to(weight.device, dtype).view(groups, 1, -1, 1) for each in (moments.mean_C * seen, damped_C))
@@ -29,6 +29,6 @@ def precondition_(weight: Tensor, bias: Tensor, moments: Moments, groups: int, d
 def scale_(weight: Tensor, bias: Tensor, moments: Moments) -> None:
     """Multiply both gradients by ``1 / q^2 = min(N / fan_in, 1)``, N the values per channel; by 1 if there are none."""
     fan_in = weight[0].numel()
-    factor = torch.where(moments.count > 0, (moments.count / fan_in).clamp_max(1), 1.0)
+    factor = torch.where(moments.values > 0, (moments.values / fan_in).clamp_max(1), 1.0)
     for each in (weight, bias):
         each.mul_(factor.to(each.device, torch.promote_types(each.dtype, torch.float32)))

@@ -67,7 +67,7 @@ class Preconditioner:
         for handle in self._handles:
             handle.remove()
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _saw(self, number: int, x: Tensor, output: Tensor) -> None:
         """Count the input of a layer, unless this is a recomputation or no backward pass can follow."""
         if output.requires_grad:

@@ -14,14 +14,14 @@ from torch import Tensor
 
 
 class Moments(NamedTuple):
-    """Running statistics of one layer's input; ``count`` is the number of values per channel in the last step.
+    """Running statistics of one layer's input; ``values`` is their number per channel in the last step.
 
-    A ``count`` of 0 says that nothing was seen yet.
+    0 ``values`` say that nothing was seen yet.
     """
 
     mean_C: Tensor
     var_C: Tensor
-    count: Tensor
+    values: Tensor
 
 
 class Statistics:

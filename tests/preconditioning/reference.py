@@ -13,7 +13,7 @@ OPTIONS = {"damping": DAMPING, "eps": EPS, "momentum": MOMENTUM}
 
 
 def matrix(mean: Tensor, var: Tensor, places: int) -> Tensor:
-    """P = U D for one output: a bias, and a weight for each channel of ``mean`` and each of ``places`` in the kernel."""
+    """P = U D for one output: a bias, then a weight for each channel of ``mean`` and each place in the kernel."""
     size = 1 + len(mean) * places
     U, D = torch.eye(size, dtype=torch.float64), torch.eye(size, dtype=torch.float64)
     for channel in range(len(mean)):
@@ -98,7 +98,9 @@ def train(steps: Sequence[int], size: int = 6) -> dict[str, Tensor]:
         loss = (out - y).square().sum() / size
         inputs = {"first": channels_last(x, 2), "second": channels_last(h1, 2), "head": h2}
         parameters = list(net.parameters())
-        gradients = dict(zip((name for name, _ in net.named_parameters()), torch.autograd.grad(loss, parameters)))
+        gradients = dict(
+            zip((name for name, _ in net.named_parameters()), torch.autograd.grad(loss, parameters), strict=True)
+        )
         with torch.no_grad():
             for name, rows in inputs.items():
                 layer = net.get_submodule(name)

@@ -107,7 +107,7 @@ def test_a_small_variance_at_a_large_mean(dtype: torch.dtype) -> None:
 
 
 def test_it_helps_where_inputs_are_badly_scaled() -> None:
-    """A net of two linear layers, inputs with a mean and scales of 0.1 to 10: plain SGD at its best rate stays behind."""
+    """Two linear layers, inputs with a mean and scales of 0.1 to 10: plain SGD at its best rate stays behind."""
 
     def final(preconditioned: bool, rate: float) -> float:
         torch.manual_seed(0)
