@@ -15,7 +15,7 @@ from distnorm.autograd.engine import backward_may_follow, repeating
 from distnorm.compat.at_once import put
 from distnorm.compat.dispatch_state import unseen
 from distnorm.preconditioning.statistics import Statistics
-from distnorm.preconditioning.targets import Target
+from distnorm.preconditioning.targets import Target, stepped_by
 from distnorm.transport import Group
 from distnorm.transport.topology import current_world
 from distnorm.types import EVERY_LAYER, Future, Observer, Slot
@@ -124,6 +124,7 @@ class Preconditioner:
         self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Precondition the gradients before the step, or after the closure that computes them within it."""
+        self._check_steps(optimizer)
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is None:
             self._precondition()
@@ -137,6 +138,16 @@ class Preconditioner:
         if len(args) > 1:
             return (args[0], preconditioned, *args[2:]), kwargs
         return args, {**kwargs, "closure": preconditioned}
+
+    def _check_steps(self, optimizer: torch.optim.Optimizer) -> None:
+        stepped = stepped_by(optimizer)
+        lost = [target.name for target in self._targets if not {*map(id, target.parameters)} <= stepped]
+        if lost:
+            raise RuntimeError(
+                f"distnorm.precondition: {type(optimizer).__name__} does not step the parameters of {lost} any more. "
+                "Engines that step flat or sharded copies of them (DeepSpeed, FSDP) cannot be combined with it; if "
+                "parameters were replaced or taken from the optimizer, call remove() and precondition again."
+            )
 
     @torch.no_grad()
     def _precondition(self) -> None:

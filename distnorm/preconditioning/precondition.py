@@ -40,7 +40,8 @@ def precondition(
 
     Args:
         model: the model, wrapped in DistributedDataParallel or not. It is not changed.
-        optimizer: steps parameters of the model. Gradients must be those of the joined batch when it steps.
+        optimizer: steps parameters of the model, on gradients of the joined batch. Of a wrapper that holds another one
+            as ``optimizer``, that one.
         where: which layers: a function of name and layer, or glob patterns of names. Leave out layers that a norm
             follows. None: all layers that can be preconditioned.
         process_group: the data-parallel ranks, if they are not the whole job.
@@ -59,6 +60,8 @@ def precondition(
     """
     options = {"momentum": momentum, "damping": damping, "eps": eps, "scaling": scaling}
     check("precondition", hints_of(precondition), {"model": model, "optimizer": optimizer, **options})
+    while isinstance(wrapped := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+        optimizer = wrapped  # Accelerate's wrapper, for one, takes no hooks
     if isinstance(optimizer, torch.optim.LBFGS):
         raise ValueError("precondition(optimizer=LBFGS): its line search needs true gradients. Use another optimizer.")
     targets, left_out = select(model, optimizer, where)

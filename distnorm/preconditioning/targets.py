@@ -48,6 +48,11 @@ class Target(NamedTuple):
         return f"{self.name}: {type(self.modules[0]).__name__} {list(weight.shape)}, groups={self.groups}"
 
 
+def stepped_by(optimizer: torch.optim.Optimizer) -> set[int]:
+    """Return the ids of the parameters that ``optimizer`` steps."""
+    return {id(each) for group in optimizer.param_groups for each in group["params"]}
+
+
 def select(
     model: nn.Module, optimizer: torch.optim.Optimizer, where: Where | None
 ) -> tuple[list[Target], dict[str, str]]:
@@ -56,7 +61,7 @@ def select(
     Raises:
         ValueError: a lazy layer is not initialized, ``where`` selects nothing, or no layer remains.
     """
-    stepped = {id(each) for group in optimizer.param_groups for each in group["params"]}
+    stepped = stepped_by(optimizer)
     holders: Holders = defaultdict(list)
     for module in model.modules():
         for parameter in module._parameters.values():

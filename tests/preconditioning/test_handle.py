@@ -356,6 +356,31 @@ def test_bad_models_and_optimizers() -> None:
         distnorm.precondition(net, 0.1)
 
 
+def test_an_engine_that_steps_flat_copies_is_refused() -> None:
+    net, optimizer, _ = start()
+    flat = nn.Parameter(torch.cat([each.detach().reshape(-1) for each in net.parameters()]))
+    optimizer.param_groups[0]["params"] = [flat]
+    loss_of(net, *batch(0)).backward()
+    with pytest.raises(RuntimeError, match=r"SGD does not step the parameters of \['first', 'second', 'head'\]"):
+        optimizer.step()
+
+
+def test_a_wrapper_of_accelerate_is_looked_through() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
+    net = Net()
+    net, optimizer = accelerator.prepare(net, torch.optim.SGD(net.parameters(), lr=RATE))
+    distnorm.precondition(net, optimizer, **reference.OPTIONS)
+    for at in range(3):
+        x, y = batch(at)
+        for part_x, part_y in zip(x.chunk(2), y.chunk(2), strict=True):
+            with accelerator.accumulate(net):
+                accelerator.backward(2 * loss_of(net, part_x, part_y) / len(x))
+                optimizer.step()
+                optimizer.zero_grad()
+    torch.testing.assert_close(parameters(net), reference.train(range(3)))
+
+
 def test_bad_states() -> None:
     _, _, handle = start()
     state = handle.state_dict()
