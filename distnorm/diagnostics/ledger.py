@@ -33,8 +33,9 @@ class Ledger:
             train_one_epoch(model)
         print(ledger)
 
-    ``total`` is the sum, ``layers`` splits it by layer name and ``steps`` by training step. Payload is the vector that
-    is summed, without the overhead of a transport. Issues no collective. Counts nothing for layers on one rank.
+    They are those of converted layers, and of ``distnorm.precondition`` if it was called before. ``total`` is the sum,
+    ``layers`` splits it by layer name and ``steps`` by training step. Payload is the vector that is summed, without the
+    overhead of a transport. Issues no collective. Counts nothing for layers on one rank.
     """
 
     def __init__(self, model: nn.Module) -> None:
