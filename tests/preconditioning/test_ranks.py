@@ -155,7 +155,7 @@ def ending_early(rank: int) -> None:
 
 
 def test_a_rank_that_ends_early_is_named(pool: Pool) -> None:
-    error, done = pool.run_all(2, ending_early, group_timeout=2.0)
+    error, done = pool.run_all(2, ending_early, group_timeout=5.0)
     assert done is None
     assert "sums of layer inputs of step 1 among ranks [0, 1] did not arrive" in str(error)
 
