@@ -20,6 +20,7 @@ from distnorm.autograd import normalize
 from distnorm.autograd.engine import backward_may_follow
 from distnorm.autograd.share import KeepLocal
 from distnorm.compat.dispatch_state import are_own, are_plain, exporting, is_fake, transforming
+from distnorm.kernels import stock
 from distnorm.kernels.absorbing import absorb_shared
 from distnorm.layers import checks, overlap
 from distnorm.layers.line import NOW, Line
@@ -96,9 +97,15 @@ class DistNorm(_BatchNorm):
         if method is None or not normalize.suits(method, input):
             return _finish(self._train_plainly(input, affine, tracked, plain), residual, relu, widen)
         fits = residual is None or _fits(residual, input)
-        epilogue = Epilogue(residual, relu) if fits else normalize.NO_EPILOGUE
-        between = overlap.arrangement(self, input) if site.conversion.recipe.overlap else None
-        y = normalize.normalize(method, input, self._exchange(input, True), affine, between, tracked, epilogue)
+        plainly = residual is None and not relu
+        epilogue = normalize.NO_EPILOGUE if plainly or not fits else Epilogue(residual, relu)
+        exchange = self._exchange(input, True)
+        alone = epilogue is normalize.NO_EPILOGUE and isinstance(exchange, KeepLocal)
+        if alone and stock.suits(method, input, affine, running):
+            y = stock.batch_norm(input, affine, running, updates=tracked is not None and exchange.lands())
+        else:
+            between = overlap.arrangement(self, input) if site.conversion.recipe.overlap else None
+            y = normalize.normalize(method, input, exchange, affine, between, tracked, epilogue)
         return y if fits else _finish(y, residual, relu, widen)
 
     def _train_plainly(self, input: Tensor, affine: Affine, running: Running | None, plain: bool) -> Tensor:
