@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from distnorm.autograd.engine import backward_may_follow, repeating
-from distnorm.compat.at_once import put
-from distnorm.compat.dispatch_state import unseen
+from distnorm.compat.dispatch_state import modes_disabled
+from distnorm.compat.uninterrupted import put
 from distnorm.preconditioning.statistics import Statistics
 from distnorm.preconditioning.targets import Target, stepped_by
 from distnorm.transport import Group
@@ -77,7 +77,7 @@ class Preconditioner:
             if not self._fresh and all(target.parameters[0].grad is None for target in self._targets):
                 self._passes = 0  # gradients were cleared without a step: a loss scaler skipped it
             self._fresh = True
-            with unseen(), torch.no_grad():  # hidden from modes: not part of the forward
+            with modes_disabled(), torch.no_grad():  # hidden from modes: not part of the forward
                 self.statistics.add(number, x.detach(), weight.dim() - 2)
 
     # docs/decisions.md#when-sums-of-layer-inputs-leave
@@ -86,7 +86,7 @@ class Preconditioner:
             self._fresh = False
             self._passes += 1
             if self._passes == self._longest and self._in_flight is None:
-                with unseen(), torch.no_grad():
+                with modes_disabled(), torch.no_grad():
                     self._start()
 
     def _start(self) -> None:
@@ -155,7 +155,7 @@ class Preconditioner:
             self._start()
         total = self._wait()
         assert total is not None, "it was started"
-        self.statistics.absorb(total)
+        self.statistics.update(total)
         self._in_flight = None
         self._longest, self._passes = max(self._longest, self._passes), 0
         self._step += 1

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from distnorm.layers.agreement import ranks_of
 from distnorm.transport import Group, TorchGroup, check_group
 from distnorm.transport.make_group import make_group
-from distnorm.transport.rendezvous import group_timeout, tell_and_collect
+from distnorm.transport.rendezvous import all_gather_text, group_timeout
 from distnorm.transport.schedule import schedule_of
 from distnorm.transport.topology import current_world
 
@@ -35,7 +35,7 @@ def join(process_group: dist.ProcessGroup | None, lines: list[str]) -> Group:
     ranks = ranks_of([process_group or world])[0]
     timeout = group_timeout(process_group or world)
     global _groups
-    told = tell_and_collect(ranks, json.dumps([_groups + 1, lines]), timeout, doing="call distnorm.precondition")
+    told = all_gather_text(ranks, json.dumps([_groups + 1, lines]), timeout, doing="call distnorm.precondition")
     answers = [json.loads(text) for text in told]
     for rank, (_, other) in zip(ranks, answers, strict=True):
         _compare(ranks[0], answers[0][1], rank, other)

@@ -57,7 +57,7 @@ class Statistics:
         squares[self._spans[layer]] += count * (var_C + mean_C.square())
         counts[layer] += count
 
-    def absorb(self, total: Tensor) -> None:
+    def update(self, total: Tensor) -> None:
         """Average the sums of all ranks into the running statistics. Layers without values, or with NaN, keep theirs.
 
         Does not wait for a GPU.
