@@ -125,7 +125,7 @@ def judge(case: Case, device: str, *, adds: bool, relu: bool) -> None:
 
 
 def windows(log: Log) -> None:
-    """The kernels of policies that remember steps, and of statistics that land at a step's end."""
+    """The kernels of policies that remember steps, and of statistics that complete at a step's end."""
     generator = torch.Generator().manual_seed(0)
 
     def drawn(*size: int) -> Tensor:

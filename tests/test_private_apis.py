@@ -503,3 +503,20 @@ def test_hooks_on_all_modules_are_known(kind: str) -> None:
     finally:
         handle.remove()
     assert not dispatch_state.has_global_hooks()
+
+
+def test_hooks_on_saved_tensors_are_known_in_checkpoints_and_their_repetitions() -> None:
+    seen: list[bool] = []
+
+    def run(x: Tensor) -> Tensor:
+        seen.append(dispatch_state.saved_tensors_hooks() is not None)
+        return x.exp()
+
+    x = torch.ones(2, requires_grad=True)
+    checkpoint(run, x, use_reentrant=False).sum().backward()
+    assert seen == [True, True]
+    with torch.autograd.graph.save_on_cpu():
+        assert dispatch_state.saved_tensors_hooks() is not None
+    with torch.autograd.graph.disable_saved_tensors_hooks("none here"):
+        assert dispatch_state.saved_tensors_hooks() is None
+    assert dispatch_state.saved_tensors_hooks() is None

@@ -34,7 +34,7 @@ class KeepLocal:
         """Normalize by ``core``, with the kernels if possible."""
         return affine_step(core, x_NCL, self, layer, plain=self._plain)
 
-    def gather(self, payload: Tensor, *, held: bool, enough: bool = False) -> Tensor:
+    def gather(self, payload: Tensor, *, in_graph: bool, has_two_values: bool = False) -> Tensor:
         """Return the local sums and count."""
         self.shared[""] = payload
         return payload

@@ -89,7 +89,7 @@ class _Wait(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dx_NCL: Tensor) -> tuple[Tensor, None]:
-        """Return the gradient that was left, for which ``dx`` is a placeholder; ``dx`` itself if none was left."""
+        """Return the deferred gradient, for which ``dx`` is a placeholder; ``dx`` itself if none was deferred."""
         gradient = ctx.finish.take()
         return dx_NCL if gradient is None else gradient(), None
 
@@ -99,7 +99,7 @@ class _Normalize(torch.autograd.Function):
     """A function of its first four arguments.
 
     ``x_NCL`` is ``waiting_NCL`` before ``_Wait``, if there is one. Second derivatives by x must not pass through
-    ``_Wait``, which replaces its incoming gradient by the one that was left.
+    ``_Wait``, which replaces its incoming gradient by the deferred one.
     """
 
     @staticmethod

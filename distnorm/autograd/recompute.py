@@ -1,8 +1,8 @@
 """Activation checkpointing: a recomputed forward gets the statistics of the first one, without a second collective.
 
-The call stack tells whether a forward is a recomputation (``engine.repeating``). Its local sums tell which first
-forward it repeats: it computes them again from the same values, up to rounding. On a CPU they are also proof: if no
-record has equal sums, the forward is a new one. This is not checked on a GPU, since the host would wait.
+The call stack shows whether a forward is a recomputation (``engine.repeating``). Its local sums identify the first
+forward that it repeats: they are computed again from the same values, and equal up to rounding. On a CPU they decide:
+if no record has equal sums, the forward is a new one. This is not checked on a GPU, since the host would wait.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Record:
     """The local sums of one forward and the shared sums that it got, in training step ``step``."""
 
     def __init__(self, local: Tensor, shared: Tensor, step: int, *, in_graph: bool) -> None:
-        """Keep the values without their graph; ``in_graph`` tells that an autograd node holds the record."""
+        """Keep the values without their graph; ``in_graph``: an autograd node holds the record."""
         self.local = local.detach() if local.requires_grad else local
         self.shared = shared.detach() if shared.requires_grad else shared
         self.step = step
@@ -78,7 +78,7 @@ class Records:
         """Return the record whose local sums are nearest to ``local``, of ``kinds`` rows; None if they differ.
 
         If there are several on a GPU, return a copy with the right sums, chosen on the device, so that the host does
-        not wait. If a graph keeps some of them only, the host has to know which one it is, and waits.
+        not wait. If a graph holds only some of them, the host has to know which one it is, and waits.
         """
         records = [*self._in_graph, *self._loose]
         if not records:

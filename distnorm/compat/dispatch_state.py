@@ -1,14 +1,16 @@
 """Which dispatch modes and transforms are active: they decide whether kernels may access tensors by address.
 
 The only user of torch's private counts of dispatch modes and of functorch levels, of the level of forward-mode
-differentiation, of what tells wrapped tensors and traces, of the global module hooks, of the flag of ``torch.export``,
-and of the context managers that disable modes and transforms (torch 2.13; see tests/test_private_apis.py).
+differentiation, of the tests for wrapped tensors and traces, of the hooks on all modules and on all saved tensors, of
+the flag of ``torch.export``, and of the context managers that disable modes and transforms (torch 2.13; see
+tests/test_private_apis.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,6 +78,13 @@ def _is_plain(tensor: Tensor) -> bool:
     # The memory of a negative view holds negated values. A tensor that a finished transform left behind is a wrapper.
     wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
     return tensor.layout is torch.strided and not tensor.is_neg() and not wrapped
+
+
+def saved_tensors_hooks() -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] | None:
+    """Return the innermost pair of hooks on all saved tensors, as checkpoints and offloading have; None without."""
+    hooks: tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] | None
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return hooks
 
 
 def is_fake(tensor: Tensor) -> bool:

@@ -26,8 +26,8 @@ def take_turns(
 ) -> dict[KeyT, list[float]]:
     """Return what every contender returned in every round after the warm-up. Each round starts with another contender.
 
-    Collective over all ranks: rank 0 broadcasts in each round whether ``seconds`` have passed by its clock. ``on_progress``
-    receives the part of them that has passed.
+    Collective over all ranks: rank 0 broadcasts in each round whether ``seconds`` have passed by its clock.
+    ``on_progress`` receives the part of them that has passed.
     """
     names = list(contenders)
     seen: dict[KeyT, list[float]] = {name: [] for name in names}

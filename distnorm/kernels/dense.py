@@ -136,7 +136,7 @@ def updating(formula: Formula, means: Tensor, over: float, count: float, running
     found = library() if formula.name in FORMULAS else None
     if found is None or not can_update(running):
         return None
-    assert running.var_C is not None, "it absorbs"
+    assert running.var_C is not None, "can_update has checked it"
     mean_C, var_C, updates, *rate = _addresses(running)
     payload, function = means.contiguous(), getattr(found, f"{formula.name}_update_running")
     call = partial(function, payload.data_ptr(), over, count, len(running.var_C), *rate, updates, mean_C, var_C)

@@ -22,7 +22,7 @@ SOURCES = tuple(
     for name in ("loops", "arithmetic", "dense", "exchange", "entries", "key")
 )
 HEADER = SOURCES[0].with_name("kernels.h")
-# Only rounding may differ from the C as written: sums are reassociated by hand; infinities and NaN keep their meaning.
+# Rounding alone may differ from the source: sums are reassociated by hand. Infinities and NaN keep their meaning.
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC")
 
 _POINTER, _INDEX, _TURN, _DOUBLE = ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int64, ctypes.c_double
@@ -78,7 +78,7 @@ def library() -> ctypes.CDLL | None:
         return library_cache.load(SOURCES, (HEADER,), FLAGS, _declare)
     except (OSError, subprocess.SubprocessError) as error:
         logger.warning(
-            "distnorm: kernels for this CPU could not be compiled; ATen's serve, slower. Cause: %s",
+            "distnorm: kernels for this CPU could not be compiled; using ATen's, which are slower. Cause: %s",
             library_cache.cause(error),
         )
         return None

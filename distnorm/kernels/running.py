@@ -98,12 +98,12 @@ def _lerp(buffer_C: Tensor, fresh_C: Tensor, rate: Tensor) -> None:
 def updating_running(
     running: Running, statistics: GlobalStatistics, method: Tracked, features: int, *, others: int = 0
 ) -> list[Call]:
-    """Return calls that ``update_running`` what became global at the end of a step, on its device, without interruption.
+    """Return the calls that update ``running`` with statistics of a step that has ended, on their device.
 
-    ``others``: the number of updates before this one. Requires disabled gradients.
+    ``others``: the number of updates before this one. Pass the calls to ``uninterrupted``, with gradients disabled.
     """
     if running.var_C is not None and statistics.means.device != running.var_C.device:  # the layer has been moved since
-        completed = moved(completed, running.var_C.device)
+        statistics = moved(statistics, running.var_C.device)
     _, means, total, weight, _ = statistics
     formula = method.formula()
     if means.is_cpu and formula is not None:
@@ -116,10 +116,10 @@ def updating_running(
         from distnorm.kernels.gpu.gpu_pass import update_from_means  # imports Triton
 
         return [partial(update_from_means, formula, statistics, running)]
-    return absorbing(running, method.moments(means.view(-1, features), total), total, weight, others=others)
+    return moving(running, method.moments(means.view(-1, features), total), total, weight, others=others)
 
 
-def absorbing(
+def moving(
     running: Running, targets: Mapping[str, Tensor], total: Tensor, completed: Tensor, *, others: int = 0
 ) -> list[Call]:
     """Return calls that ``update_running`` after ``others`` other updates, without interruption."""
@@ -129,6 +129,6 @@ def absorbing(
 
 
 def moved(statistics: GlobalStatistics, device: torch.device) -> GlobalStatistics:
-    """Return ``completed`` on ``device``."""
-    means, total, weight = (each.to(device) for each in completed[1:4])
-    return completed._replace(means=means, total=total, weight=weight)
+    """Return ``statistics`` on ``device``."""
+    means, total, weight = (each.to(device) for each in statistics[1:4])
+    return statistics._replace(means=means, total=total, weight=weight)

@@ -52,10 +52,10 @@ class Binding:
         return world is None if self._world is None else self._world() is world is not None
 
     def gather_text(self, text: str) -> list[str]:
-        """Return what every rank told, in order. Collective over the ranks; no tensors are sent.
+        """Return every rank's text, in order. Collective over the ranks; no tensors are sent.
 
         Raises:
-            RuntimeError: some ranks told nothing within the timeout; the message names them.
+            RuntimeError: some ranks sent nothing within the timeout; the message names them.
         """
         timeout = self.topology.timeout
         return [text] if timeout is None else all_gather_text(self.topology.ranks, text, timeout)

@@ -19,11 +19,12 @@ from distnorm.autograd import normalize
 from distnorm.autograd.engine import backward_may_follow
 from distnorm.autograd.keep_local import KeepLocal
 from distnorm.compat.dispatch_state import are_own, are_plain, exporting, in_transform, is_fake
+from distnorm.kernels import stock
 from distnorm.layers import checks, initial, overlap
 from distnorm.layers.line import NOW, Line
 from distnorm.layers.running_statistics import running_of, seen
 from distnorm.layers.scripting import scriptable
-from distnorm.layers.site import Site
+from distnorm.layers.site import Site, update_layer
 from distnorm.layers.tracing import is_traced, leaf
 from distnorm.methods import BatchNorm, Layer
 from distnorm.methods.base import compute_dtype
@@ -89,9 +90,15 @@ class DistNorm(_BatchNorm):
             return _finish(self._train_plainly(input, inputs, running, tracked, plain), residual, relu, widen)
         affine = Affine(weight_C, bias_C, self.eps, running.var_C, running.updates)
         fits = residual is None or _fits(residual, input)
-        epilogue = Epilogue(residual, relu) if fits else normalize.NO_EPILOGUE
-        between = overlap.arrangement(self, input) if site.conversion.recipe.overlap else None
-        y = normalize.normalize(method, input, self._exchange(input, True), affine, between, tracked, epilogue)
+        plainly = residual is None and not relu
+        epilogue = normalize.NO_EPILOGUE if plainly or not fits else Epilogue(residual, relu)
+        exchange = self._exchange(input, True)
+        alone = epilogue is normalize.NO_EPILOGUE and isinstance(exchange, KeepLocal)
+        if alone and stock.suits(method, input, affine, running):
+            y = stock.batch_norm(input, affine, running, updates=tracked is not None and exchange.updates_running())
+        else:
+            between = overlap.arrangement(self, input) if site.conversion.recipe.overlap else None
+            y = normalize.normalize(method, input, exchange, affine, between, tracked, epilogue)
         return y if fits else _finish(y, residual, relu, widen)
 
     def _train_plainly(
@@ -101,7 +108,7 @@ class DistNorm(_BatchNorm):
         method, share = self.recipe.method, self._exchange(input, plain)
         transformed = not torch.compiler.is_compiling() and in_transform()
         if transformed and isinstance(share, KeepLocal) and isinstance(method, BatchNorm):
-            return _BatchNorm.forward(self, input)  # torch's own: nobody else knows its rules under transforms
+            return _BatchNorm.forward(self, input)  # torch's own, which has the rules for transforms
         layer = seen(self, running)
         if method.follows and plain and self._site.measured is not None:
             layer = self._site.as_of_first(input, layer)
@@ -181,7 +188,7 @@ class DistNorm(_BatchNorm):
             return
         elif not share.updates_running():
             return
-        update_running(self, running, site, shared, completed)
+        update_layer(self, running, site, shared, completed)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DistNorm:
         """Move or cast as torch does, but keep running statistics in float32 or wider, whatever an engine casts."""

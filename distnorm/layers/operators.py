@@ -11,7 +11,7 @@ from torch import Tensor
 from distnorm.autograd.engine import repeating
 from distnorm.layers.line import Line, open_line
 from distnorm.layers.running_statistics import running_of
-from distnorm.layers.site import Site
+from distnorm.layers.site import Site, update_layer
 
 
 # docs/decisions.md#compiled-graphs-hold-the-policy-as-operators
@@ -44,7 +44,7 @@ def update_running_op(shared: list[Tensor], number: Tensor, learning: bool) -> N
     layer = site.conversion.layer(site.index)
     if layer is not None and not repeating() and _now(number, learning).step_is_global():
         running = running_of(layer, guarded=site.conversion.guards)
-        update_running(layer, running, site, shared)
+        update_layer(layer, running, site, shared)
 
 
 @torch.library.custom_op("distnorm::running", mutates_args=())

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from distnorm.compat.uninterrupted import Call, uninterrupted
-from distnorm.kernels import absorbing as kernels
+from distnorm.kernels import running as kernels
 from distnorm.layers.layout import measure
 from distnorm.methods import ChannelAffine, Layer, Method
 from distnorm.transport import Group
@@ -36,20 +36,20 @@ def updating(layers: Mapping[str, _BatchNorm], statistics: Iterable[GlobalStatis
     for name, of_layer in by_layer(statistics).items():
         layer = layers.get(name)
         if layer is not None and layer.track_running_stats:
-            calls += _absorbing(layer, running_of(layer, guarded=True), of_layer, method)
+            calls += _updating(layer, running_of(layer, guarded=True), of_layer, method)
     return calls
 
 
 def by_layer(statistics: Iterable[GlobalStatistics]) -> dict[str, list[GlobalStatistics]]:
-    """Return what ``statistics`` for each layer, in order."""
+    """Return the ``statistics`` of each layer, in order."""
     found: dict[str, list[GlobalStatistics]] = {}
     for each in statistics:
         found.setdefault(each.layer, []).append(each)
     return found
 
 
-def _absorbing(layer: _BatchNorm, running: Running, statistics: list[GlobalStatistics], method: Method) -> list[Call]:
-    """Return calls that update ``running``, as of ``layer``, with all that ``statistics`` for it."""
+def _updating(layer: _BatchNorm, running: Running, statistics: list[GlobalStatistics], method: Method) -> list[Call]:
+    """Return calls that update ``running``, as of ``layer``, with all its ``statistics``."""
     updates: list[list[Call]] = []
     for together in _together(statistics):
         others = sum(map(bool, updates))
@@ -62,7 +62,7 @@ def _absorbing(layer: _BatchNorm, running: Running, statistics: list[GlobalStati
 
 
 def _together(statistics: list[GlobalStatistics]) -> list[list[GlobalStatistics]]:
-    """Return what has ``statistics`` in groups: a name that occurs again belongs to another step."""
+    """Return ``statistics`` by update: a share that occurs again belongs to another one."""
     groups: list[list[GlobalStatistics]] = []
     for each in statistics:
         if not groups or each.name in {other.name for other in groups[-1]}:
@@ -80,17 +80,17 @@ def _moving(
     shared = {each.name: measured.parts[each.name].read(each.means, 1.0, each.total) for each in statistics}
     targets = measured.targets(method, shared, seen(layer, running))
     whole = torch.stack([each.weight for each in statistics]).prod()
-    return kernels.running(running, targets, statistics[0].total, whole, others=others)
+    return kernels.moving(running, targets, statistics[0].total, whole, others=others)
 
 
 @torch.no_grad()
 def updated_running(layer: _BatchNorm, statistics: list[GlobalStatistics], method: Method) -> Running:
-    """Return what the running statistics of ``layer`` would be once ``statistics`` has updated them; they do not change."""
+    """Return the running statistics of ``layer``, updated with ``statistics``, as copies."""
     live = running_of(layer, guarded=True)
     mean_C, var_C, updates = (None if each is None else each.detach().clone() for each in live[:3])
     declared = {name: each.detach().clone() for name, each in live.declared.items()}
     ahead = Running(mean_C, var_C, updates, live.momentum, guarded=True, declared=declared)
-    uninterrupted(*_absorbing(layer, ahead, statistics, method))
+    uninterrupted(*_updating(layer, ahead, statistics, method))
     return ahead
 
 

@@ -16,8 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from distnorm.autograd.engine import repeating
 from distnorm.autograd.recompute import Record, Records
 from distnorm.compat.dispatch_state import modes_disabled
-from distnorm.kernels.running import update_from_sums
-from distnorm.kernels.running import update_running as absorb_targets
+from distnorm.kernels.running import update_from_sums, update_running
 from distnorm.layers.conversion import Conversion
 from distnorm.layers.layout import Measured
 from distnorm.layers.running_statistics import running_of, seen, updated_running
@@ -137,7 +136,7 @@ class Site:
         there = [each for each in state.values() if each is not None]
         known = self._forwards.recall(local, 2) if repeating() else None
         if known is None:
-            known = Record(local, torch.cat([each.double().flatten() for each in there]), 0, held=False)
+            known = Record(local, torch.cat([each.double().flatten() for each in there]), 0, in_graph=False)
             self._forwards.note(known)
         parts = iter(known.shared.split([each.numel() for each in there]))
         copies = {
@@ -188,8 +187,8 @@ class Site:
         Raises:
             ValueError: there was one. The running statistics were not updated with it.
         """
-        starved, self._too_few = self._too_few, {}
-        for size, found in starved.items():
+        too_few, self._too_few = self._too_few, {}
+        for size, found in too_few.items():
             if bool(found):
                 raise self.too_few(size)
 
@@ -202,18 +201,18 @@ class Site:
 
 
 @torch.no_grad()
-def update_running(
-    layer: _BatchNorm, running: Running, site: Site, shared: Sequence[Tensor], statistics: Tensor | bool = True
+def update_layer(
+    layer: _BatchNorm, running: Running, site: Site, shared: Sequence[Tensor], completed: Tensor | bool = True
 ) -> None:
-    """Update ``running``, as of ``layer``, with what each share got, in order, with counts; unless ``statistics`` is 0."""
+    """Update ``running``, as of ``layer``, with what each share got, in order; unless ``completed`` is 0."""
     method = site.conversion.recipe.method
     if isinstance(method, ChannelAffine):
         (only,) = shared
-        update_from_sums(method, only, running, layer.num_features, statistics)
-    elif shared and statistics is not False:
+        update_from_sums(method, only, running, layer.num_features, completed)
+    elif shared and completed is not False:
         assert site.measured is not None, "its method is not affine per channel"
         found = site.measured.read(dict(zip(site.measured.parts, shared, strict=True)))
-        absorb_targets(running, site.measured.targets(method, found, seen(layer, running)), shared[0][-1], statistics)
+        update_running(running, site.measured.targets(method, found, seen(layer, running)), shared[0][-1], completed)
 
 
 def _versions(running: Running) -> list[object]:

@@ -50,7 +50,7 @@ class Reducer(ABC):
         """Record sums that another, active policy has shared among ``contributions`` ranks."""
 
     def end_step(self, slot: Slot, *, observed: bool = False) -> list[GlobalStatistics]:
-        """End the step of ``slot``; ``observed`` tells that another policy was active in it."""
+        """End the step of ``slot``; ``observed``: another policy was active in it."""
         return []
 
     def in_flight(self) -> list[GlobalStatistics]:

@@ -93,9 +93,9 @@ class Bucket:
         if completed is not None and self._pending is not None:
             self._pending = self._pending._replace(sum=Future.completed(moved(completed, device)))
         if self.outbox.is_meta:
-            self._pending = None  # it carried nothing
+            self._pending = None  # it contained nothing
         self.dropped, self.last = moved(self.dropped, device), moved(self.last, device)
-        self.outbox = moved(self.outbox, device)  # last: its device tells where all the others are
+        self.outbox = moved(self.outbox, device)  # last: ``follow`` compares with its device
 
     def write(self, slot: Slot, values: Tensor, weight: Tensor | float) -> None:
         """Add to a slot of this step."""

@@ -1,7 +1,7 @@
 """Small all-reduces without a library's helper threads: the ranks do them one turn at a time, in the same order.
 
 A message names the layer of its vector. If ranks send vectors of different layers, nothing is added. All ranks detect
-this in the same turn, tell each other through the job's store, and raise the same error.
+this in the same turn, exchange texts through the job's store, and raise the same error.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ much time again as the collective. A thread that yields lets others run, and con
 
 
 class Declined(NamedTuple):
-    """Why all ranks of a group do without a transport, and the log level of this if the user requested none."""
+    """Why no rank of a group uses a transport, and the log level of this if the user requested none."""
 
     cause: str
     level: int = logging.WARNING
@@ -73,7 +73,7 @@ class Direct(ABC):
 
     # docs/decisions.md#a-collective-can-be-interrupted
     def start(self, payload: Tensor, who: Sender) -> Future:
-        """Send the vector ``payload`` of ``who``; one turn at a time. If this raises, nothing was sent, or everything."""
+        """Send the vector ``payload`` of ``who``; one turn at a time. If this raises, all was sent, or nothing."""
         last = self._last
         if last is not None and not last[1].done():
             last[1].wait()
@@ -103,7 +103,7 @@ class Direct(ABC):
 
     @abstractmethod
     def post(self, turn: Turn) -> None:
-        """Send this rank's vector of the turn to the other ranks. What they have already is not sent again."""
+        """Send this rank's vector of the turn to the other ranks. A part that was sent already is not sent again."""
 
     @abstractmethod
     def posted(self, turn: Turn) -> bool:
@@ -122,7 +122,7 @@ class Direct(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Leave the group. Ranks that wait for this one are told that it has ended."""
+        """Leave the group. Ranks that wait for this one learn that it has ended."""
 
     def timed_out(self, place: int) -> RuntimeError:
         """Return the error that rank number ``place`` did not take part within the timeout."""

@@ -37,7 +37,7 @@ class LostGroup:
     def refuse(self) -> RuntimeError:
         """Return the error that training with the copy raises."""
         return RuntimeError(
-            f"this layer was unpickled, and {self.what} cannot travel in a pickle. It evaluates as it is; "
+            f"this layer was unpickled, and {self.what} cannot be pickled. The layer can evaluate; "
             "to train it, call distnorm.revert(model), then distnorm.convert(model, ...) with a group of this process."
         )
 

@@ -86,7 +86,7 @@ def end_job_after(error: BaseException) -> None:
 
 
 def place(device: torch.device) -> dict[str, object]:
-    """Return what this rank tells the others when it binds to MPI, as plain values; ``device``: of its layers."""
+    """Return what this rank sends to the others when it binds to MPI, as plain values; ``device``: of its layers."""
     MPI = load_mpi("transport='mpi'")
     return {
         "rank": MPI.COMM_WORLD.rank,
@@ -112,7 +112,7 @@ def check_places(ranks: Sequence[int], told: Sequence[Mapping[str, Any]]) -> dic
     for rank, each in zip(ranks, told, strict=True):
         if each["device"] != "cpu":
             raise RuntimeError(
-                f"distnorm: transport='mpi' carries statistics of layers on the CPU; those of rank {rank} are on "
+                f"distnorm: transport='mpi' supports layers on the CPU only; those of rank {rank} are on "
                 f"{each['device']}. Use transport='torch', which uses NCCL there."
             )
         if not each["threads"]:
@@ -138,7 +138,7 @@ def check_alone() -> None:
 
 
 def make_mpi_group(ranks: tuple[int, ...], places: Mapping[int, int], tag: int, timeout: timedelta) -> MpiGroup:
-    """Create the group of the global ``ranks``, in this order. Collective over ``ranks``; ``tag`` tells its purpose.
+    """Create the group of the global ``ranks``, in this order. Collective over ``ranks``. ``tag``: one per purpose.
 
     Raises:
         ValueError: a rank is not among those that were bound to MPI.

@@ -19,7 +19,7 @@ VARIABLE = "DISTNORM_CHECK"
 
 
 class Schedule:
-    """What the ranks of a group tell each other through the job's store: slow, for debugging."""
+    """All-gather of the next collective's name, through the job's store: slow, for debugging."""
 
     def __init__(self, ranks: tuple[int, ...], purpose: str, timeout: timedelta) -> None:
         """Start without a collective; ``purpose`` distinguishes groups of the same ranks."""

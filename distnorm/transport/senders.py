@@ -50,5 +50,5 @@ def differing(ranks: tuple[int, ...], told: Sequence[str]) -> RuntimeError:
     who = "; ".join(f"rank{'s' * (len(at) > 1)} {', '.join(map(str, at))}: {words}" for words, at in sides.items())
     return RuntimeError(
         f"ranks share different layers at the same time ({who}). Every rank must run the same layers in the same "
-        "order; where ranks take branches of their own, let only those share that take the same one."
+        "order; if ranks take different branches, share only among ranks that take the same one."
     )

@@ -99,14 +99,14 @@ def join(ranks: tuple[int, ...], rank: int, timeout: timedelta) -> SharedMemory 
     found = attempt(ranks, rank, timeout)
     if not isinstance(found, Declined):
         return found
-    found.log("distnorm: ranks %s share no memory: %s", ranks)
+    found.log("distnorm: ranks %s cannot share memory: %s", ranks)
     return None
 
 
 def attempt(ranks: tuple[int, ...], rank: int, timeout: timedelta) -> SharedMemory | Declined:
     """Return the segment of ``ranks``, or on all of them why there is none.
 
-    Collective over ``ranks``: they tell each other through the job's store where they are, and whether it worked.
+    Collective over ``ranks``: they exchange their hosts and the outcome through the job's store.
 
     Raises:
         RuntimeError: some ranks have ended, or are late; the message names them.
@@ -144,7 +144,7 @@ def host_id() -> str:
         spaces = [os.readlink(f"/proc/self/ns/{each}") for each in ("net", "pid")]
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + "".join(spaces)
     except OSError as error:
-        logger.info("distnorm: this host has no name, so memory is not shared: %s", error)
+        logger.info("distnorm: this host cannot be identified, so memory is not shared: %s", error)
         return ""
 
 
@@ -175,7 +175,7 @@ def _attach(
 ) -> SharedMemory | str:
     path, why_not = told
     if not path:
-        return f"rank {ranks[0]} offers no memory, {why_not}"
+        return f"rank {ranks[0]} could not create shared memory, {why_not}"
     try:
         # The rank that offers uses its own descriptor: closing another one would release all its locks.
         file = offered if isinstance(offered, int) else os.open(path, os.O_RDWR | os.O_CLOEXEC)

@@ -35,7 +35,7 @@ MOST_RANKS = 64
 """The largest number of ranks; more would need too many sockets and writes."""
 
 CONNECT_S = 5.0
-"""How long ranks try to connect, in seconds, before all do without."""
+"""How long ranks try to connect, in seconds, before all use gloo."""
 
 HEADER = 3  # values
 
@@ -140,7 +140,7 @@ class Sockets(Direct):
         """Return how many bytes of the rest of a message ``move`` has moved; 0 if it would block."""
         if self._torn:
             self.close()
-            raise RuntimeError("this rank was interrupted in the middle of a message, and nobody can tell where.")
+            raise RuntimeError("this rank was interrupted in the middle of a message, at an unknown position.")
         rest = rests[place]
         self._torn = True  # after an exception from here on, the position in the message is unknown
         try:
@@ -195,14 +195,14 @@ def join(ranks: tuple[int, ...], rank: int, timeout: timedelta) -> Sockets | Non
     found = attempt(ranks, rank, timeout)
     if not isinstance(found, Declined):
         return found
-    found.log("distnorm: ranks %s have no sockets, so gloo carries their statistics: %s", ranks)
+    found.log("distnorm: ranks %s are not connected by sockets, so gloo is used: %s", ranks)
     return None
 
 
 def attempt(ranks: tuple[int, ...], rank: int, timeout: timedelta) -> Sockets | Declined:
     """Return connections among ``ranks``, or on all of them why there are none.
 
-    Collective over ``ranks``: they tell each other through the job's store where they listen, and whether it worked.
+    Collective over ``ranks``: they exchange their addresses and the outcome through the job's store.
 
     Raises:
         RuntimeError: some ranks have ended, or are late; the message names them.

@@ -214,7 +214,7 @@ class Twins:
             self.step(step)
         self.state = distnorm.state_dict(model)
         self.buffers = {name: value.clone() for name, value in model.state_dict().items()}
-        if loading:  # into a longer warm-up: what was sent lands in a step that sends nothing
+        if loading:  # into a longer warm-up: what was sent completes in a step that sends nothing
             longer = Warmup(then=recipe.policy.then, steps=4)
             self.model = build(Recipe(method=recipe.method, policy=longer), layers=1)
             distnorm.attach(self.model, manual=True)

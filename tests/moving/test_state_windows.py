@@ -86,7 +86,7 @@ def test_a_longer_window_normalizes_by_the_mean_of_what_is_there():
 
 
 def test_a_named_recipe_takes_over_another_window_and_warm_up():
-    """What was in flight lands, though the longer warm-up is not over yet."""
+    """What was in flight completes, though the longer warm-up is not over yet."""
 
     def run(rank: int) -> tuple[State, State, State]:
         model = converted(build_stock(), window=2, warmup=1)

@@ -1,11 +1,11 @@
-/* The C-sized float64 arithmetic of methods: what methods/batch_norm.py and methods/rms.py say in torch, in one call each.
+/* The C-sized float64 arithmetic of methods: the same as methods/batch_norm.py and methods/rms.py, in one call each.
 
    payload: K sums per channel and their count, shared. means: payload over count. pivot: what the loops centre about.
    Forward, of a method: means[K * C]; factor = d scale / d weight; y = (x - pivot) * scale + shift.
    Pull: from sum(dy) and sum(dy * (x - pivot)) to the cotangents of the method's link, and to the parameters' gradients.
    Link: from shared cotangents to dx = dy * scale + level + (x - pivot) * slope.
-   Absorb: running += (moments of means / over - running) * rate, if there are two values at least, of count; guarded, if
-   all moments fit. */
+   Update running statistics: running += (moments of means / over - running) * rate, if count is at least 2; if guarded,
+   only where all moments are finite and fit. */
 
 #include <float.h>
 #include <math.h>
@@ -14,7 +14,7 @@
 
 static double divisor(double count) { return count > 0 ? count : 1; }
 
-/* Rounding can leave less than 0; NaN stays NaN. */
+/* Rounding can give less than 0; NaN stays NaN. */
 static double variance(double mean, double square)
 {
     double var = square - mean * mean;
@@ -85,7 +85,7 @@ void batch_norm_update_running(const double *means, double over, double count, i
     }
 }
 
-/* How far RMS follows the running second moment: sqrt((square + eps) / (running_var + eps)), clipped. */
+/* The correction of RMS by the running second moment: sqrt((square + eps) / (running_var + eps)), clipped. */
 static double correction(double square, const float *running_var, index_t c, double clip, double eps)
 {
     if (!running_var) return 1;

@@ -1,4 +1,4 @@
-/* One slot of a step under a policy that remembers earlier steps: what ../windows.py says in torch. The values, divided
+/* One slot of a step under a policy with a window: the same as ../windows.py. The values, divided
    by the loss scale, are added to the outbox with their weight; out is what the layer goes on with, of as many
    values. */
 

@@ -1,6 +1,6 @@
-"""The C-sized float64 arithmetic of methods, inside of programs: csrc/arithmetic.c once more, channel by channel.
+"""The C-sized float64 arithmetic of methods, inside of kernels: the same as csrc/arithmetic.c, channel by channel.
 
-KINDS tells the methods apart: batch norm shares two sums, RMS one. ``payload`` are shared sums and their count;
+KINDS selects the method: batch norm shares two sums, RMS one. ``payload`` are shared sums and their count;
 ``saved[KINDS + 1, C]`` are their means and d scale / d weight; ``y = (x - pivot) * scale + shift``.
 """
 
@@ -10,7 +10,7 @@ import triton.language as tl
 
 @triton.jit
 def divisor(count):
-    """The count, or 1 in its place where there are no values."""
+    """Return the count, or 1 if there are no values."""
     return tl.where(count > 0, count, 1.0)
 
 
@@ -23,7 +23,7 @@ def variance(mean, square):
 
 @triton.jit
 def values_or(pointer, c, here, default: tl.constexpr):
-    """``[C]`` values in float64, or what stands for them."""
+    """Return ``[C]`` values in float64, or the default if there are none."""
     if pointer is None:
         found = tl.cast(default, tl.float64)
     else:

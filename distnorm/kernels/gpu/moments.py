@@ -1,4 +1,4 @@
-"""Local moments: sums of x and of its squares with their count, in float64, and the mean that loops centre about.
+"""Local moments: sums of x and of its squares with their count, in float64, and the mean, about which loops centre.
 
 Two levels. A program takes the mean of its first tile as its pivot, sums (x - pivot) and (x - pivot)^2 in float32, lane
 by lane, and turns these into sums about 0 in float64; those are added up over programs. With p the mean of one of T
@@ -24,12 +24,12 @@ from distnorm.kernels.gpu.tiles import (
 )
 
 MERGE_ROWS, MERGE_COLUMNS = 32, 32
-"""What a program that adds up takes at once: splits, channels."""
+"""Splits and channels per block of the merging kernel."""
 
 
 @operator("gpu_moments")
 def moments(x_NCL: Tensor) -> tuple[Tensor, Tensor]:
-    """The payload ``[2 C + 1]`` of a dense ``x_NCL``, float64, and the mean ``[C]``, float32; 0 if there are no values."""
+    """Return the float64 payload ``[2 C + 1]`` of a dense ``x_NCL``, and the float32 mean ``[C]``, 0 without values."""
     channels_, values = x_NCL.shape[1], x_NCL.numel()
     if not values:
         return x_NCL.new_zeros(2 * channels_ + 1, dtype=torch.float64), x_NCL.new_zeros(channels_, dtype=torch.float32)
