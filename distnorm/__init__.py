@@ -20,6 +20,7 @@ from distnorm.layers.module import (
     DistNorm2d,
     DistNorm3d,
 )
+from distnorm.preconditioning import Preconditioner, precondition
 from distnorm.recipe import Recipe
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "DistNorm2d",
     "DistNorm3d",
     "Ledger",
+    "Preconditioner",
     "Recipe",
     "attach",
     "convert",
@@ -40,6 +42,7 @@ __all__ = [
     "methods",
     "nn",
     "policies",
+    "precondition",
     "recipes",
     "register_converter",
     "revert",

@@ -197,7 +197,7 @@ def revert(model: ModelT) -> ModelT:
         reverting.check(layer)
     weights.write_centred(model)
     for layer in _converted(model):
-        layer.absorb_in_flight()
+        layer.apply_in_flight()
     outcomes = [(layer, reverting.outcome(layer)) for layer in _converted(model)]
     undo(model)
     return reverting.finish(model, outcomes)
@@ -206,7 +206,7 @@ def revert(model: ModelT) -> ModelT:
 def as_stock(model: nn.Module) -> None:
     """Revert, in place, the layers of ``model`` whose evaluation is affine per channel; leave the others."""
     for layer in _converted(model):
-        layer.absorb_in_flight()
+        layer.apply_in_flight()
         found = reverting.outcome(layer)
         if not isinstance(found, nn.Module) and (found is not None or isinstance(layer.recipe.method, ChannelAffine)):
             _unswap(layer)
@@ -309,7 +309,7 @@ def _select(model: nn.Module, recipe: Recipe, where: Where | None) -> list[tuple
     if not candidates:
         warnings.warn(f"distnorm.convert: {type(model).__name__} has no batch norm layer.", stacklevel=3)
         return []
-    wanted = [(name, layer) for name, layer in candidates if _matches(where, name, layer)]
+    wanted = [(name, layer) for name, layer in candidates if matches(where, name, layer)]
     if not wanted:
         raise ValueError(f"convert(where={where!r}) selects none of {[name for name, _ in candidates]}.")
     unknown = [(name, layer) for name, layer in wanted if _original(layer) not in _targets]
@@ -342,7 +342,8 @@ def _batch_norms(model: nn.Module) -> Iterator[tuple[str, _BatchNorm]]:
             yield name, layer
 
 
-def _matches(where: Where | None, name: str, layer: nn.Module) -> bool:
+def matches(where: Where | None, name: str, layer: nn.Module) -> bool:
+    """Return whether ``where`` selects the layer; None selects every one."""
     if where is None:
         return True
     if callable(where):

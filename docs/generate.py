@@ -39,6 +39,10 @@ OBJECTS: dict[str, dict[str, tuple[str, ...]]] = {
     "In the training loop": {
         "distnorm.attach": ("attach", "end_step", "sync_running_stats", "state_dict", "load_state_dict")
     },
+    "Precondition gradients": {
+        "distnorm.preconditioning.precondition": ("precondition",),
+        "distnorm.preconditioning.handle": ("Preconditioner",),
+    },
     "Look at what happens": {"distnorm.diagnostics.ledger": ("Ledger",), "distnorm.diagnostics.drift": ("stats",)},
     "Layers": {
         "distnorm.nn": ("SyncBatchNorm",),

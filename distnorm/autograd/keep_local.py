@@ -34,19 +34,19 @@ class KeepLocal:
         """Normalize by ``core``, with the kernels if possible."""
         return affine_step(core, x_NCL, self, layer, plain=self._plain)
 
-    def gather(self, wire: Tensor, *, held: bool, enough: bool = False) -> Tensor:
+    def gather(self, payload: Tensor, *, in_graph: bool, has_two_values: bool = False) -> Tensor:
         """Return the local sums and count."""
-        self.shared[""] = wire
-        return wire
+        self.shared[""] = payload
+        return payload
 
     def scatter(self, cotangents: Tensor) -> Future:
         """Return the cotangents."""
         return Future.completed(cotangents)
 
-    def lands(self) -> bool:
+    def updates_running(self) -> bool:
         """Return true, except in the repetition of a forward: its first run has updated the running statistics."""
         return not repeating()
 
-    def again(self, *, opaque: bool = False) -> KeepLocal:
+    def for_recomputation(self, *, opaque: bool = False) -> KeepLocal:
         """Return a new instance."""
         return KeepLocal(self.values)

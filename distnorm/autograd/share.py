@@ -20,10 +20,10 @@ class Exchange(Share, Protocol):
     shared: dict[str, Tensor]
     """What the forward has got so far, by the name of the share: sums, or maxima and ties, and the count at the end."""
 
-    def gather(self, wire: Tensor, *, held: bool, enough: bool = False) -> Tensor:
-        """Return the shared sums and count; ``held``: a graph keeps this exchange for a backward pass.
+    def gather(self, payload: Tensor, *, in_graph: bool, has_two_values: bool = False) -> Tensor:
+        """Return the shared sums and count; ``in_graph``: a graph keeps this exchange for a backward pass.
 
-        ``enough``: the local count alone is above 1, so the shared one needs no check.
+        ``has_two_values``: the local count alone is above 1, so the shared one needs no check.
         """
         ...
 
@@ -31,11 +31,11 @@ class Exchange(Share, Protocol):
         """Start sharing the cotangents of ``link(shared means)``, and return a future of the result."""
         ...
 
-    def lands(self) -> bool:
+    def updates_running(self) -> bool:
         """Return whether the gathered sums are to update the running statistics: global, and not used before."""
         ...
 
-    def again(self, *, opaque: bool = False) -> Exchange:
+    def for_recomputation(self, *, opaque: bool = False) -> Exchange:
         """Return an exchange for a repetition of the forward inside a backward pass, without a second collective.
 
         ``opaque``: for tensors that kernels do not accept.

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from distnorm.autograd.share import divisor
-from distnorm.compat.dispatch_state import unseen
+from distnorm.compat.dispatch_state import modes_disabled
 from distnorm.methods import ChannelAffine, Declared, Layer, Method, Shared
 from distnorm.methods.base import identity
 from distnorm.types import Direction, Layout, Link, Op
@@ -96,7 +96,7 @@ def measure(method: Method, features: int) -> Measured:
             that do not exist or have other shapes.
     """
     # Not on meta tensors: torch 2.13 imports Dynamo for the first of these, which takes seconds.
-    with unseen(), torch.no_grad(), torch.device("cpu"):
+    with modes_disabled(), torch.no_grad(), torch.device("cpu"):
         declared = method.declare(features)
         one_C = torch.ones(features)
         parameters = {"weight": one_C, "bias": one_C, **declared.parameters}

@@ -22,7 +22,7 @@ from distnorm.autograd.engine import NO_BACKWARD, backward_may_follow, graph_tas
 from distnorm.autograd.normalize import affine_step
 from distnorm.autograd.recompute import Record
 from distnorm.autograd.share import divisor, payload_of
-from distnorm.compat.dispatch_state import are_plain, is_batch, transforming
+from distnorm.compat.dispatch_state import are_plain, in_transform, is_batch
 from distnorm.layers.binding import Binding
 from distnorm.layers.site import Site
 from distnorm.methods import ChannelAffine, Layer
@@ -34,9 +34,9 @@ NOW = -1
 
 
 class ReduceForward(torch.autograd.Function):
-    """``y = policy(wire)``; its derivative is ``ReduceBackward``.
+    """``y = policy(payload)``; its derivative is ``ReduceBackward``.
 
-    The payload ``wire`` is statistics with their count if ``count`` is None, else cotangents of a forward that got
+    ``payload`` is statistics with their count if ``count`` is None, else cotangents of a forward that got
     ``count``; ``name`` is that of the share. The policy is reached through the forward's ``line``, or through operators
     if there is a ``number``.
     """
@@ -44,7 +44,7 @@ class ReduceForward(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        wire: Tensor,
+        payload: Tensor,
         count: Tensor | None,
         name: str,
         number: Tensor | None,
@@ -55,10 +55,10 @@ class ReduceForward(torch.autograd.Function):
         ctx.line, ctx.name = line, name
         if count is not None:
             ctx.save_for_backward(count, number)
-            return _share_cotangents(wire, count, name, number, line, learning)
-        shared = _share_statistics(wire, name, "sum", number, line, learning, held=ctx.needs_input_grad[0])
+            return _share_cotangents(payload, count, name, number, line, learning)
+        shared = _share_statistics(payload, name, "sum", number, line, learning, in_graph=ctx.needs_input_grad[0])
         ctx.save_for_backward(shared[-1].clone(), number)
-        return shared.view_as(wire)
+        return shared.view_as(payload)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
@@ -79,12 +79,12 @@ class MaxForward(torch.autograd.Function):
         ctx: Any, maxima: Tensor, rest: Tensor, name: str, number: Tensor | None, line: Line | None, learning: bool
     ) -> Tensor:
         """Share ``[maxima, rest]``. Uses the policy once."""
-        wire, many = torch.cat((maxima, rest)), maxima.numel()
-        shared = _share_statistics(wire, name, "max", number, line, learning, held=ctx.needs_input_grad[0])
+        payload, many = torch.cat((maxima, rest)), maxima.numel()
+        shared = _share_statistics(payload, name, "max", number, line, learning, in_graph=ctx.needs_input_grad[0])
         own = torch.where(maxima == shared[:many], rest[:-1] / divisor(shared[many:-1]), 0)
         ctx.line, ctx.name, ctx.many = line, name, many
         ctx.save_for_backward(own, shared[-1].clone(), number)
-        return shared.view_as(wire)
+        return shared.view_as(payload)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
@@ -116,24 +116,24 @@ class ReduceBackward(torch.autograd.Function):
 
 
 def _share_statistics(
-    wire: Tensor, name: str, op: Op, number: Tensor | None, line: Line | None, learning: bool, *, held: bool
+    payload: Tensor, name: str, op: Op, number: Tensor | None, line: Line | None, learning: bool, *, in_graph: bool
 ) -> Tensor:
     if number is not None:
-        shared: Tensor = torch.ops.distnorm.statistics(wire, number, learning, name, op)
+        shared: Tensor = torch.ops.distnorm.statistics(payload, number, learning, name, op)
         return shared
     assert line is not None, "one or the other leads to the policy"
-    return line.gather(wire, held=held, name=name, op=op)
+    return line.gather(payload, in_graph=in_graph, name=name, op=op)
 
 
 def _share_cotangents(
-    wire: Tensor, count: Tensor, name: str, number: Tensor | None, line: Line | None, learning: bool
+    payload: Tensor, count: Tensor, name: str, number: Tensor | None, line: Line | None, learning: bool
 ) -> Tensor:
-    if line is not None and number is None and are_plain(wire):
-        return line.start_cotangents(wire, count, learning=learning, name=name).wait()
+    if line is not None and number is None and are_plain(payload):
+        return line.start_cotangents(payload, count, learning=learning, name=name).wait()
     if number is None:
         assert line is not None, "one or the other leads to the policy"
         number = line.site.scalar()
-    shared: Tensor = torch.ops.distnorm.cotangents(wire, count, number, name)
+    shared: Tensor = torch.ops.distnorm.cotangents(payload, count, number, name)
     return shared
 
 
@@ -172,16 +172,16 @@ class Line:
         gradient.
         """
         compiling = torch.compiler.is_compiling()
-        if not compiling and transforming():
+        if not compiling and in_transform():
             raise self.refusal()
         sums = sums.double()
         way = (name, self.number() if self.opaque else None, None if compiling else self)
-        wire = payload_of(sums, weight, self._values)
+        payload = payload_of(sums, weight, self._values)
         many = sums.numel()
         if op == "max":
-            shared = MaxForward.apply(sums.flatten(), wire[many:].detach(), *way, self.learning)
+            shared = MaxForward.apply(sums.flatten(), payload[many:].detach(), *way, self.learning)
         else:
-            shared = ReduceForward.apply(wire, None, *way, self.learning)
+            shared = ReduceForward.apply(payload, None, *way, self.learning)
         self.shared[name] = shared.detach()
         total = shared[-1].detach()
         first = shared[:many].view_as(sums)
@@ -217,7 +217,9 @@ class Line:
             "call eval() first."
         )
 
-    def gather(self, wire: Tensor, *, held: bool, enough: bool = False, name: str = "", op: Op = "sum") -> Tensor:
+    def gather(
+        self, payload: Tensor, *, in_graph: bool, has_two_values: bool = False, name: str = "", op: Op = "sum"
+    ) -> Tensor:
         """Return the shared sums and count. Uses the policy once, or not at all in a recomputation.
 
         Raises:
@@ -225,25 +227,27 @@ class Line:
         """
         binding = self._binding
         assert binding is not None, "operators and kernels run on a line that is bound"
-        record = self._recall(wire, name, op) if repeating() else None
+        record = self._recall(payload, name, op) if repeating() else None
         if record is not None:
             record.repeated = True
             # A reentrant checkpoint: its cotangents come in a nested pass, whose end is not the end of the step.
-            if not record.held:
+            if not record.in_graph:
                 binding.expect_boundary()
         else:
-            record = self._share(binding, wire, held and self._builds_graph, enough, name, op)
+            record = self._share(binding, payload, in_graph and self._builds_graph, has_two_values, name, op)
         # The graph keeps this line and its records alive, as long as a checkpoint may recompute this forward.
         self._records.append(record)
         self.shared[name] = record.shared
         return record.shared
 
-    def _recall(self, wire: Tensor, name: str, op: Op) -> Record | None:
+    def _recall(self, payload: Tensor, name: str, op: Op) -> Record | None:
         core = self.site.core
         kinds = core.kinds if core is not None and not name else 1
-        return self.site.records[name].recall(_identifying(wire, op), kinds)
+        return self.site.records[name].recall(_identifying(payload, op), kinds)
 
-    def _share(self, binding: Binding, wire: Tensor, held: bool, enough: bool, name: str, op: Op) -> Record:
+    def _share(
+        self, binding: Binding, payload: Tensor, in_graph: bool, has_two_values: bool, name: str, op: Op
+    ) -> Record:
         site = self.site
         slot = self._slot = self._slot_of(binding, "forward", learning=self.learning, name=name, op=op)
         if self.learning:
@@ -251,22 +255,22 @@ class Line:
         else:
             binding.forget_in_flight()
         try:
-            shared = binding.reducer.reduce(wire, slot)
+            shared = binding.reducer.reduce(payload, slot)
         except RuntimeError as error:
             raise self._failed(binding, "forward", error) from error
-        if not enough and binding.reducer.completeness(slot).is_counted:
-            # A policy that shares nothing in this step returns ``wire`` itself.
-            site.check_count(shared[-1], 1 if shared is wire else binding.reducer.size)
-        record = Record(wire if op == "sum" else _identifying(wire, op), shared, slot.step, held=held)
+        if not has_two_values and binding.reducer.completeness(slot).is_counted:
+            # A policy that shares nothing in this step returns ``payload`` itself.
+            site.check_count(shared[-1], 1 if shared is payload else binding.reducer.size)
+        record = Record(payload if op == "sum" else _identifying(payload, op), shared, slot.step, in_graph=in_graph)
         site.records[name].note(record)
         return record
 
-    def lands(self) -> bool:
+    def updates_running(self) -> bool:
         """Return whether the gathered sums are to update the running statistics: global, and not used before."""
         assert self._binding is not None, "it has gathered"
         return not self._records[-1].repeated and self._binding.reducer.completeness(self._slot).is_global
 
-    def step_lands(self) -> bool:
+    def step_is_global(self) -> bool:
         """Return whether statistics of this step are global, so that they may update the running statistics."""
         assert self._binding is not None, "operators run on a line that is bound"
         slot = self._slot_of(self._binding, "forward", learning=self.learning)
@@ -276,7 +280,7 @@ class Line:
         """Start sharing the cotangents, and return a future of the result. Uses the policy once."""
         return self.start_cotangents(cotangents, self.shared[""][-1], learning=True)
 
-    def start_cotangents(self, wire: Tensor, count: Tensor, *, learning: bool, name: str = "") -> Future:
+    def start_cotangents(self, payload: Tensor, count: Tensor, *, learning: bool, name: str = "") -> Future:
         """Start sharing the cotangents of a forward that got ``count``, and return a future of the result.
 
         ``learning``: false while a graph is built (``create_graph=True``), since that pass ends no step.
@@ -296,7 +300,7 @@ class Line:
         scale = binding.loss_scale_of_pass() if keeps else 1.0
         slot = self._slot_of(binding, "backward", learning=learning, count=count, scale=scale, name=name)
         try:
-            answer = binding.reducer.start(wire, slot)
+            answer = binding.reducer.start(payload, slot)
         except RuntimeError as error:
             raise self._failed(binding, "backward", error) from error
 
@@ -308,7 +312,7 @@ class Line:
 
         return Future(wait)
 
-    def again(self, *, opaque: bool = False) -> Line:
+    def for_recomputation(self, *, opaque: bool = False) -> Line:
         """Return a line for a repetition inside a backward pass, which gets its sums from the layer's records."""
         return Line(self.site, self._binding, self._step, opaque=opaque, values=self._values)
 
@@ -342,6 +346,6 @@ def open_line(site: Site, *, opaque: bool, learning: bool | None = None) -> Line
     return Line(site, binding, binding.step, opaque=opaque, learning=learning)
 
 
-def _identifying(wire: Tensor, op: Op) -> Tensor:
+def _identifying(payload: Tensor, op: Op) -> Tensor:
     """Return what tells forwards apart: not how often maxima occur, which lossy storage of activations changes."""
-    return wire if op == "sum" else torch.cat((wire[: len(wire) // 2], wire[-1:]))
+    return payload if op == "sum" else torch.cat((payload[: len(payload) // 2], payload[-1:]))

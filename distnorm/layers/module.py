@@ -18,12 +18,13 @@ import distnorm.layers.operators  # noqa: F401  what torch.ops.distnorm has
 from distnorm.autograd import normalize
 from distnorm.autograd.engine import backward_may_follow
 from distnorm.autograd.keep_local import KeepLocal
-from distnorm.compat.dispatch_state import are_own, are_plain, exporting, is_fake, transforming
+from distnorm.compat.dispatch_state import are_own, are_plain, exporting, in_transform, is_fake
+from distnorm.kernels import stock
 from distnorm.layers import checks, initial, overlap, repeated
 from distnorm.layers.line import NOW, Line
 from distnorm.layers.running_statistics import running_of, seen
 from distnorm.layers.scripting import scriptable
-from distnorm.layers.site import Site, absorb
+from distnorm.layers.site import Site, update_layer
 from distnorm.layers.tracing import is_traced, leaf
 from distnorm.methods import BatchNorm, Layer
 from distnorm.methods.base import compute_dtype
@@ -89,9 +90,15 @@ class DistNorm(_BatchNorm):
             return _finish(self._train_plainly(input, inputs, running, tracked, plain), residual, relu, widen)
         affine = Affine(weight_C, bias_C, self.eps, running.var_C, running.updates)
         fits = residual is None or _fits(residual, input)
-        epilogue = Epilogue(residual, relu) if fits else normalize.NO_EPILOGUE
-        between = overlap.arrangement(self, input) if site.conversion.recipe.overlap else None
-        y = normalize.normalize(method, input, self._exchange(input, True), affine, between, tracked, epilogue)
+        plainly = residual is None and not relu
+        epilogue = normalize.NO_EPILOGUE if plainly or not fits else Epilogue(residual, relu)
+        exchange = self._exchange(input, True)
+        alone = epilogue is normalize.NO_EPILOGUE and isinstance(exchange, KeepLocal)
+        if alone and stock.suits(method, input, affine, running):
+            y = stock.batch_norm(input, affine, running, updates=tracked is not None and exchange.updates_running())
+        else:
+            between = overlap.arrangement(self, input) if site.conversion.recipe.overlap else None
+            y = normalize.normalize(method, input, exchange, affine, between, tracked, epilogue)
         return y if fits else _finish(y, residual, relu, widen)
 
     def _train_plainly(
@@ -99,9 +106,9 @@ class DistNorm(_BatchNorm):
     ) -> Tensor:
         """Normalize by the method's specification, for inputs that the kernels do not accept."""
         method, share = self.recipe.method, self._exchange(input, plain)
-        transformed = not torch.compiler.is_compiling() and transforming()
+        transformed = not torch.compiler.is_compiling() and in_transform()
         if transformed and isinstance(share, KeepLocal) and isinstance(method, BatchNorm):
-            return _BatchNorm.forward(self, input)  # torch's own: nobody else knows its rules under transforms
+            return _BatchNorm.forward(self, input)  # torch's own, which has the rules for transforms
         layer = seen(self, running)
         record = None
         if method.follows and plain and self._site.measured is not None:
@@ -112,7 +119,7 @@ class DistNorm(_BatchNorm):
         if record is not None:
             repeated.remember(record, self._site, y)
         if tracked is not None and share.shared:
-            self._absorb(share, tracked)
+            self._update_running(share, tracked)
         return y
 
     def _exchange(self, input: Tensor, plain: bool) -> Line | KeepLocal:
@@ -142,7 +149,7 @@ class DistNorm(_BatchNorm):
 
     def train(self, mode: bool = True) -> DistNorm:
         """Switch between training and evaluation. Report errors that a GPU could not report earlier."""
-        self._site.raise_if_starved()
+        self._site.raise_if_too_few()
         super().train(mode)
         return self
 
@@ -170,21 +177,21 @@ class DistNorm(_BatchNorm):
             return running._replace(mean_C=mean_C, var_C=var_C, declared=dict(zip(names[2:], declared, strict=True)))
         return self._site.running(self) or running
 
-    def _absorb(self, share: Line | KeepLocal, running: Running) -> None:
+    def _update_running(self, share: Line | KeepLocal, running: Running) -> None:
         """Update the ``running`` statistics with what the plain path has shared, if it is global."""
-        site, landed = self._site, True
+        site, completed = self._site, True
         parts = ("",) if site.measured is None else site.measured.parts
         shared = [share.shared[name] for name in parts]
         if torch.compiler.is_compiling():
             if isinstance(share, Line) and not site.conversion.facts.always_global:
-                landed = torch.ops.distnorm.lands(shared[0][-1], site.number, share.learning)
+                completed = torch.ops.distnorm.is_global(shared[0][-1], site.number, share.learning)
         elif (isinstance(share, Line) and share.opaque) or not are_plain(*shared):
             # Hidden from dispatch modes, since a repetition has no such operations.
-            torch.ops.distnorm.absorb(shared, site.scalar(), backward_may_follow())
+            torch.ops.distnorm.update_running(shared, site.scalar(), backward_may_follow())
             return
-        elif not share.lands():
+        elif not share.updates_running():
             return
-        absorb(self, running, site, shared, landed)
+        update_layer(self, running, site, shared, completed)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DistNorm:
         """Move or cast as torch does, but keep running statistics in float32 or wider, whatever an engine casts."""
@@ -213,12 +220,12 @@ class DistNorm(_BatchNorm):
             initial.reset(self, site, site.parameters)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        self._site.conversion.means_to_fold = True
+        self._site.conversion.resume_pending = True
         initial.complete(self, self._site, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        self._site.raise_if_starved()
+        self._site.raise_if_too_few()
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name, values in self._ahead().items():
             destination[f"{prefix}{name}"] = values
@@ -228,7 +235,7 @@ class DistNorm(_BatchNorm):
         return {**self.__dict__, "_buffers": {**self._buffers, **self._ahead()}}
 
     @torch.no_grad()
-    def absorb_in_flight(self) -> None:
+    def apply_in_flight(self) -> None:
         """Write to the buffers what evaluation uses, for a layer that ends no more steps."""
         for name, values in self._ahead().items():
             getattr(self, name).copy_(values)

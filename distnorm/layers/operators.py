@@ -11,40 +11,40 @@ from torch import Tensor
 from distnorm.autograd.engine import repeating
 from distnorm.layers.line import Line, open_line
 from distnorm.layers.running_statistics import running_of
-from distnorm.layers.site import Site, absorb
+from distnorm.layers.site import Site, update_layer
 
 
 # docs/decisions.md#compiled-graphs-hold-the-policy-as-operators
 @torch.library.custom_op("distnorm::statistics", mutates_args=())
-def statistics_op(wire: Tensor, number: Tensor, learning: bool, name: str, op: str) -> Tensor:
+def statistics_op(payload: Tensor, number: Tensor, learning: bool, name: str, op: str) -> Tensor:
     """Call ``Line.gather``."""
     line = open_line(Site.of(number), opaque=False, learning=learning)
-    return line.gather(wire, held=False, name=name, op="max" if op == "max" else "sum").clone()
+    return line.gather(payload, in_graph=False, name=name, op="max" if op == "max" else "sum").clone()
 
 
 @torch.library.custom_op("distnorm::cotangents", mutates_args=())
-def cotangents_op(wire: Tensor, count: Tensor, number: Tensor, name: str) -> Tensor:
+def cotangents_op(payload: Tensor, count: Tensor, number: Tensor, name: str) -> Tensor:
     """Call ``Line.start_cotangents``, and wait for the result."""
-    return _now(number, True).start_cotangents(wire, count, learning=True, name=name).wait().clone()
+    return _now(number, True).start_cotangents(payload, count, learning=True, name=name).wait().clone()
 
 
-@torch.library.custom_op("distnorm::lands", mutates_args=())
-def lands_op(count: Tensor, number: Tensor, learning: bool) -> Tensor:
+@torch.library.custom_op("distnorm::is_global", mutates_args=())
+def is_global_op(count: Tensor, number: Tensor, learning: bool) -> Tensor:
     """Return 1 if the statistics with ``count`` are to update the running statistics, else 0, in its dtype."""
-    return torch.full_like(count, _now(number, learning).step_lands())
+    return torch.full_like(count, _now(number, learning).step_is_global())
 
 
-@torch.library.custom_op("distnorm::absorb", mutates_args=())
-def absorb_op(shared: list[Tensor], number: Tensor, learning: bool) -> None:
+@torch.library.custom_op("distnorm::update_running", mutates_args=())
+def update_running_op(shared: list[Tensor], number: Tensor, learning: bool) -> None:
     """Update the running statistics with what was ``shared`` in the current step, by each share, if it is global.
 
     Repetitions change nothing. For dispatch modes only: a compiled graph must see which buffers change.
     """
     site = Site.of(number)
     layer = site.conversion.layer(site.index)
-    if layer is not None and not repeating() and _now(number, learning).step_lands():
+    if layer is not None and not repeating() and _now(number, learning).step_is_global():
         running = running_of(layer, guarded=site.conversion.guards)
-        absorb(layer, running, site, shared)
+        update_layer(layer, running, site, shared)
 
 
 @torch.library.custom_op("distnorm::running", mutates_args=())
@@ -70,21 +70,21 @@ def _(buffers: list[Tensor], number: Tensor) -> list[Tensor]:
 
 
 @statistics_op.register_fake
-def _(wire: Tensor, number: Tensor, learning: bool, name: str, op: str) -> Tensor:
-    return torch.empty_like(wire)
+def _(payload: Tensor, number: Tensor, learning: bool, name: str, op: str) -> Tensor:
+    return torch.empty_like(payload)
 
 
 @cotangents_op.register_fake
-def _(wire: Tensor, count: Tensor, number: Tensor, name: str) -> Tensor:
-    return torch.empty_like(wire)
+def _(payload: Tensor, count: Tensor, number: Tensor, name: str) -> Tensor:
+    return torch.empty_like(payload)
 
 
-@lands_op.register_fake
+@is_global_op.register_fake
 def _(count: Tensor, number: Tensor, learning: bool) -> Tensor:
     return torch.empty_like(count)
 
 
-@absorb_op.register_fake
+@update_running_op.register_fake
 def _(shared: list[Tensor], number: Tensor, learning: bool) -> None:
     return None
 

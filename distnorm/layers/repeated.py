@@ -30,7 +30,7 @@ def as_of_first(x_NCL: Tensor, site: Site, layer: Layer) -> tuple[Layer, Record 
     record = site.forwards.recall(key, kinds=2) if repeating() else None
     if record is None:
         flat = torch.cat([each.double().flatten() for each in there.values()])
-        found = made = Record(key, flat, site.conversion.bound().step, held=False)
+        found = made = Record(key, flat, site.conversion.bound().step, in_graph=False)
     else:
         found, made = record, None
         found.repeated = True
@@ -45,7 +45,7 @@ def remember(record: Record, site: Site, y_NCL: Tensor) -> None:
     """Keep ``record`` of the forward that has computed ``y_NCL`` as long as its graph, or the step if it has none."""
     node: Any = y_NCL.grad_fn
     if node is not None:
-        record.held = True
+        record.in_graph = True
         node.metadata[__name__] = record
     site.forwards.note(record)
 

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from distnorm.compat.at_once import Call, at_once
-from distnorm.kernels import absorbing as kernels
+from distnorm.compat.uninterrupted import Call, uninterrupted
+from distnorm.kernels import running as kernels
 from distnorm.layers.layout import measure
 from distnorm.methods import ChannelAffine, Layer, Method
 from distnorm.transport import Group
-from distnorm.types import Landed, Running, Slot
+from distnorm.types import GlobalStatistics, Running, Slot
 
 logger = logging.getLogger("distnorm")
 
@@ -30,65 +30,67 @@ def buffers_of(layer: nn.Module) -> tuple[str, ...]:
     return BUFFERS if site is None else (*BUFFERS, *site.buffers)
 
 
-def absorbing(layers: Mapping[str, _BatchNorm], landed: Iterable[Landed], method: Method) -> list[Call]:
-    """Return calls that update those of ``layers`` that track with all ``landed``; guarded, as windows are."""
+def updating(layers: Mapping[str, _BatchNorm], statistics: Iterable[GlobalStatistics], method: Method) -> list[Call]:
+    """Return calls that update those of ``layers`` that track with all ``statistics``; guarded, as windows are."""
     calls: list[Call] = []
-    for name, of_layer in by_layer(landed).items():
+    for name, of_layer in by_layer(statistics).items():
         layer = layers.get(name)
         if layer is not None and layer.track_running_stats:
-            calls += _absorbing(layer, running_of(layer, guarded=True), of_layer, method)
+            calls += _updating(layer, running_of(layer, guarded=True), of_layer, method)
     return calls
 
 
-def by_layer(landed: Iterable[Landed]) -> dict[str, list[Landed]]:
-    """Return what ``landed`` for each layer, in order."""
-    found: dict[str, list[Landed]] = {}
-    for each in landed:
+def by_layer(statistics: Iterable[GlobalStatistics]) -> dict[str, list[GlobalStatistics]]:
+    """Return the ``statistics`` of each layer, in order."""
+    found: dict[str, list[GlobalStatistics]] = {}
+    for each in statistics:
         found.setdefault(each.layer, []).append(each)
     return found
 
 
-def _absorbing(layer: _BatchNorm, running: Running, landed: list[Landed], method: Method) -> list[Call]:
-    """Return calls that update ``running``, as of ``layer``, with all that ``landed`` for it."""
+def _updating(layer: _BatchNorm, running: Running, statistics: list[GlobalStatistics], method: Method) -> list[Call]:
+    """Return calls that update ``running``, as of ``layer``, with all its ``statistics``."""
     updates: list[list[Call]] = []
-    for together in _together(landed):
+    for together in _together(statistics):
         others = sum(map(bool, updates))
         if isinstance(method, ChannelAffine):
-            made = kernels.absorbing_landed(running, together[0], method, layer.num_features, others=others)
+            made = kernels.updating_running(running, together[0], method, layer.num_features, others=others)
         else:
             made = _moving(layer, running, together, method, others)
         updates.append(made)
     return [call for each in updates for call in each]
 
 
-def _together(landed: list[Landed]) -> list[list[Landed]]:
-    """Return what has ``landed`` in groups: a name that occurs again belongs to another step."""
-    groups: list[list[Landed]] = []
-    for each in landed:
+def _together(statistics: list[GlobalStatistics]) -> list[list[GlobalStatistics]]:
+    """Return ``statistics`` by update: a share that occurs again belongs to another one."""
+    groups: list[list[GlobalStatistics]] = []
+    for each in statistics:
         if not groups or each.name in {other.name for other in groups[-1]}:
             groups.append([])
         groups[-1].append(each)
     return groups
 
 
-def _moving(layer: _BatchNorm, running: Running, landed: list[Landed], method: Method, others: int) -> list[Call]:
-    device = next((each.device for each in running.buffers.values() if each is not None), landed[0].means.device)
-    landed = [kernels.moved(each, device) for each in landed]
+def _moving(
+    layer: _BatchNorm, running: Running, statistics: list[GlobalStatistics], method: Method, others: int
+) -> list[Call]:
+    device = next((each.device for each in running.buffers.values() if each is not None), statistics[0].means.device)
+    statistics = [kernels.moved(each, device) for each in statistics]
     measured = measure(method, layer.num_features)
-    shared = {each.name: measured.parts[each.name].read(each.means, 1.0, each.total) for each in landed}
+    shared = {each.name: measured.parts[each.name].read(each.means, 1.0, each.total) for each in statistics}
     targets = measured.targets(method, shared, seen(layer, running))
-    whole = torch.stack([each.weight for each in landed]).prod()
-    return kernels.absorbing(running, targets, landed[0].total, whole, others=others)
+    whole = torch.stack([each.weight for each in statistics]).prod()
+    return kernels.moving(running, targets, statistics[0].total, whole, others=others)
 
 
 @torch.no_grad()
-def with_landed(layer: _BatchNorm, landed: list[Landed], method: Method) -> Running:
-    """Return what the running statistics of ``layer`` would be once ``landed`` has updated them; they do not change."""
+def updated_running(layer: _BatchNorm, statistics: list[GlobalStatistics], method: Method) -> Running:
+    """Return the running statistics of ``layer``, updated with ``statistics``, as copies."""
     live = running_of(layer, guarded=True)
     mean_C, var_C, updates = (None if each is None else each.detach().clone() for each in live[:3])
     declared = {name: each.detach().clone() for name, each in live.declared.items()}
     ahead = Running(mean_C, var_C, updates, live.momentum, guarded=True, declared=declared)
-    at_once(*_absorbing(layer, ahead, landed, method))
+    uninterrupted(*_updating(layer, ahead, statistics, method))
     return ahead
 
 
@@ -174,8 +176,8 @@ def average(layers: Iterable[_BatchNorm], group: Group) -> None:
     if not (tracked or declared) or group.size == 1:
         return
     pairs = [torch.cat((mean_C, var_C + mean_C.double().square())) for mean_C, var_C in tracked]
-    wire = torch.cat([each.double().flatten() for each in (*pairs, *declared)])
-    shared = group.sum(wire, Slot("running statistics", "forward", 0)) / group.size
+    payload = torch.cat([each.double().flatten() for each in (*pairs, *declared)])
+    shared = group.sum(payload, Slot("running statistics", "forward", 0)) / group.size
     found = iter(shared.split([each.numel() for each in (*pairs, *declared)]))
     for mean_C, var_C in tracked:
         new_mean_C, square_C = next(found).view(2, -1)

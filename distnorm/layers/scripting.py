@@ -31,7 +31,7 @@ def scriptable(layer: _BatchNorm, site: Site, method: Method) -> nn.Module:
         )
     if layer.running_mean is None and not isinstance(method, BatchNorm):
         raise RuntimeError(
-            f"{site.name}: without running statistics torch.jit.script knows those of batch norm; this is {method}."
+            f"{site.name}: without running statistics torch.jit.script supports batch norm only; this is {method}."
         )
     return _Evaluation(layer, site.name).eval()
 
@@ -55,7 +55,7 @@ class _Evaluation(nn.Module):
 
     def forward(self, input: Tensor, residual: Tensor | None = None, relu: bool = False, widen: bool = True) -> Tensor:
         if self.training:
-            raise RuntimeError(f"{self.place}: scripted from evaluation, where nothing is shared; call eval().")
+            raise RuntimeError(f"{self.place}: scripted in evaluation, so it cannot train; call eval().")
         mean_C, var_C = self.running_mean, self.running_var
         dtype = input.dtype if mean_C is None else mean_C.dtype
         weight_C = None if self.weight is None else self.weight.to(dtype)

@@ -14,15 +14,14 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from distnorm.autograd.recompute import Records
-from distnorm.compat.dispatch_state import unseen
-from distnorm.kernels.absorbing import absorb as absorb_targets
-from distnorm.kernels.absorbing import absorb_shared
+from distnorm.compat.dispatch_state import modes_disabled
+from distnorm.kernels.running import update_from_sums, update_running
 from distnorm.layers.conversion import Conversion
 from distnorm.layers.layout import Measured
-from distnorm.layers.running_statistics import running_of, seen, with_landed
+from distnorm.layers.running_statistics import running_of, seen, updated_running
 from distnorm.methods import ChannelAffine, Declared
 from distnorm.transport import LostGroup, lost
-from distnorm.types import Landed, Running
+from distnorm.types import GlobalStatistics, Running
 
 # Graphs contain numbers, not objects: here an operator finds the site of a number.
 _sites: WeakValueDictionary[int, Site] = WeakValueDictionary()
@@ -68,16 +67,16 @@ class Site:
         """The names of what the method has declared."""
         self.key = next(_keys)
         _sites[self.key] = self
-        with unseen():
+        with modes_disabled():
             self.number = self.scalar()
             """By which operators find this site; an input of compiled graphs, so equal layers have equal graphs."""
         self.records = {name: Records() for name in (("",) if self.measured is None else self.measured.parts)}
         """By the name of the share."""
         self.forwards = Records()
         """What identifies recent inputs, with the buffers that their forwards found."""
-        self._starved: dict[int, Tensor] = {}
+        self._too_few: dict[int, Tensor] = {}
         """By the number of sharing ranks, whether a GPU has seen 1 value per channel."""
-        self._ahead: tuple[list[Landed], list[object], Running] | None = None
+        self._ahead: tuple[list[GlobalStatistics], list[object], Running] | None = None
         """The running statistics with what is in flight, and what they were computed from."""
 
     @staticmethod
@@ -141,18 +140,18 @@ class Site:
             return
         # Reading the count from a GPU would stall the host in every layer. Keep it there, and read it when the layer
         # next switches between training and evaluation, or is saved.
-        starved = count == 1
-        self._starved[size] = self._starved[size] | starved if size in self._starved else starved
+        too_few = count == 1
+        self._too_few[size] = self._too_few[size] | too_few if size in self._too_few else too_few
 
     def running(self, layer: _BatchNorm) -> Running | None:
         """Return the running statistics of ``layer`` with what is in flight; None if it tracks none."""
         if layer.running_mean is None or layer.running_var is None:
             return None
-        live, landed = running_of(layer, guarded=True), self.conversion.ahead(self.name)
-        if landed is None:
+        live, statistics = running_of(layer, guarded=True), self.conversion.ahead(self.name)
+        if statistics is None:
             return live
-        if not self._ahead or self._ahead[0] is not landed or self._ahead[1] != _versions(live):
-            self._ahead = landed, _versions(live), with_landed(layer, landed, self.conversion.recipe.method)
+        if not self._ahead or self._ahead[0] is not statistics or self._ahead[1] != _versions(live):
+            self._ahead = statistics, _versions(live), updated_running(layer, statistics, self.conversion.recipe.method)
         return self._ahead[2]
 
     def ahead(self, buffers: Sequence[Tensor]) -> list[Tensor]:
@@ -161,14 +160,14 @@ class Site:
         found = None if layer is None else self.running(layer)
         return list(buffers) if found is None else [each for each in found.buffers.values() if each is not None]
 
-    def raise_if_starved(self) -> None:
+    def raise_if_too_few(self) -> None:
         """Report a batch of 1 value per channel that a GPU has seen since the last call.
 
         Raises:
             ValueError: there was one. The running statistics were not updated with it.
         """
-        starved, self._starved = self._starved, {}
-        for size, found in starved.items():
+        too_few, self._too_few = self._too_few, {}
+        for size, found in too_few.items():
             if bool(found):
                 raise self.too_few(size)
 
@@ -181,18 +180,18 @@ class Site:
 
 
 @torch.no_grad()
-def absorb(
-    layer: _BatchNorm, running: Running, site: Site, shared: Sequence[Tensor], landed: Tensor | bool = True
+def update_layer(
+    layer: _BatchNorm, running: Running, site: Site, shared: Sequence[Tensor], completed: Tensor | bool = True
 ) -> None:
-    """Update ``running``, as of ``layer``, with what each share got, in order, with counts; unless ``landed`` is 0."""
+    """Update ``running``, as of ``layer``, with what each share got, in order; unless ``completed`` is 0."""
     method = site.conversion.recipe.method
     if isinstance(method, ChannelAffine):
         (only,) = shared
-        absorb_shared(method, only, running, layer.num_features, landed)
-    elif shared and landed is not False:
+        update_from_sums(method, only, running, layer.num_features, completed)
+    elif shared and completed is not False:
         assert site.measured is not None, "its method is not affine per channel"
         found = site.measured.read(dict(zip(site.measured.parts, shared, strict=True)))
-        absorb_targets(running, site.measured.targets(method, found, seen(layer, running)), shared[0][-1], landed)
+        update_running(running, site.measured.targets(method, found, seen(layer, running)), shared[0][-1], completed)
 
 
 def _versions(running: Running) -> list[object]:

@@ -8,43 +8,45 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from distnorm.compat.at_once import Call, at_once
+from distnorm.compat.uninterrupted import Call, uninterrupted
 from distnorm.kernels import dense, gpu
 from distnorm.kernels.arithmetic import Tracked
-from distnorm.types import Landed, Running
+from distnorm.types import GlobalStatistics, Running
 
 
-def absorb_shared(
-    method: Tracked, shared: Tensor, running: Running, features: int, landed: Tensor | bool = True
+def update_from_sums(
+    method: Tracked, shared: Tensor, running: Running, features: int, completed: Tensor | bool = True
 ) -> None:
     """Update ``running`` statistics with the moments of ``shared`` sums and their count, for so many ``features``."""
-    if landed is False:
+    if completed is False:
         return
     if shared.is_cpu and not torch.compiler.is_compiling():
         # In C if possible, as in the passes of layers: results must be bitwise equal on ranks whose batches take other
         # code paths.
         formula, count = method.formula(), shared[-1].item()
-        absorb_in_c = None if formula is None else dense.absorbing(formula, shared, count, count, running)
-        if absorb_in_c is not None:
-            absorb_in_c()
+        update_in_c = None if formula is None else dense.updating(formula, shared, count, count, running)
+        if update_in_c is not None:
+            update_in_c()
             return
     total = shared[-1]  # without gradient, like everything shared
-    absorb(running, method.moments(shared[:-1].view(-1, features) / total.clamp_min(1), total), total, landed)
+    update_running(
+        running, method.moments(shared[:-1].view(-1, features) / total.clamp_min(1), total), total, completed
+    )
 
 
-def absorb(running: Running, targets: Mapping[str, Tensor], count: Tensor, landed: Tensor | bool) -> None:
+def update_running(running: Running, targets: Mapping[str, Tensor], count: Tensor, completed: Tensor | bool) -> None:
     """Update ``running += (target - running) * momentum``; the plain average over all steps if momentum is None.
 
     ``targets`` are by the name of the buffer.
 
-    Nothing changes if ``landed`` is 0 or fewer than two values were seen. If guarded, nothing changes either if a
+    Nothing changes if ``completed`` is 0 or fewer than two values were seen. If guarded, nothing changes either if a
     running statistic of the layer would become non-finite: forwards that read them, or windows, must not keep the
     values of one broken batch. There is no branch for which the host would wait for a GPU.
     """
     if count.is_cpu and not torch.compiler.is_compiling():
-        at_once(*_moves(running, targets, count, landed))
+        uninterrupted(*_moves(running, targets, count, completed))
         return
-    fresh = (landed * (count > 1)).to(count.dtype)
+    fresh = (completed * (count > 1)).to(count.dtype)
     if running.guarded:
         fresh = fresh * _fit(running, targets)
     momentum: Tensor | float = running.momentum or 0.0
@@ -64,10 +66,10 @@ def _fit(running: Running, targets: Mapping[str, Tensor]) -> Tensor | bool:
 
 
 def _moves(
-    running: Running, targets: Mapping[str, Tensor], count: Tensor, landed: Tensor | bool, *, others: int = 0
+    running: Running, targets: Mapping[str, Tensor], count: Tensor, completed: Tensor | bool, *, others: int = 0
 ) -> list[Call]:
-    """Return the calls that update CPU tensors as ``absorb`` does, after ``others`` other updates."""
-    if not (landed and count > 1 and (not running.guarded or _fit(running, targets))):
+    """Return the calls that update CPU tensors as ``update_running`` does, after ``others`` other updates."""
+    if not (completed and count > 1 and (not running.guarded or _fit(running, targets))):
         return []
     rate, counted = running.momentum or 0.0, []
     if running.updates is not None:
@@ -93,40 +95,40 @@ def _lerp(buffer_C: Tensor, fresh_C: Tensor, rate: Tensor) -> None:
     buffer_C.lerp_(fresh_C, rate.to(buffer_C.dtype))
 
 
-def absorbing_landed(
-    running: Running, landed: Landed, method: Tracked, features: int, *, others: int = 0
+def updating_running(
+    running: Running, statistics: GlobalStatistics, method: Tracked, features: int, *, others: int = 0
 ) -> list[Call]:
-    """Return calls that ``absorb`` what became global at the end of a step, on its device, without interruption.
+    """Return the calls that update ``running`` with statistics of a step that has ended, on their device.
 
-    ``others``: the number of updates before this one. Requires disabled gradients.
+    ``others``: the number of updates before this one. Pass the calls to ``uninterrupted``, with gradients disabled.
     """
-    if running.var_C is not None and landed.means.device != running.var_C.device:  # the layer has been moved since
-        landed = moved(landed, running.var_C.device)
-    _, means, total, weight, _ = landed
+    if running.var_C is not None and statistics.means.device != running.var_C.device:  # the layer has been moved since
+        statistics = moved(statistics, running.var_C.device)
+    _, means, total, weight, _ = statistics
     formula = method.formula()
     if means.is_cpu and formula is not None:
         if not weight:
             return []
-        absorb_in_c = dense.absorbing(formula, means, 1.0, total.item(), running)
-        if absorb_in_c is not None:
-            return [absorb_in_c]
+        update_in_c = dense.updating(formula, means, 1.0, total.item(), running)
+        if update_in_c is not None:
+            return [update_in_c]
     elif means.is_cuda and formula is not None and running.is_whole and gpu.available():
-        from distnorm.kernels.gpu.gpu_pass import absorb_means  # imports Triton
+        from distnorm.kernels.gpu.gpu_pass import update_from_means  # imports Triton
 
-        return [partial(absorb_means, formula, landed, running)]
-    return absorbing(running, method.moments(means.view(-1, features), total), total, weight, others=others)
+        return [partial(update_from_means, formula, statistics, running)]
+    return moving(running, method.moments(means.view(-1, features), total), total, weight, others=others)
 
 
-def absorbing(
-    running: Running, targets: Mapping[str, Tensor], total: Tensor, landed: Tensor, *, others: int = 0
+def moving(
+    running: Running, targets: Mapping[str, Tensor], total: Tensor, completed: Tensor, *, others: int = 0
 ) -> list[Call]:
-    """Return calls that ``absorb`` after ``others`` other updates, without interruption."""
+    """Return calls that ``update_running`` after ``others`` other updates, without interruption."""
     if total.is_cpu:
-        return _moves(running, targets, total, landed, others=others)
-    return [partial(absorb, running, targets, total, landed)]
+        return _moves(running, targets, total, completed, others=others)
+    return [partial(update_running, running, targets, total, completed)]
 
 
-def moved(landed: Landed, device: torch.device) -> Landed:
-    """Return ``landed`` on ``device``."""
-    means, total, weight = (each.to(device) for each in landed[1:4])
-    return landed._replace(means=means, total=total, weight=weight)
+def moved(statistics: GlobalStatistics, device: torch.device) -> GlobalStatistics:
+    """Return ``statistics`` on ``device``."""
+    means, total, weight = (each.to(device) for each in statistics[1:4])
+    return statistics._replace(means=means, total=total, weight=weight)
