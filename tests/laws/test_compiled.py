@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -11,7 +9,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import distnorm
 from distnorm import Recipe
-from tests.zoo import EXACT, METHODS, POLICIES, pairs
+from tests.zoo import POLICIES, pairs
 
 
 def _steps(model: nn.Module, module: nn.Module) -> list[Tensor]:
@@ -24,14 +22,8 @@ def _steps(model: nn.Module, module: nn.Module) -> list[Tensor]:
     return seen
 
 
-def cases() -> list[object]:
-    """The first two methods with every policy. Graphs do not show the policy: others with one that shares."""
-    first = dict(itertools.islice(METHODS.items(), 2))
-    others = {name: under_test for name, under_test in METHODS.items() if name not in first}
-    return [*pairs(POLICIES, first), *pairs({"AllReduce": EXACT["AllReduce"]}, others)]
-
-
-@pytest.mark.parametrize(("under_test", "policy"), cases())
+# Graphs do not show the policy.
+@pytest.mark.parametrize(("under_test", "policy"), pairs(POLICIES, usual=["AllReduce"]))
 def test_one_graph(under_test, policy):
     def build() -> nn.Module:
         torch.manual_seed(0)
