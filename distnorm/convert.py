@@ -86,7 +86,8 @@ def convert(
     Converts layers of type BatchNorm1d/2d/3d and SyncBatchNorm, and those of ``register_converter``. Parameters,
     buffers, hooks, names and the keys of the state_dict do not change; ``weights="normalized"`` adds a parameter
     ``gain`` to layers before norms, so convert before you create the optimizer or wrap the model. Layers that the same
-    recipe has converted before are skipped. If a SyncBatchNorm has a ``process_group``, its layer shares among those ranks only, with any recipe.
+    recipe has converted before are skipped. If a SyncBatchNorm has a ``process_group``, its layer shares among those
+    ranks only, with any recipe.
     Issues no collective: ranks first communicate at the first training forward pass, or in ``attach``.
 
     Args:

@@ -67,6 +67,15 @@ class Normalized(Reweighted):
         """Remove ``gain``."""
         del self._parameters["gain"]
 
+    def check_bake(self) -> None:
+        """Raise also if an engine has sharded the layer: it would put the parameter ``gain`` back."""
+        super().check_bake()
+        if type(self.gain) is not nn.Parameter:
+            raise RuntimeError(
+                f"{self._name}: an engine has sharded the parameter 'gain', and would put it back. Load the whole "
+                "state_dict into a converted model that is not sharded, and revert that."
+            )
+
     def _set_gain(self) -> None:
         self._parameters["gain"] = nn.Parameter(self.lengths(), requires_grad=self.weight.requires_grad)
 

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -56,14 +57,24 @@ def bake(model: nn.Module) -> None:
 
     Raises:
         RuntimeError: a parameter cannot be written, since an engine has partitioned it, or its layer computes it from
-            others; the message names the layer. The model is unchanged.
+            others; or a gain cannot be removed, since an engine has sharded it. The message names the layer. The model
+            is unchanged.
     """
+    _reshard(model)
     layers = reweighted(model)
     for layer in layers:
         layer.check_bake()
     for layer in layers:
         layer.bake()
         release(layer)
+
+
+def _reshard(model: nn.Module) -> None:
+    """Let FSDP2 drop the gathered copies of parameters that it keeps after a forward pass: writes to them are lost."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # its import takes a second
+    for module in model.modules():
+        if fsdp is not None and isinstance(module, fsdp.FSDPModule):
+            module.reshard()
 
 
 def write_centred(model: nn.Module) -> None:
