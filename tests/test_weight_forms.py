@@ -462,6 +462,22 @@ def test_a_tool_that_is_put_on_later(kind: str) -> None:
 
 
 @EVERY_KIND
+def test_a_tool_on_the_bias_does_not_matter(kind: str) -> None:
+    class Doubled(nn.Module):
+        def forward(self, bias: Tensor) -> Tensor:
+            return 2 * bias
+
+    model = net()
+    parametrize.register_parametrization(model.up, "bias", Doubled())
+    distnorm.convert(model, "local_bn", weights=kind)
+    assert names(model) == FEEDERS
+    train(model)
+    y = evaluated(model)
+    torch.testing.assert_close(evaluated(distnorm.revert(model)), y)
+    assert type(model.up).__bases__ == (nn.ConvTranspose2d,) and not isinstance(model.up, Reweighted)
+
+
+@EVERY_KIND
 def test_a_partitioned_weight_is_not_baked(kind: str) -> None:
     model = distnorm.convert(net(), "local_bn", weights=kind)
     model.up.weight.data = torch.empty(0, dtype=torch.float64)
@@ -559,6 +575,17 @@ def comes_back(model: nn.Module) -> None:
 @pytest.mark.parametrize("name", [each.name for each in recipes.available()])
 def test_every_recipe(name: str, kind: str) -> None:
     comes_back(distnorm.convert(net(), name, weights=kind, **OPTIONS.get(name, {})))
+
+
+@EVERY_KIND
+def test_overlap_and_epilogues(kind: str) -> None:
+    parts = [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.ReLU()]
+    model = nn.Sequential(*parts).double()
+    recipe = recipes.build("sync_bn", weights=kind)
+    plain = distnorm.convert(copy.deepcopy(model), recipe)
+    both = distnorm.convert(model, "sync_bn", weights=kind, overlap=True, fuse=True)
+    torch.testing.assert_close(train(both), train(plain))
+    torch.testing.assert_close(evaluated(distnorm.revert(both)), evaluated(plain))
 
 
 @EVERY_KIND

@@ -121,6 +121,16 @@ def train(rank: int, kind: str, wrapper: str, recipe: str, options: dict[str, An
     )
 
 
+def revert_without_a_step(rank: int, kind: str) -> tuple[Tensor, Tensor]:
+    """FSDP2 keeps the parameters of the whole model gathered after a forward pass, and writes to them are lost."""
+    model = fsdp.fully_shard(distnorm.convert(net(), "sync_bn", weights=kind))
+    model(batches()[0])
+    y = model.eval()(batches()[0]).detach()
+    stock = net()
+    stock.load_state_dict({name: whole(value) for name, value in distnorm.revert(model).state_dict().items()})
+    return y, stock.eval()(batches()[0]).detach()
+
+
 def agree(seen: list[Seen], kind: str) -> None:
     joined = expected(kind)
     outputs = steps(joined, batches(), 1.0).split(SIZES, dim=1)
@@ -141,3 +151,9 @@ def test_training_equals_the_joined_batch(pool: Pool, kind: str, recipe: str) ->
 @EVERY_KIND
 def test_sharded_by_fsdp2_too(pool: Pool, kind: str) -> None:
     agree(pool.run(2, train, kind, "fsdp2", "sync_bn", {}), kind)
+
+
+@pytest.mark.parametrize("kind", ["centralized", "standardized"])
+def test_reverting_what_fsdp2_keeps_gathered(pool: Pool, kind: str) -> None:
+    for converted, reverted in pool.run(2, revert_without_a_step, kind):
+        torch.testing.assert_close(reverted, converted)
