@@ -21,7 +21,7 @@ from torch.nn.modules.conv import _ConvNd
 from torch.nn.parallel import DistributedDataParallel
 
 from distnorm.compat.dispatch_state import is_fake, transforming
-from distnorm.layers import weights
+from distnorm.layers import ddp, weights
 from distnorm.layers.centralized import TARGETS
 from distnorm.layers.class_swap import underlying
 from distnorm.layers.conversion import Conversion
@@ -131,6 +131,7 @@ class Watch:
     def _begins(self, model: nn.Module, *_: Any) -> None:
         if torch.compiler.is_compiling() or not model.training or self._uses is not None:
             return
+        ddp.refuse_unknown(weights.added_parameters(model))
         if self.conversion.feeders.known:
             _apply(model, self.conversion)
             self.remove()

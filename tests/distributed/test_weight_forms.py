@@ -131,6 +131,15 @@ def revert_without_a_step(rank: int, kind: str) -> tuple[Tensor, Tensor]:
     return y, stock.eval()(batches()[0]).detach()
 
 
+def convert_what_ddp_holds(rank: int) -> str:
+    wrapped = DistributedDataParallel(net())
+    distnorm.convert(wrapped.module, "sync_bn", weights="normalized")
+    with pytest.raises(RuntimeError) as refused:
+        wrapped(batches()[0])
+    assert DistributedDataParallel(wrapped.module)(batches()[0]).isfinite().all()
+    return str(refused.value)
+
+
 def agree(seen: list[Seen], kind: str) -> None:
     joined = expected(kind)
     outputs = steps(joined, batches(), 1.0).split(SIZES, dim=1)
@@ -157,3 +166,8 @@ def test_sharded_by_fsdp2_too(pool: Pool, kind: str) -> None:
 def test_reverting_what_fsdp2_keeps_gathered(pool: Pool, kind: str) -> None:
     for converted, reverted in pool.run(2, revert_without_a_step, kind):
         torch.testing.assert_close(reverted, converted)
+
+
+def test_gains_that_ddp_would_not_reduce_are_refused(pool: Pool) -> None:
+    for message in pool.run(2, convert_what_ddp_holds):
+        assert message.startswith("stem.gain: this parameter was added after DistributedDataParallel wrapped")
