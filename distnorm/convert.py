@@ -84,8 +84,10 @@ def convert(
     """Convert the model's batch norm layers to ``recipe``, in place, and return the model.
 
     Converts layers of type BatchNorm1d/2d/3d and SyncBatchNorm, and those of ``register_converter``. Parameters,
-    buffers, hooks, names and the keys of the state_dict do not change. Layers that the same recipe has converted before
-    are skipped. If a SyncBatchNorm has a ``process_group``, its layer shares among those ranks only, with any recipe.
+    buffers, hooks, names and the keys of the state_dict do not change; ``weights="normalized"`` adds a parameter
+    ``gain`` to layers before norms, so convert before you create the optimizer or wrap the model. Layers that the same
+    recipe has converted before are skipped. If a SyncBatchNorm has a ``process_group``, its layer shares among those
+    ranks only, with any recipe.
     Issues no collective: ranks first communicate at the first training forward pass, or in ``attach``.
 
     Args:
@@ -108,7 +110,8 @@ def convert(
         ImportError: ``transport="mpi"`` without mpi4py.
         ValueError: an unknown recipe, option, transport or value; an uninitialized lazy layer; a layer that another
             recipe has converted, or whose process group has other ranks than the mesh or recipe; ``where`` selects
-            no layer; an unknown environment variable ``DISTNORM_*``. The model is unchanged.
+            no layer; ``weights="normalized"`` for a model that is wrapped or sharded already; an unknown environment
+            variable ``DISTNORM_*``. The model is unchanged.
 
     Warns:
         UserWarning: once, naming subclasses of batch norm that were not converted; or if the model has no batch norm,
@@ -121,6 +124,7 @@ def convert(
     if transport == "mpi":
         load_mpi("transport='mpi'")
     layers = _select(model, wanted, where)
+    feeders.check(model, [layer for _, layer in layers], wanted)
     apply_to(model, _by_group(layers, wanted, mesh, transport), _targets)
     if fuse and layers and not epilogue.fuse(model):
         warnings.warn(
@@ -140,8 +144,8 @@ def apply_to(
     for conversion, layers in parts.items():
         for index, (name, layer) in enumerate(layers):
             _replace(layer, targets[_original(layer)], conversion, index, name)
-        if conversion.recipe.weights == "centralized":
-            feeders.centralize(model, [layer for _, layer in layers], conversion)
+        if conversion.recipe.weights != "none":
+            feeders.reweight(model, [layer for _, layer in layers], conversion)
     every = [layer for layers in parts.values() for _, layer in layers]
     if any(conversion.recipe.overlap for conversion in parts):
         overlap.pair(model, every)
@@ -162,9 +166,13 @@ def _replace(layer: _BatchNorm, target: type[DistNorm], conversion: Conversion, 
 def revert(model: ModelT) -> ModelT:
     """Restore the original class of every converted layer, in place, and return the model.
 
-    Evaluation output does not change. Centralized weights are written into the parameters. Issues no collective.
+    Evaluation output does not change. Computed weights (``Recipe.weights``) are written into the parameters. Issues no
+    collective.
+
+    Raises:
+        RuntimeError: a weight cannot be written, as ``distnorm.layers.weights.bake``. The model is unchanged.
     """
-    weights.write_centred(model)
+    weights.bake(model)
     for layer in model.modules():
         if isinstance(layer, DistNorm):
             layer.apply_in_flight()
@@ -172,7 +180,7 @@ def revert(model: ModelT) -> ModelT:
 
 
 def undo(model: ModelT) -> ModelT:
-    """Revert without writing centralized weights: for a conversion that was never used."""
+    """Revert without writing computed weights: for a conversion that was never used."""
     feeders.release(model)
     overlap.release(model)
     epilogue.release(model)
