@@ -1,4 +1,4 @@
-"""Conditional norms, AdaIN and SPADE: their equations, their gradients, what they refuse, and where they are held."""
+"""Conditional norms, AdaIN and SPADE: their equations and their gradients."""
 
 from __future__ import annotations
 
@@ -154,6 +154,18 @@ def test_half_precision(name: str, dtype: torch.dtype) -> None:
     assert y.dtype == dtype
     wide = [each.double() if each.is_floating_point() else each for each in halves]
     torch.testing.assert_close(y.double(), reference(layer, *wide).double(), rtol=2e-2, atol=4e-2)
+
+
+def test_autocast() -> None:
+    """The first of a network's layers gets float32, the others what a convolution makes: bfloat16."""
+    layer, (x, map), reference = ready("SPADE")
+    layer.float()
+    for dtype in (torch.float32, torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = layer(x.to(dtype), map.float())
+        assert y.dtype == dtype
+        torch.testing.assert_close(y.double(), reference(layer.double(), x, map), rtol=5e-2, atol=1e-1)
+        layer.float()
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8])

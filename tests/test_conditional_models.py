@@ -92,6 +92,14 @@ def test_a_moving_model_sends_one_vector() -> None:
     assert only == (1,)
 
 
+def test_weights_before_conditional_norms_are_centred() -> None:
+    """Where a label or a map goes to the norm as well; convolutions within SPADE feed no norm."""
+    model = trained(distnorm.convert(Generator(None), "mabn", window=2, warmup=1))
+    assert model.conv.weight.sum((1, 2, 3)).abs().max() < 1e-6
+    for conv in (model.last.beta, model.map.gamma, model.last.shared):
+        assert conv.weight.sum((1, 2, 3)).abs().max() > 1e-2
+
+
 def test_layers_of_instances_send_nothing() -> None:
     def run(rank: int) -> int:
         layers = [ConditionalInstanceNorm(2, K), AdaIN(), SPADE(2, 2, "instance_norm", hidden=4)]
