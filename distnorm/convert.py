@@ -266,6 +266,7 @@ def _select(model: nn.Module, recipe: Recipe, where: Where | None) -> list[tuple
     return found
 
 
+# docs/decisions.md#norms-inside-layers-join-the-model
 def _joins(layer: _BatchNorm, recipe: Recipe) -> bool:
     """Return whether ``layer`` was converted to ``recipe`` by a constructor in ``distnorm.nn``, and not bound yet."""
     if not isinstance(layer, DistNorm) or layer.recipe != recipe:
