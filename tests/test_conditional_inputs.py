@@ -128,3 +128,12 @@ def test_arguments_that_do_not_fit(case: str) -> None:
     make, words = BAD_ARGUMENTS[case]
     with pytest.raises(ValueError, match=words):
         make()
+
+
+def test_subclasses_are_named() -> None:
+    class Small(SPADE):
+        def __init__(self) -> None:
+            super().__init__(C, K, hidden=0)
+
+    with pytest.raises(ValueError, match=r"^Small\(hidden=0\): need a whole number of channels"):
+        Small()

@@ -16,6 +16,7 @@ import distnorm
 from distnorm import recipes
 from distnorm.attach import conversions_of
 from distnorm.nn import SPADE, AdaIN, ConditionalBatchNorm, ConditionalInstanceNorm
+from distnorm.settings import Settings
 from tests.conditional import draw, one_hot_map
 from tests.support.threads import run_threads
 
@@ -117,6 +118,16 @@ def test_another_recipe_asks_for_revert() -> None:
     with pytest.raises(ValueError, match=r"first\.norm: already converted to .* Call distnorm\.revert"):
         distnorm.convert(model, "mabn")
     assert {each.is_provisional for each in conversions_of(model)} == {True}
+
+
+def test_settings_convert_models_with_layers_that_were_built() -> None:
+    """They do not pass for a model that the script has converted; those that it has are left alone."""
+    model = Generator()
+    assert Settings.of({"recipe": "sync_bn"}, "test").convert(model)
+    assert {each._site.name for each in model.modules() if isinstance(each, distnorm.DistNorm)} == set(NORMS)
+    assert not Settings.of({"recipe": "mabn"}, "test").convert(model)
+    with pytest.raises(ValueError, match=r"first\.norm: already converted to"):
+        Settings.of({"recipe": "mabn"}, "test").convert(Generator())
 
 
 def test_bound_layers_stay_as_they_are() -> None:

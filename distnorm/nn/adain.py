@@ -24,7 +24,7 @@ class AdaIN(nn.Module):
         ValueError: wrong shape, fewer than 2 values per sample and channel in the input, or none in the style.
     """
 
-    def __init__(self, alpha: checks.Share = 1.0, eps: checks.Epsilon = 1e-5) -> None:
+    def __init__(self, alpha: float = 1.0, eps: float = 1e-5) -> None:
         """Take the weight of the style, from 0 (the input as it is) to 1, and what is added to variances."""
         super().__init__()
         checks.check_arguments(self, alpha=alpha, eps=eps)

@@ -9,24 +9,31 @@ from torch import Tensor, nn
 
 from distnorm.compat.dispatch_state import are_plain
 from distnorm.layers.module import DistNorm
-from distnorm.validation import Rule, check, hints_of, number, shown, whole
+from distnorm.validation import Rule, check, number, shown, whole
 
 LARGEST = 2**31 - 1
 
-Channels = Annotated[int, whole("channels", 1, LARGEST)]
-Classes = Annotated[int, whole("classes", 1, LARGEST)]
-Kernel = Annotated[
-    int, Rule(lambda value: type(value) is int and value > 0 and value % 2 == 1, "an odd whole number, at least 1")
-]
-Share = Annotated[float, number(0, 1)]
-Epsilon = Annotated[
+CHANNELS = Annotated[int, whole("channels", 1, LARGEST)]
+EPSILON = Annotated[
     float, Rule(lambda value: isinstance(value, float) and 0 < value < 1, "a number above 0 and below 1, such as 1e-5")
 ]
+ARGUMENTS = {
+    "num_features": CHANNELS,
+    "label_channels": CHANNELS,
+    "hidden": CHANNELS,
+    "num_classes": Annotated[int, whole("classes", 1, LARGEST)],
+    "kernel_size": Annotated[
+        int, Rule(lambda value: type(value) is int and value > 0 and value % 2 == 1, "an odd whole number, at least 1")
+    ],
+    "alpha": Annotated[float, number(0, 1)],
+    "eps": EPSILON,
+}
+"""What constructors allow."""
 
 
 def check_arguments(layer: nn.Module, **given: object) -> None:
-    """Raise a ValueError unless the hints of the constructor of ``layer`` allow what was ``given``."""
-    check(type(layer).__name__, hints_of(type(layer).__init__), given)
+    """Raise a ValueError unless ``ARGUMENTS`` allows what the constructor of ``layer`` was ``given``."""
+    check(type(layer).__name__, ARGUMENTS, given)
 
 
 def name_of(layer: nn.Module) -> str:

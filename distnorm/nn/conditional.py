@@ -69,9 +69,9 @@ class ConditionalInstanceNorm(_Conditional):
 
     def __init__(
         self,
-        num_features: checks.Channels,
-        num_classes: checks.Classes,
-        eps: checks.Epsilon = 1e-5,
+        num_features: int,
+        num_classes: int,
+        eps: float = 1e-5,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -103,10 +103,10 @@ class ConditionalBatchNorm(_Conditional):
 
     def __init__(
         self,
-        num_features: checks.Channels,
-        num_classes: checks.Classes,
+        num_features: int,
+        num_classes: int,
         recipe: Recipe | str | None = "sync_bn",
-        eps: checks.Epsilon = 1e-5,
+        eps: float = 1e-5,
         momentum: float | None = 0.1,
         track_running_stats: bool = True,
         device: torch.device | str | None = None,

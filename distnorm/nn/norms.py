@@ -38,7 +38,7 @@ def instance_norm(x_NCL: Tensor, scale_NC: Tensor, shift_NC: Tensor, eps: float)
     Every pair of sample and channel is a channel of one batch norm, whose kernels apply the affine map as well.
     """
     samples, channels, *spatial = x_NCL.shape
-    if samples == 0:  # batch norm needs a channel
+    if not torch.jit.is_tracing() and samples == 0:  # batch norm needs a channel
         return affine_per_sample(x_NCL, scale_NC, shift_NC, x_NCL.dtype)
     wide = compute_dtype(x_NCL.dtype)
     scale_M, shift_M = scale_NC.to(wide).reshape(-1), shift_NC.to(wide).reshape(-1)

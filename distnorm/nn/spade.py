@@ -31,12 +31,12 @@ class SPADE(nn.Module):
 
     def __init__(
         self,
-        num_features: checks.Channels,
-        label_channels: checks.Channels,
+        num_features: int,
+        label_channels: int,
         recipe: Recipe | str | None = "sync_bn",
-        hidden: checks.Channels = 128,
-        kernel_size: checks.Kernel = 3,
-        eps: checks.Epsilon = 1e-5,
+        hidden: int = 128,
+        kernel_size: int = 3,
+        eps: float = 1e-5,
         momentum: float | None = 0.1,
         track_running_stats: bool = True,
         device: torch.device | str | None = None,
@@ -95,8 +95,10 @@ class SPADE(nn.Module):
         checks.check_tensor(self, map, "map")
         if map.is_complex():
             raise TypeError(f"{checks.name_of(self)}: the map has dtype {map.dtype}; need a real one.")
-        alike = map.dim() == 4 and map.shape[0] == input.shape[0] and map.shape[1] == self.label_channels
-        if not torch.jit.is_tracing() and not (alike and map.shape[2:].numel() > 0):
+        if torch.jit.is_tracing():
+            return
+        alike = map.dim() == 4 and map.shape[:2] == (input.shape[0], self.label_channels)
+        if not (alike and map.shape[2:].numel() > 0):
             raise ValueError(
                 f"{checks.name_of(self)}: the map has shape {tuple(map.shape)}; need [N, label_channels, H, W] = "
                 f"[{input.shape[0]}, {self.label_channels}, ...]. One-hot of class ids [N, H, W]: "
