@@ -14,19 +14,16 @@ from distnorm.validation import Rule, check, number, shown, whole
 LARGEST = 2**31 - 1
 
 CHANNELS = Annotated[int, whole("channels", 1, LARGEST)]
-EPSILON = Annotated[
-    float, Rule(lambda value: isinstance(value, float) and 0 < value < 1, "a number above 0 and below 1, such as 1e-5")
-]
+ODD = Rule(lambda value: type(value) is int and value > 0 and value % 2 == 1, "an odd whole number, at least 1")
+SMALL = Rule(lambda value: isinstance(value, float) and 0 < value < 1, "a number above 0 and below 1, such as 1e-5")
 ARGUMENTS = {
     "num_features": CHANNELS,
     "label_channels": CHANNELS,
     "hidden": CHANNELS,
     "num_classes": Annotated[int, whole("classes", 1, LARGEST)],
-    "kernel_size": Annotated[
-        int, Rule(lambda value: type(value) is int and value > 0 and value % 2 == 1, "an odd whole number, at least 1")
-    ],
+    "kernel_size": Annotated[int, ODD],
     "alpha": Annotated[float, number(0, 1)],
-    "eps": EPSILON,
+    "eps": Annotated[float, SMALL],
 }
 """What constructors allow."""
 

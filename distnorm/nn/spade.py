@@ -71,11 +71,8 @@ class SPADE(nn.Module):
         def conv(inputs: int, outputs: int) -> nn.Conv2d:
             return nn.Conv2d(inputs, outputs, kernel_size, padding=kernel_size // 2, device=device, dtype=dtype)
 
-        self.shared, self.gamma, self.beta = (
-            conv(label_channels, hidden),
-            conv(hidden, num_features),
-            conv(hidden, num_features),
-        )
+        self.shared = conv(label_channels, hidden)
+        self.gamma, self.beta = conv(hidden, num_features), conv(hidden, num_features)
 
     def forward(self, input: Tensor, map: Tensor) -> Tensor:
         """Return the normalized input, scaled and shifted by what is computed from ``map``."""
