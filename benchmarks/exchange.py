@@ -27,11 +27,11 @@ WAYS = {"memory": "shared memory", "sockets": "sockets", "exchange": "all_to_all
 PATIENCE = timedelta(seconds=60)
 
 
-def timed(group: TorchGroup, wire: Tensor) -> float:
+def timed(group: TorchGroup, payload: Tensor) -> float:
     """Milliseconds of one sum, from when all ranks are ready to go."""
     dist.barrier(group=group.process_group)
     started = time.perf_counter()
-    group.sum(wire, SLOT)
+    group.sum(payload, SLOT)
     return (time.perf_counter() - started) * 1e3
 
 
@@ -67,9 +67,9 @@ def main() -> None:
     }
     sizes = {}
     for size in SIZES:
-        wire = torch.ones(size, dtype=torch.float64)
-        usable = {name: each for name, each in groups.items() if each.direct is None or each.direct.takes(wire)}
-        contenders: dict[str, Callable[[], float]] = {n: partial(timed, each, wire) for n, each in usable.items()}
+        payload = torch.ones(size, dtype=torch.float64)
+        usable = {name: each for name, each in groups.items() if each.direct is None or each.direct.takes(payload)}
+        contenders: dict[str, Callable[[], float]] = {n: partial(timed, each, payload) for n, each in usable.items()}
         sizes[str(size * 8)] = rounds(contenders, options)
     result = {"ranks": len(ranks), "sizes": sizes}
     finish(result, table([result]), options.json)

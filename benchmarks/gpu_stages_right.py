@@ -125,7 +125,7 @@ def judge(case: Case, device: str, *, adds: bool, relu: bool) -> None:
 
 
 def windows(log: Log) -> None:
-    """The kernels of policies that remember steps, and of statistics that land at a step's end."""
+    """The kernels of policies that remember steps, and of statistics that complete at a step's end."""
     generator = torch.Generator().manual_seed(0)
 
     def drawn(*size: int) -> Tensor:
@@ -160,11 +160,11 @@ def windows(log: Log) -> None:
             torch.testing.assert_close(sums[part], kept[:, part].sum(0))
         torch.testing.assert_close(ring, kept)
         assert counts.tolist() == [1, 2, 1, 2] and torch.equal(following, (position + usable) % 2)
-    with log.part("absorb"):
+    with log.part("update_running"):
         running = [torch.zeros(200, device=log.device), torch.ones(200, device=log.device), filled[0].clone()]
         means, total = drawn(400), torch.tensor(9.0, dtype=torch.float64, device=log.device)
         means[200:] += means[:200].square()
-        apply.absorb(means, total, torch.ones_like(total), running, None, 0.1, 2)
+        apply.update_running(means, total, torch.ones_like(total), running, None, 0.1, 2)
         torch.testing.assert_close(running[0], (0.1 * means[:200]).float())
         var = (means[200:] - means[:200].square()) * 9 / 8
         torch.testing.assert_close(running[1], (0.9 + 0.1 * var).float())

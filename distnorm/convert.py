@@ -171,7 +171,7 @@ def revert(model: ModelT) -> ModelT:
     weights.write_centred(model)
     for layer in model.modules():
         if isinstance(layer, DistNorm):
-            layer.absorb_in_flight()
+            layer.apply_in_flight()
     return undo(model)
 
 

@@ -117,7 +117,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--ledger", action=argparse.BooleanOptionalAction, default=None, help="print the collectives at the end"
     )
-    parser.add_argument("--transport", metavar="NAME", help=f"who carries statistics: {', '.join(get_args(Transport))}")
+    parser.add_argument(
+        "--transport", metavar="NAME", help=f"transport of statistics: {', '.join(get_args(Transport))}"
+    )
     return parser
 
 

@@ -2,7 +2,7 @@
 
 Shape legend, used throughout the package: N batch, C channel, L flattened space, K statistic kind.
 ``count`` is a number of values per channel, ``sums`` are additive over ranks, ``means = sums / count``,
-``wire`` is the payload of a collective, a flat float64 vector, and ``slot`` identifies one payload.
+``payload`` is what a rank contributes to a collective, a flat float64 vector, and ``slot`` identifies one payload.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class Watch(NamedTuple):
     dropped: int
 
 
-class Landed(NamedTuple):
+class GlobalStatistics(NamedTuple):
     """Global statistics of one layer whose collective has completed at a step's end, for the running statistics.
 
     ``total`` is the number of values per channel in them. ``weight`` is a float64 scalar: 1 if a collective has

@@ -116,8 +116,8 @@ def test_the_end_of_a_step_is_for_all_layers_at_once(
         for step in range(2):
             launches.clear()
             with Seen() as seen:
-                landed = reducer.end_step(Slot(EVERY_LAYER, "forward", step))
-        assert len(landed) == layers
+                completed = reducer.end_step(Slot(EVERY_LAYER, "forward", step))
+        assert len(completed) == layers
         assert launches == ["push_kernel"]
         counted.append([name for name in seen.names if name not in FREE])
     assert counted[0] == counted[1]
@@ -127,7 +127,7 @@ def test_the_end_of_a_step_is_for_all_layers_at_once(
 @pytest.mark.parametrize("policy", [Moving(window=3), StaleMix()], ids=["Moving", "StaleMix"])
 def test_launches_of_a_layer(device: str, launches: list[str], policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between the kernels of the method one of the policy, and nothing else but memory and views."""
-    monkeypatch.setattr(dispatch_state, "watched", lambda: False)  # the layer runs as if nobody looked on
+    monkeypatch.setattr(dispatch_state, "has_dispatch_mode", lambda: False)  # the layer runs as if nobody looked on
     layer = distnorm.convert(nn.BatchNorm2d(2), Recipe(method=BatchNorm(), policy=policy))
     distnorm.attach(layer, manual=True)
     x, dy = torch.randn(2, 4, 2, 6, 6).unbind()
@@ -222,16 +222,16 @@ def test_a_step_never_waits_for_the_device(
     with NoCopies(), Seen() as seen:
         for step in range(4):
             both(reducer, step, factor, "cuda")
-            landed = reducer.end_step(Slot(EVERY_LAYER, "forward", step, passes=step))
+            completed = reducer.end_step(Slot(EVERY_LAYER, "forward", step, passes=step))
             observing = (
                 Slot("a", "forward", step),
                 Slot("a", "backward", step, forward_count=torch.ones((), device="cuda")),
             )
             for slot, size in zip(observing, (4, 2), strict=True):
                 reducer.observe(torch.ones(size, dtype=torch.float64, device="cuda"), slot, 2)
-            landed += reducer.end_step(Slot(EVERY_LAYER, "forward", step), observed=True)
+            completed += reducer.end_step(Slot(EVERY_LAYER, "forward", step), observed=True)
     blocking = isinstance(policy, Moving) and not policy.staleness
-    assert all(each.means.is_cuda for each in landed) and len(landed) == (0 if blocking else 2)
+    assert all(each.means.is_cuda for each in completed) and len(completed) == (0 if blocking else 2)
     ours = {name for name in seen.names if name.startswith("entries_")}
     assert bool(ours) is (kernels == "triton")
 

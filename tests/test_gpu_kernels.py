@@ -142,12 +142,12 @@ def test_what_is_not_finite_stays_so_in_its_channel(device: str, layout: str, ba
 def test_moments_of_large_means_keep_their_variance(device: str, cut: str) -> None:
     """A bare float32 sum of squares knows nothing of a variance of 1 at a mean of 1e4."""
     x = numbers(Case((16, 2, 5, 5), mean=1e4))[0].to(device)
-    wire, pivot = moments.moments(x)
-    mean, square = (wire[:-1] / wire[-1]).view(2, -1)
+    payload, pivot = moments.moments(x)
+    mean, square = (payload[:-1] / payload[-1]).view(2, -1)
     truth = x.double().var((0, 2, 3), correction=0)
     torch.testing.assert_close(square - mean.square(), truth, rtol=1e-5, atol=0)
     torch.testing.assert_close(pivot.double(), x.double().mean((0, 2, 3)), rtol=1e-7, atol=0)
-    assert wire[-1] == 16 * 25
+    assert payload[-1] == 16 * 25
 
 
 @pytest.mark.parametrize("method", METHODS, ids=str)

@@ -22,7 +22,7 @@ from distnorm.compat import dispatch_state
 from distnorm.kernels.gpu import apply, combine, cosums, gpu_pass, moments
 from distnorm.methods import RMS
 from distnorm.policies import Moving, Policy, StaleMix
-from distnorm.types import Affine, Epilogue, Landed, Running
+from distnorm.types import Affine, Epilogue, GlobalStatistics, Running
 from tests.support.gpu import CUTS, DEVICES, cut_small, run_on, skip_without
 from tests.support.interpreter import INTERPRETED
 from tests.training import batches, same, train
@@ -112,14 +112,14 @@ def test_too_few_values_change_nothing(device: str, count: int) -> None:
 @pytest.mark.parametrize("weight", [0.0, 1.0])
 @pytest.mark.parametrize("momentum", [0.1, None])
 @pytest.mark.parametrize("kinds", [1, 2])
-def test_what_landed_at_the_end_of_a_step(device: str, kinds: int, momentum: float | None, weight: float) -> None:
+def test_what_completed_at_the_end_of_a_step(device: str, kinds: int, momentum: float | None, weight: float) -> None:
     running = buffers(200, device)._replace(momentum=momentum)
     mean, var, updates = (each.clone() for each in running[:3])
     local_mean, local_var = torch.rand(2, 200, dtype=torch.float64, device=device).unbind()
     rows = [local_mean, local_var + local_mean.square()] if kinds == 2 else [local_var]
-    total, landed = (torch.tensor(each, dtype=torch.float64, device=device) for each in (9.0, weight))
+    total, completed = (torch.tensor(each, dtype=torch.float64, device=device) for each in (9.0, weight))
     method = distnorm.methods.BatchNorm() if kinds == 2 else RMS()
-    gpu_pass.absorb_means(method.formula(), Landed("layer", torch.cat(rows), total, landed), running)
+    gpu_pass.update_from_means(method.formula(), GlobalStatistics("layer", torch.cat(rows), total, completed), running)
     rate = weight * (0.1 if momentum is not None else 1 / 4)
     wanted = local_var * 9 / 8 if kinds == 2 else local_var
     torch.testing.assert_close(running.var_C, var.lerp(wanted.float(), rate))
@@ -153,7 +153,7 @@ def test_launches_of_a_layer(
     device: str, cut: str, launches: list[str], epilogue: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By construction at most 3 and 3, beside the collectives; nothing of ATen's but memory and views."""
-    monkeypatch.setattr(dispatch_state, "watched", lambda: False)  # the layer runs as if nobody looked on
+    monkeypatch.setattr(dispatch_state, "has_dispatch_mode", lambda: False)  # the layer runs as if nobody looked on
     layer = distnorm.convert(nn.BatchNorm2d(2), "sync_bn").to(device)
     x, residual = (torch.randn(4, 2, 6, 6, device=device, requires_grad=True) for _ in range(2))
     added = residual if "residual" in epilogue else None

@@ -32,13 +32,13 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 def four_operators(x: Tensor, dy: Tensor, weight: Tensor, bias: Tensor, running: list[Tensor]) -> tuple[Tensor, ...]:
-    wire, pivot = torch.ops.distnorm.gpu_moments(x)
+    payload, pivot = torch.ops.distnorm.gpu_moments(x)
     y, saved, narrow = torch.ops.distnorm.gpu_apply(
-        x, wire, pivot, weight, bias, None, [], running, None, 0.1, EPS, 1.0, 0, 2, False
+        x, payload, pivot, weight, bias, None, [], running, None, 0.1, EPS, 1.0, 0, 2, False
     )
     given = pivot, weight, saved, narrow, 2, 0
     cotangents, dweight, dbias, _ = torch.ops.distnorm.gpu_cosums(dy, x, None, *given)
-    dx = torch.ops.distnorm.gpu_combine(dy, x, cotangents, wire[-1], pivot, saved, narrow, EPS, 2, 0)
+    dx = torch.ops.distnorm.gpu_combine(dy, x, cotangents, payload[-1], pivot, saved, narrow, EPS, 2, 0)
     return y, dx, dweight, dbias
 
 
@@ -58,17 +58,17 @@ def test_operators_say_what_they_do(device: str, mask: int) -> None:
     """Schemas and fakes, by torch's own check."""
     x, dy = torch.rand(2, 4, 3, 5, device=device).unbind()
     running = [torch.zeros(3, device=device), torch.ones(3, device=device), torch.tensor(0, device=device)]
-    wire, pivot = moments.moments(x)
+    payload, pivot = moments.moments(x)
     residual = dy if mask == cosums.BY_OUTPUT else None
-    given = x, wire, pivot, None, None, residual, [], running, None, 0.1, EPS, 1.0, 0, 2, mask > 0
+    given = x, payload, pivot, None, None, residual, [], running, None, 0.1, EPS, 1.0, 0, 2, mask > 0
     y, saved, narrow = apply.apply(*given)
     kept = pivot, saved, narrow
     calls = {
         moments.moments: (x,),
         apply.apply: given,
-        apply.absorb: (wire[:-1] / 20, wire[-1], torch.ones_like(wire[-1]), running, None, 0.1, 2),
+        apply.update_running: (payload[:-1] / 20, payload[-1], torch.ones_like(payload[-1]), running, None, 0.1, 2),
         cosums.cosums: (dy, x, y, pivot, None, saved, narrow, 2, mask),
-        combine.combine: (dy, x, wire[:-1].clone(), wire[-1], *kept, EPS, 2, mask % 2),
+        combine.combine: (dy, x, payload[:-1].clone(), payload[-1], *kept, EPS, 2, mask % 2),
     }
     for operator, arguments in calls.items():
         torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
@@ -83,7 +83,7 @@ def test_every_kernel_compiles_for_a_card(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     lines = [line.split() for line in done.stdout.splitlines()]
     loops = {"sums_kernel", "apply_kernel", "cosums_kernel", "combine_kernel"}
-    assert {line[0] for line in lines} == loops | {"merge_kernel", "pull_kernel", "absorb_kernel"}
+    assert {line[0] for line in lines} == loops | {"merge_kernel", "pull_kernel", "update_running_kernel"}
     assert all("vectors" in line for line in lines if "aligned" in line), done.stdout
     assert not any("spills" in line for line in lines if line[0] in loops), done.stdout
 

@@ -42,7 +42,7 @@ class NoCopies(TorchDispatchMode):
 @pytest.fixture(autouse=True, params=[True, False], ids=["kernels", "no kernels"])
 def meta_for_cuda(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """With kernels for layers and windows, or the plain path for both."""
-    monkeypatch.setattr(dispatch_state, "watched", lambda: False)  # layers run as if nobody looked on
+    monkeypatch.setattr(dispatch_state, "has_dispatch_mode", lambda: False)  # layers run as if nobody looked on
     monkeypatch.setattr(gpu, "takes", lambda x: request.param and x.is_meta)
     monkeypatch.setattr(normalize, "new_pass", gpu_pass)
     monkeypatch.setattr(windows, "in_triton", lambda values, outbox: request.param)
@@ -67,7 +67,7 @@ def test_a_step_asks_for_no_value(method: Method, policy: Policy, recomputed: bo
     scale = torch.empty((), device="meta") if times == 1 else 1024.0
     distnorm.attach(model, optimizer=optimizer, loss_scale=lambda: scale)
     for conversion in conversions_of(model):
-        conversion.means_to_fold = False  # what was loaded is looked at once, before the first step
+        conversion.resume_pending = False  # what was loaded is looked at once, before the first step
     x, empty = torch.empty(2, 3, 5, 4, device="meta"), torch.empty(0, 3, 5, 4, device="meta")
     with NoCopies():
         for given in (x, x, empty, x):

@@ -132,7 +132,7 @@ def test_what_is_broken_is_made_anew(home: Path, harm: Callable[[Path], None]) -
     assert kept(home) == [file] and file.read_bytes() == content
 
 
-# --- where it cannot be kept ---------------------------------------------------------------------
+# --- where it cannot be cached -------------------------------------------------------------------
 
 
 def one_warning(caplog: Report, *words: str) -> None:
@@ -146,14 +146,14 @@ def test_a_folder_that_cannot_be_made(home: Path, monkeypatch: pytest.MonkeyPatc
     (home / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(home / "file"))
     assert build() is not None
-    one_warning(caplog, "cannot be kept", "XDG_CACHE_HOME", "Not a directory", str(home / "file"))
+    one_warning(caplog, "cannot be cached", "XDG_CACHE_HOME", "Not a directory", str(home / "file"))
 
 
 def test_a_folder_that_cannot_be_written(home: Path, monkeypatch: pytest.MonkeyPatch, caplog: Report) -> None:
     """Root may write anywhere, so a folder of /proc stands for it."""
     monkeypatch.setattr(library_cache, "_cache_folder", lambda environment: Path("/proc/self"))
     assert build() is not None
-    one_warning(caplog, "cannot be kept", "/proc/self")
+    one_warning(caplog, "cannot be cached", "/proc/self")
 
 
 def test_a_kept_library_serves_from_a_folder_that_cannot_be_written(
@@ -169,7 +169,7 @@ def test_a_full_disk(home: Path, monkeypatch: pytest.MonkeyPatch, caplog: Report
     monkeypatch.setenv("CC", compiler(tmp_path, full))
     before = kept(home)
     assert build() is not None
-    one_warning(caplog, "cannot be kept", "No space left on device")
+    one_warning(caplog, "cannot be cached", "No space left on device")
     assert kept(home) == before
 
 
@@ -183,7 +183,9 @@ def test_no_home(monkeypatch: pytest.MonkeyPatch, caplog: Report, named: str | N
     if named is not None:
         monkeypatch.setenv("XDG_CACHE_HOME", named)
     assert build() is not None
-    one_warning(caplog, "cannot be kept", "HOME and XDG_CACHE_HOME are not set", "Could not determine home directory.")
+    one_warning(
+        caplog, "cannot be cached", "HOME and XDG_CACHE_HOME are not set", "Could not determine home directory."
+    )
 
 
 # --- the compiler --------------------------------------------------------------------------------
@@ -213,7 +215,7 @@ def test_a_blank_cc_is_none(home: Path, monkeypatch: pytest.MonkeyPatch, blank: 
     [
         ("false", "non-zero exit status 1"),
         ("no-such-compiler -m64", "no-such-compiler"),
-        ("gcc '", 'CC="gcc \'" is no command: No closing quotation'),
+        ("gcc '", 'CC="gcc \'" is not a command: No closing quotation'),
         ("true", "kernels.so"),
         ("gcc -no-such-flag", "unrecognized"),
     ],
@@ -223,7 +225,7 @@ def test_a_compiler_that_does_not_work(
 ) -> None:
     monkeypatch.setenv("CC", words)
     assert build() is None
-    one_warning(caplog, "could not be compiled; ATen's serve", told)
+    one_warning(caplog, "could not be compiled; using ATen's", told)
     assert len(kept(home)) == 1
 
 
@@ -235,7 +237,7 @@ def test_a_compiler_that_makes_something_else(
     script = ask + f'while [ $# -gt 1 ]; do shift; done; exec cc -shared -fPIC -o "$1" {tmp_path}/foreign.c'
     monkeypatch.setenv("CC", compiler(tmp_path, script))
     assert build() is None
-    one_warning(caplog, "could not be compiled; ATen's serve", "is not distnorm's library")
+    one_warning(caplog, "could not be compiled; using ATen's", "is not distnorm's library")
     assert len(kept(home)) == 1
 
 
@@ -247,7 +249,7 @@ def test_a_compiler_that_takes_too_long_is_ended_with_all_that_it_started(
     began = time.monotonic()
     assert build() is None
     assert time.monotonic() - began < 60
-    one_warning(caplog, "could not be compiled; ATen's serve", "timed out")
+    one_warning(caplog, "could not be compiled; using ATen's", "timed out")
     state = Path(f"/proc/{int((tmp_path / 'compiler.pid').read_text())}/stat")
     while state.exists() and state.read_text().split()[2] != "Z":  # a signal takes its time
         time.sleep(0.05)

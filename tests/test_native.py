@@ -56,10 +56,10 @@ def test_loops_agree_with_float64(shape: tuple[int, ...], layout: str, threads: 
     assert cpu.loops(x) is not None
     dims = [dim for dim in range(x.dim()) if dim != 1]
     count = x.numel() // shape[1]
-    wire, mean, _ = cpu.moments(x)
+    payload, mean, _ = cpu.moments(x)
     raw = torch.cat((x.double().sum(dims), x.double().square().sum(dims)))
-    torch.testing.assert_close(wire[:-1], raw, rtol=3e-7, atol=0)
-    assert wire[-1] == count
+    torch.testing.assert_close(payload[:-1], raw, rtol=3e-7, atol=0)
+    assert payload[-1] == count
     torch.testing.assert_close(mean.double(), raw[: shape[1]] / count, rtol=1e-6, atol=0)
     centred = x.double() - wide(pivot, x)
     sums = torch.stack((dy.double().sum(dims), (dy.double() * centred).sum(dims)))

@@ -50,7 +50,7 @@ def foreseen(recipe: str, world: int, local: int = 8, backend: str = "gloo", net
     return predict(recipe, layers(), world, local, network, backend, STEP)  # type: ignore[arg-type]
 
 
-def wires(kinds: int = 2) -> list[int]:
+def payloads(kinds: int = 2) -> list[int]:
     """Bytes of every blocking sum of a step: float64 sums with a count forward, cotangents backward."""
     return [8 * (kinds * c + 1) for c in CHANNELS] + [8 * kinds * c for c in CHANNELS]
 
@@ -60,7 +60,7 @@ def wires(kinds: int = 2) -> list[int]:
 
 def test_sync_bn_on_gloo_between_two_nodes() -> None:
     total = 0.0
-    for nbytes in wires():
+    for nbytes in payloads():
         if nbytes <= 131072:  # to 15 peers: 7 in the node; 8 others through a link that 8 ranks of the node use
             total += 1e-4 + 15 * 3e-6 + 5e-5 + 7 * nbytes * 1e-10 + 8 * 8 * nbytes * 1e-9
         else:  # gloo's ring: 30 rounds there and back; the link carries 30/16 of the vector
@@ -68,13 +68,13 @@ def test_sync_bn_on_gloo_between_two_nodes() -> None:
     found = foreseen("sync_bn", 16)
     assert found.blocking_seconds == pytest.approx(total, rel=1e-12)
     assert found.exposed_seconds == found.blocking_seconds
-    assert (found.blocking, found.background, found.nbytes) == (6, 0, sum(wires()))
+    assert (found.blocking, found.background, found.nbytes) == (6, 0, sum(payloads()))
     assert found.exact and found.covers_all
 
 
 def test_hierarchical_bn_on_gloo() -> None:
     total = 0.0
-    for nbytes in wires():
+    for nbytes in payloads():
         if nbytes <= 131072:
             total += 1e-4 + 7 * 3e-6 + 2e-5 + 7 * nbytes * 1e-10
             total += 1e-4 + 3 * 3e-6 + 5e-5 + 8 * 3 * nbytes * 1e-9  # 8 groups of 4 share each link
@@ -83,13 +83,13 @@ def test_hierarchical_bn_on_gloo() -> None:
             total += 6 * (7e-5 + 2 * 5e-5) + 8 * 6 / 4 * nbytes * 1e-9
     found = foreseen("hierarchical_bn", 32)
     assert found.blocking_seconds == pytest.approx(total, rel=1e-12)
-    assert (found.blocking, found.nbytes) == (12, 2 * sum(wires()))
+    assert (found.blocking, found.nbytes) == (12, 2 * sum(payloads()))
     assert found.exact
 
 
 def test_a_group_in_a_node_costs_the_same_on_any_number_of_nodes() -> None:
-    small = [nbytes for nbytes in wires() if nbytes <= 131072]
-    big = [nbytes for nbytes in wires() if nbytes > 131072]
+    small = [nbytes for nbytes in payloads() if nbytes <= 131072]
+    big = [nbytes for nbytes in payloads() if nbytes > 131072]
     total = sum(1e-4 + 3 * 3e-6 + 2e-5 + 3 * nbytes * 1e-10 for nbytes in small)
     total += sum(6 * (7e-5 + 2 * 2e-5) + 6 / 4 * nbytes * 1e-10 for nbytes in big)
     for world in (8, 4096):
@@ -100,7 +100,7 @@ def test_a_group_in_a_node_costs_the_same_on_any_number_of_nodes() -> None:
 
 def test_sync_bn_on_nccl_takes_the_faster_of_ring_and_tree() -> None:
     total = 0.0
-    for nbytes in wires():
+    for nbytes in payloads():
         ring = 1e-4 + 2 * 63 * 5e-5 + 2 * 63 / 64 * nbytes * 1e-9
         tree = 1e-4 + 2 * 7 * 2e-5 + 2 * 3 * 5e-5 + 2 * nbytes * (1e-10 + 1e-9)
         total += min(ring, tree)
@@ -199,8 +199,8 @@ class Twice(Policy):
         group = topology.blocks(2)
 
         class Summing(Reducer):
-            def reduce(self, wire: Tensor, slot: Slot) -> Tensor:
-                return group.sum(group.sum(wire, slot), slot)
+            def reduce(self, payload: Tensor, slot: Slot) -> Tensor:
+                return group.sum(group.sum(payload, slot), slot)
 
         return Summing(2)
 

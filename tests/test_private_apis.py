@@ -201,32 +201,32 @@ class _Mode(TorchDispatchMode):
 
 
 def test_dispatch_modes_are_counted_and_can_be_hidden() -> None:
-    assert not dispatch_state.watched()
+    assert not dispatch_state.has_dispatch_mode()
     for mode in (_Mode(), FakeTensorMode()):
         with mode:
-            assert dispatch_state.watched()
-            with dispatch_state.unseen():
-                assert not dispatch_state.watched()
+            assert dispatch_state.has_dispatch_mode()
+            with dispatch_state.modes_disabled():
+                assert not dispatch_state.has_dispatch_mode()
                 assert type(torch.ones(1)) is Tensor
-            assert dispatch_state.watched()
+            assert dispatch_state.has_dispatch_mode()
 
 
 def test_transforms_are_known_and_can_be_hidden() -> None:
     seen: list[bool] = []
 
     def look(x: Tensor) -> Tensor:
-        seen.append(dispatch_state.transforming())
-        with dispatch_state.unseen():
-            seen.append(dispatch_state.transforming())
+        seen.append(dispatch_state.in_transform())
+        with dispatch_state.modes_disabled():
+            seen.append(dispatch_state.in_transform())
         return x.sum()
 
     torch.func.vmap(look)(torch.ones(2, 3))
     torch.func.grad(look)(torch.ones(2))
     assert seen == [True, False] * 2
-    assert not dispatch_state.transforming()
+    assert not dispatch_state.in_transform()
     with forward_ad.dual_level():
-        assert dispatch_state.transforming()
-    assert not dispatch_state.transforming()
+        assert dispatch_state.in_transform()
+    assert not dispatch_state.in_transform()
 
 
 def test_tensors_that_a_transform_leaves_behind_are_known() -> None:
@@ -261,7 +261,7 @@ def test_batches_of_gradients_are_known() -> None:
 
 
 def test_what_is_made_unseen_is_no_inference_tensor() -> None:
-    with torch.inference_mode(), dispatch_state.unseen():
+    with torch.inference_mode(), dispatch_state.modes_disabled():
         assert not torch.ones(1).is_inference()
 
 
@@ -503,3 +503,20 @@ def test_hooks_on_all_modules_are_known(kind: str) -> None:
     finally:
         handle.remove()
     assert not dispatch_state.has_global_hooks()
+
+
+def test_hooks_on_saved_tensors_are_known_in_checkpoints_and_their_repetitions() -> None:
+    seen: list[bool] = []
+
+    def run(x: Tensor) -> Tensor:
+        seen.append(dispatch_state.saved_tensors_hooks() is not None)
+        return x.exp()
+
+    x = torch.ones(2, requires_grad=True)
+    checkpoint(run, x, use_reentrant=False).sum().backward()
+    assert seen == [True, True]
+    with torch.autograd.graph.save_on_cpu():
+        assert dispatch_state.saved_tensors_hooks() is not None
+    with torch.autograd.graph.disable_saved_tensors_hooks("none here"):
+        assert dispatch_state.saved_tensors_hooks() is None
+    assert dispatch_state.saved_tensors_hooks() is None

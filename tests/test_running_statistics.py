@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 import distnorm
-from distnorm.compat.at_once import at_once
-from distnorm.kernels.absorbing import absorb, absorb_shared, absorbing_landed
+from distnorm.compat.uninterrupted import uninterrupted
+from distnorm.kernels.running import update_from_sums, update_running, updating_running
 from distnorm.methods import RMS, BatchNorm
-from distnorm.types import Landed, Running
+from distnorm.types import GlobalStatistics, Running
 from tests.support.threads import run_threads
 
 Batch = Callable[[Tensor], Tensor]
@@ -69,7 +69,7 @@ def test_an_empty_batch_counts_for_nothing() -> None:
 @pytest.mark.parametrize("weight", [0.0, 1.0])
 @pytest.mark.parametrize("momentum", [0.1, None])
 @pytest.mark.parametrize("method", [BatchNorm(), RMS()], ids=repr)
-def test_what_landed_is_absorbed_in_c_as_in_torch(method, momentum, weight, count):
+def test_completed_sums_update_running_statistics_in_c_as_in_torch(method, momentum, weight, count):
     """As sums of this step, or as means that became global at its end."""
     x = torch.randn(50, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     means = torch.cat([x.mean(0), x.square().mean(0)][method.raw])
@@ -77,9 +77,9 @@ def test_what_landed_is_absorbed_in_c_as_in_torch(method, momentum, weight, coun
     in_torch, by_sums, by_means = (
         Running(torch.full((3,), 0.5), torch.ones(3), torch.tensor(3), momentum) for _ in range(3)
     )
-    absorb(in_torch, method.moments(means.view(-1, 3), total), total, bool(weight))
-    absorb_shared(method, torch.cat((means * count, total[None])), by_sums, 3, bool(weight))
-    at_once(*absorbing_landed(by_means, Landed("layer", means, total, torch.tensor(weight)), method, 3))
+    update_running(in_torch, method.moments(means.view(-1, 3), total), total, bool(weight))
+    update_from_sums(method, torch.cat((means * count, total[None])), by_sums, 3, bool(weight))
+    uninterrupted(*updating_running(by_means, GlobalStatistics("layer", means, total, torch.tensor(weight)), method, 3))
     for ours in (by_sums, by_means):
         for buffer, expected in zip(ours[:3], in_torch[:3], strict=True):
             torch.testing.assert_close(buffer, expected)

@@ -35,8 +35,8 @@ def repeating() -> bool:
     """Return whether the current forward repeats an earlier one to compute its gradients.
 
     Checkpoints do this inside a Function's backward (``torch.utils.checkpoint`` if reentrant, and others), or when a
-    saved tensor is unpacked. A forward that a hook of the backward pass runs is a new one. The call stack tells them
-    apart, since the values may be equal. Unpacking is recognized by the function's name, which must contain "unpack".
+    saved tensor is unpacked. A forward that a hook of the backward pass runs is a new one. The call stack distinguishes
+    them, since the values may be equal. Unpacking is recognized by the function's name, which must contain "unpack".
     """
     return torch._C._current_graph_task_id() != NO_BACKWARD and any(
         code is _FUNCTION or "unpack" in code.co_name for code in _called_by_engine()
@@ -74,21 +74,21 @@ def bare_apply(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     return apply
 
 
-class Left(Generic[ValueT]):
-    """A value that one node of the graph leaves for another node, which runs later in the same backward pass.
+class Deferred(Generic[ValueT]):
+    """A value that one node of the graph defers to another node, which runs later in the same backward pass.
 
     A pass for some of the gradients may never reach the other node. A later pass does not get the value.
     """
 
     def __init__(self) -> None:
         """Start empty."""
-        self._left: tuple[int, Callable[[], ValueT]] | None = None
+        self._deferred: tuple[int, Callable[[], ValueT]] | None = None
 
-    def leave(self, value: Callable[[], ValueT]) -> None:
+    def defer(self, value: Callable[[], ValueT]) -> None:
         """Store ``value``, a function that computes the value, for this backward pass."""
-        self._left = graph_task(), value
+        self._deferred = graph_task(), value
 
     def take(self) -> Callable[[], ValueT] | None:
         """Return what this backward pass has stored, and remove it."""
-        left, self._left = self._left, None
-        return None if left is None or left[0] != graph_task() else left[1]
+        deferred, self._deferred = self._deferred, None
+        return None if deferred is None or deferred[0] != graph_task() else deferred[1]

@@ -18,17 +18,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distnorm.autograd.engine import Left, bare_apply
+from distnorm.autograd.engine import Deferred, bare_apply
 from distnorm.autograd.share import Exchange
 from distnorm.compat.dispatch_state import are_plain, is_batch
 from distnorm.kernels import gpu
-from distnorm.kernels.absorbing import absorb_shared
 from distnorm.kernels.passes import new_pass
+from distnorm.kernels.running import update_from_sums
 from distnorm.methods import ChannelAffine
 from distnorm.types import Affine, Epilogue, Running
 
 NO_EPILOGUE = Epilogue()
-_Call = tuple[ChannelAffine, Exchange, Affine, Left[Tensor] | None, Running | None, bool]
+_Call = tuple[ChannelAffine, Exchange, Affine, Deferred[Tensor] | None, Running | None, bool]
 """Method, share, affine, what ``_Wait`` waits for, running statistics, and whether a ReLU follows."""
 
 
@@ -65,7 +65,7 @@ def normalize(
         call: _Call = method, share, affine, None, running, relu
         y_NCL: Tensor = _apply(x_NCL, weight_C, bias_C, residual_NCL, None, call)
         return y_NCL
-    finish: Left[Tensor] = Left()
+    finish: Deferred[Tensor] = Deferred()
     waiting_NCL = _Wait.apply(x_NCL, finish)
     between()
     call = method, share, affine, finish, running, relu
@@ -75,13 +75,13 @@ def normalize(
 
 class _Wait(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_NCL: Tensor, finish: Left[Tensor]) -> Tensor:
+    def forward(ctx: Any, x_NCL: Tensor, finish: Deferred[Tensor]) -> Tensor:
         ctx.finish = finish
         return x_NCL.view_as(x_NCL)
 
     @staticmethod
     def backward(ctx: Any, dx_NCL: Tensor) -> tuple[Tensor, None]:
-        """Return the gradient that was left, for which ``dx`` is a placeholder; ``dx`` itself if none was left."""
+        """Return the deferred gradient, for which ``dx`` is a placeholder; ``dx`` itself if none was deferred."""
         gradient = ctx.finish.take()
         return dx_NCL if gradient is None else gradient(), None
 
@@ -91,7 +91,7 @@ class _Normalize(torch.autograd.Function):
     """A function of its first four arguments.
 
     ``x_NCL`` is ``waiting_NCL`` before ``_Wait``, if there is one. Second derivatives by x must not pass through
-    ``_Wait``, which replaces its incoming gradient by the one that was left.
+    ``_Wait``, which replaces its incoming gradient by the deferred one.
     """
 
     @staticmethod
@@ -109,14 +109,14 @@ class _Normalize(torch.autograd.Function):
         x_NCL = waiting_NCL if x_NCL is None else x_NCL
         ctx.affine = _as_of_now(affine) if method.follows else affine
         kernels = ctx.kernels = new_pass(method, x_NCL, ctx.affine)
-        enough = x_NCL.numel() > x_NCL.shape[1]
-        shared = share.gather(kernels.sums(x_NCL), held=ctx.needs_input_grad[0], enough=enough)
+        has_two_values = x_NCL.numel() > x_NCL.shape[1]
+        shared = share.gather(kernels.sums(x_NCL), in_graph=ctx.needs_input_grad[0], has_two_values=has_two_values)
         epilogue = Epilogue(residual_NCL, relu) if relu or residual_NCL is not None else NO_EPILOGUE
-        landed = running if running is not None and share.lands() else None
-        by_the_way = landed is not None and kernels.absorbs(landed)
-        y_NCL = kernels.normalize(x_NCL, shared, weight_C, bias_C, epilogue, landed if by_the_way else None)
-        if landed is not None and not by_the_way:
-            absorb_shared(method, shared, landed, x_NCL.shape[1])
+        updated = running if running is not None and share.updates_running() else None
+        in_kernel = updated is not None and kernels.can_update(updated)
+        y_NCL = kernels.normalize(x_NCL, shared, weight_C, bias_C, epilogue, updated if in_kernel else None)
+        if updated is not None and not in_kernel:
+            update_from_sums(method, shared, updated, x_NCL.shape[1])
         ctx.save_for_backward(x_NCL, weight_C, bias_C, y_NCL if relu else None)
         ctx.adds = residual_NCL is not None
         return y_NCL
@@ -145,7 +145,7 @@ class _Normalize(torch.autograd.Function):
             if finish is None:
                 dx_NCL = kernels.combine(dz_NCL, x_NCL, shared.wait())
             else:
-                finish.leave(lambda: kernels.combine(dz_NCL, x_NCL, shared.wait()))
+                finish.defer(lambda: kernels.combine(dz_NCL, x_NCL, shared.wait()))
                 dx_NCL = dy_NCL
         gradients = [dx_NCL, _like(weight_C, weight_grad_C), _like(bias_C, bias_grad_C)]
         return *gradients, dz_NCL if ctx.adds else None, None, None
@@ -168,7 +168,7 @@ def _plain_gradients(ctx: Any, x_NCL: Tensor, affine: Affine, dz_NCL: Tensor, *,
         leaves = [each if each is None else each.detach().requires_grad_() for each in leaves]
     wanted = [leaf for leaf, needed in zip(leaves, ctx.needs_input_grad, strict=False) if needed and leaf is not None]
     with torch.enable_grad():
-        share = share.again(opaque=opaque)
+        share = share.for_recomputation(opaque=opaque)
         y_NCL = method.normalize(leaves[0], share, affine._replace(weight_C=leaves[1], bias_C=leaves[2]))
     found = iter(torch.autograd.grad(y_NCL, wanted, dz_NCL, create_graph=create_graph))
     return [next(found) if needed else None for needed in ctx.needs_input_grad[:3]]

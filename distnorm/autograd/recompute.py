@@ -1,8 +1,8 @@
 """Activation checkpointing: a recomputed forward gets the statistics of the first one, without a second collective.
 
-The call stack tells whether a forward is a recomputation (``engine.repeating``). Its local sums tell which first
-forward it repeats: it computes them again from the same values, up to rounding. On a CPU they are also proof: if no
-record has equal sums, the forward is a new one. This is not checked on a GPU, since the host would wait.
+The call stack shows whether a forward is a recomputation (``engine.repeating``). Its local sums identify the first
+forward that it repeats: they are computed again from the same values, and equal up to rounding. On a CPU they decide:
+if no record has equal sums, the forward is a new one. This is not checked on a GPU, since the host would wait.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ TOLERANCE = 1e-2
 class Record:
     """The local sums of one forward and the shared sums that it got, in training step ``step``."""
 
-    def __init__(self, local: Tensor, shared: Tensor, step: int, *, held: bool) -> None:
-        """Keep the values without their graph; ``held`` tells that an autograd node holds the record."""
+    def __init__(self, local: Tensor, shared: Tensor, step: int, *, in_graph: bool) -> None:
+        """Keep the values without their graph; ``in_graph``: an autograd node holds the record."""
         self.local = local.detach() if local.requires_grad else local
         self.shared = shared.detach() if shared.requires_grad else shared
         self.step = step
-        self.held = held
+        self.in_graph = in_graph
         self.repeated = False
         """Whether a recomputation has used it."""
         self.stands_for: list[Record] = []
@@ -61,15 +61,15 @@ class Records:
 
     def __init__(self) -> None:
         """Start empty."""
-        self._held: WeakSet[Record] = WeakSet()
+        self._in_graph: WeakSet[Record] = WeakSet()
         self._loose: deque[Record] = deque(maxlen=LOOSE_RECORDS)
 
     def note(self, record: Record) -> None:
         """Remember ``record``, weakly if a graph holds it."""
         while self._loose and self._loose[0].step != record.step:
             self._loose.popleft()
-        if record.held:
-            self._held.add(record)
+        if record.in_graph:
+            self._in_graph.add(record)
         else:
             self._loose.append(record)
 
@@ -78,19 +78,19 @@ class Records:
         """Return the record whose local sums are nearest to ``local``, of ``kinds`` rows; None if they differ.
 
         If there are several on a GPU, return a copy with the right sums, chosen on the device, so that the host does
-        not wait. If some are held and some are not, the host has to know which one it is, and waits.
+        not wait. If a graph holds only some of them, the host has to know which one it is, and waits.
         """
-        records = [*self._held, *self._loose]
+        records = [*self._in_graph, *self._loose]
         if not records:
             return None
         if local.device.type == "cpu":
             found = _nearest(records, local)
             return found if found.is_near(local, kinds) else None
-        if len(records) == 1 or (self._held and self._loose):
+        if len(records) == 1 or (self._in_graph and self._loose):
             return _nearest(records, local)
         nearest = _distances(records, local).argmin(0, keepdim=True)
         shared = torch.stack([record.shared for record in records]).index_select(0, nearest).squeeze(0)
-        chosen = Record(local, shared, records[0].step, held=records[0].held)
+        chosen = Record(local, shared, records[0].step, in_graph=records[0].in_graph)
         chosen.stands_for = records
         return chosen
 

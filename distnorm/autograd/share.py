@@ -21,10 +21,10 @@ class Exchange(Protocol):
         """Share as ``types.Share`` does, on the plain path."""
         ...
 
-    def gather(self, wire: Tensor, *, held: bool, enough: bool) -> Tensor:
-        """Return the shared sums and count; ``held``: a graph keeps this exchange for a backward pass.
+    def gather(self, payload: Tensor, *, in_graph: bool, has_two_values: bool) -> Tensor:
+        """Return the shared sums and count; ``in_graph``: a graph keeps this exchange for a backward pass.
 
-        ``enough``: the local count alone is above 1, so the shared one needs no check.
+        ``has_two_values``: the local count alone is above 1, so the shared one needs no check.
         """
         ...
 
@@ -32,11 +32,11 @@ class Exchange(Protocol):
         """Start sharing the cotangents of ``link(shared means)``, and return a future of the result."""
         ...
 
-    def lands(self) -> bool:
+    def updates_running(self) -> bool:
         """Return whether the gathered sums are to update the running statistics: global, and not used before."""
         ...
 
-    def again(self, *, opaque: bool = False) -> Exchange:
+    def for_recomputation(self, *, opaque: bool = False) -> Exchange:
         """Return an exchange for a repetition of the forward inside a backward pass, without a second collective.
 
         ``opaque``: for tensors that kernels do not accept.
@@ -55,18 +55,18 @@ class KeepLocal:
         self.shared = torch.cat((sums_KC.detach().flatten(), total[None]))
         return link(sums_KC / total.clamp_min(1)), total
 
-    def gather(self, wire: Tensor, *, held: bool, enough: bool) -> Tensor:
+    def gather(self, payload: Tensor, *, in_graph: bool, has_two_values: bool) -> Tensor:
         """Return the local sums and count."""
-        return wire
+        return payload
 
     def scatter(self, cotangents: Tensor) -> Future:
         """Return the cotangents."""
         return Future.completed(cotangents)
 
-    def lands(self) -> bool:
+    def updates_running(self) -> bool:
         """Return true, except in the repetition of a forward: its first run has updated the running statistics."""
         return not repeating()
 
-    def again(self, *, opaque: bool = False) -> KeepLocal:
+    def for_recomputation(self, *, opaque: bool = False) -> KeepLocal:
         """Return a new instance."""
         return KeepLocal()

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from distnorm.cli.named import build_model, load
 from distnorm.diagnostics import draw
-from distnorm.diagnostics.bench import Report, Tell, measure
+from distnorm.diagnostics.bench import ProgressCallback, Report, measure
 from distnorm.integrations import mpi
 from distnorm.integrations.launchers import has_rendezvous, read_launcher
 from distnorm.recipes import parse
@@ -114,7 +114,7 @@ def _run(chosen: argparse.Namespace) -> int:
             chosen.recipes,
             device,
             chosen.seconds,
-            progress.tell,
+            progress.callback,
         )
         progress.close()
         if first:
@@ -165,7 +165,7 @@ class _Progress:
     def __init__(self, seconds: float, *, show: bool) -> None:
         self._seconds = seconds
         self._show = show
-        self._told = -1
+        self._shown = -1
         self._bar = None
         if show and sys.stderr.isatty() and importlib.util.find_spec("tqdm") is not None:
             from tqdm import tqdm
@@ -173,7 +173,7 @@ class _Progress:
             self._bar = tqdm(total=round(seconds, 1), unit="s", bar_format="{desc:8}{percentage:3.0f}% {bar} {elapsed}")
 
     @property
-    def tell(self) -> Tell:
+    def callback(self) -> ProgressCallback:
         return self._bar_to if self._bar is not None else self._line
 
     def close(self) -> None:
@@ -186,6 +186,6 @@ class _Progress:
         self._bar.update(part * self._bar.total - self._bar.n)
 
     def _line(self, what: str, part: float) -> None:
-        if self._show and int(part * 10) > self._told:
-            self._told = int(part * 10)
+        if self._show and int(part * 10) > self._shown:
+            self._shown = int(part * 10)
             print(f"distnorm bench: {what}, {part:.0%} of {self._seconds:g} s", file=sys.stderr, flush=True)

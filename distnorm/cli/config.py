@@ -39,7 +39,7 @@ section that is there. Start the job by `distnorm launch`.
     add("--where", nargs="+", metavar="PATTERN", help="layers to convert, such as 'backbone.*'; default: all")
     add("--fuse", action=argparse.BooleanOptionalAction, help="norms do the ReLU and addition that follow them")
     add("--ledger", action=argparse.BooleanOptionalAction, help="rank 0 prints the collectives at the end")
-    add("--transport", metavar="NAME", help=f"who carries statistics: {', '.join(get_args(Transport))}")
+    add("--transport", metavar="NAME", help=f"transport of statistics: {', '.join(get_args(Transport))}")
     add("--remove", action="store_true", help="take the section out")
 
 

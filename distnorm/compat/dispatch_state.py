@@ -1,14 +1,16 @@
 """Which dispatch modes and transforms are active: they decide whether kernels may access tensors by address.
 
 The only user of torch's private counts of dispatch modes and of functorch levels, of the level of forward-mode
-differentiation, of what tells wrapped tensors and traces, of the global module hooks, of the flag of ``torch.export``,
-and of the context managers that disable modes and transforms (torch 2.13; see tests/test_private_apis.py).
+differentiation, of the tests for wrapped tensors and traces, of the hooks on all modules and on all saved tensors, of
+the flag of ``torch.export``, and of the context managers that disable modes and transforms (torch 2.13; see
+tests/test_private_apis.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +23,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 
 # docs/decisions.md#transforms-see-only-what-is-not-shared
-def transforming() -> bool:
+def in_transform() -> bool:
     """Return whether functorch, forward-mode differentiation or ``torch.jit.trace`` replaces or records tensors."""
     differentiating = torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
     return differentiating or torch._C._is_tracing()
@@ -32,13 +34,13 @@ def exporting() -> bool:
     return torch.compiler._is_exporting_flag
 
 
-def watched() -> bool:
+def has_dispatch_mode() -> bool:
     """Return whether a dispatch mode is active: fake tensors, selective checkpoints, tracing, counting."""
     return torch._C._len_torch_dispatch_stack() > 0
 
 
 @contextmanager
-def unseen() -> Iterator[None]:
+def modes_disabled() -> Iterator[None]:
     """Disable modes and transforms in this context, for work that is not part of the model, on tensors that persist."""
     with _disable_current_modes(), temporarily_clear_interpreter_stack(), torch.inference_mode(False):
         yield
@@ -52,7 +54,7 @@ def is_batch(gradient: Tensor) -> bool:
 # docs/decisions.md#kernels-take-plain-tensors-only
 def are_plain(*tensors: Tensor | None) -> bool:
     """Return whether kernels may access ``tensors`` by address: plain strided tensors, and no mode or transform."""
-    if watched() or transforming():
+    if has_dispatch_mode() or in_transform():
         return False
     for each in tensors:
         if each is not None and not (type(each) in _OWN and _is_plain(each)):
@@ -76,6 +78,13 @@ def _is_plain(tensor: Tensor) -> bool:
     # The memory of a negative view holds negated values. A tensor that a finished transform left behind is a wrapper.
     wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
     return tensor.layout is torch.strided and not tensor.is_neg() and not wrapped
+
+
+def saved_tensors_hooks() -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] | None:
+    """Return the innermost pair of hooks on all saved tensors, as checkpoints and offloading have; None without."""
+    hooks: tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] | None
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return hooks
 
 
 def is_fake(tensor: Tensor) -> bool:

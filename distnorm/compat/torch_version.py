@@ -17,6 +17,7 @@ OLDEST = (2, 11)
 NEWEST_TRIED = (2, 15)
 
 PRIVATE = (
+    "_C._autograd._top_saved_tensors_default_hooks",
     "_C._current_graph_task_id",
     "_C._functorch.is_functorch_wrapped_tensor",
     "_C._functorch.is_legacy_batchedtensor",

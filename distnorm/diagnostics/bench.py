@@ -18,13 +18,13 @@ from distnorm.diagnostics.plan_cost import Point, Reach
 from distnorm.diagnostics.plan_units import show_bandwidth, show_bytes, show_seconds
 from distnorm.transport import Topology
 from distnorm.transport.group import backend_for
-from distnorm.transport.rendezvous import group_timeout, tell_and_collect
+from distnorm.transport.rendezvous import all_gather_text, group_timeout
 from distnorm.transport.topology import node_id
 
 LINKS_PART = 0.2
 """The part of the time budget for latency and bandwidth."""
 
-Tell = Callable[[str, float], None]
+ProgressCallback = Callable[[str, float], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +101,7 @@ def measure(
     names: Sequence[str] | None,
     device: torch.device,
     seconds: float,
-    tell: Tell,
+    on_progress: ProgressCallback,
 ) -> Report:
     """Measure for about ``seconds``. Collective over all ranks of the job.
 
@@ -112,7 +112,7 @@ def measure(
         names: recipes; None uses those that differ on the nodes of this job.
         device: the device of this rank.
         seconds: the time budget. It is exceeded if the smallest number of rounds takes longer.
-        tell: receives the current stage and the part of the budget that has passed.
+        on_progress: receives the current stage and the part of the budget that has passed.
 
     Raises:
         ValueError: nodes have different numbers of ranks; a recipe is unknown or does not fit the ranks; the model does
@@ -130,7 +130,7 @@ def measure(
     links = []
     if ranks > 1:
         links = measure_links(
-            topology, local, device, LINKS_PART * seconds, lambda part: tell("network", LINKS_PART * part)
+            topology, local, device, LINKS_PART * seconds, lambda part: on_progress("network", LINKS_PART * part)
         )
     rows = measure_steps(
         build,
@@ -138,7 +138,7 @@ def measure(
         names if names is not None else default_recipes(len(nodes), local),
         device,
         (1 - LINKS_PART) * seconds,
-        lambda part: tell("steps", LINKS_PART + (1 - LINKS_PART) * part),
+        lambda part: on_progress("steps", LINKS_PART + (1 - LINKS_PART) * part),
     )
     return Report(
         model=model,
@@ -189,5 +189,5 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
 def _topology(world: dist.ProcessGroup, device: torch.device) -> Topology:
     ranks = tuple(range(world.size()))
     timeout = group_timeout(world)
-    nodes = tuple(tell_and_collect(ranks, node_id(), timeout))
+    nodes = tuple(all_gather_text(ranks, node_id(), timeout))
     return Topology(ranks, nodes=nodes, timeout=timeout, on_cpu=device.type == "cpu")

@@ -73,7 +73,7 @@ def measure_links(
     local: int,
     device: torch.device,
     seconds: float,
-    tell: Callable[[float], None],
+    on_progress: Callable[[float], None],
     sizes: tuple[int, ...] = SIZES,
 ) -> list[Link]:
     """Measure sums of ``sizes`` bytes over the groups of ``topology``, in turns, for ``seconds``. Collective.
@@ -90,7 +90,7 @@ def measure_links(
             reaches[where, algorithm] = Reach(group.size, nodes, local)
             for nbytes in _taken(algorithm, sizes):
                 contenders[where, algorithm, nbytes] = _timer(wrapped, nbytes, device)
-    seen = take_turns(contenders, seconds, device, tell)
+    seen = take_turns(contenders, seconds, device, on_progress)
     groups = _groups(topology, local)
     found = {
         key: _middle_mean(of_all_ranks(torch.tensor(seen[key], dtype=torch.float64, device=device), groups[key[0]]))
@@ -154,18 +154,18 @@ def _taken(algorithm: Algorithm, sizes: tuple[int, ...]) -> list[int]:
 
 
 def _timer(group: TorchGroup, nbytes: int, device: torch.device) -> Callable[[], float]:
-    wire = torch.ones(nbytes // 8, dtype=torch.float64, device=device)
+    payload = torch.ones(nbytes // 8, dtype=torch.float64, device=device)
     work = torch.ones(_WORK, _WORK, device=device)
 
     at_once = group.direct is not None and not group.direct.over_network
 
     def once() -> float:
         if at_once:  # without this sum, work that the previous measurement's threads left would be measured too
-            group.sum(wire, _SLOT)
+            group.sum(payload, _SLOT)
         _ = work @ work
         synchronize(device)
         started = time.perf_counter()
-        total: Tensor = group.sum(wire, _SLOT)
+        total: Tensor = group.sum(payload, _SLOT)
         synchronize(total.device)
         return time.perf_counter() - started
 

@@ -22,12 +22,12 @@ def take_turns(
     contenders: Mapping[KeyT, Callable[[], float]],
     seconds: float,
     device: torch.device,
-    tell: Callable[[float], None],
+    on_progress: Callable[[float], None],
 ) -> dict[KeyT, list[float]]:
     """Return what every contender returned in every round after the warm-up. Each round starts with another contender.
 
-    Collective over all ranks: rank 0 broadcasts in each round whether ``seconds`` have passed by its clock. ``tell``
-    receives the part of them that has passed.
+    Collective over all ranks: rank 0 broadcasts in each round whether ``seconds`` have passed by its clock.
+    ``on_progress`` receives the part of them that has passed.
     """
     names = list(contenders)
     seen: dict[KeyT, list[float]] = {name: [] for name in names}
@@ -38,7 +38,7 @@ def take_turns(
         for name in names[first:] + names[:first]:
             seen[name].append(contenders[name]())
         turn += 1
-        tell(min(1.0, (time.perf_counter() - started) / seconds))
+        on_progress(min(1.0, (time.perf_counter() - started) / seconds))
     return {name: values[WARMUP:] for name, values in seen.items()}
 
 

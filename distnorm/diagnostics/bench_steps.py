@@ -65,7 +65,7 @@ def measure_steps(
     names: Sequence[str],
     device: torch.device,
     seconds: float,
-    tell: Callable[[float], None],
+    on_progress: Callable[[float], None],
 ) -> list[Row]:
     """Measure steps of the recipes in ``names`` and of their counterparts without sharing, in turns, for ``seconds``.
 
@@ -76,7 +76,7 @@ def measure_steps(
     # A dict, since all ranks need one order, which a set does not have: DDP communicates when it wraps a model.
     contenders = dict.fromkeys([*recipes.values(), *bases.values()])
     trainers = {recipe: Trainer(build, recipe, batch, device) for recipe in contenders}
-    seen = take_turns({recipe: trainer.turn for recipe, trainer in trainers.items()}, seconds, device, tell)
+    seen = take_turns({recipe: trainer.turn for recipe, trainer in trainers.items()}, seconds, device, on_progress)
     counted = {recipe: trainers[recipe].count() for recipe in recipes.values()}
     return [_row(name, seen[recipes[name]], seen[bases[name]], *counted[recipes[name]]) for name in names]
 

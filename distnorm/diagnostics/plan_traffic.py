@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from distnorm.compat.at_once import Call
+from distnorm.compat.uninterrupted import Call
 from distnorm.diagnostics.plan_cost import Reach
 from distnorm.layers.layout import layout_of
 from distnorm.policies import Periodic, Policy
@@ -70,8 +70,8 @@ def traffic(recipe: Recipe, layers: Sequence[tuple[str, _BatchNorm]], world: int
     for step in range(_LATE * period, (_LATE + 1) * period):
         counts = {}
         for name, _ in layers:
-            wire = _empty(layout.sizes[name, "forward"] + 1)
-            counts[name] = reducer.reduce(wire, Slot(name, "forward", step))[-1]
+            payload = _empty(layout.sizes[name, "forward"] + 1)
+            counts[name] = reducer.reduce(payload, Slot(name, "forward", step))[-1]
         for name, _ in reversed(layers):
             slot = Slot(name, "backward", step, forward_count=counts[name])
             reducer.reduce(_empty(layout.sizes[name, "backward"]), slot)
@@ -99,18 +99,18 @@ class _RecordingGroup(Group):
         self.reach = reach
         self.sent = sent
 
-    def _start(self, wire: Tensor, slot: Slot) -> Future:
-        self._record(wire, background=False)
-        return Future.completed(wire.clone())
+    def _start(self, payload: Tensor, slot: Slot) -> Future:
+        self._record(payload, background=False)
+        return Future.completed(payload.clone())
 
-    def _prepare_sum(self, wire_: Tensor) -> tuple[Future, Call]:
-        return Future.completed(wire_), partial(self._record, wire_, background=True)
+    def _prepare_sum(self, payload_: Tensor) -> tuple[Future, Call]:
+        return Future.completed(payload_), partial(self._record, payload_, background=True)
 
     def _broadcast(self, tensor: Tensor) -> None:
         pass
 
-    def _record(self, wire: Tensor, *, background: bool) -> None:
-        self.sent[Sent(self.reach, wire.numel() * wire.element_size(), background)] += 1
+    def _record(self, payload: Tensor, *, background: bool) -> None:
+        self.sent[Sent(self.reach, payload.numel() * payload.element_size(), background)] += 1
 
 
 def _empty(size: int) -> Tensor:

@@ -15,7 +15,7 @@ from torch import nn
 
 from distnorm.attach import check_state_dict, load_state_dict, state_dict
 from distnorm.layers.module import DistNorm
-from distnorm.transport.rendezvous import group_timeout, tell_and_collect
+from distnorm.transport.rendezvous import all_gather_text, group_timeout
 
 logger = logging.getLogger("distnorm")
 
@@ -116,7 +116,7 @@ def _exchange(states: list[Any] | None, failure: Exception | None) -> list[dict[
         return [mine]
     world = dist.group.WORLD
     assert world is not None
-    texts = tell_and_collect(tuple(range(dist.get_world_size())), json.dumps(mine), group_timeout(world))
+    texts = all_gather_text(tuple(range(dist.get_world_size())), json.dumps(mine), group_timeout(world))
     return [json.loads(text) for text in texts]
 
 

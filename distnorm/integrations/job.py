@@ -92,7 +92,7 @@ class Job:
         text = f"{type(model).__name__}: {len(has_epilogue)} layers converted to {recipe}{fused}"
         self._unannounced.append((text, conversions))
         for conversion in conversions:
-            self.scales.tell(conversion)
+            self.scales.connect(conversion)
         if follow:
             self.optimizers.follow(model, conversions)
         if self.settings.ledger:

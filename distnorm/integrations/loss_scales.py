@@ -22,7 +22,7 @@ class LossScales:
         """Record every gradient scaler that is created from now on."""
         after_init(GradScaler, self._add_scaler)
 
-    def tell(self, conversion: Conversion) -> None:
+    def connect(self, conversion: Conversion) -> None:
         """Set the loss scale of ``conversion`` once there is a scaler; without one, float16 training is refused."""
         self._conversions.add(conversion)
         if self._scalers:

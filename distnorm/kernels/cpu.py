@@ -42,11 +42,11 @@ def moments(x_NCL: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         return aten.moments(x_NCL)
     family, image = compiled
     channels = x_NCL.shape[1]
-    wire = torch.empty(2 * channels + 1, dtype=torch.float64)
+    payload = torch.empty(2 * channels + 1, dtype=torch.float64)
     pivot_C = x_NCL.new_empty(channels)
-    x, pivot, sums = (each.data_ptr() for each in (x_NCL, pivot_C, wire))
+    x, pivot, sums = (each.data_ptr() for each in (x_NCL, pivot_C, payload))
     family.sums(None, x, None, None, pivot, None, None, sums, *image)
-    return wire, pivot_C, None
+    return payload, pivot_C, None
 
 
 def apply(x_NCL: Tensor, pivot_C: Tensor, scale_C: Tensor, shift_C: Tensor, *, into: Tensor | None = None) -> Tensor:

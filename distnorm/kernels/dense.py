@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from distnorm.compat.at_once import Call
+from distnorm.compat.uninterrupted import Call
 from distnorm.kernels.arithmetic import FORMULAS, Formula, plain
 from distnorm.kernels.cpu import Loops, loops
 from distnorm.kernels.native import library
@@ -22,7 +22,7 @@ from distnorm.types import Epilogue, Running
 HEAD = 8  # doubles
 
 
-def absorbs(running: Running) -> bool:
+def can_update(running: Running) -> bool:
     """Return whether C can update the ``running`` statistics: all three buffers exist, as in stock layers."""
     mean_C, var_C, updates, *_ = running
     if mean_C is None or var_C is None or updates is None:
@@ -33,7 +33,7 @@ def absorbs(running: Running) -> bool:
 class DensePass:
     """A ``passes.Pass``: what the kernels keep between the loops of a forward, and for its backward."""
 
-    absorbs = staticmethod(absorbs)
+    can_update = staticmethod(can_update)
     __slots__ = "_at", "_c", "_eps", "_formula", "_image", "_memory", "_rows", "_signs_known", "_stride"
 
     def __init__(self, formula: Formula, compiled: Loops, eps: float) -> None:
@@ -128,19 +128,19 @@ class DensePass:
         return image_NCL.new_empty_strided(image_NCL.shape, self._stride, dtype=torch.float32).copy_(image_NCL)
 
 
-def absorbing(formula: Formula, means: Tensor, over: float, count: float, running: Running) -> Call | None:
+def updating(formula: Formula, means: Tensor, over: float, count: float, running: Running) -> Call | None:
     """Return a call of C that updates ``running`` with ``means / over`` of ``count`` values; None if C cannot.
 
     The result is bitwise equal to that of ``normalize``. Nothing changes if fewer than two values were seen.
     """
     found = library() if formula.name in FORMULAS else None
-    if found is None or not absorbs(running):
+    if found is None or not can_update(running):
         return None
-    assert running.var_C is not None, "it absorbs"
+    assert running.var_C is not None, "can_update has checked it"
     mean_C, var_C, updates, *rate = _addresses(running)
-    wire, function = means.contiguous(), getattr(found, f"{formula.name}_absorb")
-    call = partial(function, wire.data_ptr(), over, count, len(running.var_C), *rate, updates, mean_C, var_C)
-    call.__dict__["reads"] = wire  # must live as long as the call
+    payload, function = means.contiguous(), getattr(found, f"{formula.name}_update_running")
+    call = partial(function, payload.data_ptr(), over, count, len(running.var_C), *rate, updates, mean_C, var_C)
+    call.__dict__["reads"] = payload  # must live as long as the call
     return call
 
 

@@ -35,7 +35,7 @@ Check = Callable[[ctypes.CDLL], None]
 
 # docs/decisions.md#c-code-is-compiled-on-first-use
 def load(sources: Sequence[Path], headers: Sequence[Path], flags: Sequence[str], check: Check) -> ctypes.CDLL:
-    """Return the library of ``sources``, cached or compiled; in a temporary folder with a warning if it cannot be kept.
+    """Return the library of ``sources``, cached or compiled; if it cannot be cached, warn and use a temporary folder.
 
     Raises:
         OSError: there is no compiler, or the compiled file cannot be loaded.
@@ -50,13 +50,13 @@ def load(sources: Sequence[Path], headers: Sequence[Path], flags: Sequence[str],
         _sweep(folder)
         return _kept(folder, key, check) or _made(command, folder, key, check)
     except (OSError, subprocess.CalledProcessError) as error:
-        # A full disk appears as an error of the compiler, in its own words: whatever failed, try elsewhere.
+        # A full disk appears as an error of the compiler, so any failure leads to the temporary folder.
         folder = Path(tempfile.gettempdir())
         _sweep(folder)
         library = _made(command, folder, key, check, keep=False)
         logger.warning(
-            "distnorm: the kernels for this CPU cannot be kept, so every process compiles its own. Name a folder that "
-            "can be written to by XDG_CACHE_HOME. Cause: %s",
+            "distnorm: the kernels for this CPU cannot be cached, so every process compiles its own. Set "
+            "XDG_CACHE_HOME to a folder that can be written to. Cause: %s",
             cause(error),
         )
         return library
@@ -67,7 +67,7 @@ def cause(error: BaseException) -> str:
     return f"{error}\n{told}" if (told := getattr(error, "output", None)) else str(error)
 
 
-# --- what is kept --------------------------------------------------------------------------------
+# --- the cache -----------------------------------------------------------------------------------
 
 
 def _cache_folder(environment: Mapping[str, str]) -> Path:
@@ -87,7 +87,7 @@ def _kept(folder: Path, key: str, check: Check) -> ctypes.CDLL | None:
             if file.name == _name(key, file.read_bytes()):
                 return _opened(file, key, check)
         except OSError as error:
-            logger.info("distnorm: %s is made anew: %s", file, error)
+            logger.info("distnorm: compiling %s again: %s", file, error)
     return None
 
 
@@ -104,16 +104,16 @@ def _opened(file: Path, key: str, check: Check) -> ctypes.CDLL:
     except AttributeError as error:
         raise OSError(f"{file} is not distnorm's library: {error}") from error
     if (found := library.distnorm_key()) != key.encode():
-        raise OSError(f"{file} says that it was made for {found!r}.")
+        raise OSError(f"{file} was compiled for {found!r}.")
     return library
 
 
-# --- making it -----------------------------------------------------------------------------------
+# --- compiling ------------------------------------------------------------------------------------
 
 
 def _made(command: list[str], folder: Path, key: str, check: Check, *, keep: bool = True) -> ctypes.CDLL:
     """Compile in ``folder``, and keep the library there, in place of all others of this key."""
-    with _workshop(folder) as workshop:
+    with _build_folder(folder) as workshop:
         made = workshop / "kernels.so"
         _run([*command, "-o", str(made)], TMPDIR=str(workshop))
         library = _opened(made, key, check)
@@ -127,8 +127,8 @@ def _made(command: list[str], folder: Path, key: str, check: Check, *, keep: boo
 
 
 @contextmanager
-def _workshop(folder: Path) -> Iterator[Path]:
-    """Create a temporary folder in ``folder``, whose name tells which process uses it."""
+def _build_folder(folder: Path) -> Iterator[Path]:
+    """Create a temporary folder in ``folder``, whose name contains the process that uses it."""
     with tempfile.TemporaryDirectory(prefix=f"{_BUILD}-{_machine()}-{os.getpid()}-", dir=folder) as workshop:
         yield Path(workshop)
 
@@ -138,14 +138,14 @@ def _sweep(folder: Path) -> None:
     for left in folder.glob(f"{_BUILD}-*-*-*"):
         machine, process = left.name.removeprefix(f"{_BUILD}-").split("-")[:2]
         try:
-            dead = not _lives(int(process)) if machine == _machine() else _is_forgotten(left)
+            dead = not _is_running(int(process)) if machine == _machine() else _is_forgotten(left)
         except (OSError, ValueError, OverflowError):  # another process was faster, or the folder is not ours
             continue
         if dead:
             shutil.rmtree(left, ignore_errors=True)  # other processes remove it, too
 
 
-def _lives(process: int) -> bool:
+def _is_running(process: int) -> bool:
     try:
         os.kill(process, 0)
     except ProcessLookupError:
@@ -177,7 +177,7 @@ def _compiler(environment: Mapping[str, str]) -> list[str]:
     try:
         words = shlex.split(given)
     except ValueError as error:
-        raise OSError(f"CC={given!r} is no command: {error}") from error
+        raise OSError(f"CC={given!r} is not a command: {error}") from error
     if not words:
         words = [name for name in ("cc", "gcc", "clang") if shutil.which(name)][:1]
     if not words:

@@ -22,7 +22,7 @@ SOURCES = tuple(
     for name in ("loops", "arithmetic", "dense", "exchange", "entries", "key")
 )
 HEADER = SOURCES[0].with_name("kernels.h")
-# Only rounding may differ from the C as written: sums are reassociated by hand; infinities and NaN keep their meaning.
+# Rounding alone may differ from the source: sums are reassociated by hand. Infinities and NaN keep their meaning.
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC")
 
 _POINTER, _INDEX, _TURN, _DOUBLE = ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int64, ctypes.c_double
@@ -41,7 +41,7 @@ _DENSE: dict[str, list[Any]] = {
     "pull": [*_THREE, *_THREE, *_THREE],
     "combine": [*_THREE, _POINTER, _POINTER],
 }
-_ABSORB: dict[str, list[Any]] = {"absorb": [_POINTER, _DOUBLE, _DOUBLE, _INDEX, *_RATE, *_THREE]}
+_UPDATE_RUNNING: dict[str, list[Any]] = {"update_running": [_POINTER, _DOUBLE, _DOUBLE, _INDEX, *_RATE, *_THREE]}
 _EXCHANGE: dict[str, list[Any]] = {
     "post": [_POINTER, _INDEX, _INDEX, _INDEX, _TURN, _TURN, _POINTER, _INDEX],
     "await": [_POINTER, _INDEX, _TURN, _DOUBLE, _DOUBLE],
@@ -53,7 +53,7 @@ _ENTRIES: dict[str, list[Any]] = {
     "push": [_POINTER, _POINTER, _INDEX, _INDEX] + [_POINTER] * 6,
 }
 _FAMILIES: dict[str, dict[str, list[Any]]] = {"plane": _LOOPS, "row": _LOOPS, "exchange": _EXCHANGE}
-_FAMILIES |= {"dense": _DENSE, "entries": _ENTRIES, "rms": _ABSORB, "batch_norm": _ABSORB}
+_FAMILIES |= {"dense": _DENSE, "entries": _ENTRIES, "rms": _UPDATE_RUNNING, "batch_norm": _UPDATE_RUNNING}
 _RANK_RETURNED = ("exchange_await", "exchange_add")
 
 
@@ -78,7 +78,7 @@ def library() -> ctypes.CDLL | None:
         return library_cache.load(SOURCES, (HEADER,), FLAGS, _declare)
     except (OSError, subprocess.SubprocessError) as error:
         logger.warning(
-            "distnorm: kernels for this CPU could not be compiled; ATen's serve, slower. Cause: %s",
+            "distnorm: kernels for this CPU could not be compiled; using ATen's, which are slower. Cause: %s",
             library_cache.cause(error),
         )
         return None

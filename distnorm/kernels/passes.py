@@ -23,7 +23,7 @@ class Pass(Protocol):
         """Return what the method shares: local sums and their count, float64 ``[K C + 1]``."""
         ...
 
-    def absorbs(self, running: Running) -> bool:
+    def can_update(self, running: Running) -> bool:
         """Return whether ``normalize`` can update the ``running`` statistics in the same call."""
         ...
 
@@ -63,10 +63,10 @@ class FormulaPass:
 
     def sums(self, x_NCL: Tensor) -> Tensor:
         """Return what the method shares: local sums and their count, float64 ``[K C + 1]``."""
-        wire, self._pivot_C, self._spare_NCL = cpu.moments(x_NCL)
-        return wire[self._method.raw.start * x_NCL.shape[1] :]
+        payload, self._pivot_C, self._spare_NCL = cpu.moments(x_NCL)
+        return payload[self._method.raw.start * x_NCL.shape[1] :]
 
-    def absorbs(self, running: Running) -> bool:
+    def can_update(self, running: Running) -> bool:
         """Return false: running statistics need a separate call."""
         return False
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from distnorm.compat.at_once import Call, at_once
+from distnorm.compat.uninterrupted import Call, uninterrupted
 from distnorm.kernels import gpu
 from distnorm.kernels.native import library
 
@@ -57,7 +57,7 @@ def in_triton(values: Tensor, outbox: Tensor) -> bool:
 def add(outbox: Tensor, span: slice, weight_at: int, values: Tensor, weight: Tensor | float) -> None:
     """Add ``values`` and ``weight`` to those of a slot of ``outbox``, in torch."""
     own = outbox[span], outbox[weight_at]
-    at_once(partial(own[0].add_, values), partial(own[1].add_, weight))
+    uninterrupted(partial(own[0].add_, values), partial(own[1].add_, weight))
 
 
 def window(
@@ -170,8 +170,8 @@ def pushing(
             compiled.entries_push,
             *(vector.data_ptr(), slots.starts.data_ptr(), count, depth, *(each.data_ptr() for each in changed)),
         )
-        held = vector.data_ptr  # until the calls have run, since C has its address only
-        return [held, push], usable, position
+        alive = vector.data_ptr  # until the calls have run, since C has its address only
+        return [alive, push], usable, position
     finite, usable = slots.judge(vector)
     noted: list[Call] = [partial(dropped.add_, ~finite)]
     if not depth:

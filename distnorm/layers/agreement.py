@@ -20,7 +20,7 @@ from distnorm.policies import Reducer
 from distnorm.policies.routes import Routes, joined
 from distnorm.recipe import Recipe
 from distnorm.transport import LostGroup, Topology, check_group, choice, mpi
-from distnorm.transport.rendezvous import connected, group_timeout, tell_and_collect
+from distnorm.transport.rendezvous import all_gather_text, connected, group_timeout
 from distnorm.transport.topology import node_id
 from distnorm.types import Layout, Transport
 
@@ -62,7 +62,7 @@ def ranks_within(groups: list[tuple[int, ...]], timeout: timedelta) -> tuple[int
     return groups[0] if len(set(groups)) == 1 else connected(groups, timeout)
 
 
-class Meeting(NamedTuple):
+class Agreement(NamedTuple):
     """The ranks that agreed, their reducer, and whether their running statistics are always equal (``agrees``)."""
 
     topology: Topology
@@ -70,14 +70,14 @@ class Meeting(NamedTuple):
     agrees: bool
 
 
-def meet(
+def bind_policy(
     world: dist.ProcessGroup | None,
     ranks: tuple[int, ...],
     recipe: Recipe,
     layers: Sequence[tuple[str, _BatchNorm]],
     mesh: DeviceMesh | None,
     transport: Transport,
-) -> Meeting:
+) -> Agreement:
     """Bind the recipe's policy to ``ranks``. Collective over these, through the job's store, if there is a job.
 
     Raises:
@@ -87,11 +87,11 @@ def meet(
     layout = layout_of(layers, recipe.method)
     if world is None:
         topology = Topology(ranks)
-        return Meeting(topology, recipe.policy.bind(topology, layout), agrees=True)
+        return Agreement(topology, recipe.policy.bind(topology, layout), agrees=True)
     timeout = group_timeout(world)
     topology = _agree(world, ranks, recipe, layers, layout, mesh, transport, timeout)
     reducer = recipe.policy.bind(topology, layout)
-    return Meeting(topology, reducer, _running_statistics_agree(ranks, recipe, reducer, timeout))
+    return Agreement(topology, reducer, _running_statistics_agree(ranks, recipe, reducer, timeout))
 
 
 _models = 0
@@ -118,7 +118,7 @@ def _agree(
         **{"node": node_id(), "converted": digest, "device": layout.device.type, "mpi": place, "model": _models + 1},
         "groups": [None if group == ranks else group for group in groups],
     }
-    answers = [json.loads(text) for text in tell_and_collect(ranks, json.dumps(mine), timeout)]
+    answers = [json.loads(text) for text in all_gather_text(ranks, json.dumps(mine), timeout)]
     _compare_all({rank: other["converted"] for rank, other in zip(ranks, answers, strict=True)}, lines, timeout)
     named = {rank: other["groups"] for rank, other in zip(ranks, answers, strict=True)}
     _compare_groups({rank: [list(ranks) if one is None else one for one in each] for rank, each in named.items()})
@@ -166,7 +166,7 @@ def _compare_all(digests: dict[int, str], lines: list[str], timeout: timedelta) 
     firsts = {digest: rank for rank, digest in reversed(digests.items())}
     mine = lines if dist.get_rank() in firsts.values() else None
     ranks = tuple(digests)
-    told = dict(zip(ranks, map(json.loads, tell_and_collect(ranks, json.dumps(mine), timeout)), strict=True))
+    told = dict(zip(ranks, map(json.loads, all_gather_text(ranks, json.dumps(mine), timeout)), strict=True))
     for rank in sorted(firsts.values(), key=ranks.index):
         _compare(ranks[0], told[ranks[0]], rank, told[rank])
 
@@ -196,7 +196,7 @@ def _compare_groups(groups: dict[int, list[list[int]]]) -> None:
 def _running_statistics_agree(ranks: tuple[int, ...], recipe: Recipe, reducer: Reducer, timeout: timedelta) -> bool:
     """Return whether the same sums update the running statistics of all ranks. Raises on all ranks or on none."""
     own = [reducer.facts.global_routes, *chain.from_iterable(reducer.facts.handovers)]
-    texts = tell_and_collect(ranks, json.dumps([_written(each, ranks) for each in own]), timeout)
+    texts = all_gather_text(ranks, json.dumps([_written(each, ranks) for each in own]), timeout)
     by_rank = [[_read(each, ranks) for each in json.loads(text)] for text in texts]
     global_routes, *handovers = (_joined(ranks, [each[at] for each in by_rank]) for at in range(len(own)))
     for first, then in zip(handovers[::2], handovers[1::2], strict=True):

@@ -11,12 +11,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distnorm.autograd.engine import NO_BACKWARD, at_end_of_backward, graph_task
-from distnorm.compat.at_once import Call, at_once, put
-from distnorm.compat.dispatch_state import unseen
+from distnorm.compat.dispatch_state import modes_disabled
+from distnorm.compat.uninterrupted import Call, put, uninterrupted
 from distnorm.layers import agreement, running_statistics
 from distnorm.layers.ddp import Broadcasts
-from distnorm.transport.rendezvous import tell_and_collect
-from distnorm.types import EVERY_LAYER, Landed, Slot
+from distnorm.transport.rendezvous import all_gather_text
+from distnorm.types import EVERY_LAYER, GlobalStatistics, Slot
 
 logger = logging.getLogger("distnorm")
 
@@ -27,13 +27,13 @@ if TYPE_CHECKING:
 class Binding:
     """A conversion bound to ranks."""
 
-    def __init__(self, conversion: Conversion, world: dist.ProcessGroup | None, met: agreement.Meeting) -> None:
+    def __init__(self, conversion: Conversion, world: dist.ProcessGroup | None, agreed: agreement.Agreement) -> None:
         """Bind within ``world``, the job that the groups belong to; None for a single process without a job."""
         self.conversion = conversion
         self._world = None if world is None else ref(world)  # weakly, as in ``TorchGroup``
-        self.topology, self.reducer = met.topology, met.reducer
-        self.alone = met.reducer.facts.alone
-        self.agrees = met.agrees
+        self.topology, self.reducer = agreed.topology, agreed.reducer
+        self.alone = agreed.reducer.facts.alone
+        self.agrees = agreed.agrees
         """Whether running statistics are equal on all data-parallel ranks without further communication."""
         self.step = self._passes = 0
         self._ending: Slot | None = None
@@ -43,21 +43,21 @@ class Binding:
         self._used: set[str] = set()
         self.loss_scale: Tensor | float = 0.0  # of the last backward pass
         self._scaled_pass = self._judged_pass = NO_BACKWARD
-        self._in_flight: dict[str, Landed] | None = None
-        self._broadcasts = Broadcasts(conversion.layers, () if conversion.is_bounded else met.topology.ranks)
+        self._in_flight: dict[str, GlobalStatistics] | None = None
+        self._broadcasts = Broadcasts(conversion.layers, () if conversion.is_bounded else agreed.topology.ranks)
 
     def belongs_to(self, world: dist.ProcessGroup | None) -> bool:
         """Return whether ``world`` is the job that the groups belong to."""
         return world is None if self._world is None else self._world() is world is not None
 
-    def tell(self, text: str) -> list[str]:
-        """Return what every rank told, in order. Collective over the ranks; no tensors are sent.
+    def gather_text(self, text: str) -> list[str]:
+        """Return every rank's text, in order. Collective over the ranks; no tensors are sent.
 
         Raises:
-            RuntimeError: some ranks told nothing within the timeout; the message names them.
+            RuntimeError: some ranks sent nothing within the timeout; the message names them.
         """
         timeout = self.topology.timeout
-        return [text] if timeout is None else tell_and_collect(self.topology.ranks, text, timeout)
+        return [text] if timeout is None else all_gather_text(self.topology.ranks, text, timeout)
 
     def forward_begins(self, layer: str) -> None:
         """Start a training forward of ``layer``. Inside a backward pass nothing changes: it may be a repetition.
@@ -76,9 +76,9 @@ class Binding:
         if layer in self._used:
             self._end_skipped_step()
         self._broadcasts.forward_begins(layer, shares=not self.alone)
-        if self.conversion.means_to_fold:
-            with unseen():  # hidden from modes: not part of the forward
-                self.conversion.training_goes_on()
+        if self.conversion.resume_pending:
+            with modes_disabled():  # hidden from modes: not part of the forward
+                self.conversion.resume_training()
 
     def loss_scale_of_pass(self) -> Tensor | float:
         """Return the loss scale. Read once per backward pass, since the host waits for a GradScaler on a GPU."""
@@ -99,14 +99,14 @@ class Binding:
         """
         scale = self.conversion.loss_scale
         if scale is not None and not self.conversion.ends_with_backward and self._judged_pass != self._scaled_pass:
-            with unseen():
+            with modes_disabled():
                 if scale() < self.loss_scale:
                     self.end_step()
         self._judged_pass = self._scaled_pass
 
     # docs/decisions.md#calls-of-one-layer-share-one-window
     def note_use(self, layer: str) -> None:
-        """Warn of a second forward of ``layer`` in one step, which a window cannot tell from a missed end of step."""
+        """Warn of a second forward of ``layer`` in one step: to a window, it looks like a missed end of a step."""
         if layer in self._used and not self._warned and self.conversion.ends_with_backward:
             self._warned = True
             if self.conversion.facts.keeps_cotangents:
@@ -149,23 +149,23 @@ class Binding:
     def finish_step(self) -> None:
         """Resume the end of a step that was interrupted, if any. Each part of it is done once."""
         if self._ending is not None:
-            with unseen():  # hidden from modes: not part of a forward or of other work
+            with modes_disabled():  # hidden from modes: not part of a forward or of other work
                 self._finish(self._ending)
 
     def _finish(self, slot: Slot) -> None:
-        landed = self.reducer.end_step(slot)
-        absorbing: list[Call] = []
-        if landed:
+        statistics = self.reducer.end_step(slot)
+        updates: list[Call] = []
+        if statistics:
             with torch.no_grad():
                 layers = dict(self.conversion.layers())
-                absorbing = running_statistics.absorbing(layers, landed, self.conversion.recipe.method)
-        at_once(
-            *(*absorbing, self._used.clear),
+                updates = running_statistics.updating(layers, statistics, self.conversion.recipe.method)
+        uninterrupted(
+            *(*updates, self._used.clear),
             *(put(self, "_in_flight", None), put(self, "step", slot.step + 1), put(self, "_ending", None)),
         )
 
     # docs/decisions.md#evaluation-and-checkpoints-include-sums-in-flight
-    def in_flight(self) -> dict[str, Landed]:
+    def in_flight(self) -> dict[str, GlobalStatistics]:
         """Return by layer what the last step sent and is not in the running statistics yet. Waits for it once.
 
         No collective: every rank that ends the same steps has sent its part.

@@ -80,7 +80,7 @@ class Centralized:
 
     def has_trained(self) -> bool:
         """Return whether the model has trained since it was converted, copied or loaded."""
-        return not self._conversion.means_to_fold
+        return not self._conversion.resume_pending
 
     @torch.no_grad()
     def project(self) -> bool:

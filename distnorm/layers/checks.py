@@ -29,7 +29,7 @@ def check_input(layer: _BatchNorm, site: Site, x_NCL: Tensor, state: Running) ->
         missing, there = ("mean", "var") if state.mean_C is None else ("var", "mean")
         raise ValueError(
             f"{site.name}: running_{missing} is None and running_{there} is not. Set both to None for a "
-            "layer that always takes the statistics of its batch, or neither."
+            "layer that always uses the statistics of its batch, or neither."
         )
 
 

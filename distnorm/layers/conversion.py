@@ -20,14 +20,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from distnorm.compat.dispatch_state import transforming, unseen
+from distnorm.compat.dispatch_state import in_transform, modes_disabled
 from distnorm.layers import agreement, running_statistics, saved_state
 from distnorm.layers.binding import Binding
 from distnorm.recipe import Recipe
 from distnorm.transport import LostGroup, choice, lost, mpi
 from distnorm.transport.rendezvous import group_timeout
 from distnorm.transport.topology import current_world, mesh_ranks
-from distnorm.types import Feeders, Landed, Observer, Transport
+from distnorm.types import Feeders, GlobalStatistics, Observer, Transport
 from distnorm.validation import refuse_unknown_variables
 
 logger = logging.getLogger("distnorm")
@@ -67,7 +67,7 @@ class Conversion:
         self.guards = self.recipe.method.follows or self.facts.keeps_cotangents
         """Whether updates of running statistics skip values that are not finite. Stock batch norm does not."""
         self.observers: list[Observer] = []
-        self.means_to_fold = True
+        self.resume_pending = True
         self.loss_scale: Callable[[], Tensor | float] | None = None
         self.ends_with_backward = True
         self.optimizers: WeakKeyDictionary[Optimizer, RemovableHandle] = WeakKeyDictionary()
@@ -116,7 +116,7 @@ class Conversion:
         """The binding, or None before the layers are bound."""
         return self._binding
 
-    def training_goes_on(self) -> None:
+    def resume_training(self) -> None:
         """Prepare running statistics for further training after a checkpoint was loaded.
 
         Those of this rank's state replace the model's, which may include sums that were in flight. For methods without
@@ -126,11 +126,11 @@ class Conversion:
         self._live = {}
         if not self.recipe.method.centred:
             running_statistics.fold_means(layer for _, layer in self.layers())
-        self.means_to_fold = False
+        self.resume_pending = False
 
-    def ahead(self, name: str) -> Landed | None:
+    def ahead(self, name: str) -> GlobalStatistics | None:
         """Return the sums in flight that have not updated the running statistics of layer ``name`` yet."""
-        return None if self._binding is None or self.means_to_fold else self._binding.in_flight().get(name)
+        return None if self._binding is None or self.resume_pending else self._binding.in_flight().get(name)
 
     def bound(self) -> Binding:
         """Return the binding to this process's job, and bind first if there is none.
@@ -142,7 +142,7 @@ class Conversion:
         """
         world = current_world()
         if self._binding is None or (world is not None and not self._binding.belongs_to(world)):
-            if world is not None and transforming():
+            if world is not None and in_transform():
                 raise RuntimeError(
                     "distnorm: layers cannot bind to their ranks inside a transform (torch.func, forward-mode "
                     "derivatives). Call distnorm.attach(model), or run a training forward pass, before the transform."
@@ -178,11 +178,11 @@ class Conversion:
         if current is not None and current.belongs_to(world) and current.topology.ranks == ranks:
             return
         # The tensors created here are used after this forward pass, and outside its modes and inference mode.
-        with unseen(), torch.no_grad():
+        with modes_disabled(), torch.no_grad():
             mesh = self.mesh if isinstance(self.mesh, DeviceMesh) else None
-            met = agreement.meet(world, ranks, self.recipe, list(self.layers()), mesh, self.transport)
-            running_statistics.take_over((layer for _, layer in self.layers()), met.topology.everyone())
-        binding = Binding(self, world, met)
+            agreed = agreement.bind_policy(world, ranks, self.recipe, list(self.layers()), mesh, self.transport)
+            running_statistics.take_over((layer for _, layer in self.layers()), agreed.topology.everyone())
+        binding = Binding(self, world, agreed)
         if self._resumed is not None:
             self._resume(binding, self._resumed)
         elif self.facts.keeps_cotangents:
@@ -213,7 +213,7 @@ class Conversion:
         if "feeders" in state:
             left, feeds = state["feeders"]
             self.feeders.known, self.feeders.left, self.feeders.feeds = True, frozenset(left), feeds
-        self._live, self.means_to_fold = state.get("running", {}), True
+        self._live, self.resume_pending = state.get("running", {}), True
         if self._binding is not None:
             self._resume(self._binding, state)
 

@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 
-from distnorm.compat.dispatch_state import is_fake, transforming
+from distnorm.compat.dispatch_state import in_transform, is_fake
 from distnorm.layers import weights
 from distnorm.layers.centralized import TARGETS, Centralized, is_computed
 from distnorm.layers.class_swap import underlying
@@ -89,7 +89,7 @@ class Watch:
         if self.conversion.feeders.known:
             _apply(model, self.conversion)
             self.remove()
-        elif not (transforming() or any(_is_compiled(module) for module in model.modules())):
+        elif not (in_transform() or any(_is_compiled(module) for module in model.modules())):
             self._uses = _Uses(model, [layer for _, layer in self.conversion.layers()])
             self._uses.__enter__()
 
@@ -100,7 +100,7 @@ class Watch:
         uses.__exit__(None, None, None)
         if output is None or self.conversion.binding is None:
             return  # the forward pass raised, or no norm was in training mode: observe the next one
-        _join(self.conversion.feeders, self.conversion.binding.tell(json.dumps(uses.corrections(output))))
+        _join(self.conversion.feeders, self.conversion.binding.gather_text(json.dumps(uses.corrections(output))))
         _apply(model, self.conversion)
         self.remove()
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from distnorm.autograd.engine import NO_BACKWARD, backward_may_follow, graph_task, repeating
 from distnorm.autograd.recompute import Record
-from distnorm.compat.dispatch_state import are_plain, is_batch, transforming
+from distnorm.compat.dispatch_state import are_plain, in_transform, is_batch
 from distnorm.layers.binding import Binding
 from distnorm.layers.site import Site
 from distnorm.types import Direction, Future, Link, Slot
@@ -30,26 +30,26 @@ NOW = -1
 
 
 class ReduceForward(torch.autograd.Function):
-    """``y = policy(wire)``; its derivative is ``ReduceBackward``.
+    """``y = policy(payload)``; its derivative is ``ReduceBackward``.
 
-    The payload ``wire`` is statistics with their count if ``count`` is None, else cotangents of a forward that got
+    ``payload`` is statistics with their count if ``count`` is None, else cotangents of a forward that got
     ``count``. The policy is reached through the forward's ``line``, or through operators if there is a ``number``.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, wire: Tensor, count: Tensor | None, number: Tensor | None, line: Line | None, learning: bool
+        ctx: Any, payload: Tensor, count: Tensor | None, number: Tensor | None, line: Line | None, learning: bool
     ) -> Tensor:
         """Reduce. Uses the policy once."""
         ctx.line = line
         if count is not None:
             ctx.save_for_backward(count, number)
-            return _share_cotangents(wire, count, number, line, learning)
+            return _share_cotangents(payload, count, number, line, learning)
         if number is not None:
-            shared: Tensor = torch.ops.distnorm.statistics(wire, number, learning)
+            shared: Tensor = torch.ops.distnorm.statistics(payload, number, learning)
         else:
             assert line is not None, "one or the other leads to the policy"
-            shared = line.gather(wire, held=ctx.needs_input_grad[0]).view_as(wire)
+            shared = line.gather(payload, in_graph=ctx.needs_input_grad[0]).view_as(payload)
         ctx.save_for_backward(shared[-1].clone(), number)
         return shared
 
@@ -80,13 +80,15 @@ class ReduceBackward(torch.autograd.Function):
         return shared.view_as(grad), None, None, None
 
 
-def _share_cotangents(wire: Tensor, count: Tensor, number: Tensor | None, line: Line | None, learning: bool) -> Tensor:
-    if line is not None and number is None and are_plain(wire):
-        return line.start_cotangents(wire, count, learning=learning).wait()
+def _share_cotangents(
+    payload: Tensor, count: Tensor, number: Tensor | None, line: Line | None, learning: bool
+) -> Tensor:
+    if line is not None and number is None and are_plain(payload):
+        return line.start_cotangents(payload, count, learning=learning).wait()
     if number is None:
         assert line is not None, "one or the other leads to the policy"
         number = line.site.scalar()
-    shared: Tensor = torch.ops.distnorm.cotangents(wire, count, number)
+    shared: Tensor = torch.ops.distnorm.cotangents(payload, count, number)
     return shared
 
 
@@ -115,7 +117,7 @@ class Line:
         Uses the policy once in the forward pass, and once in the backward pass if ``sums_KC`` needs a gradient.
         """
         compiling = torch.compiler.is_compiling()
-        if not compiling and transforming():
+        if not compiling and in_transform():
             raise self.refusal()
         local = torch.cat((sums_KC.flatten(), sums_KC.new_full((1,), count)))
         way = (self.number() if self.opaque else None, None if compiling else self)
@@ -139,7 +141,7 @@ class Line:
             "call eval() first."
         )
 
-    def gather(self, wire: Tensor, *, held: bool, enough: bool = False) -> Tensor:
+    def gather(self, payload: Tensor, *, in_graph: bool, has_two_values: bool = False) -> Tensor:
         """Return the shared sums and count. Uses the policy once, or not at all in a recomputation.
 
         Raises:
@@ -147,20 +149,22 @@ class Line:
         """
         site, binding = self.site, self._binding
         assert binding is not None, "operators and kernels run on a line that is bound"
-        record = site.records.recall(wire, site.conversion.recipe.method.kinds) if repeating() else None
+        record = site.records.recall(payload, site.conversion.recipe.method.kinds) if repeating() else None
         if record is not None:
             record.repeated = True
             # A reentrant checkpoint: its cotangents come in a nested pass, whose end is not the end of the step.
-            if not record.held:
+            if not record.in_graph:
                 binding.expect_boundary()
         else:
-            record = self._share(binding, wire, held=held and self._builds_graph, enough=enough)
+            record = self._share(
+                binding, payload, in_graph=in_graph and self._builds_graph, has_two_values=has_two_values
+            )
         # The graph keeps this line and its record alive, as long as a checkpoint may recompute this forward.
         self._record = record
         self.shared = record.shared
         return record.shared
 
-    def _share(self, binding: Binding, wire: Tensor, *, held: bool, enough: bool) -> Record:
+    def _share(self, binding: Binding, payload: Tensor, *, in_graph: bool, has_two_values: bool) -> Record:
         site = self.site
         slot = self._slot = self._slot_of(binding, "forward", learning=self.learning)
         if self.learning:
@@ -168,22 +172,22 @@ class Line:
         else:
             binding.forget_in_flight()
         try:
-            shared = binding.reducer.reduce(wire, slot)
+            shared = binding.reducer.reduce(payload, slot)
         except RuntimeError as error:
             raise self._failed(binding, "forward", error) from error
-        if not enough and binding.reducer.completeness(slot).is_counted:
-            # A policy that shares nothing in this step returns ``wire`` itself.
-            site.check_count(shared[-1], 1 if shared is wire else binding.reducer.size)
-        record = Record(wire, shared, slot.step, held=held)
+        if not has_two_values and binding.reducer.completeness(slot).is_counted:
+            # A policy that shares nothing in this step returns ``payload`` itself.
+            site.check_count(shared[-1], 1 if shared is payload else binding.reducer.size)
+        record = Record(payload, shared, slot.step, in_graph=in_graph)
         site.records.note(record)
         return record
 
-    def lands(self) -> bool:
+    def updates_running(self) -> bool:
         """Return whether the gathered sums are to update the running statistics: global, and not used before."""
         assert self._binding is not None, "it has gathered"
         return not self._record.repeated and self._binding.reducer.completeness(self._slot).is_global
 
-    def step_lands(self) -> bool:
+    def step_is_global(self) -> bool:
         """Return whether statistics of this step are global, so that they may update the running statistics."""
         assert self._binding is not None, "operators run on a line that is bound"
         slot = self._slot_of(self._binding, "forward", learning=self.learning)
@@ -194,7 +198,7 @@ class Line:
         assert self.shared is not None, "it has gathered"
         return self.start_cotangents(cotangents, self.shared[-1], learning=True)
 
-    def start_cotangents(self, wire: Tensor, count: Tensor, *, learning: bool) -> Future:
+    def start_cotangents(self, payload: Tensor, count: Tensor, *, learning: bool) -> Future:
         """Start sharing the cotangents of a forward that got ``count``, and return a future of the result.
 
         ``learning``: false while a graph is built (``create_graph=True``), since that pass ends no step.
@@ -214,7 +218,7 @@ class Line:
         scale = binding.loss_scale_of_pass() if keeps else 1.0
         slot = self._slot_of(binding, "backward", learning=learning, count=count, scale=scale)
         try:
-            answer = binding.reducer.start(wire, slot)
+            answer = binding.reducer.start(payload, slot)
         except RuntimeError as error:
             raise self._failed(binding, "backward", error) from error
 
@@ -226,7 +230,7 @@ class Line:
 
         return Future(wait)
 
-    def again(self, *, opaque: bool = False) -> Line:
+    def for_recomputation(self, *, opaque: bool = False) -> Line:
         """Return a line for a repetition inside a backward pass, which gets its sums from the layer's records."""
         return Line(self.site, self._binding, self._step, opaque=opaque)
 

@@ -19,8 +19,9 @@ import distnorm.layers.operators  # noqa: F401  what torch.ops.distnorm has
 from distnorm.autograd import normalize
 from distnorm.autograd.engine import backward_may_follow
 from distnorm.autograd.share import KeepLocal
-from distnorm.compat.dispatch_state import are_own, are_plain, exporting, is_fake, transforming
-from distnorm.kernels.absorbing import absorb_shared
+from distnorm.compat.dispatch_state import are_own, are_plain, exporting, in_transform, is_fake
+from distnorm.kernels import stock
+from distnorm.kernels.running import update_from_sums
 from distnorm.layers import checks, overlap
 from distnorm.layers.line import NOW, Line
 from distnorm.layers.running_statistics import BUFFERS, running_of
@@ -96,20 +97,26 @@ class DistNorm(_BatchNorm):
         if method is None or not normalize.suits(method, input):
             return _finish(self._train_plainly(input, affine, tracked, plain), residual, relu, widen)
         fits = residual is None or _fits(residual, input)
-        epilogue = Epilogue(residual, relu) if fits else normalize.NO_EPILOGUE
-        between = overlap.arrangement(self, input) if site.conversion.recipe.overlap else None
-        y = normalize.normalize(method, input, self._exchange(input, True), affine, between, tracked, epilogue)
+        plainly = residual is None and not relu
+        epilogue = normalize.NO_EPILOGUE if plainly or not fits else Epilogue(residual, relu)
+        exchange = self._exchange(input, True)
+        alone = epilogue is normalize.NO_EPILOGUE and isinstance(exchange, KeepLocal)
+        if alone and stock.suits(method, input, affine, running):
+            y = stock.batch_norm(input, affine, running, updates=tracked is not None and exchange.updates_running())
+        else:
+            between = overlap.arrangement(self, input) if site.conversion.recipe.overlap else None
+            y = normalize.normalize(method, input, exchange, affine, between, tracked, epilogue)
         return y if fits else _finish(y, residual, relu, widen)
 
     def _train_plainly(self, input: Tensor, affine: Affine, running: Running | None, plain: bool) -> Tensor:
         """Normalize by the method's specification, for inputs that the kernels do not accept."""
         method, share = self.recipe.method, self._exchange(input, plain)
-        transformed = not torch.compiler.is_compiling() and transforming()
+        transformed = not torch.compiler.is_compiling() and in_transform()
         if transformed and isinstance(share, KeepLocal) and isinstance(method, BatchNorm):
-            return _BatchNorm.forward(self, input)  # torch's own: nobody else knows its rules under transforms
+            return _BatchNorm.forward(self, input)  # torch's own, which has the rules for transforms
         y = method.normalize(input, share, affine)
         if running is not None:
-            self._absorb(share, running)
+            self._update_running(share, running)
         return y
 
     def _exchange(self, input: Tensor, plain: bool) -> Line | KeepLocal:
@@ -137,7 +144,7 @@ class DistNorm(_BatchNorm):
 
     def train(self, mode: bool = True) -> DistNorm:
         """Switch between training and evaluation. Report errors that a GPU could not report earlier."""
-        self._site.raise_if_starved()
+        self._site.raise_if_too_few()
         super().train(mode)
         return self
 
@@ -155,7 +162,7 @@ class DistNorm(_BatchNorm):
 
     def _evaluate_scripted(self, input: Tensor) -> Tensor:
         if self.training:
-            raise RuntimeError(f"{self._place}: scripted from evaluation, where nothing is shared; call eval().")
+            raise RuntimeError(f"{self._place}: scripted in evaluation, so it cannot train; call eval().")
         mean_C, var_C = self.running_mean, self.running_var
         dtype = input.dtype if mean_C is None else mean_C.dtype
         weight_C = None if self.weight is None else self.weight.to(dtype)
@@ -170,7 +177,7 @@ class DistNorm(_BatchNorm):
             )
         if self.running_mean is None and not isinstance(self.recipe.method, BatchNorm):
             raise RuntimeError(
-                f"{self._place}: without running statistics torch.jit.script knows those of batch norm; this is "
+                f"{self._place}: without running statistics torch.jit.script supports batch norm only; this is "
                 f"{self.recipe.method}."
             )
         return self
@@ -186,20 +193,20 @@ class DistNorm(_BatchNorm):
         ahead = self._site.running(self)
         return (mean_C, var_C) if ahead is None else ahead[:2]
 
-    def _absorb(self, share: Line | KeepLocal, running: Running) -> None:
+    def _update_running(self, share: Line | KeepLocal, running: Running) -> None:
         """Update the ``running`` statistics with what the plain path has shared, if it is global."""
-        shared, conversion, landed = share.shared, self._site.conversion, True
+        shared, conversion, completed = share.shared, self._site.conversion, True
         assert shared is not None, "the method has shared"
         if torch.compiler.is_compiling():
             if isinstance(share, Line) and not conversion.facts.always_global:
-                landed = torch.ops.distnorm.lands(shared[-1], self._site.number, share.learning)
+                completed = torch.ops.distnorm.is_global(shared[-1], self._site.number, share.learning)
         elif (isinstance(share, Line) and share.opaque) or not are_plain(shared):
             # Hidden from dispatch modes, since a repetition has no such operations.
-            torch.ops.distnorm.absorb(shared, self._site.scalar(), backward_may_follow())
+            torch.ops.distnorm.update_running(shared, self._site.scalar(), backward_may_follow())
             return
-        elif not share.lands():
+        elif not share.updates_running():
             return
-        absorb_shared(conversion.recipe.method, shared, running, self.num_features, landed)
+        update_from_sums(conversion.recipe.method, shared, running, self.num_features, completed)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DistNorm:
         """Move or cast as torch does, but keep running statistics in float32 or wider, whatever an engine casts."""
@@ -214,11 +221,11 @@ class DistNorm(_BatchNorm):
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        self._site.conversion.means_to_fold = True
+        self._site.conversion.resume_pending = True
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        self._site.raise_if_starved()
+        self._site.raise_if_too_few()
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name, values in self._ahead().items():
             destination[f"{prefix}{name}"] = values
@@ -228,7 +235,7 @@ class DistNorm(_BatchNorm):
         return {**self.__dict__, "_buffers": {**self._buffers, **self._ahead()}}
 
     @torch.no_grad()
-    def absorb_in_flight(self) -> None:
+    def apply_in_flight(self) -> None:
         """Write to the buffers what evaluation uses, for a layer that ends no more steps."""
         for name, values in self._ahead().items():
             getattr(self, name).copy_(values)

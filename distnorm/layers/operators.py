@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from distnorm.autograd.engine import repeating
-from distnorm.kernels.absorbing import absorb_shared
+from distnorm.kernels.running import update_from_sums
 from distnorm.layers.line import Line, open_line
 from distnorm.layers.running_statistics import running_of
 from distnorm.layers.site import Site
@@ -17,34 +17,34 @@ from distnorm.layers.site import Site
 
 # docs/decisions.md#compiled-graphs-hold-the-policy-as-operators
 @torch.library.custom_op("distnorm::statistics", mutates_args=())
-def statistics_op(wire: Tensor, number: Tensor, learning: bool) -> Tensor:
+def statistics_op(payload: Tensor, number: Tensor, learning: bool) -> Tensor:
     """Call ``Line.gather``."""
-    return open_line(Site.of(number), opaque=False, learning=learning).gather(wire, held=False).clone()
+    return open_line(Site.of(number), opaque=False, learning=learning).gather(payload, in_graph=False).clone()
 
 
 @torch.library.custom_op("distnorm::cotangents", mutates_args=())
-def cotangents_op(wire: Tensor, count: Tensor, number: Tensor) -> Tensor:
+def cotangents_op(payload: Tensor, count: Tensor, number: Tensor) -> Tensor:
     """Call ``Line.scatter``, and wait for the result."""
-    return _now(number, True).start_cotangents(wire, count, learning=True).wait().clone()
+    return _now(number, True).start_cotangents(payload, count, learning=True).wait().clone()
 
 
-@torch.library.custom_op("distnorm::lands", mutates_args=())
-def lands_op(count: Tensor, number: Tensor, learning: bool) -> Tensor:
+@torch.library.custom_op("distnorm::is_global", mutates_args=())
+def is_global_op(count: Tensor, number: Tensor, learning: bool) -> Tensor:
     """Return 1 if the statistics with ``count`` are to update the running statistics, else 0, in its dtype."""
-    return torch.full_like(count, _now(number, learning).step_lands())
+    return torch.full_like(count, _now(number, learning).step_is_global())
 
 
-@torch.library.custom_op("distnorm::absorb", mutates_args=())
-def absorb_op(shared: Tensor, number: Tensor, learning: bool) -> None:
+@torch.library.custom_op("distnorm::update_running", mutates_args=())
+def update_running_op(shared: Tensor, number: Tensor, learning: bool) -> None:
     """Update the running statistics with the ``shared`` sums and count of the current step, if they are global.
 
     Repetitions change nothing. For dispatch modes only: a compiled graph must see which buffers change.
     """
     site = Site.of(number)
     layer = site.conversion.layer(site.index)
-    if layer is not None and not repeating() and _now(number, learning).step_lands():
+    if layer is not None and not repeating() and _now(number, learning).step_is_global():
         running = running_of(layer, guarded=site.conversion.guards)
-        absorb_shared(site.conversion.recipe.method, shared, running, layer.num_features)
+        update_from_sums(site.conversion.recipe.method, shared, running, layer.num_features)
 
 
 @torch.library.custom_op("distnorm::running", mutates_args=())
@@ -60,21 +60,21 @@ def _(mean_C: Tensor, var_C: Tensor, number: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @statistics_op.register_fake
-def _(wire: Tensor, number: Tensor, learning: bool) -> Tensor:
-    return torch.empty_like(wire)
+def _(payload: Tensor, number: Tensor, learning: bool) -> Tensor:
+    return torch.empty_like(payload)
 
 
 @cotangents_op.register_fake
-def _(wire: Tensor, count: Tensor, number: Tensor) -> Tensor:
-    return torch.empty_like(wire)
+def _(payload: Tensor, count: Tensor, number: Tensor) -> Tensor:
+    return torch.empty_like(payload)
 
 
-@lands_op.register_fake
+@is_global_op.register_fake
 def _(count: Tensor, number: Tensor, learning: bool) -> Tensor:
     return torch.empty_like(count)
 
 
-@absorb_op.register_fake
+@update_running_op.register_fake
 def _(shared: Tensor, number: Tensor, learning: bool) -> None:
     return None
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from distnorm.autograd.engine import Left
+from distnorm.autograd.engine import Deferred
 from distnorm.compat.dispatch_state import are_plain, is_batch
 from distnorm.layers.class_swap import swap, underlying
 from distnorm.layers.tracing import ScriptedConv, is_traced, leaf
@@ -35,7 +35,7 @@ class _Arrangement(NamedTuple):
     late: tuple[Tensor, Tensor | None]
     parameters: tuple[Tensor, Tensor | None]
     versions: list[int]
-    deferred: Left[Gradients]
+    deferred: Deferred[Gradients]
 
     def holds(self, conv: nn.Module) -> bool:
         """Return whether ``conv`` still has these parameters, unchanged. It may be called in a later step, or never."""
@@ -117,7 +117,7 @@ def arrangement(layer: nn.Module, x_NCL: Tensor) -> Callable[[], None] | None:
         return None
 
     def arrange() -> None:
-        deferred: Left[Gradients] = Left()
+        deferred: Deferred[Gradients] = Deferred()
         parameters = conv.weight, conv.bias
         late = _Late.apply(*parameters, deferred)
         conv.__dict__[_ARRANGED] = _Arrangement(late, parameters, _versions(parameters), deferred)
@@ -147,7 +147,7 @@ class _Late(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, weight: Tensor, bias: Tensor | None, deferred: Left[Gradients]
+        ctx: Any, weight: Tensor, bias: Tensor | None, deferred: Deferred[Gradients]
     ) -> tuple[Tensor, Tensor | None]:
         ctx.deferred = deferred
         return weight.view_as(weight), None if bias is None else bias.view_as(bias)
@@ -174,7 +174,7 @@ class _Convolve(torch.autograd.Function):
         late_bias: Tensor | None,
         weight: Tensor,
         bias: Tensor | None,
-        deferred: Left[Gradients],
+        deferred: Deferred[Gradients],
         geometry: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int],
     ) -> Tensor:
         ctx.deferred, ctx.geometry = deferred, geometry
@@ -199,6 +199,6 @@ class _Convolve(torch.autograd.Function):
 
         if torch.is_grad_enabled() or not are_plain(dy, x, weight, bias) or is_batch(dy):
             return *gradients(wants_x, wants_weight, wants_bias), None, None, None, None
-        ctx.deferred.leave(lambda: gradients(False, wants_weight, wants_bias)[1:])
+        ctx.deferred.defer(lambda: gradients(False, wants_weight, wants_bias)[1:])
         dx = gradients(True, False, False)[0] if wants_x else None
         return dx, weight if wants_weight else None, bias if wants_bias else None, None, None, None, None

@@ -12,27 +12,27 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from distnorm.compat.at_once import Call
-from distnorm.kernels.absorbing import absorbing_landed
+from distnorm.compat.uninterrupted import Call
+from distnorm.kernels.running import updating_running
 from distnorm.methods import Method
 from distnorm.transport import Group
-from distnorm.types import Landed, Running, Slot
+from distnorm.types import GlobalStatistics, Running, Slot
 
 logger = logging.getLogger("distnorm")
 
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 
-def absorbing(layers: Mapping[str, _BatchNorm], landed: Iterable[Landed], method: Method) -> list[Call]:
-    """Return ``absorbing_landed`` of all ``landed``, for those of ``layers`` that track; guarded, as windows are."""
+def updating(layers: Mapping[str, _BatchNorm], statistics: Iterable[GlobalStatistics], method: Method) -> list[Call]:
+    """Return the calls that update those of ``layers`` that track, guarded, as windows are."""
     calls: dict[str, list[list[Call]]] = {}
-    for each in landed:
+    for each in statistics:
         layer = layers.get(each.layer)
         if layer is not None and layer.track_running_stats:
             earlier = calls.setdefault(each.layer, [])
             running = running_of(layer, guarded=True)
             others = sum(map(bool, earlier))
-            earlier.append(absorbing_landed(running, each, method, layer.num_features, others=others))
+            earlier.append(updating_running(running, each, method, layer.num_features, others=others))
     return [call for of_layer in calls.values() for each in of_layer for call in each]
 
 
@@ -96,8 +96,8 @@ def average(layers: Iterable[_BatchNorm], group: Group) -> None:
     ]
     if not tracked or group.size == 1:
         return
-    wire = torch.cat([torch.cat((mean_C, var_C + mean_C.double().square())) for mean_C, var_C in tracked]).double()
-    shared = group.sum(wire, Slot("running statistics", "forward", 0)) / group.size
+    payload = torch.cat([torch.cat((mean_C, var_C + mean_C.double().square())) for mean_C, var_C in tracked]).double()
+    shared = group.sum(payload, Slot("running statistics", "forward", 0)) / group.size
     sizes = [mean_C.numel() for mean_C, _ in tracked]
     for (mean_C, var_C), both in zip(tracked, shared.split([2 * size for size in sizes]), strict=True):
         new_mean_C, square_C = both.view(2, -1)

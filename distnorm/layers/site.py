@@ -13,13 +13,13 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from distnorm.autograd.recompute import Records
-from distnorm.compat.dispatch_state import unseen
-from distnorm.kernels.absorbing import with_landed
+from distnorm.compat.dispatch_state import modes_disabled
+from distnorm.kernels.running import updated_running
 from distnorm.layers.conversion import Conversion
 from distnorm.layers.running_statistics import running_of
 from distnorm.methods import ChannelAffine
 from distnorm.transport import LostGroup, lost
-from distnorm.types import Landed, Running
+from distnorm.types import GlobalStatistics, Running
 
 # Graphs contain numbers, not objects: here an operator finds the site of a number.
 _sites: WeakValueDictionary[int, Site] = WeakValueDictionary()
@@ -56,13 +56,13 @@ class Site:
         """The recipe's method, if kernels accept it."""
         self.key = next(_keys)
         _sites[self.key] = self
-        with unseen():
+        with modes_disabled():
             self.number = self.scalar()
             """By which operators find this site; an input of compiled graphs, so equal layers have equal graphs."""
         self.records = Records()
-        self._starved: dict[int, Tensor] = {}
+        self._too_few: dict[int, Tensor] = {}
         """By the number of sharing ranks, whether a GPU has seen 1 value per channel."""
-        self._ahead: tuple[Landed, list[object], Running] | None = None
+        self._ahead: tuple[GlobalStatistics, list[object], Running] | None = None
         """The running statistics with what is in flight, and what they were computed from."""
 
     @staticmethod
@@ -124,21 +124,21 @@ class Site:
             return
         # Reading the count from a GPU would stall the host in every layer. Keep it there, and read it when the layer
         # next switches between training and evaluation, or is saved.
-        starved = count == 1
-        self._starved[size] = self._starved[size] | starved if size in self._starved else starved
+        too_few = count == 1
+        self._too_few[size] = self._too_few[size] | too_few if size in self._too_few else too_few
 
     def running(self, layer: _BatchNorm) -> Running | None:
         """Return the running statistics of ``layer`` with what is in flight; None if it tracks none."""
         if layer.running_mean is None or layer.running_var is None:
             return None
-        live, landed = running_of(layer, guarded=True), self.conversion.ahead(self.name)
-        if landed is None:
+        live, statistics = running_of(layer, guarded=True), self.conversion.ahead(self.name)
+        if statistics is None:
             return live
-        if not self._ahead or self._ahead[0] is not landed or self._ahead[1] != _versions(live):
+        if not self._ahead or self._ahead[0] is not statistics or self._ahead[1] != _versions(live):
             self._ahead = (
-                landed,
+                statistics,
                 _versions(live),
-                with_landed(live, landed, self.conversion.recipe.method, layer.num_features),
+                updated_running(live, statistics, self.conversion.recipe.method, layer.num_features),
             )
         return self._ahead[2]
 
@@ -150,14 +150,14 @@ class Site:
             return mean_C, var_C
         return found.mean_C, found.var_C
 
-    def raise_if_starved(self) -> None:
+    def raise_if_too_few(self) -> None:
         """Report a batch of 1 value per channel that a GPU has seen since the last call.
 
         Raises:
             ValueError: there was one. The running statistics were not updated with it.
         """
-        starved, self._starved = self._starved, {}
-        for size, found in starved.items():
+        too_few, self._too_few = self._too_few, {}
+        for size, found in too_few.items():
             if bool(found):
                 raise self.too_few(size)
 

@@ -25,17 +25,17 @@ class _GroupSum(Reducer):
         super().__init__(group.size, facts.along([(group.ranks,)], alone=group.size == 1))
         self.group = group
 
-    def reduce(self, wire: Tensor, slot: Slot) -> Tensor:
-        return self.group.sum(wire, slot)
+    def reduce(self, payload: Tensor, slot: Slot) -> Tensor:
+        return self.group.sum(payload, slot)
 
-    def start(self, wire: Tensor, slot: Slot) -> Future:
-        return self.group.start(wire, slot)
+    def start(self, payload: Tensor, slot: Slot) -> Future:
+        return self.group.start(payload, slot)
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class AllReduce(Policy):
-    """Sum over ranks: ``reduce(wire) = sum of wire over the set``. Issues one collective.
+    """Sum over ranks: ``reduce(payload) = sum of payload over the set``. Issues one collective.
 
     Give at most one of:
         axis: ``"local"`` (the ranks of a node), ``"node"`` (one rank of each node), or an axis of the mesh passed to

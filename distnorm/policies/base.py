@@ -12,7 +12,7 @@ from distnorm.policies.facts import Completeness, Facts
 from distnorm.policies.routes import Routes
 from distnorm.policies.stored import Check, anything
 from distnorm.transport import Topology
-from distnorm.types import Future, Landed, Layout, Slot, Watch
+from distnorm.types import Future, GlobalStatistics, Layout, Slot, Watch
 from distnorm.validation import kind
 
 
@@ -31,12 +31,12 @@ class Reducer(ABC):
         return Facts().along(self.routes())
 
     @abstractmethod
-    def reduce(self, wire: Tensor, slot: Slot) -> Tensor:
-        """Return the shared sums for the local sums ``wire``, of the same shape and dtype."""
+    def reduce(self, payload: Tensor, slot: Slot) -> Tensor:
+        """Return the shared sums for the local sums ``payload``, of the same shape and dtype."""
 
-    def start(self, wire: Tensor, slot: Slot) -> Future:
+    def start(self, payload: Tensor, slot: Slot) -> Future:
         """Start ``reduce`` and return a future. Where the policy can, the collective overlaps with computation."""
-        return Future.completed(self.reduce(wire, slot))
+        return Future.completed(self.reduce(payload, slot))
 
     def routes(self) -> Routes:
         """Return the groups through which ``reduce`` shares statistics, in any step; None if they are not known."""
@@ -49,11 +49,11 @@ class Reducer(ABC):
     def observe(self, shared: Tensor, slot: Slot, contributions: float) -> None:  # noqa: B027
         """Record sums that another, active policy has shared among ``contributions`` ranks."""
 
-    def end_step(self, slot: Slot, *, observed: bool = False) -> list[Landed]:
-        """End the step of ``slot``; ``observed`` tells that another policy was active in it."""
+    def end_step(self, slot: Slot, *, observed: bool = False) -> list[GlobalStatistics]:
+        """End the step of ``slot``; ``observed``: another policy was active in it."""
         return []
 
-    def in_flight(self) -> list[Landed]:
+    def in_flight(self) -> list[GlobalStatistics]:
         """Return what would complete if the step ended now. Waits for it, changes nothing and issues no collective."""
         return []
 

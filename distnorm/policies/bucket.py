@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from distnorm.compat.at_once import Call, at_once, put
+from distnorm.compat.uninterrupted import Call, put, uninterrupted
 from distnorm.kernels import windows
 from distnorm.policies.stored import sizes_of
 from distnorm.transport import Group
-from distnorm.types import EVERY_LAYER, Direction, Future, Landed, Layout, Slot
+from distnorm.types import EVERY_LAYER, Direction, Future, GlobalStatistics, Layout, Slot
 
 logger = logging.getLogger("distnorm")
 
@@ -71,8 +71,8 @@ class Bucket:
         self._reached: Slot | None = None
         self._ended: Slot | None = None
         """The last steps that received values and that ended; compared by identity, since a state may be loaded."""
-        self._landed: Tensor | None = None
-        self._result: list[Landed] = []
+        self._completed: Tensor | None = None
+        self._result: list[GlobalStatistics] = []
         self._warned: set[str] = set()
 
     def _lay_out(self, device: torch.device) -> windows.Slots:
@@ -84,13 +84,13 @@ class Bucket:
     def to(self, device: torch.device) -> None:
         """Move to ``device``. Waits for the vector in flight."""
         self.layout = self._lay_out(device)
-        landed = self._wait()
-        if landed is not None and self._pending is not None:
-            self._pending = self._pending._replace(sum=Future.completed(moved(landed, device)))
+        completed = self._wait()
+        if completed is not None and self._pending is not None:
+            self._pending = self._pending._replace(sum=Future.completed(moved(completed, device)))
         if self.outbox.is_meta:
-            self._pending = None  # it carried nothing
+            self._pending = None  # it contained nothing
         self.dropped, self.last = moved(self.dropped, device), moved(self.last, device)
-        self.outbox = moved(self.outbox, device)  # last: its device tells where all the others are
+        self.outbox = moved(self.outbox, device)  # last: ``follow`` compares with its device
 
     def write(self, layer: str, direction: Direction, values: Tensor, weight: Tensor | float) -> None:
         """Add to a slot of this step."""
@@ -108,42 +108,47 @@ class Bucket:
         and recorded. A second call with the same ``slot`` does not end the step again and returns the same result.
         """
         if self._ended is slot:
-            return self._landed
-        landed = self._wait()
-        if landed is not None and self._pending is not None and self._pending.passes is not None:
-            self._check_phase(landed, self._pending.passes)
-        travelling, own = self.outbox.clone(), self.outbox.clone()
-        travelling[-1].fill_(slot.passes)  # assigning a number would copy it to a GPU, and the host would wait
-        calls = [*self._leaving(own), *enter(landed, own), put(self, "_landed", landed), put(self, "_ended", slot)]
+            return self._completed
+        completed = self._wait()
+        if completed is not None and self._pending is not None and self._pending.passes is not None:
+            self._check_phase(completed, self._pending.passes)
+        sent, own = self.outbox.clone(), self.outbox.clone()
+        sent[-1].fill_(slot.passes)  # assigning a number would copy it to a GPU, and the host would wait
+        calls = [
+            *self._start_next(own),
+            *enter(completed, own),
+            put(self, "_completed", completed),
+            put(self, "_ended", slot),
+        ]
 
         def note(sum_: Future) -> list[Call]:
             return [put(self, "_pending", _InFlight(sum_, slot.step, slot.passes)), *calls]
 
         try:
-            self.group.sum_async(travelling, slot._replace(layer=EVERY_LAYER), note)
+            self.group.sum_async(sent, slot._replace(layer=EVERY_LAYER), note)
         except RuntimeError as error:
             raise self._missed(slot.step, error) from error
-        return landed
+        return completed
 
-    def land(self, slot: Slot, enter: Enter) -> Tensor | None:
+    def complete(self, slot: Slot, enter: Enter) -> Tensor | None:
         """Wait for the sum in flight and return it, if any. It is no longer in flight then; nothing is sent."""
         if self._reached is not slot:
-            landed = self._wait()
-            at_once(
-                *enter(landed, None),
-                *(put(self, "_landed", landed), put(self, "_pending", None), put(self, "_reached", slot)),
+            completed = self._wait()
+            uninterrupted(
+                *enter(completed, None),
+                *(put(self, "_completed", completed), put(self, "_pending", None), put(self, "_reached", slot)),
             )
-        return self._landed
+        return self._completed
 
-    def take(self, slot: Slot, enter: Enter, result: list[Landed]) -> list[Landed]:
+    def take(self, slot: Slot, enter: Enter, result: list[GlobalStatistics]) -> list[GlobalStatistics]:
         """End a step whose sums need no collective: record the vector of this step. Return the first ``result``."""
         if self._ended is not slot:
             own = self.outbox.clone()
-            calls = [*self._leaving(own), *enter(own, None)]
-            at_once(*calls, put(self, "_result", result), put(self, "_ended", slot))
+            calls = [*self._start_next(own), *enter(own, None)]
+            uninterrupted(*calls, put(self, "_result", result), put(self, "_ended", slot))
         return self._result
 
-    def _leaving(self, own: Tensor) -> list[Call]:
+    def _start_next(self, own: Tensor) -> list[Call]:
         """Start the next step; ``own`` copies the last vector, since replayed CUDA graphs write to the original."""
         return [put(self, "last", own), self.outbox.zero_]
 
@@ -162,11 +167,11 @@ class Bucket:
             f"Cause: {error}"
         )
 
-    def landed(self, means: Tensor, weights: Tensor, usable: Tensor) -> list[Landed]:
+    def global_statistics(self, means: Tensor, weights: Tensor, usable: Tensor) -> list[GlobalStatistics]:
         """Return what the running statistics are to be updated with: the forward slots of these vectors."""
         rows = zip(self.index, means.split(self._sizes), weights.unbind(), usable.double().unbind(), strict=True)
         return [
-            Landed(layer, values[: len(values) - self._extra], *rest)
+            GlobalStatistics(layer, values[: len(values) - self._extra], *rest)
             for (layer, direction), values, *rest in rows
             if direction == "forward"
         ]
@@ -176,8 +181,8 @@ class Bucket:
         spans = {layer: span for (layer, direction), span in self.span.items() if direction == "forward"}
         return {layer: means[span.start : span.stop - self._extra] for layer, span in spans.items()}
 
-    def _check_phase(self, landed: Tensor, passes: int) -> None:
-        if landed.device.type == "cpu" and landed[-1].item() != passes * self.group.size:
+    def _check_phase(self, completed: Tensor, passes: int) -> None:
+        if completed.device.type == "cpu" and completed[-1].item() != passes * self.group.size:
             self.warn_once(
                 "phase",
                 f"distnorm: ranks {list(self.group.ranks)} end their steps at different times, so moving statistics "

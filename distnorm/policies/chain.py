@@ -16,7 +16,7 @@ from distnorm.policies.base import Policy, Reducer
 from distnorm.policies.facts import Completeness, Facts, in_sequence
 from distnorm.policies.stored import Check, fields
 from distnorm.transport import Topology
-from distnorm.types import Landed, Layout, Slot, Watch
+from distnorm.types import GlobalStatistics, Layout, Slot, Watch
 
 
 class _Sequence(Reducer):
@@ -25,11 +25,11 @@ class _Sequence(Reducer):
         super().__init__(math.prod(part.size for part in parts), facts)
         self.parts = parts
 
-    def reduce(self, wire: Tensor, slot: Slot) -> Tensor:
+    def reduce(self, payload: Tensor, slot: Slot) -> Tensor:
         # The adjoint of "first a, then b" is "first b, then a".
         for part in self.parts if slot.direction == "forward" else reversed(self.parts):
-            wire = part.reduce(wire, slot)
-        return wire
+            payload = part.reduce(payload, slot)
+        return payload
 
     def completeness(self, slot: Slot) -> Completeness:
         found = [part.completeness(slot) for part in self.parts]
@@ -45,11 +45,11 @@ class _Sequence(Reducer):
                 part.observe(shared / earlier, slot, contributions * part.size / self.size)
             earlier *= part.size
 
-    def end_step(self, slot: Slot, *, observed: bool = False) -> list[Landed]:
-        return [landed for part in self.parts for landed in part.end_step(slot, observed=observed)]
+    def end_step(self, slot: Slot, *, observed: bool = False) -> list[GlobalStatistics]:
+        return [statistics for part in self.parts for statistics in part.end_step(slot, observed=observed)]
 
-    def in_flight(self) -> list[Landed]:
-        return [landed for part in self.parts for landed in part.in_flight()]
+    def in_flight(self) -> list[GlobalStatistics]:
+        return [statistics for part in self.parts for statistics in part.in_flight()]
 
     def watch(self, slot: Slot, *, exact: bool) -> dict[str, Watch]:
         return {layer: seen for part in self.parts for layer, seen in part.watch(slot, exact=exact).items()}
@@ -65,7 +65,7 @@ class _Sequence(Reducer):
 @final
 @dataclass(frozen=True)
 class Chain(Policy):
-    """``reduce = last(... first(wire))`` for statistics, in reverse order for cotangents."""
+    """``reduce = last(... first(payload))`` for statistics, in reverse order for cotangents."""
 
     parts: tuple[Policy, ...]
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from distnorm.compat.at_once import Call, at_once, put
+from distnorm.compat.uninterrupted import Call, put, uninterrupted
 from distnorm.kernels import windows
 from distnorm.policies.base import Reducer
 from distnorm.policies.bucket import Bucket, moved
@@ -70,7 +70,7 @@ class Entries:
         kept = state if len(state["ring"]) == self.depth else self._newest(**state)
         for name in _STORED:
             getattr(self, name).copy_(kept[name])
-        at_once(*windows.summing(self.ring, self.sums))
+        uninterrupted(*windows.summing(self.ring, self.sums))
 
     def _newest(self, ring: Tensor, filled: Tensor, position: Tensor) -> dict[str, Tensor]:
         """Arrange the entries of a state of another depth in rows of this one, the oldest first."""
@@ -83,7 +83,7 @@ class Entries:
         return {"ring": rows, "filled": kept, "position": kept % max(self.depth, 1)}
 
 
-class Remembering(Reducer):
+class WindowReducer(Reducer):
     """A reducer with a bucket and entries. They move to another device when the layers do."""
 
     def __init__(

@@ -19,14 +19,14 @@ from distnorm.types import Layout, Slot
 
 
 class _Identity(Reducer):
-    def reduce(self, wire: Tensor, slot: Slot) -> Tensor:
-        return wire
+    def reduce(self, payload: Tensor, slot: Slot) -> Tensor:
+        return payload
 
 
 @final
 @dataclass(frozen=True, kw_only=True)
 class Local(Policy):
-    """Keep the statistics of every rank local: ``reduce(wire) = wire``. Issues no collective."""
+    """Keep the statistics of every rank local: ``reduce(payload) = payload``. Issues no collective."""
 
     def bind(self, topology: Topology, layout: Layout) -> Reducer:
         """Return a reducer without a group."""

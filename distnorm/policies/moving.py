@@ -15,42 +15,42 @@ from typing import Any, Literal, final
 import torch
 from torch import Tensor
 
-from distnorm.compat.at_once import Call
+from distnorm.compat.uninterrupted import Call
 from distnorm.kernels import windows
 from distnorm.policies.base import Policy, Reducer
 from distnorm.policies.bucket import loss_scale_of
-from distnorm.policies.entries import Remembering
+from distnorm.policies.entries import WindowReducer
 from distnorm.policies.facts import Completeness, Facts
 from distnorm.policies.stored import Check, bucket, entries, fields, sizes_of
 from distnorm.transport import Group, Topology
-from distnorm.types import Landed, Layout, Slot, Watch
+from distnorm.types import GlobalStatistics, Layout, Slot, Watch
 from distnorm.validation import Axis, Staleness, Window, check_fields
 
 LossReduction = Literal["mean", "sum"]
 
 
-class _Window(Remembering):
+class _Window(WindowReducer):
     def __init__(self, policy: Moving, groups: tuple[Group, Group], layout: Layout) -> None:
         # The newest entry enters the ring only once it is global: the window is the ring and the newest entry.
         super().__init__(policy.facts, groups, layout, depth=policy.window - 1)
         self.policy = policy
 
-    def reduce(self, wire: Tensor, slot: Slot) -> Tensor:
+    def reduce(self, payload: Tensor, slot: Slot) -> Tensor:
         if not slot.learning:
-            return self.blocking.sum(wire, slot)
-        self.follow(wire)
+            return self.blocking.sum(payload, slot)
+        self.follow(payload)
         if slot.direction == "backward":
-            return self._enter(*self._cotangents(wire, slot), slot)
-        newest = wire if self.policy.staleness else self.blocking.sum(wire, slot)
+            return self._enter(*self._cotangents(payload, slot), slot)
+        newest = payload if self.policy.staleness else self.blocking.sum(payload, slot)
         return self._enter(newest, newest[-1], slot)
 
-    def _cotangents(self, wire: Tensor, slot: Slot) -> tuple[Tensor, Tensor | None]:
+    def _cotangents(self, payload: Tensor, slot: Slot) -> tuple[Tensor, Tensor | None]:
         """Return the newest cotangents, of this rank or of a blocking sum, and their weight, None for 1."""
         count = _count(slot) if self.policy.loss_reduction == "sum" else None
         if self.policy.staleness:
-            return wire, count
-        weight = wire.new_ones(1) if count is None else (count / self.size).view(1)
-        newest = self.blocking.sum(torch.cat((wire, weight)), slot)
+            return payload, count
+        weight = payload.new_ones(1) if count is None else (count / self.size).view(1)
+        newest = self.blocking.sum(torch.cat((payload, weight)), slot)
         return newest[:-1], newest[-1]
 
     def _enter(self, newest: Tensor, weight: Tensor | None, slot: Slot) -> Tensor:
@@ -77,32 +77,32 @@ class _Window(Remembering):
         weight = _count(slot) if self.policy.loss_reduction == "sum" else float(contributions)
         self.bucket.write(slot.layer, "backward", shared / loss_scale_of(slot, shared), weight)
 
-    def end_step(self, slot: Slot, *, observed: bool = False) -> list[Landed]:
+    def end_step(self, slot: Slot, *, observed: bool = False) -> list[GlobalStatistics]:
         if observed or self.policy.staleness == 0:
             # The vector was sent before a state with a longer warm-up was loaded.
-            landed = self._landed(self.bucket.land(slot, self._entering))
-            return self.bucket.take(slot, self._entering, landed)
-        return self._landed(self.bucket.exchange(slot, self._entering))
+            statistics = self._global_statistics(self.bucket.complete(slot, self._entering))
+            return self.bucket.take(slot, self._entering, statistics)
+        return self._global_statistics(self.bucket.exchange(slot, self._entering))
 
-    def _entering(self, landed: Tensor | None, _: Tensor | None) -> list[Call]:
-        return [] if landed is None else self.entries.pushing(landed)
+    def _entering(self, completed: Tensor | None, _: Tensor | None) -> list[Call]:
+        return [] if completed is None else self.entries.pushing(completed)
 
-    def _landed(self, landed: Tensor | None) -> list[Landed]:
-        if landed is None:
+    def _global_statistics(self, completed: Tensor | None) -> list[GlobalStatistics]:
+        if completed is None:
             return []
-        weights = self.bucket.layout.parts(landed)[1]
+        weights = self.bucket.layout.parts(completed)[1]
         # A window of one keeps no entry: the completed sum is the whole mean.
-        shared = self.entries.mean() if self.entries.depth else self.bucket.layout.means(landed)
-        return self.bucket.landed(shared, weights, self.entries.usable)
+        shared = self.entries.mean() if self.entries.depth else self.bucket.layout.means(completed)
+        return self.bucket.global_statistics(shared, weights, self.entries.usable)
 
-    def in_flight(self) -> list[Landed]:
-        landed = self.bucket.in_flight()
-        if landed is None:
+    def in_flight(self) -> list[GlobalStatistics]:
+        completed = self.bucket.in_flight()
+        if completed is None:
             return []
-        usable = self.bucket.layout.judge(landed)[1]
-        means = self.bucket.layout.means(landed)
+        usable = self.bucket.layout.judge(completed)[1]
+        means = self.bucket.layout.means(completed)
         shared = self.entries.mean_after(means, usable) if self.entries.depth else means
-        return self.bucket.landed(shared, self.bucket.layout.parts(landed)[1], usable)
+        return self.bucket.global_statistics(shared, self.bucket.layout.parts(completed)[1], usable)
 
     def watch(self, slot: Slot, *, exact: bool) -> dict[str, Watch]:
         local = self.bucket.layout.means(self.bucket.last)

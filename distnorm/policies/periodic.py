@@ -26,8 +26,8 @@ class _EveryKth(Reducer):
         self.inner = inner
         self.every = every
 
-    def reduce(self, wire: Tensor, slot: Slot) -> Tensor:
-        return self.inner.reduce(wire, slot) if self._shares(slot) else wire
+    def reduce(self, payload: Tensor, slot: Slot) -> Tensor:
+        return self.inner.reduce(payload, slot) if self._shares(slot) else payload
 
     def _shares(self, slot: Slot) -> bool:
         # Forwards without a backward pass estimate running statistics: those are always shared.

@@ -9,7 +9,7 @@ Route = tuple[tuple[int, ...], ...]
 """The groups of one rank that sums pass, in order; empty if they stay local."""
 
 Routes = list[Route] | None
-"""All routes that sums may take, in the same order on all ranks; None if the reducer does not tell."""
+"""All routes that sums may take, in the same order on all ranks; None if the reducer does not say."""
 
 
 def followed_by(routes: Routes, later: Routes) -> Routes:

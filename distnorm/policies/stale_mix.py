@@ -14,19 +14,19 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from distnorm.compat.at_once import Call, put
+from distnorm.compat.uninterrupted import Call, put
 from distnorm.kernels import windows
 from distnorm.policies.base import Policy, Reducer
 from distnorm.policies.bucket import loss_scale_of, moved
-from distnorm.policies.entries import Remembering
+from distnorm.policies.entries import WindowReducer
 from distnorm.policies.facts import Facts
 from distnorm.policies.stored import Check, array, bucket, entries, fields, sizes_of
 from distnorm.transport import Group, Topology
-from distnorm.types import Landed, Layout, Slot, Watch
+from distnorm.types import GlobalStatistics, Layout, Slot, Watch
 from distnorm.validation import Axis, Window, check_fields
 
 
-class _Mix(Remembering):
+class _Mix(WindowReducer):
     def __init__(self, policy: StaleMix, groups: tuple[Group, Group], layout: Layout) -> None:
         # Counts are values here, to be mixed like sums; weights count contributions.
         super().__init__(policy.facts, groups, layout, depth=policy.window, extra=1)
@@ -34,45 +34,49 @@ class _Mix(Remembering):
         """Per slot, the mean contribution of one other rank; 0 until a sum has completed."""
         self._sent: Tensor | None = None
 
-    def reduce(self, wire: Tensor, slot: Slot) -> Tensor:
+    def reduce(self, payload: Tensor, slot: Slot) -> Tensor:
         if not slot.learning:
-            return self.blocking.sum(wire, slot)
-        self.follow(wire)
+            return self.blocking.sum(payload, slot)
+        self.follow(payload)
         key = slot.layer, slot.direction
         place = self.bucket.outbox, self.bucket.span[key], self.bucket.index[key]
-        return windows.mix(wire, loss_scale_of(slot, wire), self.others, *place)
+        return windows.mix(payload, loss_scale_of(slot, payload), self.others, *place)
 
     def observe(self, shared: Tensor, slot: Slot, contributions: float) -> None:
         self.follow(shared)
         self.bucket.write(slot.layer, slot.direction, shared / loss_scale_of(slot, shared), float(contributions))
 
-    def end_step(self, slot: Slot, *, observed: bool = False) -> list[Landed]:
+    def end_step(self, slot: Slot, *, observed: bool = False) -> list[GlobalStatistics]:
         if observed:
             # What was sent before a state was loaded into a longer warm-up.
-            landed = self._landed(self.bucket.land(slot, self._entering))
+            statistics = self._global_statistics(self.bucket.complete(slot, self._entering))
             # Another policy has shared this step: what one rank contributes on average is known without a collective.
-            landed = self.bucket.take(slot, self._entering, landed)
+            statistics = self.bucket.take(slot, self._entering, statistics)
         else:
-            landed = self._landed(self.bucket.exchange(slot, self._entering))
+            statistics = self._global_statistics(self.bucket.exchange(slot, self._entering))
         self.entries.mean(out=self.others)  # in place, as ``Bucket.exchange`` says
-        return landed
+        return statistics
 
-    def _entering(self, landed: Tensor | None, sent: Tensor | None) -> list[Call]:
+    def _entering(self, completed: Tensor | None, sent: Tensor | None) -> list[Call]:
         """Record the completed sum less this rank's own part, as the contribution of the other ranks."""
         own = self._sent
         noted = put(self, "_sent", sent)
-        return [noted] if landed is None else [noted, *self.entries.pushing(landed if own is None else landed - own)]
+        return (
+            [noted]
+            if completed is None
+            else [noted, *self.entries.pushing(completed if own is None else completed - own)]
+        )
 
-    def in_flight(self) -> list[Landed]:
-        return self._landed(self.bucket.in_flight())
+    def in_flight(self) -> list[GlobalStatistics]:
+        return self._global_statistics(self.bucket.in_flight())
 
-    def _landed(self, vector: Tensor | None) -> list[Landed]:
+    def _global_statistics(self, vector: Tensor | None) -> list[GlobalStatistics]:
         """Return the updates of all slots. A forward slot ends with its count."""
         if vector is None:
             return []
         values, usable = self.bucket.layout.parts(vector)[0], self.bucket.layout.judge(vector)[1]
         means, counts = self._means(values)
-        return self.bucket.landed(means, counts, usable & (counts > 0))
+        return self.bucket.global_statistics(means, counts, usable & (counts > 0))
 
     def _means(self, sums: Tensor) -> tuple[Tensor, Tensor]:
         """Return the means of all slots, each divided by its last value, the count; and the counts."""
@@ -112,7 +116,7 @@ class _Mix(Remembering):
 @final
 @dataclass(frozen=True, kw_only=True)
 class StaleMix(Policy):
-    """``reduce(wire) = own wire + the mean contribution of one other rank to the completed steps``.
+    """``reduce(payload) = own payload + the mean contribution of one other rank to the completed steps``.
 
     Args:
         window: the number of completed steps to average over, the newest ones.

@@ -16,7 +16,7 @@ from distnorm.policies.base import APolicy, Policy, Reducer
 from distnorm.policies.facts import Completeness, Facts, first_then
 from distnorm.policies.stored import Check, fields
 from distnorm.transport import Topology
-from distnorm.types import Landed, Layout, Slot, Watch
+from distnorm.types import GlobalStatistics, Layout, Slot, Watch
 from distnorm.validation import Steps, check_fields
 
 
@@ -31,8 +31,8 @@ class _Relay(Reducer):
     def _in_charge(self, slot: Slot) -> Reducer:
         return self.first if slot.step < self.steps else self.then
 
-    def reduce(self, wire: Tensor, slot: Slot) -> Tensor:
-        shared = self._in_charge(slot).reduce(wire, slot)
+    def reduce(self, payload: Tensor, slot: Slot) -> Tensor:
+        shared = self._in_charge(slot).reduce(payload, slot)
         if slot.step < self.steps and slot.learning:
             self.then.observe(shared, slot, self.first.size)
         return shared
@@ -43,12 +43,12 @@ class _Relay(Reducer):
     def observe(self, shared: Tensor, slot: Slot, contributions: float) -> None:
         self.then.observe(shared, slot, contributions)
 
-    def end_step(self, slot: Slot, *, observed: bool = False) -> list[Landed]:
+    def end_step(self, slot: Slot, *, observed: bool = False) -> list[GlobalStatistics]:
         warming = slot.step < self.steps
-        landed = self.then.end_step(slot, observed=observed or warming)
-        return [*landed, *self.first.end_step(slot)] if warming else landed
+        statistics = self.then.end_step(slot, observed=observed or warming)
+        return [*statistics, *self.first.end_step(slot)] if warming else statistics
 
-    def in_flight(self) -> list[Landed]:
+    def in_flight(self) -> list[GlobalStatistics]:
         return [*self.first.in_flight(), *self.then.in_flight()]
 
     def watch(self, slot: Slot, *, exact: bool) -> dict[str, Watch]:

@@ -41,8 +41,8 @@ def check(transport: Transport, ranks: Sequence[int], devices: Sequence[str], wo
     for rank, device in zip(ranks, devices, strict=True):
         if transport in OF_OUR_OWN and device not in ("cpu", "meta"):
             raise RuntimeError(
-                f"distnorm: transport={transport!r} carries statistics of layers on the CPU; those of rank {rank} are "
-                f"on {device}. Use transport='torch' ({VARIABLE}=torch), which takes the job's backend there."
+                f"distnorm: transport={transport!r} supports layers on the CPU only; those of rank {rank} are "
+                f"on {device}. Use transport='torch' ({VARIABLE}=torch), which uses the job's backend there."
             )
     # Large vectors, and asynchronous ones, use the job's own backend.
     served = {"cpu", *devices} - {"meta"} if transport in OF_OUR_OWN else set(devices) - {"meta"}
@@ -51,5 +51,5 @@ def check(transport: Transport, ranks: Sequence[int], devices: Sequence[str], wo
         raise RuntimeError(
             f"distnorm: transport={transport!r} needs gloo as the job's backend"
             f"{', on Linux' if transport in OF_OUR_OWN else ''}; this job has {dist.get_backend_config(world)!r} on "
-            f"{sys.platform}. Use transport='torch' ({VARIABLE}=torch), which takes what there is."
+            f"{sys.platform}. Use transport='torch' ({VARIABLE}=torch), which uses what is available."
         )

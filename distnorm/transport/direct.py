@@ -1,7 +1,7 @@
 """Small all-reduces without a library's helper threads: the ranks do them one turn at a time, in the same order.
 
 A message names the layer of its vector. If ranks send vectors of different layers, nothing is added. All ranks detect
-this in the same turn, tell each other through the job's store, and raise the same error.
+this in the same turn, exchange texts through the job's store, and raise the same error.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ much time again as the collective. A thread that yields lets others run, and con
 
 
 class Declined(NamedTuple):
-    """Why all ranks of a group do without a transport, and the log level of this if the user requested none."""
+    """Why no rank of a group uses a transport, and the log level of this if the user requested none."""
 
     cause: str
     level: int = logging.WARNING
@@ -67,19 +67,19 @@ class Direct(ABC):
         """Return the number of vectors that this rank has sent."""
         return 0 if self._last is None else self._last[0]
 
-    def takes(self, wire: Tensor) -> bool:
-        """Return whether this transport accepts ``wire``; the answer is the same on every rank."""
-        return wire.dtype is torch.float64 and wire.is_cpu and wire.numel() <= CAPACITY
+    def takes(self, payload: Tensor) -> bool:
+        """Return whether this transport accepts ``payload``; the answer is the same on every rank."""
+        return payload.dtype is torch.float64 and payload.is_cpu and payload.numel() <= CAPACITY
 
     # docs/decisions.md#a-collective-can-be-interrupted
-    def start(self, wire: Tensor, who: Sender) -> Future:
-        """Send the vector ``wire`` of ``who``; one turn at a time. If this raises, nothing was sent, or everything."""
+    def start(self, payload: Tensor, who: Sender) -> Future:
+        """Send the vector ``payload`` of ``who``; one turn at a time. If this raises, all was sent, or nothing."""
         last = self._last
         if last is not None and not last[1].done():
             last[1].wait()
         # From here on an exception, such as Ctrl-C, may come between any two lines. A turn is one assignment, which is
         # undone if no part of the vector has been sent.
-        turn = self._open(self.turn + 1, wire, who)
+        turn = self._open(self.turn + 1, payload, who)
         future = Future(partial(self._complete, turn))
         self._last = turn.number, future
         try:
@@ -91,19 +91,19 @@ class Direct(ABC):
         turn.handed_in = True
         return future
 
-    def _open(self, number: int, wire: Tensor, who: Sender) -> Turn:
-        return Turn(number, wire, who)
+    def _open(self, number: int, payload: Tensor, who: Sender) -> Turn:
+        return Turn(number, payload, who)
 
     def _complete(self, turn: Turn) -> Tensor | RuntimeError:
         if not turn.handed_in:
             self.post(turn)
         if self.finish(turn):
             return turn.sum
-        return mixed(self._ranks, f"{turn.who.words}, {turn.wire.numel()} values", self._timeout)
+        return mixed(self._ranks, f"{turn.who.words}, {turn.payload.numel()} values", self._timeout)
 
     @abstractmethod
     def post(self, turn: Turn) -> None:
-        """Send this rank's vector of the turn to the other ranks. What they have already is not sent again."""
+        """Send this rank's vector of the turn to the other ranks. A part that was sent already is not sent again."""
 
     @abstractmethod
     def posted(self, turn: Turn) -> bool:
@@ -122,7 +122,7 @@ class Direct(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Leave the group. Ranks that wait for this one are told that it has ended."""
+        """Leave the group. Ranks that wait for this one learn that it has ended."""
 
     def timed_out(self, place: int) -> RuntimeError:
         """Return the error that rank number ``place`` did not take part within the timeout."""
@@ -138,8 +138,8 @@ class Direct(ABC):
 class Turn:
     """The vector of this rank in one turn, and the sum."""
 
-    def __init__(self, number: int, wire: Tensor, who: Sender) -> None:
-        """Start turn ``number`` with the vector ``wire`` of ``who``."""
-        self.number, self.wire, self.who = number, wire.contiguous(), who
-        self.sum = torch.empty_like(wire, memory_format=torch.contiguous_format)
+    def __init__(self, number: int, payload: Tensor, who: Sender) -> None:
+        """Start turn ``number`` with the vector ``payload`` of ``who``."""
+        self.number, self.payload, self.who = number, payload.contiguous(), who
+        self.sum = torch.empty_like(payload, memory_format=torch.contiguous_format)
         self.handed_in = False

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distnorm.compat.at_once import Call, at_once
+from distnorm.compat.uninterrupted import Call, uninterrupted
 from distnorm.transport.direct import SPIN_S, Direct
 from distnorm.transport.rendezvous import group_timeout
 from distnorm.transport.schedule import Schedule
@@ -37,7 +37,7 @@ class LostGroup:
     def refuse(self) -> RuntimeError:
         """Return the error that training with the copy raises."""
         return RuntimeError(
-            f"this layer was unpickled, and {self.what} cannot travel in a pickle. It evaluates as it is; "
+            f"this layer was unpickled, and {self.what} cannot be pickled. The layer can evaluate; "
             "to train it, call distnorm.revert(model), then distnorm.convert(model, ...) with a group of this process."
         )
 
@@ -74,38 +74,38 @@ class Group(ABC):
         self.size = len(ranks)
         self._schedule = schedule
 
-    def sum(self, wire: Tensor, slot: Slot) -> Tensor:
-        """Return the sum of ``wire`` over the group, of equal shape and dtype. One collective; none for one rank."""
+    def sum(self, payload: Tensor, slot: Slot) -> Tensor:
+        """Return the sum of ``payload`` over the group, of equal shape and dtype. One collective; none for one rank."""
         if self.size == 1:
-            return wire
-        self._announce(wire, slot)
+            return payload
+        self._announce(payload, slot)
         with _timed(slot):
-            return self._start(wire.detach(), slot).wait()
+            return self._start(payload.detach(), slot).wait()
 
-    def start(self, wire: Tensor, slot: Slot) -> Future:
+    def start(self, payload: Tensor, slot: Slot) -> Future:
         """Start ``sum`` and return a future. One collective; none in a group of one rank."""
         if self.size == 1:
-            return Future.completed(wire)
-        self._announce(wire, slot)
+            return Future.completed(payload)
+        self._announce(payload, slot)
         with _timed(slot):
-            started = self._start(wire.detach(), slot)
+            started = self._start(payload.detach(), slot)
         return _observed(started, slot)
 
-    def sum_async(self, wire_: Tensor, slot: Slot, then: Callable[[Future], list[Call]] = lambda _: []) -> Future:
-        """Start summing ``wire_`` over the group, in place. One collective; none in a group of one rank.
+    def sum_async(self, payload_: Tensor, slot: Slot, then: Callable[[Future], list[Call]] = lambda _: []) -> Future:
+        """Start summing ``payload_`` over the group, in place. One collective; none in a group of one rank.
 
         ``then``: returns calls for the future. They and the start run without interruption, or not at all; see
-        ``at_once``.
+        ``uninterrupted``.
         """
         if self.size == 1:
-            future = Future.completed(wire_)
-            at_once(*then(future))
+            future = Future.completed(payload_)
+            uninterrupted(*then(future))
             return future
-        self._announce(wire_, slot)
-        future, start = self._prepare_sum(wire_)
+        self._announce(payload_, slot)
+        future, start = self._prepare_sum(payload_)
         future = _observed(future, slot)
         with _timed(slot):
-            at_once(start, *then(future))
+            uninterrupted(start, *then(future))
         return future
 
     def broadcast(self, tensor: Tensor) -> None:
@@ -115,19 +115,19 @@ class Group(ABC):
                 self._schedule.check("a broadcast", tensor)
             self._broadcast(tensor)
 
-    def _announce(self, wire: Tensor, slot: Slot) -> None:
+    def _announce(self, payload: Tensor, slot: Slot) -> None:
         """Notify observers and, if requested, check that all ranks are at the same collective."""
         if self._schedule is not None:
-            self._schedule.check_sum(wire, slot)
+            self._schedule.check_sum(payload, slot)
         for observer in slot.observers:
-            observer.issued(slot, wire.numel() * wire.element_size())
+            observer.issued(slot, payload.numel() * payload.element_size())
 
     @abstractmethod
-    def _start(self, wire: Tensor, slot: Slot) -> Future:
+    def _start(self, payload: Tensor, slot: Slot) -> Future:
         """Start a sum among at least two ranks, whose results are bitwise equal on all ranks."""
 
     @abstractmethod
-    def _prepare_sum(self, wire_: Tensor) -> tuple[Future, Call]:
+    def _prepare_sum(self, payload_: Tensor) -> tuple[Future, Call]:
         """Return the future of an in-place sum among at least two ranks, and the call to start it; as ``_start``."""
 
     @abstractmethod
@@ -186,16 +186,16 @@ class TorchGroup(Group):
             raise RuntimeError(f"the process group of ranks {list(self.ranks)} has been destroyed.")
         return found
 
-    def _start(self, wire: Tensor, slot: Slot) -> Future:
+    def _start(self, payload: Tensor, slot: Slot) -> Future:
         who = sender(slot.layer, slot.direction, slot.model)
-        if self.direct is not None and self.direct.takes(wire):
-            return self.direct.start(wire, who)
-        small = wire.numel() * wire.element_size() <= self.exchange_limit_bytes
-        if not small or wire.device.type not in self.gloo_devices:
-            return self._all_reduce(wire)
-        return self._exchange(wire, who)
+        if self.direct is not None and self.direct.takes(payload):
+            return self.direct.start(payload, who)
+        small = payload.numel() * payload.element_size() <= self.exchange_limit_bytes
+        if not small or payload.device.type not in self.gloo_devices:
+            return self._all_reduce(payload)
+        return self._exchange(payload, who)
 
-    def _prepare_sum(self, wire_: Tensor) -> tuple[Future, Call]:
+    def _prepare_sum(self, payload_: Tensor) -> tuple[Future, Call]:
         # dist.all_reduce is a Python function: an exception in it may lose the work of a sum that was started.
         options = dist.AllreduceOptions()
         options.asyncOp = True
@@ -204,34 +204,36 @@ class TorchGroup(Group):
 
         def finish() -> Tensor:
             works[0].wait()
-            return wire_
+            return payload_
 
-        return Future(finish), partial(works.extend, map(self.process_group.allreduce, ([wire_],), (options,)))
+        return Future(finish), partial(works.extend, map(self.process_group.allreduce, ([payload_],), (options,)))
 
     def _broadcast(self, tensor: Tensor) -> None:
         dist.broadcast(tensor, src=self.ranks[0], group=self.process_group)
 
-    def _exchange(self, wire: Tensor, who: Sender) -> Future:
+    def _exchange(self, payload: Tensor, who: Sender) -> Future:
         # The sender is appended to the values; not on a GPU, where the host would wait to read it.
-        count = wire.numel()
-        signed = torch.cat((wire.reshape(-1), signature(who, wire.dtype))) if wire.is_cpu else wire.reshape(-1)
+        count = payload.numel()
+        signed = (
+            torch.cat((payload.reshape(-1), signature(who, payload.dtype))) if payload.is_cpu else payload.reshape(-1)
+        )
         sent = signed.repeat(self.size)
         received = torch.empty_like(sent)
 
         def result() -> Tensor | RuntimeError:
             rows = received.view(self.size, -1)
-            if wire.is_cpu and set(rows[:, count:].flatten().view(torch.int64).tolist()) != {who.number}:
+            if payload.is_cpu and set(rows[:, count:].flatten().view(torch.int64).tolist()) != {who.number}:
                 assert self.process_group is not None
                 return mixed(self.ranks, who.words, group_timeout(self.process_group))
-            return rows[:, :count].sum(0).view_as(wire)
+            return rows[:, :count].sum(0).view_as(payload)
 
         work = dist.all_to_all_single(received, sent, group=self.process_group, async_op=True)
         return _future(work, result, spin=True)
 
-    def _all_reduce(self, wire: Tensor) -> Future:
-        total = wire.clone()
+    def _all_reduce(self, payload: Tensor) -> Future:
+        total = payload.clone()
         work = dist.all_reduce(total, group=self.process_group, async_op=True)
-        return _future(work, lambda: total, spin=wire.is_cpu and "cpu" in self.gloo_devices)
+        return _future(work, lambda: total, spin=payload.is_cpu and "cpu" in self.gloo_devices)
 
 
 def _future(work: dist.Work, result: Callable[[], Tensor | RuntimeError], *, spin: bool) -> Future:

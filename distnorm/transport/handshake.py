@@ -110,7 +110,7 @@ class Handshake:
                     raise UnreachableError(f"no connection to rank {rank} at {address}:{port}: {error}") from error
                 time.sleep(LOOK_S / 2)
             except OSError as error:
-                raise UnreachableError(f"no way to rank {rank} at {address}:{port}: {error}") from error
+                raise UnreachableError(f"cannot connect to rank {rank} at {address}:{port}: {error}") from error
             else:
                 return self._register(connection, other)
 

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from distnorm.compat.at_once import Call, at_once
+from distnorm.compat.uninterrupted import Call, uninterrupted
 from distnorm.transport.group import Group
 from distnorm.transport.patience import Patience
 from distnorm.transport.schedule import Schedule, schedule_of
@@ -86,7 +86,7 @@ def end_job_after(error: BaseException) -> None:
 
 
 def place(device: torch.device) -> dict[str, object]:
-    """Return what this rank tells the others when it binds to MPI, as plain values; ``device``: of its layers."""
+    """Return what this rank sends to the others when it binds to MPI, as plain values; ``device``: of its layers."""
     MPI = load_mpi("transport='mpi'")
     return {
         "rank": MPI.COMM_WORLD.rank,
@@ -112,7 +112,7 @@ def check_places(ranks: Sequence[int], told: Sequence[Mapping[str, Any]]) -> dic
     for rank, each in zip(ranks, told, strict=True):
         if each["device"] != "cpu":
             raise RuntimeError(
-                f"distnorm: transport='mpi' carries statistics of layers on the CPU; those of rank {rank} are on "
+                f"distnorm: transport='mpi' supports layers on the CPU only; those of rank {rank} are on "
                 f"{each['device']}. Use transport='torch', which uses NCCL there."
             )
         if not each["threads"]:
@@ -138,7 +138,7 @@ def check_alone() -> None:
 
 
 def make_mpi_group(ranks: tuple[int, ...], places: Mapping[int, int], tag: int, timeout: timedelta) -> MpiGroup:
-    """Create the group of the global ``ranks``, in this order. Collective over ``ranks``; ``tag`` tells its purpose.
+    """Create the group of the global ``ranks``, in this order. Collective over ``ranks``. ``tag``: one per purpose.
 
     Raises:
         ValueError: a rank is not among those that were bound to MPI.
@@ -163,18 +163,18 @@ class MpiGroup(Group):
         self._in_place = load_mpi("transport='mpi'").IN_PLACE
         self._timeout_s = timeout.total_seconds()
 
-    def _start(self, wire: Tensor, slot: Slot) -> Future:
-        future, start = self._prepare_sum(wire.clone(memory_format=torch.contiguous_format))
-        at_once(start)
+    def _start(self, payload: Tensor, slot: Slot) -> Future:
+        future, start = self._prepare_sum(payload.clone(memory_format=torch.contiguous_format))
+        uninterrupted(start)
         return future
 
-    def _prepare_sum(self, wire_: Tensor) -> tuple[Future, Call]:
-        return self._prepare(wire_, self._communicator.Iallreduce, self._in_place, wire_.numpy())
+    def _prepare_sum(self, payload_: Tensor) -> tuple[Future, Call]:
+        return self._prepare(payload_, self._communicator.Iallreduce, self._in_place, payload_.numpy())
 
     def _broadcast(self, tensor: Tensor) -> None:
         octets = tensor.view(-1).view(torch.uint8)  # numpy has no bfloat16
         future, start = self._prepare(octets, self._communicator.Ibcast, octets.numpy(), 0)
-        at_once(start)
+        uninterrupted(start)
         future.wait()
 
     def _prepare(
@@ -210,7 +210,7 @@ class MpiGroup(Group):
                 os.sched_yield()
 
 
-class _UnderWay:
+class _InProgress:
     """Collectives that may never be waited for. MPI writes to their memory until they have completed."""
 
     def __init__(self) -> None:
@@ -235,4 +235,4 @@ class _UnderWay:
         self._futures = []
 
 
-_under_way = _UnderWay()
+_under_way = _InProgress()

@@ -1,7 +1,7 @@
-"""What ranks tell each other once, before any collective: short texts through the job's key-value store.
+"""All-gather of short texts among ranks through the job's key-value store, without a collective of tensors.
 
 The only user of torch's private ``_get_default_store`` and of a process group's private ``_device_types``,
-``_get_backend`` and ``_timeout`` (torch 2.13; see tests/test_private_apis.py). Unlike a collective, a store can tell
+``_get_backend`` and ``_timeout`` (torch 2.13; see tests/test_private_apis.py). Unlike a collective, a store shows
 *which* rank did not answer.
 """
 
@@ -19,9 +19,9 @@ from distnorm.transport.patience import LOOK_S, Patience
 
 START = "start training their distnorm layers"
 NOT_STARTED = (
-    "All ranks must convert the same model and reach its first training forward; look at what those ranks do instead."
+    "All ranks must convert the same model and reach its first training forward; check what those ranks do instead."
 )
-NOT_THERE = "They were there before: look at what those ranks say, or whether they were killed."
+NOT_THERE = "They took part before: read their logs, and check whether they were killed."
 
 SHORTEST_PAUSE_S = 1e-3
 
@@ -37,11 +37,11 @@ def group_timeout(process_group: dist.ProcessGroup) -> timedelta:
 
 
 # docs/decisions.md#ranks-compare-through-the-first-rank
-def tell_and_collect(ranks: tuple[int, ...], text: str, timeout: timedelta, *, doing: str = START) -> list[str]:
+def all_gather_text(ranks: tuple[int, ...], text: str, timeout: timedelta, *, doing: str = START) -> list[str]:
     """Publish ``text`` and return every rank's text, in the order of ``ranks``. Collective; no tensors are sent.
 
     The first rank reads them one by one and publishes all of them, equal ones once: P ranks need 2 P reads of one
-    store. ``doing``: the purpose in words. Ranks with different purposes do not meet.
+    store. ``doing``: the purpose in words. Texts of different purposes are kept apart.
 
     Raises:
         RuntimeError: some ranks published nothing within ``timeout``; the message names them.
@@ -67,7 +67,7 @@ def connected(groups: list[tuple[int, ...]], timeout: timedelta) -> tuple[int, .
     all, and continues with the groups of the ranks that it finds.
 
     Raises:
-        RuntimeError: as ``tell_and_collect``.
+        RuntimeError: as ``all_gather_text``.
     """
     rooms = [_Room(ranks, START) for ranks in dict.fromkeys(groups)]
     text = json.dumps([[room.name, room.ranks] for room in rooms])
@@ -137,7 +137,7 @@ def _collect(places: list[tuple[str, int]], timeout: timedelta, doing: str) -> l
 
 
 def _await(keys: list[str], places: list[tuple[str, int]], timeout: timedelta, doing: str) -> None:
-    """Wait for ``keys``; ``places`` tell which ranks to blame for those that are missing."""
+    """Wait for ``keys``; ``places`` name the ranks that the error blames for missing ones."""
     store, patience, pause_s = _store(), Patience(timeout), SHORTEST_PAUSE_S
     missing = keys
     # The store's own wait would not react to signals.

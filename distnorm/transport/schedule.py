@@ -11,7 +11,7 @@ from datetime import timedelta
 
 from torch import Tensor
 
-from distnorm.transport.rendezvous import tell_and_collect
+from distnorm.transport.rendezvous import all_gather_text
 from distnorm.transport.senders import differing, sender
 from distnorm.types import Slot
 
@@ -19,16 +19,16 @@ VARIABLE = "DISTNORM_CHECK"
 
 
 class Schedule:
-    """What the ranks of a group tell each other through the job's store: slow, for debugging."""
+    """All-gather of the next collective's name, through the job's store: slow, for debugging."""
 
     def __init__(self, ranks: tuple[int, ...], purpose: str, timeout: timedelta) -> None:
         """Start without a collective; ``purpose`` distinguishes groups of the same ranks."""
         self._ranks, self._timeout = ranks, timeout
         self._doing = f"say which collective comes next ({purpose})"
 
-    def check_sum(self, wire: Tensor, slot: Slot) -> None:
+    def check_sum(self, payload: Tensor, slot: Slot) -> None:
         """Check before a sum. Collective; raises as ``check``."""
-        self.check(sender(slot.layer, slot.direction, slot.model).words, wire)
+        self.check(sender(slot.layer, slot.direction, slot.model).words, payload)
 
     def check(self, what: str, tensor: Tensor) -> None:
         """Check before ``what`` is done with a tensor like this. Collective.
@@ -37,7 +37,7 @@ class Schedule:
             RuntimeError: ranks are about to do different things, or some do nothing; on all ranks.
         """
         mine = f"{what}, {tensor.numel()} values of {tensor.dtype}"
-        told = tell_and_collect(self._ranks, mine, self._timeout, doing=self._doing)
+        told = all_gather_text(self._ranks, mine, self._timeout, doing=self._doing)
         if len(set(told)) > 1:
             raise differing(self._ranks, told)
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from distnorm.transport.rendezvous import tell_and_collect
+from distnorm.transport.rendezvous import all_gather_text
 
 
 class Sender(NamedTuple):
@@ -38,7 +38,7 @@ def signature(who: Sender, dtype: torch.dtype) -> Tensor:
 
 def mixed(ranks: tuple[int, ...], mine: str, timeout: timedelta) -> RuntimeError:
     """Return the error that ranks share different things, this one ``mine``. Collective over ``ranks``."""
-    return differing(ranks, tell_and_collect(ranks, mine, timeout, doing="say which layer they share"))
+    return differing(ranks, all_gather_text(ranks, mine, timeout, doing="say which layer they share"))
 
 
 def differing(ranks: tuple[int, ...], told: Sequence[str]) -> RuntimeError:
@@ -49,5 +49,5 @@ def differing(ranks: tuple[int, ...], told: Sequence[str]) -> RuntimeError:
     who = "; ".join(f"rank{'s' * (len(at) > 1)} {', '.join(map(str, at))}: {words}" for words, at in sides.items())
     return RuntimeError(
         f"ranks share different layers at the same time ({who}). Every rank must run the same layers in the same "
-        "order; where ranks take branches of their own, let only those share that take the same one."
+        "order; if ranks take different branches, share only among ranks that take the same one."
     )

@@ -23,7 +23,7 @@ from typing import ClassVar
 from distnorm.kernels.native import library
 from distnorm.transport.direct import CAPACITY, SPIN_S, Declined, Direct, Turn, logger
 from distnorm.transport.patience import LOOK_S, Patience
-from distnorm.transport.rendezvous import tell_and_collect
+from distnorm.transport.rendezvous import all_gather_text
 
 LINE = 64  # bytes, as in exchange.c
 
@@ -47,7 +47,7 @@ class SharedMemory(Direct):
         place, size = self._place, len(self._ranks)
         self._compiled.exchange_post(
             *(self._segment, place, size, CAPACITY, turn.number, turn.who.number),
-            *(turn.wire.data_ptr(), turn.wire.numel()),
+            *(turn.payload.data_ptr(), turn.payload.numel()),
         )
 
     def posted(self, turn: Turn) -> bool:
@@ -99,25 +99,25 @@ def join(ranks: tuple[int, ...], rank: int, timeout: timedelta) -> SharedMemory 
     found = attempt(ranks, rank, timeout)
     if not isinstance(found, Declined):
         return found
-    found.log("distnorm: ranks %s share no memory: %s", ranks)
+    found.log("distnorm: ranks %s cannot share memory: %s", ranks)
     return None
 
 
 def attempt(ranks: tuple[int, ...], rank: int, timeout: timedelta) -> SharedMemory | Declined:
     """Return the segment of ``ranks``, or on all of them why there is none.
 
-    Collective over ``ranks``: they tell each other through the job's store where they are, and whether it worked.
+    Collective over ``ranks``: they exchange their hosts and the outcome through the job's store.
 
     Raises:
         RuntimeError: some ranks have ended, or are late; the message names them.
     """
     patience, place = Patience(timeout), ranks.index(rank)
 
-    def tell(what: str, doing: str) -> list[str]:
-        return tell_and_collect(ranks, what, patience.rest(), doing=doing)
+    def gather_text(what: str, doing: str) -> list[str]:
+        return all_gather_text(ranks, what, patience.rest(), doing=doing)
 
     compiled = library()
-    hosts = tell("" if compiled is None else host_id(), "say which host they are on")
+    hosts = gather_text("" if compiled is None else host_id(), "say which host they are on")
     if compiled is None or not all(hosts):
         without = [rank for rank, host in zip(ranks, hosts, strict=True) if not host]
         return Declined(f"ranks {without} have no compiled kernels, or no /proc that names their host", logging.INFO)
@@ -126,9 +126,9 @@ def attempt(ranks: tuple[int, ...], rank: int, timeout: timedelta) -> SharedMemo
         apart = " and ".join(map(str, on.values()))
         return Declined(f"ranks {apart} are on different hosts, or in containers of their own", logging.INFO)
     offered = _offer(segment_bytes(len(ranks))) if place == 0 else ""
-    path = tell(json.dumps(_path_of(offered)), "offer shared memory")[0]
+    path = gather_text(json.dumps(_path_of(offered)), "offer shared memory")[0]
     joined = _attach(offered, json.loads(path), ranks, place, timeout, compiled)
-    causes = tell("" if isinstance(joined, SharedMemory) else joined, "open shared memory")
+    causes = gather_text("" if isinstance(joined, SharedMemory) else joined, "open shared memory")
     if isinstance(joined, SharedMemory) and not any(causes):
         return joined
     return Declined.by_rank(ranks, causes)
@@ -144,7 +144,7 @@ def host_id() -> str:
         spaces = [os.readlink(f"/proc/self/ns/{each}") for each in ("net", "pid")]
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + "".join(spaces)
     except OSError as error:
-        logger.info("distnorm: this host has no name, so memory is not shared: %s", error)
+        logger.info("distnorm: this host cannot be identified, so memory is not shared: %s", error)
         return ""
 
 
@@ -175,7 +175,7 @@ def _attach(
 ) -> SharedMemory | str:
     path, why_not = told
     if not path:
-        return f"rank {ranks[0]} offers no memory, {why_not}"
+        return f"rank {ranks[0]} could not create shared memory, {why_not}"
     try:
         # The rank that offers uses its own descriptor: closing another one would release all its locks.
         file = offered if isinstance(offered, int) else os.open(path, os.O_RDWR | os.O_CLOEXEC)

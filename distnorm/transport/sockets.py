@@ -28,14 +28,14 @@ from distnorm.transport.addresses import family_of, own_address
 from distnorm.transport.direct import CAPACITY, SPIN_S, Declined, Direct, Turn
 from distnorm.transport.handshake import SECRET, Endpoint, Handshake, UnreachableError
 from distnorm.transport.patience import LOOK_S, Patience
-from distnorm.transport.rendezvous import tell_and_collect
+from distnorm.transport.rendezvous import all_gather_text
 from distnorm.transport.senders import Sender
 
 MOST_RANKS = 64
 """The largest number of ranks; more would need too many sockets and writes."""
 
 CONNECT_S = 5.0
-"""How long ranks try to connect, in seconds, before all do without."""
+"""How long ranks try to connect, in seconds, before all use gloo."""
 
 HEADER = 3  # values
 
@@ -43,14 +43,14 @@ HEADER = 3  # values
 class _SocketTurn(Turn):
     """A turn, and the progress of its messages."""
 
-    def __init__(self, number: int, wire: Tensor, who: Sender, ranks: int, place: int) -> None:
+    def __init__(self, number: int, payload: Tensor, who: Sender, ranks: int, place: int) -> None:
         """Start messages to and from all ``ranks`` except number ``place``, which is this one."""
-        super().__init__(number, wire, who)
-        count = wire.numel()
+        super().__init__(number, payload, who)
+        count = payload.numel()
         self.rows = torch.empty(ranks, HEADER + count, dtype=torch.float64, device="cpu")
         mine = self.rows[place]
         mine[:HEADER].view(torch.int64).copy_(torch.tensor([number, count, who.number], device="cpu"))
-        mine[HEADER:].copy_(self.wire.view(-1))
+        mine[HEADER:].copy_(self.payload.view(-1))
         whole = _bytes_of(mine)
         others = [other for other in range(ranks) if other != place]
         self.unsent = dict.fromkeys(others, whole)
@@ -74,8 +74,8 @@ class Sockets(Direct):
             connection.setblocking(False)
         _in_use.add(self)
 
-    def _open(self, number: int, wire: Tensor, who: Sender) -> Turn:
-        return _SocketTurn(number, wire, who, len(self._ranks), self._place)
+    def _open(self, number: int, payload: Tensor, who: Sender) -> Turn:
+        return _SocketTurn(number, payload, who, len(self._ranks), self._place)
 
     def post(self, turn: Turn) -> None:
         """Write to all ranks whose sockets accept it. The rest of a message is sent while others are read."""
@@ -140,7 +140,7 @@ class Sockets(Direct):
         """Return how many bytes of the rest of a message ``move`` has moved; 0 if it would block."""
         if self._torn:
             self.close()
-            raise RuntimeError("this rank was interrupted in the middle of a message, and nobody can tell where.")
+            raise RuntimeError("this rank was interrupted in the middle of a message, at an unknown position.")
         rest = rests[place]
         self._torn = True  # after an exception from here on, the position in the message is unknown
         try:
@@ -167,7 +167,7 @@ class Sockets(Direct):
             raise RuntimeError(
                 f"rank {self._ranks[place]} sent turn {number} with {count} values in turn {turn.number}."
             )
-        if (count, who) == (turn.wire.numel(), turn.who.number):
+        if (count, who) == (turn.payload.numel(), turn.who.number):
             return turn.rows[place, HEADER:]
         turn.alike = False
         return torch.empty(count, dtype=torch.float64, device="cpu")
@@ -195,14 +195,14 @@ def join(ranks: tuple[int, ...], rank: int, timeout: timedelta) -> Sockets | Non
     found = attempt(ranks, rank, timeout)
     if not isinstance(found, Declined):
         return found
-    found.log("distnorm: ranks %s have no sockets, so gloo carries their statistics: %s", ranks)
+    found.log("distnorm: ranks %s are not connected by sockets, so gloo is used: %s", ranks)
     return None
 
 
 def attempt(ranks: tuple[int, ...], rank: int, timeout: timedelta) -> Sockets | Declined:
     """Return connections among ``ranks``, or on all of them why there are none.
 
-    Collective over ``ranks``: they tell each other through the job's store where they listen, and whether it worked.
+    Collective over ``ranks``: they exchange their addresses and the outcome through the job's store.
 
     Raises:
         RuntimeError: some ranks have ended, or are late; the message names them.
@@ -216,7 +216,7 @@ def attempt(ranks: tuple[int, ...], rank: int, timeout: timedelta) -> Sockets | 
     else:
         mine = [address, str(listener.getsockname()[1]), secrets.token_hex(SECRET)]
     with nullcontext() if isinstance(listener, str) else closing(listener):
-        told = tell_and_collect(ranks, json.dumps(mine), patience.rest(), doing="say where they listen")
+        told = all_gather_text(ranks, json.dumps(mine), patience.rest(), doing="say where they listen")
         endpoints = [json.loads(text) for text in told]
         causes = ["" if len(endpoint) == 3 else endpoint[0] for endpoint in endpoints]
         if isinstance(listener, str) or any(causes):
@@ -228,7 +228,7 @@ def attempt(ranks: tuple[int, ...], rank: int, timeout: timedelta) -> Sockets | 
         except UnreachableError as error:
             cause = str(error)
         try:
-            causes = tell_and_collect(ranks, cause, patience.rest(), doing="connect")
+            causes = all_gather_text(ranks, cause, patience.rest(), doing="connect")
         except BaseException:
             handshake.close()
             raise

@@ -16,7 +16,7 @@ from distnorm.transport.direct import Declined, Direct
 from distnorm.transport.group import Group, TorchGroup, backend_for
 from distnorm.transport.make_group import make_group
 from distnorm.transport.mpi import make_mpi_group
-from distnorm.transport.rendezvous import group_timeout, tell_and_collect
+from distnorm.transport.rendezvous import all_gather_text, group_timeout
 from distnorm.transport.schedule import schedule_of
 from distnorm.types import Transport
 
@@ -79,7 +79,7 @@ class Topology:
         transport: Transport = "torch",
         model: int = 0,
     ) -> None:
-        """Describe ``ranks``; ``nodes`` names the node of each, and ``on_cpu`` tells that all have layers on the CPU.
+        """Describe ``ranks``; ``nodes`` names the node of each, and ``on_cpu``: all have layers on the CPU.
 
         ``mpi``: their ranks in MPI, if MPI is the transport. ``model``: its number, the same on all ranks.
         """
@@ -163,8 +163,8 @@ class Topology:
         )
         # First what takes long and may fail on all ranks: a torch group could report only its own timeout.
         direct = None if background else self._direct(world, ranks, timeout)
-        if direct is None:  # torch does not tell which ranks are missing, and does not react to signals while it waits
-            tell_and_collect(ranks, "", timeout, doing="make a process group")
+        if direct is None:  # torch does not name missing ranks, and does not react to signals while it waits
+            all_gather_text(ranks, "", timeout, doing="make a process group")
         process_group = make_group(ranks, purpose, timeout)
         return TorchGroup(process_group, ranks, direct=direct, schedule=schedule_of(ranks, purpose, timeout))
 
@@ -185,7 +185,7 @@ class Topology:
         found = shared_memory.attempt(*place) if self.transport == "shm" else sockets.attempt(*place)
         if isinstance(found, Declined):
             raise RuntimeError(
-                f"distnorm: transport={self.transport!r} cannot be had among ranks {list(ranks)}: {found.cause}. Use "
-                "transport='torch' (DISTNORM_TRANSPORT=torch), which takes what there is."
+                f"distnorm: transport={self.transport!r} is not available among ranks {list(ranks)}: {found.cause}. "
+                "Use transport='torch' (DISTNORM_TRANSPORT=torch), which uses what is available."
             )
         return found

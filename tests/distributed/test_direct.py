@@ -53,9 +53,9 @@ def sum_turns(rank: int, way: str) -> list[Tensor]:
     for turn in range(TURNS):
         if (turn + rank) % 7 == 0:
             time.sleep(0.002)  # ranks do not arrive together
-        wire = vector(rank, turn)
-        started = direct.start(wire, WHO)
-        wire.zero_()  # it was copied
+        payload = vector(rank, turn)
+        started = direct.start(payload, WHO)
+        payload.zero_()  # it was copied
         total = started.wait()
         torch.testing.assert_close(total, in_rank_order(turn, dist.get_world_size()), rtol=0, atol=1e-14)
         totals.append(total[:200])

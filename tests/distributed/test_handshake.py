@@ -220,7 +220,7 @@ def fall_back(rank: int) -> list[str]:
 def test_gloo_in_place_of_sockets_is_a_warning_that_says_why(pool: Pool) -> None:
     for messages in pool.run(2, fall_back):
         assert len(messages) == 1
-        assert "gloo carries their statistics: rank 0: ranks [1] did not connect" in messages[0]
+        assert "so gloo is used: rank 0: ranks [1] did not connect" in messages[0]
 
 
 def die_in_handshake(rank: int) -> float:
@@ -229,7 +229,7 @@ def die_in_handshake(rank: int) -> float:
             patch.setattr(sockets, "Handshake", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
             sockets.join((0, 1, 2), rank, timedelta(seconds=4))
     started = time.monotonic()
-    with pytest.raises(RuntimeError, match=r"for ranks \[1\] to connect. They were there before"):
+    with pytest.raises(RuntimeError, match=r"for ranks \[1\] to connect. They took part before"):
         sockets.join((0, 1, 2), rank, timedelta(seconds=4))
     return time.monotonic() - started
 

@@ -31,7 +31,7 @@ def test_a_pickled_copy_leaves_its_group_behind(way: Callable[[nn.Module], nn.Mo
         model(batch(rank))
         other = way(way(model))
         same(other.eval()(batch(0)), model.eval()(batch(0)))
-        with pytest.raises(RuntimeError, match=r"its process group over ranks \[\d, \d\] cannot travel"):
+        with pytest.raises(RuntimeError, match=r"its process group over ranks \[\d, \d\] cannot be pickled"):
             other.train()(batch(rank))
         distnorm.revert(other)
         with pytest.raises(ValueError, match=r"0: SyncBatchNorm: its process group over ranks .* cannot be pickled"):

@@ -147,7 +147,7 @@ def test_resume_from_the_first_rank(pool: Pool, tmp_path: Path, recipe: str, wor
         told = [message for message in each.messages if words in message]
         own = (rank, world_size) == (0, 2)
         assert (len(each.messages), len(told)) == ((0, 0) if own else (1, 1))
-        # The step in flight landed, and so did all but the last of those since.
+        # The step in flight completed, and so did all but the last of those since.
         assert each.running["norm1.num_batches_tracked"] == saved["norm1.num_batches_tracked"] + 10
 
 

@@ -46,7 +46,7 @@ def test_long_training(pool: Pool, recipe: str, world_size: int) -> None:
         assert each.state["step"] == STEPS
         assert each.collectives == {step: blocking if step < WARM else steady for step in range(STEPS)}
         assert sum(each.losses[-20:]) < 0.9 * sum(each.losses[:20])
-        for layer in LAYERS:  # landed steps, and those of the warm-up
+        for layer in LAYERS:  # completed steps, and those of the warm-up
             assert each.running[f"{layer}.num_batches_tracked"] == STEPS - 1
         if recipe != "lazy_bn":
             moving.equal(each.window["filled"], torch.full((4,), WINDOW - 1))

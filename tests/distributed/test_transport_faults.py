@@ -21,7 +21,7 @@ import distnorm
 from distnorm.transport import shared_memory, sockets
 from distnorm.transport.direct import Direct
 from distnorm.transport.patience import LONGEST_GAP_S, Patience
-from distnorm.transport.rendezvous import tell_and_collect
+from distnorm.transport.rendezvous import all_gather_text
 from distnorm.transport.senders import sender
 from tests.support.pool import Pool, WorkerDiedError
 
@@ -72,8 +72,8 @@ def meet_again(rank: int) -> list[list[str]]:
 
                 interrupt_once(patch, rendezvous._Room, point)
                 with pytest.raises(KeyboardInterrupt):
-                    tell_and_collect((0, 1), f"{point} {rank}", timedelta(seconds=30))
-            found.append(tell_and_collect((0, 1), f"{point} {rank}", timedelta(seconds=30)))
+                    all_gather_text((0, 1), f"{point} {rank}", timedelta(seconds=30))
+            found.append(all_gather_text((0, 1), f"{point} {rank}", timedelta(seconds=30)))
     return found
 
 
@@ -100,16 +100,16 @@ def sum_interrupted(rank: int, way: str, point: str, after: bool) -> list[float]
     direct = join(way)
     totals = []
     for turn in range(4):
-        wire = ones(rank) * 10**turn
+        payload = ones(rank) * 10**turn
         if rank == 0 and turn == 1:
             with pytest.MonkeyPatch.context() as patch:
                 interrupt_once(patch, direct, point, after=after)
                 with pytest.raises(KeyboardInterrupt):
-                    direct.start(wire, WHO).wait()
+                    direct.start(payload, WHO).wait()
             if after or point == "finish":  # its vector is on its way: the turn is over as soon as the next one begins
                 totals.append(0.0)
                 continue
-        totals.append(float(direct.start(wire, WHO).wait()[0]))
+        totals.append(float(direct.start(payload, WHO).wait()[0]))
     return totals
 
 
@@ -155,7 +155,7 @@ def test_a_message_that_was_torn_ends_in_errors(pool: Pool) -> None:
 def sum_suspended(rank: int, way: str, flag: str) -> list[float]:
     """Both ranks are stopped for longer than the timeout, while rank 0 waits for rank 1."""
     direct = join(way, seconds=4.0)
-    pids = " ".join(tell_and_collect((0, 1), str(os.getpid()), timedelta(seconds=30), doing="be stopped"))
+    pids = " ".join(all_gather_text((0, 1), str(os.getpid()), timedelta(seconds=30), doing="be stopped"))
     if rank == 0:
         script = f"sleep 0.5; kill -STOP {pids}; sleep 6; kill -CONT {pids}; touch {flag}"
         subprocess.Popen(["sh", "-c", script], start_new_session=True)
@@ -171,13 +171,13 @@ def test_time_in_which_nobody_ran_does_not_count(pool: Pool, way: str, tmp_path:
 
 
 def bind_suspended(rank: int, flag: str) -> Tensor:
-    pids = " ".join(tell_and_collect((0, 1), str(os.getpid()), timedelta(seconds=30), doing="be stopped"))
+    pids = " ".join(all_gather_text((0, 1), str(os.getpid()), timedelta(seconds=30), doing="be stopped"))
     if rank == 0:
         script = f"sleep 0.5; kill -STOP {pids}; sleep 7; kill -CONT {pids}; touch {flag}"
         subprocess.Popen(["sh", "-c", script], start_new_session=True)
     while rank == 1 and not Path(flag).exists():
         time.sleep(0.05)
-    return torch.tensor([float(text) for text in tell_and_collect((0, 1), str(rank), timedelta(seconds=4))])
+    return torch.tensor([float(text) for text in all_gather_text((0, 1), str(rank), timedelta(seconds=4))])
 
 
 @pytest.mark.slow

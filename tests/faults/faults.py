@@ -91,7 +91,7 @@ OF_GLOO = "Connection closed|Connection reset|Broken pipe|Cause:"
 IN_BUCKETS = "their layers wait for nobody: sums of all layers travel together, by name"
 ALIKE = Instead(why=IN_BUCKETS, ends=("alike", "alike"), recipes=MOVING)
 APART = {"apart": True, "transports": ("sockets", "gloo"), "recipes": ("sync_bn", "mabn")}
-NOT_SHARED = r"transport='shm' cannot be had among ranks \[0, 1\]: .*host"
+NOT_SHARED = r"transport='shm' is not available among ranks \[0, 1\]: .*host"
 CLOCK = "gloo counts the time in which nobody ran"
 BACKGROUND = "sums are gloo's, whose connection breaks when the last process that holds it ends"
 

@@ -100,7 +100,7 @@ def test_sync_bn_equals_stock_on_the_joined_batch(pool: Pool, engine: str) -> No
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
 def test_mabn_shares_one_window_among_calls(pool: Pool, engine: str) -> None:
-    """It runs, and ranks agree on what landed, though one of them had nothing to say about boxes."""
+    """It runs, and ranks agree on what completed, though one of them had nothing to say about boxes."""
     (state, kept), (other, other_kept) = pool.run(RANKS, train, engine, "mabn", 12)
     torch.testing.assert_close(other, state, rtol=0, atol=0)
     assert all(value.isfinite().all() for value in state.values())

@@ -92,7 +92,7 @@ def centred(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def test_mabn_shares_one_window_among_calls(
     request: pytest.FixtureRequest, pool: Pool, engine: str, case: str, tolerance: float
 ) -> None:
-    """Ranks agree on what landed, though one of them had no boxes; and training is that of DDP."""
+    """Ranks agree on what completed, though one of them had no boxes; and training is that of DDP."""
     first, second = (rank[case] for rank in request.getfixturevalue(engine))
     assert first["kept"][0]["step"] == second["kept"][0]["step"] == 12
     windows = [[value for name, value in leaves(each["kept"]) if "window" in name] for each in (first, second)]

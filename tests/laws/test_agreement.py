@@ -13,7 +13,7 @@ from torch import nn
 
 import distnorm
 from distnorm.policies.routes import joined
-from distnorm.transport.rendezvous import tell_and_collect
+from distnorm.transport.rendezvous import all_gather_text
 from tests.distributed.test_failures import expect_everywhere
 from tests.support.fake import EchoStore, fake_world
 from tests.support.threads import run_threads, run_threads_all
@@ -93,16 +93,16 @@ def test_the_first_rank_reads_for_all(rank, monkeypatch):
     monkeypatch.setattr("torch.distributed.get_rank", lambda: rank)
     if rank == 1:
         monkeypatch.setattr(store, "get", lambda key: b'[["a", "b"], [0, 1, 0]]' if key.endswith("/all") else None)
-        assert tell_and_collect((0, 1, 2), "b", torch.distributed.default_pg_timeout) == ["a", "b", "a"]
+        assert all_gather_text((0, 1, 2), "b", torch.distributed.default_pg_timeout) == ["a", "b", "a"]
         assert store.reads == 0
     else:
-        assert tell_and_collect((0, 1, 2), "a", torch.distributed.default_pg_timeout) == ["a"] * 3
+        assert all_gather_text((0, 1, 2), "a", torch.distributed.default_pg_timeout) == ["a"] * 3
         assert store.reads == 3
 
 
 def test_texts_come_back_in_order():
     def run(rank: int) -> list[str]:
-        return tell_and_collect((0, 1, 2, 3), "é\n" * (rank % 2) + str(rank // 2), torch.distributed.default_pg_timeout)
+        return all_gather_text((0, 1, 2, 3), "é\n" * (rank % 2) + str(rank // 2), torch.distributed.default_pg_timeout)
 
     assert run_threads(4, run) == [["0", "é\n0", "1", "é\n1"]] * 4
 

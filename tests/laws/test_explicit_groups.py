@@ -140,7 +140,7 @@ def test_copies_of_chained_groups_lose_them() -> None:
         policy = Chain(AllReduce(process_group=rows), AllReduce(process_group=columns))
         layer = norm(policy)
         distnorm.attach(copy.deepcopy(layer))
-        with pytest.raises(RuntimeError, match=r"its process group over ranks \[0, 1\] cannot travel") as caught:
+        with pytest.raises(RuntimeError, match=r"its process group over ranks \[0, 1\] cannot be pickled") as caught:
             distnorm.attach(pickle.loads(pickle.dumps(layer)))
         return [str(caught.value)]
 

@@ -57,7 +57,7 @@ def _channels(case: Case) -> Tensor:
 
 
 def conditioning(case: Case) -> float:
-    """mean^2 / var of the worst channel: what the squared sums on the wire lose."""
+    """mean^2 / var of the worst channel: what the squared sums in the payload lose."""
     x = _channels(case)
     return float((x.mean(1).square() / (x.var(1, correction=0) + 1e-5)).max())
 

@@ -178,8 +178,8 @@ class Halved(Policy):
         group = topology.everyone()
 
         class Summing(Reducer):
-            def reduce(self, wire: Tensor, slot: Slot) -> Tensor:
-                return group.sum(wire, slot)
+            def reduce(self, payload: Tensor, slot: Slot) -> Tensor:
+                return group.sum(payload, slot)
 
         return Summing(group.size)
 

@@ -93,7 +93,7 @@ class Sometimes(nn.Module):
 
 
 def _skipping(rank: int, recipe: Recipe, world_size: int, seed: int) -> list[tuple[Any, list[Tensor]]]:
-    """Landed state and running statistics after every step; no rank uses the same layers twice in a row."""
+    """Completed state and running statistics after every step; no rank uses the same layers twice in a row."""
     model = Sometimes(recipe, world_size)
     distnorm.attach(model, manual=True)
     history = []
@@ -119,7 +119,7 @@ def _landed(state: dict[str, Any]) -> Any:
 @pytest.mark.parametrize("policy", [Moving(window=3), Moving(window=1), StaleMix(), StaleMix(window=3)], ids=repr)
 @settings(max_examples=10)
 @given(world_size=st.integers(2, 4), seed=st.integers(1, 2**16))
-def test_landed_state_is_equal_bit_for_bit(policy, world_size, seed):
+def test_completed_state_is_equal_bit_for_bit(policy, world_size, seed):
     """Whichever rank skips whichever layer; also in single precision, where rounding shows."""
     recipe = Recipe(method=BatchNorm(), policy=policy)
     results = run_threads(world_size, _skipping, recipe, world_size, seed)

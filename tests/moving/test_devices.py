@@ -95,7 +95,7 @@ def test_a_round_trip_loses_nothing(policy: Policy, monkeypatch: pytest.MonkeyPa
         if moves:
             reducer = model[0][1]._site.conversion.bound().reducer
             for part in memories(reducer):
-                before = {name: each.clone() for name, each in held(part) if name.split(".")[-1] != "_wire"}
+                before = {name: each.clone() for name, each in held(part) if name.split(".")[-1] != "_payload"}
                 part.bucket.to(torch.device("cpu"))
                 same({name: each for name, each in held(part) if name in before}, before)
         return [*seen, *train(model, rank, range(5, 9))]

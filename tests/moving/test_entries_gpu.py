@@ -16,10 +16,10 @@ from torch import Tensor
 pytest.importorskip("triton", reason="Triton is made for Linux only")
 
 from distnorm import Recipe
-from distnorm.compat.at_once import Call, at_once
+from distnorm.compat.uninterrupted import Call, uninterrupted
 from distnorm.kernels import windows
 from distnorm.policies import Moving, StaleMix
-from distnorm.types import EVERY_LAYER, Direction, Future, Landed, Layout, Slot
+from distnorm.types import EVERY_LAYER, Direction, Future, GlobalStatistics, Layout, Slot
 from tests.moving import test_scaling, test_stale_mix
 from tests.moving.conftest import interpret
 from tests.moving.plans import follow, make_plan
@@ -73,12 +73,12 @@ class Two:
 
     size, ranks = 2, (0, 1)
 
-    def sum(self, wire: Tensor, slot: Slot) -> Tensor:
-        return wire * (1 + OTHER)
+    def sum(self, payload: Tensor, slot: Slot) -> Tensor:
+        return payload * (1 + OTHER)
 
-    def sum_async(self, wire_: Tensor, slot: Slot, then: Callable[[Future], list[Call]]) -> Future:
-        future = Future.completed(wire_.mul_(1 + OTHER))
-        at_once(*then(future))
+    def sum_async(self, payload_: Tensor, slot: Slot, then: Callable[[Future], list[Call]]) -> Future:
+        future = Future.completed(payload_.mul_(1 + OTHER))
+        uninterrupted(*then(future))
         return future
 
 
@@ -124,20 +124,20 @@ class Window:
         return mean * weight * scale
 
     def end(self) -> None:
-        landed, self.flying = (self.flying, self.step) if self.policy.facts.staleness else (self.step, None)
+        completed, self.flying = (self.flying, self.step) if self.policy.facts.staleness else (self.step, None)
         self.step = nothing(self.size)
-        if landed is None:
+        if completed is None:
             return
         many = 1 + OTHER if self.policy.facts.staleness else 1  # a blocking sum has joined the ranks already
-        self.dropped += not landed.values.isfinite().all()
-        if landed.good():
-            self.entries.append(landed.values * many / (landed.weight * many))
+        self.dropped += not completed.values.isfinite().all()
+        if completed.good():
+            self.entries.append(completed.values * many / (completed.weight * many))
         self.entries = self.entries[max(0, len(self.entries) - (self.policy.window - 1)) :]
 
 
 @dataclass
 class Mix:
-    """Per slot, what the other rank contributed on average to the steps that landed."""
+    """Per slot, what the other rank contributed on average to the steps that completed."""
 
     size: int
     window: int
@@ -152,11 +152,11 @@ class Mix:
         return values + scale * (torch.stack(self.others).mean(0) if self.others else 0.0)
 
     def end(self) -> None:
-        landed, self.flying, self.step = self.flying, self.step, nothing(self.size)
-        if landed is not None:
-            self.dropped += not landed.values.isfinite().all()
-            if landed.good():
-                self.others = [*self.others, landed.values * OTHER / (landed.weight * OTHER)][-self.window :]
+        completed, self.flying, self.step = self.flying, self.step, nothing(self.size)
+        if completed is not None:
+            self.dropped += not completed.values.isfinite().all()
+            if completed.good():
+                self.others = [*self.others, completed.values * OTHER / (completed.weight * OTHER)][-self.window :]
 
 
 def written(policy: Policy) -> dict[tuple[str, Direction], Window | Mix]:
@@ -177,13 +177,13 @@ class Case:
         """One forward and backward, with ``bad`` among the first values of both."""
         blocking = isinstance(self.policy, Moving) and not self.policy.staleness
         many = 1 + OTHER if blocking else 1.0
-        wire = self._draw(layer, "forward", bad)
-        given = torch.cat((wire, torch.tensor([count]).double()))
+        payload = self._draw(layer, "forward", bad)
+        given = torch.cat((payload, torch.tensor([count]).double()))
         shared = self.reducer.reduce(given, Slot(layer, "forward", self.step))
         if isinstance(self.policy, StaleMix):
             wanted = self.slots[layer, "forward"].call(given, 1.0, 1.0)
         else:
-            wanted = self.slots[layer, "forward"].call(wire * many, count * many, 1.0)
+            wanted = self.slots[layer, "forward"].call(payload * many, count * many, 1.0)
             wanted = torch.cat((wanted, torch.tensor([count * many]).double()))
         torch.testing.assert_close(shared, wanted, rtol=1e-12, atol=1e-12, equal_nan=True)
         slot = Slot(layer, "backward", self.step, forward_count=shared[-1], loss_scale=scale)
@@ -201,12 +201,12 @@ class Case:
             values[1] = bad
         return values
 
-    def end(self) -> list[Landed]:
-        landed: list[Landed] = self.reducer.end_step(Slot(EVERY_LAYER, "forward", self.step))
+    def end(self) -> list[GlobalStatistics]:
+        completed: list[GlobalStatistics] = self.reducer.end_step(Slot(EVERY_LAYER, "forward", self.step))
         self.step += 1
         for slot in self.slots.values():
             slot.end()
-        return landed
+        return completed
 
 
 @EVERY
@@ -234,7 +234,7 @@ def test_bad_values_stay_in_their_slot_and_step(way: str, policy: Policy, bad: f
 
 @EVERY
 def test_what_lands_is_what_is_written_out(way: str, policy: Policy) -> None:
-    """The mean over the window, or the landed entry; how many values it rests on; whether it landed."""
+    """The mean over the window, or the completed entry; how many values it rests on; whether it completed."""
     case = Case(policy)
     for step in range(5):
         before = {key: slot.flying for key, slot in case.slots.items()}
@@ -243,12 +243,12 @@ def test_what_lands_is_what_is_written_out(way: str, policy: Policy) -> None:
             case.run("a", 4.0, 1.0, bad=float("nan"))
         if step == 3:
             case.run("a", 4.0, 1.0)
-        landed = case.end()
+        completed = case.end()
         if step == 0 or (isinstance(policy, Moving) and not policy.staleness):
-            assert not landed
+            assert not completed
             continue
-        assert [each.layer for each in landed] == ["a", "b"]
-        for each in landed:
+        assert [each.layer for each in completed] == ["a", "b"]
+        for each in completed:
             slot, sent = case.slots[each.layer, "forward"], before[each.layer, "forward"]
             assert bool(each.weight) is sent.good()
             if not sent.good():

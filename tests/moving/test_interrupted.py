@@ -14,7 +14,7 @@ from torch import nn
 import distnorm
 from distnorm import Recipe
 from distnorm.attach import conversions_of
-from distnorm.compat import at_once
+from distnorm.compat import uninterrupted
 from distnorm.kernels import windows
 from distnorm.layers import binding, running_statistics
 from distnorm.methods import RMS, BatchNorm
@@ -47,7 +47,7 @@ def once(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, *, after: bool 
 @EVERY
 @pytest.mark.parametrize(("name", "after"), [("_wait", False), ("_wait", True), ("_check_phase", False)])
 def test_a_step_whose_end_was_interrupted_can_be_ended_again(recipe, name, after, monkeypatch):
-    """While it waited for what landed: nothing is lost, neither that nor this step's own vector."""
+    """While it waited for what completed: nothing is lost, neither that nor this step's own vector."""
     interrupted, plain = build(recipe), build(recipe)
     for model in (interrupted, plain):
         distnorm.attach(model, manual=True)
@@ -179,7 +179,7 @@ def test_stock_running_statistics_are_folded_though_that_was_interrupted(place, 
 
 # --- at every line -------------------------------------------------------------------------------
 
-EVERYWHERE = (at_once, binding, bucket, entries, group, moving, running_statistics, stale_mix, warmup, windows)
+EVERYWHERE = (uninterrupted, binding, bucket, entries, group, moving, running_statistics, stale_mix, warmup, windows)
 """Modules in which the end of a step is interrupted."""
 
 MANY = 10**6
@@ -214,7 +214,7 @@ class Twins:
             self.step(step)
         self.state = distnorm.state_dict(model)
         self.buffers = {name: value.clone() for name, value in model.state_dict().items()}
-        if loading:  # into a longer warm-up: what was sent lands in a step that sends nothing
+        if loading:  # into a longer warm-up: what was sent completes in a step that sends nothing
             longer = Warmup(then=recipe.policy.then, steps=4)
             self.model = build(Recipe(method=recipe.method, policy=longer), layers=1)
             distnorm.attach(self.model, manual=True)

@@ -1,4 +1,4 @@
-"""StaleMix: the other ranks' newest landed steps and this rank's current one, against the written-out formula."""
+"""StaleMix: the other ranks' newest completed steps and this rank's current one, against the written-out formula."""
 
 from __future__ import annotations
 
@@ -88,9 +88,9 @@ class Mix:
                 answer, part = self._call(call, mean_of(self.others[rank]))
                 answers[rank].append(answer)
                 parts[rank] = parts[rank].plus(part)
-        landed, self.in_flight = self.in_flight, parts
-        if landed is not None:
-            self._land(landed)
+        completed, self.in_flight = self.in_flight, parts
+        if completed is not None:
+            self._complete(completed)
         return answers
 
     def _call(self, call: Call, others: Part) -> tuple[Answer, Part]:
@@ -103,19 +103,19 @@ class Mix:
         answer = Answer(z * self.weight + self.bias, g / s + shared[0] + shared[1] * z / s)
         return answer, Part(moments(call.x), len(call.x), own, 1)
 
-    def _land(self, landed: list[Part]) -> None:
+    def _complete(self, completed: list[Part]) -> None:
         total = nothing()
-        for part in landed:
+        for part in completed:
             total = total.plus(part)
         if not total.calls:
             return
-        for rank, own in enumerate(landed):
+        for rank, own in enumerate(completed):
             rest = total.plus(own, -1)
             if rest.calls:
                 self.others[rank].append(rest.over(rest.calls))
                 del self.others[rank][: -self.window]
         if total.n:
-            self.running.absorb(self.method, total.sums / total.n, total.n)
+            self.running.update(self.method, total.sums / total.n, total.n)
 
 
 def write_out(plan: Plan, ranks: int, method: Method, window: int) -> list[Seen]:
@@ -149,7 +149,7 @@ def test_the_mix_is_what_is_written_out(method, seed, ranks, window):
 
 @settings(max_examples=15)
 @given(method=METHODS, seed=SEEDS, ranks=st.integers(1, 2))
-def test_without_drift_it_is_exact_once_something_landed(method, seed, ranks):
+def test_without_drift_it_is_exact_once_a_step_has_completed(method, seed, ranks):
     """In outputs and gradients, for two ranks with different batches; before that it is local."""
     plan = _constant(seed, ranks, 5)
     policies: list[Policy] = [StaleMix(), AllReduce(), Local()]
@@ -157,7 +157,7 @@ def test_without_drift_it_is_exact_once_something_landed(method, seed, ranks):
         run_threads(ranks, follow, plan, Recipe(method=method, policy=policy)) for policy in policies
     )
     for mine, right, alone in zip(found, exact, local, strict=True):
-        # Statistics mix from step 2 on; the cotangents that landed then are those of local steps 0 and 1.
+        # Statistics mix from step 2 on; the cotangents that completed then are those of local steps 0 and 1.
         assert_all_close(mine.answers[:2], alone.answers[:2])
         assert_all_close([step[0].y for step in mine.answers[2:]], [step[0].y for step in right.answers[2:]])
         assert_all_close(mine.answers[4:], right.answers[4:])
@@ -223,7 +223,7 @@ def test_a_rank_that_skips_the_layer_counts_for_nothing():
     assert_all_close(found[0].running, found[2].running, 0)
 
 
-def test_a_step_that_nobody_used_keeps_what_landed_before():
+def test_a_step_that_nobody_used_keeps_what_completed_before():
     generator = torch.Generator().manual_seed(2)
     step = [[draw(generator, 4, C, rank / 3)] for rank in range(2)]
     nobody: Step = [[], []]
@@ -235,7 +235,7 @@ def test_a_step_that_nobody_used_keeps_what_landed_before():
 
 
 def test_a_mean_of_several_steps_stands_for_the_others():
-    """A window of 3 in step 5: steps 1 to 3 have landed. This rank's batch keeps the weight of one of two."""
+    """A window of 3 in step 5: steps 1 to 3 have completed. This rank's batch keeps the weight of one of two."""
     generator = torch.Generator().manual_seed(3)
     steps = [[[draw(generator, 4, C, rank + at / 2)] for rank in range(2)] for at in range(6)]
     recipe = Recipe(method=RMS(), policy=StaleMix(window=3))

@@ -86,7 +86,7 @@ def test_a_longer_window_normalizes_by_the_mean_of_what_is_there():
 
 
 def test_a_named_recipe_takes_over_another_window_and_warm_up():
-    """What was in flight lands, though the longer warm-up is not over yet."""
+    """What was in flight completes, though the longer warm-up is not over yet."""
 
     def run(rank: int) -> tuple[State, State, State]:
         model = converted(build_stock(), window=2, warmup=1)
@@ -103,8 +103,8 @@ def test_a_named_recipe_takes_over_another_window_and_warm_up():
         then = [each[0]["reducer"]["then"] for each in (before, loaded, after)]
         assert [each["window"]["filled"].unique().tolist() for each in then] == [[1], [1], [4]]
         assert ["in_flight" in each["bucket"] for each in then] == [True, True, False]
-        landed = then[0]["bucket"]["in_flight"]
-        same(then[2]["window"]["ring"][1, :4], landed[:4] / landed[then[0]["window"]["ring"].shape[1]])
+        completed = then[0]["bucket"]["in_flight"]
+        same(then[2]["window"]["ring"][1, :4], completed[:4] / completed[then[0]["window"]["ring"].shape[1]])
 
 
 def test_windows_of_different_sizes_in_one_file_of_slots_that_filled_differently():
@@ -158,7 +158,7 @@ def test_states_without_a_version_go_on_bit_for_bit(recipe):
 @pytest.mark.parametrize("window", [1, 3])
 @pytest.mark.parametrize("steps", [1, 2, 3, 5])
 def test_a_stale_mix_without_a_version_is_one_entry(window, steps):
-    """It held the mean of one other rank's newest step in place of entries, and zeros before any had landed."""
+    """It held the mean of one other rank's newest step in place of entries, and zeros before any had completed."""
 
     def run(rank: int) -> None:
         model = build(of(StaleMix(window=1)))

@@ -314,7 +314,7 @@ def test_one_rank_saves_what_is_in_flight(recipe: str) -> None:
     )
 
 
-def test_what_is_in_flight_is_what_lands() -> None:
+def test_what_is_in_flight_is_what_completes() -> None:
     """Saved right after a step: the running statistics that the model has one step later, with the next step's sums."""
     model = RECIPES["mabn"](net())
     optimizer = OPTIMIZERS["Adam"](model.parameters())

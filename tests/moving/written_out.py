@@ -55,7 +55,7 @@ class Running:
     mean: Tensor
     var: Tensor
 
-    def absorb(self, method: Method, means: Tensor, count: float) -> None:
+    def update(self, method: Method, means: Tensor, count: float) -> None:
         if count <= 1:
             return
         if isinstance(method, RMS):
@@ -123,7 +123,7 @@ class Windows:
         forward.total, forward.weight = forward.total + total, forward.weight + n
         used = self._used(self.forward, total / n if n else None)
         if not self.staleness:
-            self.running.absorb(self.method, used, n)
+            self.running.update(self.method, used, n)
         mean, s = location_and_scale(self.method, used)
         zs = [(call.x - mean) / s for call in together]
         gs = [call.dy * self.weight for call in together]
@@ -141,23 +141,23 @@ class Windows:
         return g / s + per_value[0] + per_value[1] * z / s
 
     def _end(self, forward: Entry, backward: Entry) -> None:
-        landing = (forward, backward)
+        completed = (forward, backward)
         if self.staleness:
-            landing, self.in_flight = self.in_flight, landing  # type: ignore[assignment]  # None before the first
-        if landing is None:
+            completed, self.in_flight = self.in_flight, completed  # type: ignore[assignment]  # None before the first
+        if completed is None:
             return
-        for entries, entry in zip((self.forward, self.backward), landing, strict=True):
+        for entries, entry in zip((self.forward, self.backward), completed, strict=True):
             if entry.weight:
                 entries.append(entry.mean())
-        if self.staleness and landing[0].weight:
+        if self.staleness and completed[0].weight:
             used = torch.stack(self.forward[-max(self.window - 1, 1) :]).mean(0)
-            self.running.absorb(self.method, used, landing[0].weight)
+            self.running.update(self.method, used, completed[0].weight)
 
     def without_gradient(self, xs: Sequence[Tensor]) -> list[Tensor]:
         """A training forward under no_grad: exact, and it leaves no trace in the windows."""
         n = sum(map(len, xs))
         means = sum(map(moments, xs), torch.zeros(2, self.channels).double()) / n
-        self.running.absorb(self.method, means, n)
+        self.running.update(self.method, means, n)
         mean, s = location_and_scale(self.method, means)
         return [(x - mean) / s * self.weight + self.bias for x in xs]
 

@@ -63,8 +63,8 @@ def call(x: Tensor, *, kinds: int, mask: int) -> None:
     channels = x.shape[1]
     weight, bias, mean, var = torch.ones(4, channels).unbind()
     updates, extras = torch.tensor(0), mask == BY_OUTPUT
-    wire, pivot = moments.moments(x)
-    shared = wire[(2 - kinds) * channels :]
+    payload, pivot = moments.moments(x)
+    shared = payload[(2 - kinds) * channels :]
     given: tuple[Any, ...] = (weight, bias, None, [], [mean, var, updates], None, 0.1)
     if extras:
         given = (None, None, x, [var.clone(), updates.clone()], [mean, var, updates], updates.clone(), None)
@@ -73,7 +73,7 @@ def call(x: Tensor, *, kinds: int, mask: int) -> None:
     cotangents, *_ = cosums.cosums(x, x, y if extras else None, *kept, kinds, mask)
     through = UNMASKED if extras else mask
     combine.combine(x, x, cotangents, shared[-1], pivot, saved, narrow, EPS, kinds, through)
-    apply.absorb(shared[:-1], shared[-1], shared[-1], *given[4:], kinds, extras)
+    apply.update_running(shared[:-1], shared[-1], shared[-1], *given[4:], kinds, extras)
 
 
 def main() -> None:

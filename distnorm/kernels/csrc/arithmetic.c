@@ -1,11 +1,11 @@
-/* The C-sized float64 arithmetic of methods: what methods/batch_norm.py and methods/rms.py say in torch, in one call each.
+/* The C-sized float64 arithmetic of methods: the same as methods/batch_norm.py and methods/rms.py, in one call each.
 
-   wire: K sums per channel and their count, shared. means: wire over count. pivot: what the loops centre about.
+   payload: K sums per channel and their count, shared. means: payload over count. pivot: what the loops centre about.
    Forward, of a method: means[K * C]; factor = d scale / d weight; y = (x - pivot) * scale + shift.
    Pull: from sum(dy) and sum(dy * (x - pivot)) to the cotangents of the method's link, and to the parameters' gradients.
    Link: from shared cotangents to dx = dy * scale + level + (x - pivot) * slope.
-   Absorb: running += (moments of means / over - running) * rate, if there are two values at least, of count; guarded, if
-   all moments fit. */
+   Update running statistics: running += (moments of means / over - running) * rate, if count is at least 2; if guarded,
+   only where all moments are finite and fit. */
 
 #include <float.h>
 #include <math.h>
@@ -14,7 +14,7 @@
 
 static double divisor(double count) { return count > 0 ? count : 1; }
 
-/* Rounding can leave less than 0; NaN stays NaN. */
+/* Rounding can give less than 0; NaN stays NaN. */
 static double variance(double mean, double square)
 {
     double var = square - mean * mean;
@@ -24,14 +24,14 @@ static double variance(double mean, double square)
 static double or_one(const float *values, index_t c) { return values ? values[c] : 1; }
 static double or_zero(const float *values, index_t c) { return values ? values[c] : 0; }
 
-void batch_norm_forward(const double *wire, const float *pivot, const float *weight, const float *bias,
+void batch_norm_forward(const double *payload, const float *pivot, const float *weight, const float *bias,
                         const float *running_var, double clip, double eps, index_t C, double *means, double *factor,
                         float *scale, float *shift)
 {
     (void)running_var, (void)clip;
-    double count = divisor(wire[2 * C]);
+    double count = divisor(payload[2 * C]);
     for (index_t c = 0; c < C; c++) {
-        double mean = wire[c] / count, square = wire[C + c] / count;
+        double mean = payload[c] / count, square = payload[C + c] / count;
         double invstd = 1 / sqrt(variance(mean, square) + eps), slope = invstd * or_one(weight, c);
         means[c] = mean, means[C + c] = square, factor[c] = invstd;
         scale[c] = slope, shift[c] = (pivot[c] - mean) * slope + or_zero(bias, c);
@@ -68,7 +68,7 @@ static double next_rate(double momentum, int64_t *tracked)
 /* Whether running statistics stay finite when they move towards a value. */
 static int fits(double value) { return fabs(value) <= FLT_MAX / 2; }
 
-void batch_norm_absorb(const double *means, double over, double count, index_t C, double momentum, int guarded,
+void batch_norm_update_running(const double *means, double over, double count, index_t C, double momentum, int guarded,
                        int64_t *tracked, float *running_mean, float *running_var)
 {
     if (!(count > 1)) return;
@@ -85,7 +85,7 @@ void batch_norm_absorb(const double *means, double over, double count, index_t C
     }
 }
 
-/* How far RMS follows the running second moment: sqrt((square + eps) / (running_var + eps)), clipped. */
+/* The correction of RMS by the running second moment: sqrt((square + eps) / (running_var + eps)), clipped. */
 static double correction(double square, const float *running_var, index_t c, double clip, double eps)
 {
     if (!running_var) return 1;
@@ -93,13 +93,13 @@ static double correction(double square, const float *running_var, index_t c, dou
     return ratio < 1 / clip ? 1 / clip : ratio > clip ? clip : ratio;
 }
 
-void rms_forward(const double *wire, const float *pivot, const float *weight, const float *bias,
+void rms_forward(const double *payload, const float *pivot, const float *weight, const float *bias,
                  const float *running_var, double clip, double eps, index_t C, double *means, double *factor,
                  float *scale, float *shift)
 {
-    double count = divisor(wire[C]);
+    double count = divisor(payload[C]);
     for (index_t c = 0; c < C; c++) {
-        double square = wire[c] / count, slope;
+        double square = payload[c] / count, slope;
         means[c] = square, factor[c] = correction(square, running_var, c, clip, eps) / sqrt(square + eps);
         slope = factor[c] * or_one(weight, c);
         scale[c] = slope, shift[c] = pivot[c] * slope + or_zero(bias, c);
@@ -127,7 +127,7 @@ void rms_link(const double *cotangents, const double *means, const double *count
     }
 }
 
-void rms_absorb(const double *means, double over, double count, index_t C, double momentum, int guarded,
+void rms_update_running(const double *means, double over, double count, index_t C, double momentum, int guarded,
                 int64_t *tracked, float *running_mean, float *running_var)
 {
     (void)running_mean;

@@ -17,12 +17,14 @@ typedef struct {
     forward_t *forward;
     pull_t *pull;
     link_t *link;
-    absorb_t *absorb;
+    update_running_t *update_running;
 } formula_t;
 
 static const loops_t LOOPS[] = {{plane_sums, plane_apply, plane_combine}, {row_sums, row_apply, row_combine}};
-static const formula_t FORMULAS[] = {{1, rms_forward, rms_pull, rms_link, rms_absorb},
-                                     {2, batch_norm_forward, batch_norm_pull, batch_norm_link, batch_norm_absorb}};
+static const formula_t FORMULAS[] = {
+    {1, rms_forward, rms_pull, rms_link, rms_update_running},
+    {2, batch_norm_forward, batch_norm_pull, batch_norm_link, batch_norm_update_running},
+};
 
 /* What one pass is, as dense.py begins it: as long as 8 doubles. */
 typedef struct {
@@ -54,8 +56,8 @@ void dense_sums(head_t *head, int rows, int formula, double eps, const float *x,
     LOOPS[rows].sums(NULL, x, NULL, NULL, m.pivot, NULL, NULL, m.sums, N, C, L, threads);
 }
 
-/* The output by shared sums and their count, which running statistics absorb if there are any (tracked is not NULL).
-   Behind a relu alone, the backward forms the output's sign anew. */
+/* The output by shared sums and their count, which update the running statistics, if any (tracked is not NULL).
+   For a relu without a residual, the backward recomputes the output's sign. */
 void dense_normalize(head_t *head, const float *x, const float *residual, float *y, int relu, const double *shared,
                      const float *weight, const float *bias, const float *followed, double clip, float *running_mean,
                      float *running_var, int64_t *tracked, double momentum, int guarded)
@@ -66,11 +68,11 @@ void dense_normalize(head_t *head, const float *x, const float *residual, float 
     double count = head->count = shared[f.kinds * h.C];
     head->relu = relu && !residual;
     f.forward(shared, m.pivot, weight, bias, followed, clip, h.eps, h.C, m.means, m.factor, m.scale, m.shift);
-    if (tracked) f.absorb(shared, count, count, h.C, momentum, guarded, tracked, running_mean, running_var);
+    if (tracked) f.update_running(shared, count, count, h.C, momentum, guarded, tracked, running_mean, running_var);
     LOOPS[h.rows].apply(x, residual, y, m.pivot, m.scale, m.shift, relu, h.N, h.C, h.L, h.threads);
 }
 
-/* Cotangents of what was shared, and the parameters' gradients. Behind a relu the output's sign is formed anew from x,
+/* Cotangents of what was shared, and the parameters' gradients. With a relu the output's sign is recomputed from x,
    or read from y, which gives dz, too. */
 void dense_pull(head_t *head, const float *dy, const float *x, const float *y, float *dz, const float *weight,
                 double *cotangents, float *weight_grad, float *bias_grad)
@@ -82,7 +84,7 @@ void dense_pull(head_t *head, const float *dy, const float *x, const float *y, f
     FORMULAS[h.formula].pull(m.cosums, m.means, m.factor, m.pivot, weight, h.C, cotangents, weight_grad, bias_grad);
 }
 
-/* The input's gradient, by shared cotangents. */
+/* The gradient of the input, from shared cotangents. */
 void dense_combine(head_t *head, const float *dz, const float *x, float *dx, const double *cotangents)
 {
     head_t h = *head;

@@ -1,4 +1,4 @@
-/* One slot of a step under a policy that remembers earlier steps: what ../windows.py says in torch. The values, divided
+/* One slot of a step under a policy with a window: the same as ../windows.py. The values, divided
    by the loss scale, are added to the outbox with their weight; out is what the layer goes on with, of as many
    values. */
 
@@ -8,11 +8,11 @@
 
 typedef ptrdiff_t index_t;
 
-/* out = factor * mean of the landed entries, of which sums is the sum, and the newest, if it has any weight */
+/* out = factor * mean of the completed entries, of which sums is the sum, and the newest, if it has any weight */
 void entries_window(const double *values, index_t count, double loss_scale, double weight, double factor,
-                    const double *sums, const int64_t *landed, double *outbox, double *outbox_weight, double *out)
+                    const double *sums, const int64_t *filled, double *outbox, double *outbox_weight, double *out)
 {
-    index_t entries = *landed + (weight > 0);
+    index_t entries = *filled + (weight > 0);
     double over = factor / (entries > 1 ? entries : 1);
     for (index_t i = 0; i < count; i++) {
         double value = values[i] / loss_scale;
@@ -33,7 +33,7 @@ void entries_mix(const double *values, index_t count, double loss_scale, double 
     *outbox_weight += weight;
 }
 
-/* A landed vector (values of all slots, then their weights) becomes the newest entry of the ring, slot by slot; slots
+/* A completed vector (values of all slots, then their weights) becomes the newest entry of the ring, slot by slot; slots
    without weight, and those with values that are not finite, keep their entries. starts: where slots begin, and the end
    of the last one. ring: [depth, values]; position: where a slot's next entry goes; sums: of a slot's entries. */
 void entries_push(const double *vector, const int64_t *starts, index_t slots, index_t depth, double *ring,

@@ -1,8 +1,9 @@
 /* Sums of float64 vectors among processes of one host, through memory that they share.
 
    The segment: per rank a cache line with its turn, and how long its vectors are and whose; then two vectors per rank,
-   used by turns. A rank writes its vector of a turn, then the turn; who has read that turn may read the vector. Writing turn t overwrites
-   turn t - 2, which nobody reads any more: to come to t a rank has seen all others at t - 1, so they have left t - 2. */
+   used by turns. A rank writes its vector of a turn, then the turn; after reading that turn, others may read the
+   vector. Writing turn t overwrites turn t - 2, which nobody reads any more: a rank starts t after it has seen all
+   others at t - 1, so they have finished t - 2. */
 
 #include <sched.h>
 #include <stddef.h>
@@ -34,7 +35,7 @@ static double now(void)
     return time.tv_sec + 1e-9 * time.tv_nsec;
 }
 
-/* Write this rank's vector of a turn, and who sends it; once. */
+/* Write this rank's vector of a turn, and its sender; once. */
 void exchange_post(char *segment, index_t rank, index_t size, index_t capacity, int64_t turn, int64_t sender,
                    const double *values, index_t count)
 {

@@ -16,16 +16,16 @@ sums_t plane_sums, row_sums;
 apply_t plane_apply, row_apply;
 combine_t plane_combine, row_combine;
 
-typedef void forward_t(const double *wire, const float *pivot, const float *weight, const float *bias,
+typedef void forward_t(const double *payload, const float *pivot, const float *weight, const float *bias,
                        const float *running_var, double clip, double eps, index_t C, double *means, double *factor,
                        float *scale, float *shift);
 typedef void pull_t(const double *sums, const double *means, const double *factor, const float *pivot,
                     const float *weight, index_t C, double *cotangents, float *weight_grad, float *bias_grad);
 typedef void link_t(const double *cotangents, const double *means, const double *count, const float *pivot, double eps,
                     index_t C, float *level, float *slope);
-typedef void absorb_t(const double *means, double over, double count, index_t C, double momentum, int guarded,
+typedef void update_running_t(const double *means, double over, double count, index_t C, double momentum, int guarded,
                       int64_t *tracked, float *running_mean, float *running_var);
 forward_t rms_forward, batch_norm_forward;
 pull_t rms_pull, batch_norm_pull;
 link_t rms_link, batch_norm_link;
-absorb_t rms_absorb, batch_norm_absorb;
+update_running_t rms_update_running, batch_norm_update_running;

@@ -1,9 +1,9 @@
-/* The four loops over big float32 tensors, on a CPU: what kernels/aten.py computes, in as few passes as there can be.
+/* The four loops over large float32 tensors, on a CPU: what kernels/aten.py computes, in as few passes as there can be.
 
    planes: images [N, C, L], contiguous.    rows: [R, C] with R = N * L, channels last.
    Sums are float64. Within a block that fits the first-level cache they are float32, about the block's own mean.
    cosums are float32 within a block of the same size.
-   A norm may have a epilogue, relu(norm(x) + residual): then apply has it, too, and sums and combine see the gradient before
+   A norm may have an epilogue, relu(norm(x) + residual): then apply has it, too, and sums and combine see the gradient before
    it, which is dy where the output was positive, or NaN. */
 
 #include "kernels.h"

@@ -1,6 +1,6 @@
-"""The loops over big tensors for NVIDIA cards, in Triton, and the C-sized arithmetic between them inside of them.
+"""The loops over activations in Triton, for NVIDIA GPUs; the C-sized arithmetic between them runs in the same kernels.
 
-Nothing here waits for the device. Importing this package does not import Triton; importing its modules does.
+The host never waits for the device here. Importing this package does not import Triton; importing its modules does.
 docs/gpu.md counts the launches and the bytes.
 """
 
@@ -21,9 +21,9 @@ MOST_CHANNELS, MOST_VALUES = 2**20, 2**31 - 2**16
 
 @cache
 def available() -> bool:
-    """Whether Triton is there, wanted, and can launch; ``DISTNORM_KERNELS=aten`` does without it. Asks a CUDA device.
+    """Return whether Triton is installed, enabled (``DISTNORM_KERNELS``) and can launch. Needs a CUDA device.
 
-    At first it compiles a module of its own, for which a C compiler and Python's headers must be there.
+    Triton compiles a module on first use, which needs a C compiler and Python's headers.
     """
     if not wanted() or find_spec("triton") is None:
         return False
@@ -31,14 +31,14 @@ def available() -> bool:
 
     try:
         driver.active.get_current_target()
-    except Exception as error:  # whatever a compiler, a linker or a driver has to say
-        warnings.warn(f"Batch norm takes PyTorch's own kernels: Triton cannot launch any here: {error}", stacklevel=2)
+    except Exception as error:  # any error of a compiler, a linker or a driver
+        warnings.warn(f"distnorm: using PyTorch's kernels, since Triton cannot launch its own: {error}", stacklevel=2)
         return False
     return True
 
 
 def takes(x_NCL: Tensor) -> bool:
-    """Whether these kernels take ``x_NCL``: on a CUDA device, of at most 32 bits per value, and not gigantic."""
+    """Return whether these kernels accept ``x_NCL``: on a CUDA device, at most 32 bits per value, and not too large."""
     return x_NCL.is_cuda and x_NCL.dtype in DTYPES and _small(x_NCL) and available()
 
 

@@ -1,7 +1,7 @@
-"""Finalize and apply, in one launch: shared sums become scale and shift, and running statistics absorb them.
+"""Finalize and apply, in one launch: shared sums become scale and shift, and update the running statistics.
 
-Every program works out scale and shift of its own channels, which costs less than a launch; the first of each channel
-keeps them for the backward pass and moves the running statistics. Nothing depends on a value that the host knows.
+Every program computes scale and shift of its own channels, which costs less than a launch. The first program of each
+channel stores them for the backward pass and updates the running statistics. No value has to be known on the host.
 
 Launches: 1. Bytes: x and a residual once, y once.
 """
@@ -17,7 +17,7 @@ from distnorm.kernels.gpu import formulas
 from distnorm.kernels.gpu.tiles import channels, launch, operator, place, spread, tiles_of
 
 BLOCK = 128
-"""Channels that a program of ``absorb_kernel`` takes."""
+"""Channels per program of ``update_running_kernel``."""
 
 
 @operator("gpu_apply", mutates=("running",))
@@ -39,25 +39,25 @@ def apply(
     relu: bool,
     guarded: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``y = (x - pivot) * scale + shift`` of dense ``x_NCL``; then ``+ residual`` and ReLU, if asked for.
+    """``y = (x - pivot) * scale + shift`` of dense ``x_NCL``; then ``+ residual`` and ReLU, if requested.
 
     Args:
         x_NCL: the input; ``residual_NCL`` has its strides.
         shared: sums ``[kinds * C]`` and their count, float64.
         pivot_C: what the loop centres about.
-        weight_C: the scale that was learnt.
-        bias_C: the shift that was.
+        weight_C: the learnt scale.
+        bias_C: the learnt shift.
         residual_NCL: what is added to the output.
-        followed: copies of running_var and of its number of updates, which RMS is corrected by; or nothing.
-        running: running_mean, running_var and their number of updates, moved in place; or nothing.
+        followed: copies of running_var and its number of updates, for the correction of RMS; else empty.
+        running: running_mean, running_var and their number of updates, updated in place; else empty.
         earlier: a copy of that number, where ``momentum`` is None: the plain average over all steps.
         momentum: the weight of this step.
         eps: guards the division.
         clip: the bound of the correction, in force after ``clip_after`` updates.
-        clip_after: see there.
+        clip_after: see ``clip``.
         kinds: 2 for batch norm, 1 for RMS.
         relu: whether negative outputs become 0.
-        guarded: whether ``running`` leaves out moments that would not stay finite.
+        guarded: whether ``running`` skips moments that would make it non-finite.
 
     Returns:
         y; means of ``shared`` and d scale / d weight ``[kinds + 1, C]``, float64; scale and shift ``[2, C]``, float32.
@@ -98,7 +98,7 @@ def _(
 
 
 def _limit(running: Sequence[Tensor]) -> float:
-    """What moments may be: half of it, for a step towards them must not overflow either."""
+    """The largest moment: half the maximum, since an update towards it must not overflow either."""
     return torch.finfo(running[1].dtype).max / 2 if running else 0.0
 
 
@@ -144,7 +144,7 @@ def apply_kernel(
     LIMIT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One pass over x. The first split of each channel writes what is of the channels' size."""
+    """One pass over x. The first split of each channel writes the C-sized results."""
     c = channels(PLANES, COLS)
     here = c < C
     split, splits = tl.program_id(1), tl.num_programs(1)
@@ -167,7 +167,7 @@ def apply_kernel(
             bad = formulas.misfits(shared, formulas.divisor(total), total, C, LIMIT, KINDS, BLOCK)
             fresh = fresh & (bad + 0 * c == 0)
             counts = counts & (bad == 0)
-        formulas.absorb(mean, square, count, running_mean, running_var, earlier, momentum, c, fresh, KINDS)
+        formulas.update_running(mean, square, count, running_mean, running_var, earlier, momentum, c, fresh, KINDS)
         tl.store(updates, tl.load(updates) + 1, mask=counts)
     middle = spread(tl.load(pivot + c, mask=here, other=0.0), PLANES)
     scale, shift = spread(scale.to(tl.float32), PLANES), spread(shift.to(tl.float32), PLANES)
@@ -184,36 +184,49 @@ def apply_kernel(
 
 @triton.jit
 def normalized(values, middle, scale, shift):
-    """``(x - pivot) * scale + shift``, of which compilers leave no choice: backward passes repeat it bit by bit."""
+    """``(x - pivot) * scale + shift``, with fixed rounding: backward passes repeat it bit for bit."""
     return tl.fma(values - middle, scale, shift)
 
 
-@operator("gpu_absorb", mutates=("running",))
-def absorb(
+@operator("gpu_update_running", mutates=("running",))
+def update_running(
     means: Tensor,
     total: Tensor,
-    landed: Tensor,
+    completed: Tensor,
     running: Sequence[Tensor],
     earlier: Tensor | None,
     momentum: float | None,
     kinds: int,
     guarded: bool = False,
 ) -> None:
-    """Running statistics absorb ``means[kinds * C]`` over ``total`` values, where ``landed`` is not 0. One launch.
+    """Update running statistics with ``means[kinds * C]`` of ``total`` values, if ``completed`` is not 0. One launch.
 
     All float64; ``running``, ``earlier``, ``momentum`` and ``guarded`` as for ``apply``.
     """
     channels_ = running[1].numel()
     blocks = (triton.cdiv(channels_, BLOCK),)
     limit = _limit(running) if guarded else 0.0
-    launch(absorb_kernel, blocks, means, total, landed, *running, earlier, momentum, channels_, kinds, limit, BLOCK)
+    launch(
+        update_running_kernel,
+        blocks,
+        means,
+        total,
+        completed,
+        *running,
+        earlier,
+        momentum,
+        channels_,
+        kinds,
+        limit,
+        BLOCK,
+    )
 
 
-@torch.library.register_fake("distnorm::gpu_absorb")
+@torch.library.register_fake("distnorm::gpu_update_running")
 def _(
     means: Tensor,
     total: Tensor,
-    landed: Tensor,
+    completed: Tensor,
     running: Sequence[Tensor],
     earlier: Tensor | None,
     momentum: float | None,
@@ -224,10 +237,10 @@ def _(
 
 
 @triton.jit
-def absorb_kernel(
+def update_running_kernel(
     means,
     total,
-    landed,
+    completed,
     running_mean,
     running_var,
     updates,
@@ -238,17 +251,17 @@ def absorb_kernel(
     LIMIT: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """``formulas.absorb`` of means that came by themselves."""
+    """Call ``formulas.update_running`` with means that no forward has computed."""
     c = tl.program_id(0) * COLS + tl.arange(0, COLS)
     here = c < C
     mean = tl.load(means + c, mask=here, other=0.0)
     square = tl.load(means + (KINDS - 1) * C + c, mask=here, other=0.0)
     count = tl.load(total + 0 * c)
-    fresh = here & (count > 1) & (tl.load(landed + 0 * c) > 0)
-    counts = (tl.program_id(0) == 0) & (tl.load(total) > 1) & (tl.load(landed) > 0)
+    fresh = here & (count > 1) & (tl.load(completed + 0 * c) > 0)
+    counts = (tl.program_id(0) == 0) & (tl.load(total) > 1) & (tl.load(completed) > 0)
     if LIMIT > 0:
         bad = formulas.misfits(means, 1.0 + 0.0 * count, count, C, LIMIT, KINDS, COLS)
         fresh = fresh & (bad + 0 * c == 0)
         counts = counts & (bad == 0)
-    formulas.absorb(mean, square, count, running_mean, running_var, earlier, momentum, c, fresh, KINDS)
+    formulas.update_running(mean, square, count, running_mean, running_var, earlier, momentum, c, fresh, KINDS)
     tl.store(updates, tl.load(updates) + 1, mask=counts)

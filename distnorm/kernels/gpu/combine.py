@@ -1,6 +1,6 @@
 """Backward combine: ``dx = dz * scale + level + (x - pivot) * slope``.
 
-Every program works out level and slope of its own channels from the shared cotangents. Gradients that an activation
+Every program computes level and slope of its own channels from the shared cotangents. Gradients that an activation
 stopped are masked as in ``cosums``, unless that wrote dz.
 
 Launches: 1. Bytes: dz and x once, dx once.
@@ -29,7 +29,7 @@ def combine(
     kinds: int,
     mask: int,
 ) -> Tensor:
-    """The gradient of x.
+    """Return the gradient of x.
 
     ``cotangents`` and their forward's ``count`` are shared ones; ``mask`` is UNMASKED or BY_INPUT, for ``dz_NCL`` as it
     comes; the other arguments are as for ``cosums``.

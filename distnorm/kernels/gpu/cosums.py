@@ -1,8 +1,8 @@
 """Backward sums: sum(dz) and sum(dz * (x - pivot)), then the cotangents that are shared and the parameters' gradients.
 
-dz is the output's gradient dy, before the activation where one was fused. Behind a residual the output alone knows
-which values passed (MASK 2); dz is written then, for the residual and for ``combine``. Else x knows it (MASK 1), which
-spares the bytes of both. Float32 within a program, lane by lane; float64 between programs.
+dz is the gradient dy of the output, before the activation if one is fused. With a residual the mask follows from the
+output only (MASK 2); dz is then written, for the residual and for ``combine``. Otherwise the mask follows from x
+(MASK 1), which saves the bytes of both. Float32 within a program, lane by lane; float64 between programs.
 
 Launches: 1, or 2 where several programs share a channel. Bytes: dy and x once; y and dz, if there is a residual.
 """
@@ -18,7 +18,7 @@ from distnorm.kernels.gpu.moments import MERGE_COLUMNS, MERGE_ROWS
 from distnorm.kernels.gpu.tiles import channels, launch, merged, operator, per_channel, place, spread, tiles_of
 
 UNMASKED, BY_INPUT, BY_OUTPUT = 0, 1, 2
-"""Which gradients pass: all; those of outputs that x says were positive; of outputs that y says were."""
+"""Which gradients pass: all; those whose output was positive, computed from x; the same, read from y."""
 
 
 @operator("gpu_cosums")
@@ -42,10 +42,10 @@ def cosums(
         x_NCL: the input, dense.
         y_NCL: the output, where the mask is taken from it.
         pivot_C: as for ``apply``, like ``weight_C`` and ``kinds``.
-        weight_C: see there.
+        weight_C: as for ``apply``.
         saved: what ``apply`` returned, like ``narrow``.
-        narrow: see there.
-        kinds: see there.
+        narrow: scale and shift, as ``apply`` returned them.
+        kinds: as for ``apply``.
         mask: UNMASKED, BY_INPUT or BY_OUTPUT.
     """
     channels_ = x_NCL.shape[1]
@@ -94,7 +94,7 @@ def _gradients(
 
 @triton.jit
 def masked(grad, x, values, middle, scale, shift):
-    """``grad`` before an activation without a residual, by the output formed anew; ``values`` are those of x."""
+    """``grad`` where the recomputed output, without a residual, is above 0; ``values`` are those of x."""
     output = normalized(values, middle, scale, shift)
     # Rounded as the output was: what became 0 there has no gradient.
     return passing(grad, output.to(x.dtype.element_ty).to(tl.float32))

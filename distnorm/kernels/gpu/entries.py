@@ -1,8 +1,8 @@
-"""Slots of a step under a policy that remembers earlier steps: csrc/entries.c once more, in float64.
+"""Slots of a step under a policy with a window: the same as csrc/entries.c, in float64.
 
-No program reads what another one writes. What all read (the newest values, their weight, the loss scale, what has
-landed) nobody writes; of the outbox, the output and the ring every lane reads and writes its own elements; one lane of
-the first program adds to a slot's weight.
+No program reads what another one writes. What all programs read is constant: the newest values, their weight, the loss
+scale and the completed entries. In the outbox, the output and the ring every lane reads and writes its own elements.
+One lane of the first program adds to a slot's weight.
 
 Launches: 1 per layer and direction, and 1 at a step's end for all layers.
 """
@@ -15,9 +15,9 @@ from torch import Tensor
 from distnorm.kernels.gpu.tiles import launch, operator
 
 BLOCK = 256
-"""Values that a program takes at once."""
+"""Values per block."""
 
-# Slots begin anywhere: one compiled variant serves all.
+# Slots start at any offset; one compiled variant handles all.
 _ANY = {
     "do_not_specialize": ["start", "number", "count", "values", "depth"],
     "do_not_specialize_on_alignment": ["newest", "weight", "scale_at"],
@@ -38,21 +38,21 @@ def window(
     number: int,
     counted: bool,
 ) -> Tensor:
-    """Add ``newest / loss scale`` to a slot of this step; return what the layer goes on with. One launch.
+    """Add ``newest / loss scale`` to a slot of this step; return the layer's result. One launch.
 
-    That is loss scale * ``weight`` * mean of the slot's landed entries and the newest, if it has any weight.
+    That is loss scale * ``weight`` * mean of the slot's completed entries and the newest, if it has any weight.
 
     Args:
         newest: the slot's values, or more; float64 like all but the loss scale and ``filled``.
         weight: what they are the sum of, a scalar; None for 1.
         scale_at: the loss scale, a scalar of any dtype; None for ``scale``.
-        scale: see there.
-        sums: of the landed entries, for all slots.
-        filled: how many landed, per slot, int64.
+        scale: the same as a number.
+        sums: of the completed entries, for all slots.
+        filled: the number of completed entries per slot, int64.
         outbox: values of all slots, and then their weights.
         start: where the slot's values begin there, and in ``sums``.
-        count: how many they are.
-        number: which slot it is.
+        count: the number of these values.
+        number: the number of the slot.
         counted: whether the weight follows in the output.
     """
     out = sums.new_empty(count + counted)
@@ -97,7 +97,7 @@ def window_kernel(
     COUNTED: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    """A program takes COLS values of the slot."""
+    """A program handles COLS values of the slot."""
     lane = tl.arange(0, COLS)
     i = tl.program_id(0) * COLS + lane
     here, first = i < count, i == 0
@@ -123,7 +123,7 @@ def mix(
     start: int,
     number: int,
 ) -> Tensor:
-    """Add ``newest / loss scale`` to a slot of this step, weight 1; return what the layer goes on with. One launch.
+    """Add ``newest / loss scale`` to a slot of this step, weight 1; return the layer's result. One launch.
 
     That is ``newest + loss scale * others``, which are laid out as ``sums``; all else is as for ``window``.
     """
@@ -163,7 +163,7 @@ def mix_kernel(
     values,
     COLS: tl.constexpr,
 ):
-    """A program takes COLS values of the slot."""
+    """A program handles COLS values of the slot."""
     lane = tl.arange(0, COLS)
     i = tl.program_id(0) * COLS + lane
     here, factor = i < count, spread_scalar(scale_at, scale, lane)
@@ -183,7 +183,7 @@ def push(
     sums: Tensor,
     dropped: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Let a landed ``vector`` become the newest entry of the ring, slot by slot. One launch.
+    """Let a completed ``vector`` become the newest entry of the ring, slot by slot. One launch.
 
     Slots without weight, and those with values that are not finite, keep their entries.
 
@@ -240,7 +240,7 @@ def push_kernel(
     depth,
     COLS: tl.constexpr,
 ):
-    """A program takes a slot: first it looks for values that are not finite, then it writes."""
+    """A program handles one slot: it looks for values that are not finite, then writes."""
     lane = tl.arange(0, COLS)
     slot, first = tl.program_id(0) + 0 * lane, lane == 0
     start, end = tl.load(starts + tl.program_id(0)), tl.load(starts + tl.program_id(0) + 1)

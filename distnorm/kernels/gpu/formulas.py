@@ -1,6 +1,6 @@
-"""The C-sized float64 arithmetic of methods, inside of programs: csrc/arithmetic.c once more, channel by channel.
+"""The C-sized float64 arithmetic of methods, inside of kernels: the same as csrc/arithmetic.c, channel by channel.
 
-KINDS tells the methods apart: batch norm shares two sums, RMS one. ``wire`` are shared sums and their count;
+KINDS selects the method: batch norm shares two sums, RMS one. ``payload`` are shared sums and their count;
 ``saved[KINDS + 1, C]`` are their means and d scale / d weight; ``y = (x - pivot) * scale + shift``.
 """
 
@@ -10,7 +10,7 @@ import triton.language as tl
 
 @triton.jit
 def divisor(count):
-    """The count, or 1 in its place where there are no values."""
+    """Return the count, or 1 if there are no values."""
     return tl.where(count > 0, count, 1.0)
 
 
@@ -23,7 +23,7 @@ def variance(mean, square):
 
 @triton.jit
 def values_or(pointer, c, here, default: tl.constexpr):
-    """``[C]`` values in float64, or what stands for them."""
+    """Return ``[C]`` values in float64, or the default if there are none."""
     if pointer is None:
         found = tl.cast(default, tl.float64)
     else:
@@ -45,14 +45,16 @@ def correction(square, followed, updates, clip, clip_after, eps, c, here):
 
 
 @triton.jit
-def forward(wire, pivot, weight, bias, followed, updates, clip, clip_after, eps, C, c, here, KINDS: tl.constexpr):
+def forward(payload, pivot, weight, bias, followed, updates, clip, clip_after, eps, C, c, here, KINDS: tl.constexpr):
     """Shared means (of x, of its square), their count, d scale / d weight, scale and shift."""
-    count = tl.load(wire + KINDS * C + 0 * c)  # per channel: Triton 3.7's interpreter cannot spread a comparison of it
+    count = tl.load(
+        payload + KINDS * C + 0 * c
+    )  # per channel: Triton 3.7's interpreter cannot spread a comparison of it
     total = divisor(count)
-    square = tl.load(wire + (KINDS - 1) * C + c, mask=here, other=0.0) / total
+    square = tl.load(payload + (KINDS - 1) * C + c, mask=here, other=0.0) / total
     gain, middle = values_or(weight, c, here, 1.0), values_or(pivot, c, here, 0.0)
     if KINDS == 2:
-        mean = tl.load(wire + c, mask=here, other=0.0) / total
+        mean = tl.load(payload + c, mask=here, other=0.0) / total
         factor = 1.0 / tl.sqrt(variance(mean, square) + eps)
     else:
         mean = tl.zeros_like(square)
@@ -82,7 +84,7 @@ def misfits(sums, divisor, count, C, LIMIT: tl.constexpr, KINDS: tl.constexpr, C
 
 
 @triton.jit
-def absorb(mean, square, count, running_mean, running_var, updates, momentum, c, fresh, KINDS: tl.constexpr):
+def update_running(mean, square, count, running_mean, running_var, updates, momentum, c, fresh, KINDS: tl.constexpr):
     """``running += (moments - running) * momentum`` in ``fresh`` channels; without a momentum, the plain average.
 
     ``updates`` is how often that was done before; ``count`` is above 1 where anything is fresh.

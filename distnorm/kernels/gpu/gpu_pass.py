@@ -1,4 +1,4 @@
-"""One forward and backward of one layer on an NVIDIA card, by a method that ``formulas.py`` knows.
+"""One forward and backward of one layer on an NVIDIA GPU, for a method in ``formulas.py``.
 
 Beside the collectives, 3 launches forward and 3 backward at most; 2 and 2 where one program has a channel to itself.
 Shapes: as in kernels/dense.py.
@@ -8,29 +8,29 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from distnorm.kernels.arithmetic import Formula
-from distnorm.kernels.gpu.apply import absorb, apply
+from distnorm.kernels.gpu.apply import apply, update_running
 from distnorm.kernels.gpu.combine import combine
 from distnorm.kernels.gpu.cosums import BY_INPUT, BY_OUTPUT, UNMASKED, cosums
 from distnorm.kernels.gpu.moments import moments
 from distnorm.kernels.gpu.tiles import dense, like
-from distnorm.types import Epilogue, Landed, Running
+from distnorm.types import Epilogue, GlobalStatistics, Running
 
 
 class GpuPass:
     """A ``passes.Pass`` over dense or other CUDA tensors."""
 
     def __init__(self, formula: Formula, eps: float) -> None:
-        """Nothing is computed yet."""
+        """Start without computing anything."""
         self._formula, self._eps = formula, eps
 
     def sums(self, x_NCL: Tensor) -> Tensor:
-        """What the method shares: local sums and their count, float64 ``[K C + 1]``."""
-        wire: Tensor
-        wire, self._pivot_C = moments(dense(x_NCL))
-        return wire[(2 - self._formula.kinds) * x_NCL.shape[1] :]
+        """Return what the method shares: local sums and their count, float64 ``[K C + 1]``."""
+        payload: Tensor
+        payload, self._pivot_C = moments(dense(x_NCL))
+        return payload[(2 - self._formula.kinds) * x_NCL.shape[1] :]
 
-    def absorbs(self, running: Running) -> bool:
-        """Whether ``normalize`` can let ``running`` statistics absorb."""
+    def can_update(self, running: Running) -> bool:
+        """Return whether ``normalize`` can update the ``running`` statistics."""
         return running.is_whole
 
     def normalize(
@@ -42,7 +42,7 @@ class GpuPass:
         epilogue: Epilogue,
         running: Running | None,
     ) -> Tensor:
-        """The output, by ``shared`` sums and their count; ``running`` statistics absorb these, if given."""
+        """Return the output for ``shared`` sums and their count; these update the ``running`` statistics, if given."""
         formula, x_NCL = self._formula, dense(x_NCL)
         shared = shared.contiguous()
         self._count, self._mask = shared[-1], _mask(epilogue)
@@ -62,7 +62,7 @@ class GpuPass:
     def pull(
         self, dy_NCL: Tensor, x_NCL: Tensor, y_NCL: Tensor | None, weight_C: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Cotangents of what was shared, gradients of weight and bias, and what ``combine`` takes for the gradient."""
+        """Return cotangents, gradients of weight and bias, and the output gradient for ``combine``."""
         x_NCL, weight_C = dense(x_NCL), None if weight_C is None else weight_C.contiguous()
         dy_NCL = like(dy_NCL, x_NCL)
         y_NCL = None if y_NCL is None or self._mask != BY_OUTPUT else like(y_NCL, x_NCL)
@@ -73,7 +73,7 @@ class GpuPass:
         return cotangents, weight_grad_C, bias_grad_C, dy_NCL if y_NCL is None else dz_NCL
 
     def combine(self, dz_NCL: Tensor, x_NCL: Tensor, cotangents: Tensor) -> Tensor:
-        """The input's gradient, by shared cotangents and what ``pull`` returned for the gradient."""
+        """Return the gradient of the input, from shared cotangents and the last result of ``pull``."""
         x_NCL = dense(x_NCL)
         dx_NCL: Tensor = combine(
             *(like(dz_NCL, x_NCL), x_NCL, cotangents.contiguous(), self._count, self._pivot_C, self._saved),
@@ -83,17 +83,17 @@ class GpuPass:
 
 
 def _mask(epilogue: Epilogue) -> int:
-    """Who knows, in the backward pass, which gradients an activation let pass."""
+    """Return where the backward pass finds the mask of the activation."""
     if not epilogue.relu:
         return UNMASKED
     return BY_INPUT if epilogue.residual_NCL is None else BY_OUTPUT
 
 
-def absorb_means(formula: Formula, landed: Landed, running: Running) -> None:
-    """Let ``running`` statistics absorb what ``landed`` at a step's end, if anything did."""
+def update_from_means(formula: Formula, statistics: GlobalStatistics, running: Running) -> None:
+    """Update ``running`` with the ``statistics`` that completed at a step's end, if their weight is not 0."""
     buffers, earlier, momentum = _arguments(running)
-    given = landed.means.contiguous(), landed.total, landed.weight
-    absorb(*given, buffers, earlier, momentum, formula.kinds, running.guarded)
+    given = statistics.means.contiguous(), statistics.total, statistics.weight
+    update_running(*given, buffers, earlier, momentum, formula.kinds, running.guarded)
     increment_version(buffers)
 
 

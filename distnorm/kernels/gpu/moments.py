@@ -1,4 +1,4 @@
-"""Local moments: sums of x and of its squares with their count, in float64, and the mean that loops centre about.
+"""Local moments: sums of x and of its squares with their count, in float64, and the mean, about which loops centre.
 
 Two levels. A program takes the mean of its first tile as its pivot, sums (x - pivot) and (x - pivot)^2 in float32, lane
 by lane, and turns these into sums about 0 in float64; those are added up over programs. With p the mean of one of T
@@ -24,27 +24,27 @@ from distnorm.kernels.gpu.tiles import (
 )
 
 MERGE_ROWS, MERGE_COLUMNS = 32, 32
-"""What a program that adds up takes at once: splits, channels."""
+"""Splits and channels per block of the merging kernel."""
 
 
 @operator("gpu_moments")
 def moments(x_NCL: Tensor) -> tuple[Tensor, Tensor]:
-    """The wire ``[2 C + 1]`` of a dense ``x_NCL``, float64, and the mean ``[C]``, float32; 0 if there are no values."""
+    """Return the float64 payload ``[2 C + 1]`` of a dense ``x_NCL``, and the float32 mean ``[C]``, 0 without values."""
     channels_, values = x_NCL.shape[1], x_NCL.numel()
     if not values:
         return x_NCL.new_zeros(2 * channels_ + 1, dtype=torch.float64), x_NCL.new_zeros(channels_, dtype=torch.float32)
-    wire = x_NCL.new_empty(2 * channels_ + 1, dtype=torch.float64)
+    payload = x_NCL.new_empty(2 * channels_ + 1, dtype=torch.float64)
     pivot_C = x_NCL.new_empty(channels_, dtype=torch.float32)
     tiles = tiles_of(x_NCL)
     count = values // channels_
     if tiles.splits == 1:
-        launch(sums_kernel, tiles.grid, x_NCL, wire, pivot_C, count, *tiles.image, True)
-        return wire, pivot_C
+        launch(sums_kernel, tiles.grid, x_NCL, payload, pivot_C, count, *tiles.image, True)
+        return payload, pivot_C
     parts = x_NCL.new_empty(tiles.splits * 2 * channels_, dtype=torch.float64)
     launch(sums_kernel, tiles.grid, x_NCL, parts, pivot_C, count, *tiles.image, False)
     blocks = (triton.cdiv(channels_, MERGE_COLUMNS),)
-    launch(merge_kernel, blocks, parts, wire, pivot_C, count, tiles.splits, channels_, MERGE_ROWS, MERGE_COLUMNS)
-    return wire, pivot_C
+    launch(merge_kernel, blocks, parts, payload, pivot_C, count, tiles.splits, channels_, MERGE_ROWS, MERGE_COLUMNS)
+    return payload, pivot_C
 
 
 @torch.library.register_fake("distnorm::gpu_moments")
@@ -72,7 +72,7 @@ def sums_kernel(
     COLS: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
-    """``sums[split, 2, C]``; with WHOLE it is the wire, and the pivot is written, too."""
+    """``sums[split, 2, C]``; with WHOLE it is the payload, and the pivot is written, too."""
     c = channels(PLANES, COLS)
     here = c < C
     split, splits = tl.program_id(1), tl.num_programs(1)
@@ -100,13 +100,13 @@ def sums_kernel(
 
 
 @triton.jit(do_not_specialize=["count", "splits"])
-def merge_kernel(parts, wire, pivot, count, splits, C, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """The wire of ``parts[splits, 2, C]``, and the mean."""
+def merge_kernel(parts, payload, pivot, count, splits, C, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """The payload of ``parts[splits, 2, C]``, and the mean."""
     c = tl.program_id(0) * COLS + tl.arange(0, COLS)
     here = c < C
     one, two = merged(parts, splits, C, c, here, ROWS, COLS)
     number = tl.cast(count, tl.float64)
-    tl.store(wire + c, one, mask=here)
-    tl.store(wire + C + c, two, mask=here)
+    tl.store(payload + c, one, mask=here)
+    tl.store(payload + C + c, two, mask=here)
     tl.store(pivot + c, (one / number).to(tl.float32), mask=here)
-    tl.store(wire + 2 * C, number, mask=tl.program_id(0) == 0)
+    tl.store(payload + 2 * C, number, mask=tl.program_id(0) == 0)

@@ -1,10 +1,10 @@
-"""How a tensor is cut into tiles, on the host and in a program; and how programs are launched.
+"""The tiling of a tensor, on the host and in a kernel; and the launch of kernels.
 
 Two layouts. Planes: images [N, C, L], contiguous; a program works on one channel, a tile is ROWS samples by COLS
 positions. Rows: [N L, C], channels last; a program works on COLS channels, a tile is ROWS rows of them.
 
-The grid is (channels, splits): program (i, j) takes the tiles j, j + splits, ... of its channels. Positions come as
-``L * VEC`` with a constant VEC, so that the compiler knows how far they are aligned and loads vectors.
+The grid is (channels, splits): program (i, j) handles the tiles j, j + splits, ... of its channels. Positions come as
+``L * VEC`` with a constant VEC, so that the compiler can infer their alignment and load vectors.
 """
 
 import math
@@ -24,13 +24,13 @@ COLUMNS = 64
 """Channels of a tile of rows: 128 bytes in half precision."""
 
 PROGRAMS = 1024
-"""Programs that keep a large card busy: 8 on each of its multiprocessors."""
+"""Programs that occupy a large GPU: 8 on each of its multiprocessors."""
 
 LONGEST = 64
-"""Tiles that one program takes, unless the grid ends: its float32 sums are as long in each lane."""
+"""Tiles per program, unless the grid is at its limit: the number of values in each lane's float32 sums."""
 
 SPLITS = 65535
-"""Programs that a grid has along its second dimension at most, by CUDA; a program takes more tiles then."""
+"""CUDA's limit of a grid's second dimension; beyond it, a program handles more tiles."""
 
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
@@ -99,7 +99,7 @@ def operator(name: str, mutates: tuple[str, ...] = ()) -> Callable[[Callable[...
     """Register a function as the operator ``distnorm::name`` and return that.
 
     Through the plain registry: ``custom_op`` does the same for 10 to 20 microseconds more of each call (torch 2.13),
-    which is what a small layer costs altogether.
+    as much as a small layer costs in total.
     """
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:

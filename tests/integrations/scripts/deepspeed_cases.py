@@ -99,7 +99,7 @@ def stock(stage: int) -> dict[str, Any]:
     return {"y": engine(piece(0, 0, 1)[0].to(dtype)).detach(), "file": f"{FOLDER}/stock-{stage}.pt"}
 
 
-def landed(module: nn.Module) -> dict[str, Any]:
+def state_of(module: nn.Module) -> dict[str, Any]:
     """How many steps ended, and what is in the windows of mabn: an entry per layer and direction, newest not last."""
     (state,) = distnorm.state_dict(module)
     ring = state["reducer"]["then"]["window"]["ring"]
@@ -129,7 +129,7 @@ def fp32(stage: int) -> dict[str, Any]:
     """What ``fp16`` is compared with."""
     engine = engine_of(stage, MABN, lr=SLOWLY)
     train(engine, range(STEPS))
-    return landed(engine.module)
+    return state_of(engine.module)
 
 
 def fp16(stage: int) -> dict[str, Any]:
@@ -137,7 +137,7 @@ def fp16(stage: int) -> dict[str, Any]:
     scaled = {"enabled": True, "initial_scale_power": 24, "loss_scale_window": 1000, "hysteresis": 1}
     engine = engine_of(stage, MABN, lr=SLOWLY, fp16=scaled)
     train(engine, range(STEPS), dtype=torch.float16)
-    return {**landed(engine.module), "skipped": engine.skipped_steps, "log": list(LOG)}
+    return {**state_of(engine.module), "skipped": engine.skipped_steps, "log": list(LOG)}
 
 
 def resumed(stage: int) -> dict[str, Any]:

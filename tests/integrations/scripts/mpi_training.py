@@ -61,19 +61,19 @@ def sums(rank: int) -> list[bytes]:
     """The bits of sums of many sizes: of rounding errors above all."""
     group = transport.make_mpi_group((0, 1, 2, 3), {each: each for each in range(4)}, 7, TIMEOUT)
     generator = torch.Generator().manual_seed(rank)
-    wires = [torch.randn(2**power + 1, generator=generator, dtype=torch.float64).exp() for power in range(0, 18, 3)]
-    blocking = [group.sum(wire, SLOT) for wire in wires]
-    background = [group.sum_async(wire.clone(), SLOT).wait() for wire in wires]
+    payloads = [torch.randn(2**power + 1, generator=generator, dtype=torch.float64).exp() for power in range(0, 18, 3)]
+    blocking = [group.sum(payload, SLOT) for payload in payloads]
+    background = [group.sum_async(payload.clone(), SLOT).wait() for payload in payloads]
     return [each.numpy().tobytes() for each in blocking + background]
 
 
 def abandoned(rank: int) -> bool:
     """Whether the memory of a sum that nobody waits for lives on."""
     group = transport.make_mpi_group((0, 1, 2, 3), {each: each for each in range(4)}, 8, TIMEOUT)
-    wire = torch.ones(129)
-    alive = ref(wire)
-    group.sum_async(wire, SLOT)
-    del wire
+    payload = torch.ones(129)
+    alive = ref(payload)
+    group.sum_async(payload, SLOT)
+    del payload
     return alive() is not None
 
 

@@ -11,7 +11,7 @@ Call = Callable[[], object]
 
 
 # docs/decisions.md#the-end-of-a-moving-step-is-one-block
-def at_once(*calls: Call) -> None:
+def uninterrupted(*calls: Call) -> None:
     """Make ``calls`` one after another, of functions written in C, such as ``put``.
 
     Python looks for signals between instructions of its own, and here it executes none: all calls are made, or none, or

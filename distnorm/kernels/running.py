@@ -8,41 +8,43 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from distnorm.compat.at_once import Call, at_once
+from distnorm.compat.uninterrupted import Call, uninterrupted
 from distnorm.kernels import dense, gpu
 from distnorm.kernels.arithmetic import Shared
-from distnorm.types import Landed, Moments, Running
+from distnorm.types import GlobalStatistics, Moments, Running
 
 
-def absorb_shared(
-    method: Shared, shared: Tensor, running: Running, features: int, landed: Tensor | bool = True
+def update_from_sums(
+    method: Shared, shared: Tensor, running: Running, features: int, completed: Tensor | bool = True
 ) -> None:
     """Update ``running`` statistics with the moments of ``shared`` sums and their count, for so many ``features``."""
-    if landed is False:
+    if completed is False:
         return
     if shared.is_cpu and not torch.compiler.is_compiling():
         # In C if possible, as in the passes of layers: results must be bitwise equal on ranks whose batches take other
         # code paths.
         formula, count = method.formula(), shared[-1].item()
-        absorb_in_c = None if formula is None else dense.absorbing(formula, shared, count, count, running)
-        if absorb_in_c is not None:
-            absorb_in_c()
+        update_in_c = None if formula is None else dense.updating(formula, shared, count, count, running)
+        if update_in_c is not None:
+            update_in_c()
             return
     total = shared[-1]  # without gradient, like everything shared
-    absorb(running, method.moments(shared[:-1].view(-1, features) / total.clamp_min(1), total), total, landed)
+    update_running(
+        running, method.moments(shared[:-1].view(-1, features) / total.clamp_min(1), total), total, completed
+    )
 
 
-def absorb(running: Running, moments: Moments, count: Tensor, landed: Tensor | bool) -> None:
+def update_running(running: Running, moments: Moments, count: Tensor, completed: Tensor | bool) -> None:
     """Update ``running += (moments - running) * momentum``; the plain average over all steps if momentum is None.
 
-    Nothing changes if ``landed`` is 0 or fewer than two values were seen. If guarded, nothing changes either if a
+    Nothing changes if ``completed`` is 0 or fewer than two values were seen. If guarded, nothing changes either if a
     running statistic of the layer would become non-finite: forwards that read them, or windows, must not keep the
     values of one broken batch. There is no branch for which the host would wait for a GPU.
     """
     if count.is_cpu and not torch.compiler.is_compiling():
-        at_once(*_moves(running, moments, count, landed))
+        uninterrupted(*_moves(running, moments, count, completed))
         return
-    fresh = (landed * (count > 1)).to(count.dtype)
+    fresh = (completed * (count > 1)).to(count.dtype)
     if running.guarded:
         fresh = fresh * _fit(running, moments)
     momentum: Tensor | float = running.momentum or 0.0
@@ -61,9 +63,11 @@ def _fit(running: Running, moments: Moments) -> Tensor:
     return torch.stack(fits).all() if fits else moments.var_C.new_ones((), dtype=torch.bool)
 
 
-def _moves(running: Running, moments: Moments, count: Tensor, landed: Tensor | bool, *, others: int = 0) -> list[Call]:
-    """Return the calls that update CPU tensors as ``absorb`` does, after ``others`` other updates."""
-    if not (landed and count > 1 and (not running.guarded or _fit(running, moments))):
+def _moves(
+    running: Running, moments: Moments, count: Tensor, completed: Tensor | bool, *, others: int = 0
+) -> list[Call]:
+    """Return the calls that update CPU tensors as ``update_running`` does, after ``others`` other updates."""
+    if not (completed and count > 1 and (not running.guarded or _fit(running, moments))):
         return []
     rate, counted = running.momentum or 0.0, []
     if running.updates is not None:
@@ -87,35 +91,37 @@ def _lerp(buffer_C: Tensor, fresh_C: Tensor, rate: Tensor) -> None:
     buffer_C.lerp_(fresh_C, rate.to(buffer_C.dtype))
 
 
-def absorbing_landed(running: Running, landed: Landed, method: Shared, features: int, *, others: int = 0) -> list[Call]:
-    """Return calls that ``absorb`` what became global at the end of a step, on its device, without interruption.
+def updating_running(
+    running: Running, statistics: GlobalStatistics, method: Shared, features: int, *, others: int = 0
+) -> list[Call]:
+    """Return the calls that update ``running`` with statistics of a step that has ended, on their device.
 
-    ``others``: the number of updates before this one. Requires disabled gradients.
+    ``others``: the number of updates before this one. Pass the calls to ``uninterrupted``, with gradients disabled.
     """
-    if running.var_C is not None and landed.means.device != running.var_C.device:  # the layer has been moved since
-        landed = Landed(landed.layer, *(values.to(running.var_C.device) for values in landed[1:]))
-    _, means, total, weight = landed
+    if running.var_C is not None and statistics.means.device != running.var_C.device:  # the layer has been moved since
+        statistics = GlobalStatistics(statistics.layer, *(values.to(running.var_C.device) for values in statistics[1:]))
+    _, means, total, weight = statistics
     formula = method.formula()
     if means.is_cpu and formula is not None:
         if not weight:
             return []
-        absorb_in_c = dense.absorbing(formula, means, 1.0, total.item(), running)
-        if absorb_in_c is not None:
-            return [absorb_in_c]
+        update_in_c = dense.updating(formula, means, 1.0, total.item(), running)
+        if update_in_c is not None:
+            return [update_in_c]
     elif means.is_cuda and formula is not None and running.is_whole and gpu.available():
-        from distnorm.kernels.gpu.gpu_pass import absorb_means  # imports Triton
+        from distnorm.kernels.gpu.gpu_pass import update_from_means  # imports Triton
 
-        return [partial(absorb_means, formula, landed, running)]
+        return [partial(update_from_means, formula, statistics, running)]
     moments = method.moments(means.view(-1, features), total)
     if total.is_cpu:
         return _moves(running, moments, total, weight, others=others)
-    return [partial(absorb, running, moments, total, weight)]
+    return [partial(update_running, running, moments, total, weight)]
 
 
 @torch.no_grad()
-def with_landed(running: Running, landed: Landed, method: Shared, features: int) -> Running:
-    """Return what ``absorbing_landed`` would make of ``running``, which does not change."""
+def updated_running(running: Running, statistics: GlobalStatistics, method: Shared, features: int) -> Running:
+    """Return what ``updating_running`` would make of ``running``, which does not change."""
     mean_C, var_C, updates = (None if each is None else each.detach().clone() for each in running[:3])
     ahead = Running(mean_C, var_C, updates, running.momentum, running.guarded)
-    at_once(*absorbing_landed(ahead, landed, method, features))
+    uninterrupted(*updating_running(ahead, statistics, method, features))
     return ahead

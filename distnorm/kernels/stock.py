@@ -1,0 +1,60 @@
+"""Torch's own batch norm, for layers that share nothing and are so small that Python costs more than their arithmetic.
+
+An autograd Function in Python takes longer than torch's whole batch norm of a few thousand values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distnorm.compat.dispatch_state import saved_tensors_hooks
+from distnorm.kernels.arithmetic import Shared
+from distnorm.types import Affine, Running
+
+FEW_VALUES = 2**16
+"""Up to this number of values torch's batch norm is at least as fast as the C kernels (docs/performance.md)."""
+
+
+# docs/decisions.md#torchs-batch-norm-for-small-layers
+def suits(method: Shared, x_NCL: Tensor, affine: Affine, running: Running) -> bool:
+    """Return whether torch's batch norm computes what ``method`` does for this plain input, and sooner."""
+    formula = method.formula()
+    if formula is None or formula.name != "batch_norm" or not 0 < x_NCL.numel() <= FEW_VALUES:
+        return False
+    if running.momentum is None and not x_NCL.is_cpu:  # the host would wait for the number of updates
+        return False
+    for each in (x_NCL, *affine[:2], *running[:2]):
+        if each is not None and each.dtype is not torch.float32:
+            return False
+    return True
+
+
+def batch_norm(x_NCL: Tensor, affine: Affine, running: Running, *, updates: bool) -> Tensor:
+    """Normalize ``x_NCL`` by the mean and variance of this batch; ``updates``: also update ``running`` statistics.
+
+    At least two values per channel.
+    """
+    weight_C, bias_C, eps, *_ = affine
+    mean_C, var_C, count, rate, _ = running
+    if not updates:  # a checkpoint expects that its repetition saves as many tensors
+        mean_C, var_C = (None if each is None else each.clone() for each in (mean_C, var_C))
+    elif count is not None:
+        count.add_(1)
+    momentum = rate if rate is not None else 0.0 if count is None else 1.0 / float(count)
+    hooks = saved_tensors_hooks()
+    with nullcontext() if hooks is None else torch.autograd.graph.saved_tensors_hooks(*_keeping_dtypes(*hooks)):
+        return torch.batch_norm(
+            x_NCL, weight_C, bias_C, mean_C, var_C, True, momentum, eps, torch.backends.cudnn.enabled
+        )
+
+
+def _keeping_dtypes(
+    pack: Callable[[Tensor], Any], unpack: Callable[[Any], Tensor]
+) -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]:
+    """Return these hooks, with the result of ``unpack`` in the dtype that was saved, as torch's backward needs."""
+    return lambda saved: (saved.dtype, pack(saved)), lambda packed: unpack(packed[1]).to(packed[0])
