@@ -32,7 +32,6 @@ from distnorm.layers.module import (
 )
 from distnorm.layers.site import Site
 from distnorm.recipe import Recipe
-from distnorm.transport import LostGroup, check_group
 from distnorm.transport.choice import chosen
 from distnorm.transport.mpi import load_mpi
 from distnorm.transport.topology import mesh_ranks
@@ -86,9 +85,10 @@ def convert(
     Converts layers of type BatchNorm1d/2d/3d and SyncBatchNorm, and those of ``register_converter``. Parameters,
     buffers, hooks, names and the keys of the state_dict do not change; ``weights="normalized"`` adds a parameter
     ``gain`` to layers before norms, so convert before you create the optimizer or wrap the model. Layers that the same
-    recipe has converted before are skipped. If a SyncBatchNorm has a ``process_group``, its layer shares among those
-    ranks only, with any recipe.
-    Issues no collective: ranks first communicate at the first training forward pass, or in ``attach``.
+    recipe has converted before are skipped, except norms inside layers of ``distnorm.nn`` that are not bound yet: they
+    join, with the name that they have in ``model``. If a SyncBatchNorm has a ``process_group``, its layer shares among
+    those ranks only, with any recipe. Issues no collective: ranks first communicate at the first training forward
+    pass, or in ``attach``.
 
     Args:
         model: any module. It may be a batch norm itself, or be wrapped in DistributedDataParallel already.
@@ -125,7 +125,11 @@ def convert(
         load_mpi("transport='mpi'")
     layers = _select(model, wanted, where)
     feeders.check(model, [layer for _, layer in layers], wanted)
-    apply_to(model, _by_group(layers, wanted, mesh, transport), _targets)
+    parts = _by_group(layers, wanted, mesh, transport)
+    for _, layer in layers:
+        if isinstance(layer, DistNorm):
+            undo(layer)
+    apply_to(model, parts, _targets)
     if fuse and layers and not epilogue.fuse(model):
         warnings.warn(
             f"distnorm.convert(fuse=True) fused nothing: in {type(model).__name__}, no readable code passes the output "
@@ -201,24 +205,6 @@ def undo(model: ModelT) -> ModelT:
     return model
 
 
-# docs/decisions.md#which-ranks-a-conversion-concerns
-def narrower(process_group: dist.ProcessGroup | LostGroup | None, owner: str) -> dist.ProcessGroup | None:
-    """Return the ``process_group`` of a layer, or None if it holds all ranks of the job.
-
-    Raises:
-        ValueError: this rank is not in the group, or pickling has lost it; the message begins with ``owner``.
-    """
-    check_group(process_group, owner)
-    if isinstance(process_group, LostGroup):
-        raise ValueError(
-            f"{owner}: {process_group.what} cannot be pickled, so this copy of the layer has none. Set the layer's "
-            "process_group to a group of this process, or to None for all ranks."
-        )
-    if process_group is None or len(dist.get_process_group_ranks(process_group)) == dist.get_world_size():
-        return None
-    return process_group
-
-
 def _by_group(
     layers: Layers, recipe: Recipe, mesh: DeviceMesh | None, transport: Transport
 ) -> dict[Conversion, Layers]:
@@ -226,7 +212,7 @@ def _by_group(
     conversions: dict[tuple[int, ...] | None, Conversion] = {}
     found: dict[Conversion, Layers] = {}
     for name, layer in layers:
-        group = narrower(layer.__dict__.get("process_group"), f"{name}: {type(layer).__name__}")
+        group = agreement.narrower(layer.__dict__.get("process_group"), f"{name}: {type(layer).__name__}")
         ranks = None if group is None else tuple(dist.get_process_group_ranks(group))
         if ranks is not None:
             _check_ranks(name, ranks, recipe, mesh)
@@ -269,7 +255,8 @@ def _select(model: nn.Module, recipe: Recipe, where: Where | None) -> list[tuple
     wanted = [(name, layer) for name, layer in candidates if matches(where, name, layer)]
     if not wanted:
         raise ValueError(f"convert(where={where!r}) selects none of {[name for name, _ in candidates]}.")
-    unknown = [(name, layer) for name, layer in wanted if _original(layer) not in _targets]
+    found = [(name, layer) for name, layer in wanted if _original(layer) in _targets or _joins(layer, recipe)]
+    unknown = [each for each in wanted if each not in found]
     for name, layer in unknown:
         if isinstance(layer, LazyModuleMixin):
             raise ValueError(
@@ -284,7 +271,15 @@ def _select(model: nn.Module, recipe: Recipe, where: Where | None) -> list[tuple
             "them, call distnorm.register_converter(their class, a DistNorm subclass).",
             stacklevel=3,
         )
-    return [(name, layer) for name, layer in wanted if _original(layer) in _targets]
+    return found
+
+
+# docs/decisions.md#norms-inside-layers-join-the-model
+def _joins(layer: _BatchNorm, recipe: Recipe) -> bool:
+    """Return whether ``layer`` was converted to ``recipe`` by a constructor in ``distnorm.nn``, and not bound yet."""
+    if not isinstance(layer, DistNorm) or layer.recipe != recipe:
+        return False
+    return layer._site.conversion.is_provisional and layer._site.conversion.binding is None
 
 
 def _original(layer: _BatchNorm) -> type[_BatchNorm]:
