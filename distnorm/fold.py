@@ -39,7 +39,7 @@ def fold(model: ModelT) -> ModelT:
         RuntimeError: torch.fx cannot trace the model. Its parts can be folded one by one.
     """
     folded = copy.deepcopy(model).eval()
-    weights.write_centred(folded)
+    weights.bake(folded)
     for undo in (feeders.release, overlap.release, epilogue.release):
         undo(folded)
     for feeder, norm in list(_pairs(folded)):

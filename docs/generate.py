@@ -45,7 +45,10 @@ OBJECTS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "Look at what happens": {"distnorm.diagnostics.ledger": ("Ledger",), "distnorm.diagnostics.drift": ("stats",)},
     "Layers": {
-        "distnorm.nn": ("SyncBatchNorm",),
+        "distnorm.nn.sync_batch_norm": ("SyncBatchNorm",),
+        "distnorm.nn.conditional": ("ConditionalBatchNorm", "ConditionalInstanceNorm"),
+        "distnorm.nn.adain": ("AdaIN",),
+        "distnorm.nn.spade": ("SPADE",),
         "distnorm.layers.module": (*("DistNorm", "DistBatchNorm1d", "DistBatchNorm2d", "DistBatchNorm3d"),),
     },
     "Recipes": {
@@ -132,7 +135,7 @@ def object_rows() -> list[str]:
 
 def public_name(module: str, name: str) -> str:
     """How users reach ``name``."""
-    for package in (distnorm, distnorm.methods, distnorm.policies):
+    for package in (distnorm, distnorm.methods, distnorm.nn, distnorm.policies):
         if name in package.__all__:
             return f"{package.__name__}.{name}"
     return f"{module}.{name}"

@@ -20,8 +20,10 @@ logger = logging.getLogger("distnorm")
 
 def check(name: str, layer: _BatchNorm, measured: Measured) -> None:
     """Raise a ValueError if ``layer``, of this ``name``, has attributes that ``measured`` declares."""
+    site: Site | None = getattr(layer, "_site", None)
+    earlier = () if site is None else (*site.parameters, *site.buffers)  # of a conversion that this one replaces
     for own in (*measured.declared.parameters, *measured.declared.buffers):
-        if hasattr(layer, own):
+        if hasattr(layer, own) and own not in earlier:
             raise ValueError(
                 f"{name}: {type(layer).__name__} has an attribute {own!r} already; the method declares one."
             )
