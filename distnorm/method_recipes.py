@@ -52,7 +52,7 @@ def gbn(
         policy: "local", nothing is shared; "sync", the joined batch of all ranks; "moving" as ``mabn`` or "stale" as
             ``lazy_bn``, one asynchronous collective per step, for all but "range" and "worst_case". Quantiles are exact
             with "local"; with others they are those of all ranks, by a threshold that follows them.
-        weights: "none", or "centralized" to subtract its mean from every filter of the layers before the norms.
+        weights: "none", or how to compute every filter of the layers before the norms (see ``Recipe``).
     """
     if alpha is not None and deviation != "sqd":
         raise ValueError(
@@ -81,7 +81,7 @@ def iebn(*, policy: Sharing = "sync", weights: Weights = "none") -> Recipe:
     Args:
         policy: "local", nothing is shared; "sync", the joined batch of all ranks; "moving" as ``mabn`` or "stale" as
             ``lazy_bn``, one asynchronous collective per step.
-        weights: "none", or "centralized" to subtract its mean from every filter of the layers before the norms.
+        weights: "none", or how to compute every filter of the layers before the norms (see ``Recipe``).
     """
     return Recipe(method=IEBN(), policy=_POLICIES[policy], weights=weights)
 
@@ -100,7 +100,7 @@ def mixture_norm(
         rounds: rounds of EM per forward pass, from the running mixture on; 1 is online EM.
         policy: "local", nothing is shared; "sync", the joined batch of all ranks; "moving" as ``mabn`` or "stale" as
             ``lazy_bn``, one asynchronous collective per step.
-        weights: "none", or "centralized" to subtract its mean from every filter of the layers before the norms.
+        weights: "none", or how to compute every filter of the layers before the norms (see ``Recipe``).
     """
     method = MixtureNorm(components=components, rounds=rounds)
     return Recipe(method=method, policy=_POLICIES[policy], weights=weights)
@@ -114,7 +114,7 @@ def layer_norm(*, weights: Weights = "none") -> Recipe:
     is group norm with one group.
 
     Args:
-        weights: "none", or "centralized" to subtract its mean from every filter of the layers before the norms.
+        weights: "none", or how to compute every filter of the layers before the norms (see ``Recipe``).
     """
     return Recipe(method=LayerNorm(), policy=Local(), weights=weights)
 
@@ -127,7 +127,7 @@ def group_norm(*, groups: Groups | None = None, weights: Weights = "none") -> Re
 
     Args:
         groups: groups per layer; must divide its channels. None: 32, or the largest divisor of the channels below.
-        weights: "none", or "centralized" to subtract its mean from every filter of the layers before the norms.
+        weights: "none", or how to compute every filter of the layers before the norms (see ``Recipe``).
     """
     return Recipe(method=GroupNorm(groups=groups), policy=Local(), weights=weights)
 
@@ -139,6 +139,6 @@ def instance_norm(*, weights: Weights = "none") -> Recipe:
     Issues no collective. Evaluation does the same as training, so it cannot be folded. Ulyanov et al. 2016.
 
     Args:
-        weights: "none", or "centralized" to subtract its mean from every filter of the layers before the norms.
+        weights: "none", or how to compute every filter of the layers before the norms (see ``Recipe``).
     """
     return Recipe(method=InstanceNorm(), policy=Local(), weights=weights)

@@ -30,7 +30,7 @@ NOT_FOLDABLE = [
     *("iebn", "iebn(policy='local')", "iebn(policy='stale')"),
     *("mixture_norm", "mixture_norm(components=2, rounds=1, policy='moving')"),
 ]
-PER_SAMPLE = ["layer_norm", "group_norm", "group_norm(groups=2)", "instance_norm"]
+PER_SAMPLE = ["layer_norm", "group_norm", "group_norm(groups=2, weights='standardized')", "instance_norm"]
 EVERY = FOLDABLE + NOT_FOLDABLE + PER_SAMPLE
 
 
