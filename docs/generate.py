@@ -28,6 +28,7 @@ SOURCES = {
 # What docs/reference.md describes, by heading: modules, and the names in them.
 OBJECTS: dict[str, dict[str, tuple[str, ...]]] = {
     "Convert a model": {"distnorm.convert": ("convert", "revert", "register_converter")},
+    "For inference": {"distnorm.fold": ("fold",)},
     "In the training loop": {
         "distnorm.attach": ("attach", "end_step", "sync_running_stats", "state_dict", "load_state_dict")
     },
@@ -50,7 +51,7 @@ OBJECTS: dict[str, dict[str, tuple[str, ...]]] = {
     "Methods": {
         "distnorm.methods.batch_norm": ("BatchNorm",),
         "distnorm.methods.rms": ("RMS",),
-        "distnorm.methods.base": ("Method", "ChannelAffine"),
+        "distnorm.methods.base": ("Method", "ChannelAffine", "Declared", "Layer", "Share", "Shared"),
     },
     "Policies": {
         "distnorm.policies.local": ("Local",),
