@@ -23,7 +23,6 @@ from distnorm.fusion import epilogue
 from distnorm.layers import agreement, ddp, feeders, initial, overlap, reverting, weights
 from distnorm.layers.class_swap import swap, underlying
 from distnorm.layers.conversion import Conversion
-from distnorm.layers.layout import Measured, measure
 from distnorm.layers.module import (
     DistBatchNorm1d,
     DistBatchNorm2d,
@@ -127,7 +126,7 @@ def convert(
         load_mpi("transport='mpi'")
     layers = _select(model, wanted, where)
     for name, layer in layers:
-        _measured(name, layer, wanted)  # before anything changes
+        initial.measured(name, layer, wanted.method)  # before anything changes
     feeders.check(model, [layer for _, layer in layers], wanted)
     parts = _by_group(layers, wanted, mesh, transport)
     for _, layer in layers:
@@ -161,7 +160,7 @@ def apply_to(
 
 def _replace(layer: _BatchNorm, target: type[DistNorm], conversion: Conversion, index: int, name: str) -> None:
     own = layer.__dict__.get("process_group")
-    measured = _measured(name, layer, conversion.recipe)
+    measured = initial.measured(name, layer, conversion.recipe.method)
     site = Site(conversion, index, name, _original(layer), layer.momentum, own, measured)
     if issubclass(target, DistSyncBatchNorm):  # its property process_group reads the conversion
         layer.__dict__.pop("process_group", None)
@@ -172,23 +171,6 @@ def _replace(layer: _BatchNorm, target: type[DistNorm], conversion: Conversion, 
     conversion.add(index, name, layer)
     if measured is not None:
         initial.register(layer, measured)
-
-
-def _measured(name: str, layer: _BatchNorm, recipe: Recipe) -> Measured | None:
-    """Return what the method of ``recipe`` shares and declares in ``layer``; None if it is affine per channel.
-
-    Raises:
-        ValueError: it cannot normalize this layer; the message begins with ``name``.
-    """
-    if isinstance(recipe.method, ChannelAffine):
-        return None
-    try:
-        recipe.method.check(layer.num_features)
-        measured = measure(recipe.method, layer.num_features)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from None
-    initial.check(name, layer, measured)
-    return measured
 
 
 def revert(model: ModelT) -> ModelT:

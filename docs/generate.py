@@ -35,10 +35,8 @@ OTHER_METHODS = tuple(SOURCES)[8:]
 
 # What docs/reference.md describes, by heading: modules, and the names in them.
 OBJECTS: dict[str, dict[str, tuple[str, ...]]] = {
-    "Convert a model": {
-        "distnorm.convert": ("convert", "revert", "register_converter"),
-        "distnorm.fold": ("fold",),
-    },
+    "Convert a model": {"distnorm.convert": ("convert", "revert", "register_converter")},
+    "For inference": {"distnorm.fold": ("fold",)},
     "In the training loop": {
         "distnorm.attach": ("attach", "end_step", "sync_running_stats", "state_dict", "load_state_dict")
     },

@@ -10,15 +10,33 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from distnorm.layers.layout import Measured
+from distnorm.layers.layout import Measured, measure
 from distnorm.layers.site import Site
 from distnorm.layers.untrained import watch
+from distnorm.methods import ChannelAffine, Method
 from distnorm.methods.base import compute_dtype
 
 logger = logging.getLogger("distnorm")
 
 
-def check(name: str, layer: _BatchNorm, measured: Measured) -> None:
+def measured(name: str, layer: _BatchNorm, method: Method) -> Measured | None:
+    """Return what ``method`` shares and declares in ``layer``; None if it is affine per channel.
+
+    Raises:
+        ValueError: it cannot normalize this layer; the message begins with ``name``.
+    """
+    if isinstance(method, ChannelAffine):
+        return None
+    try:
+        method.check(layer.num_features)
+        found = measure(method, layer.num_features)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    _check(name, layer, found)
+    return found
+
+
+def _check(name: str, layer: _BatchNorm, measured: Measured) -> None:
     """Raise a ValueError if ``layer``, of this ``name``, has attributes that ``measured`` declares."""
     site: Site | None = getattr(layer, "_site", None)
     earlier = () if site is None else (*site.parameters, *site.buffers)  # of a conversion that this one replaces
