@@ -72,8 +72,8 @@ def attach(
         conversion.loss_scale = loss_scale
         if optimizer is not None:
             undo.append(_end_steps(conversion, optimizer))
-            for _, layer in conversion.layers():
-                untrained.adopt(layer, optimizer)
+    if optimizer is not None:
+        untrained.adopt(model, optimizer)
     projection = None if optimizer is None else weights.project_with(model, optimizer)
     return Attachment(conversions, undo if projection is None else [*undo, projection])
 

@@ -142,6 +142,10 @@ class DistNorm(_BatchNorm):
             return KeepLocal(values, plain=plain)
         return Line(site, binding, binding.step, opaque=not plain, values=values)
 
+    def _added_parameters(self) -> dict[str, nn.Parameter]:
+        site = self._site
+        return {f"{site.name}.{name}": getattr(self, name) for name in site.parameters}
+
     def extra_repr(self) -> str:
         """Return torch's text, and the recipe."""
         epilogue = f", fused with {self.epilogue}" if self.epilogue else ""

@@ -1,9 +1,12 @@
-"""Parameters that a method has declared, and an optimizer that was built before the model was converted."""
+"""Parameters that a conversion has added, and an optimizer that was built before.
+
+Layers that have some name them in ``_added_parameters``.
+"""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any
 from weakref import WeakSet
@@ -14,31 +17,38 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 _watched: WeakSet[nn.Module] = WeakSet()
-"""Layers with declared parameters whose weight or bias no optimizer has stepped yet."""
+"""Layers with added parameters whose weight or bias no optimizer has stepped yet."""
 
 
-def adopt(layer: nn.Module, optimizer: Optimizer) -> None:
-    """Add the declared parameters of ``layer`` that are in no group of ``optimizer`` to that of its weight or bias.
+def added_parameters(layer: nn.Module) -> Mapping[str, Parameter]:
+    """Return what a conversion has added to ``layer``, by the name in its model."""
+    listed = getattr(layer, "_added_parameters", None)
+    found: Mapping[str, Parameter] = {} if listed is None else listed()
+    return found
 
-    A layer without these joins the first group. One whose weight or bias another optimizer has is left alone.
+
+def adopt(model: nn.Module, optimizer: Optimizer) -> None:
+    """Add parameters that a conversion added to ``model``, and that ``optimizer`` lacks, to the group of their layer.
+
+    That is the group of the layer's weight or bias, or the first group if it has neither. A layer whose weight or bias
+    another optimizer has is left alone.
     """
-    site: Any = getattr(layer, "_site")  # noqa: B009, every converted layer has one
     group_of = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
-    own = list(_own(layer))
-    groups = [group_of[id(each)] for each in own if id(each) in group_of]
-    if own and not groups:
-        return
-    group = groups[0] if groups else optimizer.param_groups[0]
-    for name in site.parameters:
-        parameter = getattr(layer, name)
-        if id(parameter) not in group_of:
-            group["params"].append(parameter)
-            if "param_names" in group:
-                group["param_names"].append(f"{site.name}.{name}")
+    for layer in model.modules():
+        own = list(_own(layer))
+        groups = [group_of[id(each)] for each in own if id(each) in group_of]
+        if own and not groups:
+            continue
+        group = groups[0] if groups else optimizer.param_groups[0]
+        for name, parameter in added_parameters(layer).items():
+            if id(parameter) not in group_of:
+                group["params"].append(parameter)
+                if "param_names" in group:
+                    group["param_names"].append(name)
 
 
 def watch(layer: nn.Module) -> None:
-    """Warn at the first step of an optimizer that has the weight or bias of ``layer``, but not what is declared."""
+    """Warn at the first step of an optimizer that has the weight or bias of ``layer``, but not what was added."""
     _register_hook()
     _watched.add(layer)
 
@@ -51,14 +61,12 @@ def _register_hook() -> None:
 def _before_step(optimizer: Optimizer, *_: Any) -> None:
     if not _watched:
         return
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    stepped = [layer for layer in _watched if any(id(each) in held for each in _own(layer))]
+    stepped = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    layers = [layer for layer in _watched if any(id(each) in stepped for each in _own(layer))]
     missing = []
-    for layer in stepped:
+    for layer in layers:
         _watched.discard(layer)
-        site: Any = getattr(layer, "_site", None)
-        names = () if site is None else site.parameters
-        missing += [f"{site.name}.{name}" for name in names if id(getattr(layer, name)) not in held]
+        missing += [name for name, parameter in added_parameters(layer).items() if id(parameter) not in stepped]
     if missing:
         warnings.warn(
             f"{type(optimizer).__name__} does not train {', '.join(sorted(missing))}, which distnorm.convert added "
