@@ -101,14 +101,20 @@ USUAL = ("AllReduce", "Periodic-3", "Moving", "Warmup-StaleMix")
 
 
 def pairs(policies: Mapping[str, Policy], usual: Sequence[str] = USUAL) -> list[object]:
-    """Test parameters: the basic methods with every one of ``policies``, the others with the ``usual`` ones.
+    """Test parameters: every method with every one of ``policies`` that admits it.
 
-    Policies do not see what values mean, so one of each kind is enough. Those that average over steps cannot average
-    maxima, which ``Range`` and ``WorstCase`` share.
+    Policies do not see what values mean. Pairs are slow tests unless the method is a basic one, or the policy is among
+    the ``usual`` ones, which are one of each kind. Policies that average over steps cannot average maxima, which
+    ``Range`` and ``WorstCase`` share.
     """
     return [
-        pytest.param(under_test, policy, id=f"{method}-{name}")
+        pytest.param(
+            under_test,
+            policy,
+            id=f"{method}-{name}",
+            marks=() if method in BASIC or name in usual else pytest.mark.slow,
+        )
         for method, under_test in METHODS.items()
         for name, policy in policies.items()
-        if (method in BASIC or name in usual) and not (under_test.method.needs_max and policy.facts.keeps_cotangents)
+        if not (under_test.method.needs_max and policy.facts.keeps_cotangents)
     ]

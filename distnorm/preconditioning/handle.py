@@ -58,6 +58,8 @@ class Preconditioner:
         self._fresh = False
         """Whether a forward pass came after the last backward pass."""
         self._in_flight: Future | None = None
+        # As a decorator it would import Dynamo and Triton, which takes seconds, in every program that imports distnorm.
+        self._saw = torch.compiler.disable(self._count)
         self._handles: list[RemovableHandle] = [optimizer.register_step_pre_hook(self._before_step)]
         for at, target in enumerate(targets):
             self._handles += [each.register_forward_hook(_Seen(self, at), with_kwargs=True) for each in target.modules]
@@ -67,8 +69,7 @@ class Preconditioner:
         for handle in self._handles:
             handle.remove()
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _saw(self, number: int, x: Tensor, output: Tensor) -> None:
+    def _count(self, number: int, x: Tensor, output: Tensor) -> None:
         """Count the input of a layer, unless this is a recomputation or no backward pass can follow."""
         if output.requires_grad:
             output.register_hook(self._backward_begins)

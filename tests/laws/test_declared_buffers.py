@@ -73,7 +73,7 @@ def test_a_window_of_one_step_that_blocks_is_exact(method):
 
 def digits() -> tuple[Tensor, Tensor]:
     found = load_digits()
-    return torch.tensor(found.images, dtype=torch.float32)[:, None] / 16, torch.tensor(found.target)
+    return torch.tensor(found.images, dtype=torch.float64)[:, None] / 16, torch.tensor(found.target)
 
 
 def network() -> nn.Sequential:
@@ -82,11 +82,11 @@ def network() -> nn.Sequential:
 
     layers = [*block(1, 8), *block(8, 16), nn.AvgPool2d(2), *block(16, 16), nn.Flatten(), nn.Linear(256, 10)]
     generator = torch.Generator().manual_seed(0)  # the global one is common to all threaded ranks
-    model = nn.Sequential(*layers)
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            nn.init.kaiming_normal_(parameter, generator=generator)
-    return model
+    for layer in layers:
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            nn.init.kaiming_normal_(layer.weight, generator=generator)
+            nn.init.zeros_(layer.bias)
+    return nn.Sequential(*layers).double()
 
 
 def threshold_errors(alpha: float, *, steps: int = 120, size: int = 16, lr: float = 0.1) -> dict[str, list[float]]:
@@ -102,7 +102,7 @@ def threshold_errors(alpha: float, *, steps: int = 120, size: int = 16, lr: floa
         seen: list[tuple[Tensor, ...]] = []
 
         def note(layer: nn.BatchNorm2d, args: tuple[Tensor], y: Tensor) -> None:
-            seen.append(tuple(each.detach().double().clone() for each in (args[0], y, layer.weight, layer.bias)))
+            seen.append(tuple(each.detach().clone() for each in (args[0], y, layer.weight, layer.bias)))
 
         for layer in model:
             if isinstance(layer, nn.BatchNorm2d):
@@ -138,10 +138,16 @@ def threshold_errors(alpha: float, *, steps: int = 120, size: int = 16, lr: floa
 
 @pytest.mark.parametrize("alpha", [0.5, 0.7, 0.9])
 def test_the_error_of_a_threshold_over_training(alpha):
-    """Of three layers, on digits, as docs/methods.md has it."""
+    """Of three layers, on digits, as docs/methods.md has it, up to its last digits.
+
+    In float32, rounding alone changes the last 60 steps by a fifth.
+    """
     errors = threshold_errors(alpha)
     found = [part for each in errors.values() for part in (each[0], sum(each[60:]) / 60)]
     page = (Path(__file__).parent.parent.parent / "docs" / "methods.md").read_text()
     (row,) = re.findall(rf"^\| {alpha} \| (.*) \|$", page, re.MULTILINE)
-    numbers = [float(cell.split()[0]) / (100 if "%" in cell else 1) for cell in row.split(" | ")]
-    torch.testing.assert_close(found, numbers, rtol=0.3, atol=0.005)  # sums of threads differ in their last digits
+    written = [
+        f"{100 * part:.1f} %" if "%" in cell else f"{part:.3f} D"
+        for part, cell in zip(found, row.split(" | "), strict=True)
+    ]
+    assert row == " | ".join(written)
