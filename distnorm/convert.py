@@ -222,6 +222,7 @@ def undo(model: ModelT) -> ModelT:
 
 
 def _unswap(layer: DistNorm) -> None:
+    layer.forget_scripting()
     initial.remove(layer, layer._site)
     site = layer.__dict__.pop("_site")
     swap(layer, site.original)

@@ -19,20 +19,22 @@ from distnorm.methods import (
     Semideviation,
     WorstCase,
 )
-from distnorm.policies import AllReduce, Local, Moving, Policy, StaleMix, Warmup
+from distnorm.policies import AllReduce, Chain, Local, Moving, Periodic, Policy, StaleMix, Warmup
 from distnorm.recipe import Recipe, Weights
 from distnorm.validation import Components, Groups, Level, Rounds, checked
 
-Sharing = Literal["local", "sync", "moving", "stale"]
+Sharing = Literal["local", "sync", "hierarchical", "periodic", "moving", "stale"]
 Deviation = Literal["sd", "mad", "l1", "range", "worst_case", "sqd", "semideviation"]
 
 _POLICIES: dict[Sharing, Policy] = {
     "local": Local(),
     "sync": AllReduce(),
+    "hierarchical": Chain(AllReduce(axis="local"), AllReduce(axis="node")),
+    "periodic": Periodic(every=8),
     "moving": Warmup(then=Moving(window=16), steps=99),
     "stale": Warmup(then=StaleMix(window=8), steps=16),
 }
-"""Of the same lengths as ``local_bn``, ``sync_bn``, ``mabn`` and ``lazy_bn``."""
+"""As ``local_bn``, ``sync_bn``, ``hierarchical_bn``, ``periodic_bn``, ``mabn`` and ``lazy_bn`` share by default."""
 
 
 @checked
@@ -49,9 +51,10 @@ def gbn(
             the mean distance from the median; "l1", that from the mean; "semideviation" above the mean; "range", half
             the range about its middle; "worst_case", what the maximum exceeds the mean by; "sd", which is batch norm.
         alpha: the level of the quantile of "sqd", 0.7 by default.
-        policy: "local", nothing is shared; "sync", the joined batch of all ranks; "moving" as ``mabn`` or "stale" as
-            ``lazy_bn``, one asynchronous collective per step, for all but "range" and "worst_case". Quantiles are exact
-            with "local"; with others they are those of all ranks, by a threshold that follows them.
+        policy: "local", nothing is shared; "sync", the joined batch of all ranks; "hierarchical" and "periodic" as
+            ``hierarchical_bn`` and ``periodic_bn``; "moving" as ``mabn`` or "stale" as ``lazy_bn``, one asynchronous
+            collective per step, for all but "range" and "worst_case". Quantiles are exact with "local"; with others
+            they are those of all ranks, by a threshold that follows them.
         weights: "none", or how to compute every filter of the layers before the norms (see ``Recipe``).
     """
     if alpha is not None and deviation != "sqd":
@@ -79,8 +82,9 @@ def iebn(*, policy: Sharing = "sync", weights: Weights = "none") -> Recipe:
     cannot be folded, since the gate depends on the sample. Liang et al., AAAI 2020.
 
     Args:
-        policy: "local", nothing is shared; "sync", the joined batch of all ranks; "moving" as ``mabn`` or "stale" as
-            ``lazy_bn``, one asynchronous collective per step.
+        policy: "local", nothing is shared; "sync", the joined batch of all ranks; "hierarchical" and "periodic" as
+            ``hierarchical_bn`` and ``periodic_bn``; "moving" as ``mabn`` or "stale" as ``lazy_bn``, one asynchronous
+            collective per step.
         weights: "none", or how to compute every filter of the layers before the norms (see ``Recipe``).
     """
     return Recipe(method=IEBN(), policy=_POLICIES[policy], weights=weights)
@@ -98,8 +102,9 @@ def mixture_norm(
     Args:
         components: components of the mixture; with 1 it is batch norm.
         rounds: rounds of EM per forward pass, from the running mixture on; 1 is online EM.
-        policy: "local", nothing is shared; "sync", the joined batch of all ranks; "moving" as ``mabn`` or "stale" as
-            ``lazy_bn``, one asynchronous collective per step.
+        policy: "local", nothing is shared; "sync", the joined batch of all ranks; "hierarchical" and "periodic" as
+            ``hierarchical_bn`` and ``periodic_bn``; "moving" as ``mabn`` or "stale" as ``lazy_bn``, one asynchronous
+            collective per step.
         weights: "none", or how to compute every filter of the layers before the norms (see ``Recipe``).
     """
     method = MixtureNorm(components=components, rounds=rounds)

@@ -14,6 +14,9 @@ from distnorm.cli import main as cli
 WEIGHTS = "weights: 'none' | 'centralized' | 'standardized' | 'normalized'"
 
 
+SHARING = "policy: 'local' | 'sync' | 'hierarchical' | 'periodic' | 'moving' | 'stale'"
+
+
 def test_recipes_lists_all(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["recipes"]) == 0
     out, err = capsys.readouterr()
@@ -30,6 +33,13 @@ def test_recipes_lists_all(capsys: pytest.CaptureFixture[str]) -> None:
         "hierarchical_mabn(local: str = 'local', node: str = 'node', window: int = 16, warmup: int = 100, "
         f"clip: float | None = 5.0, {WEIGHTS} = 'centralized')",
         f"lazy_bn(window: int = 8, warmup: int = 16, {WEIGHTS} = 'centralized')",
+        "gbn(deviation: 'sd' | 'mad' | 'l1' | 'range' | 'worst_case' | 'sqd' | 'semideviation' = 'sqd', "
+        f"alpha: float | None = None, {SHARING} = 'sync', {WEIGHTS} = 'none')",
+        f"iebn({SHARING} = 'sync', {WEIGHTS} = 'none')",
+        f"mixture_norm(components: int = 3, rounds: int = 2, {SHARING} = 'sync', {WEIGHTS} = 'none')",
+        f"layer_norm({WEIGHTS} = 'none')",
+        f"group_norm(groups: int | None = None, {WEIGHTS} = 'none')",
+        f"instance_norm({WEIGHTS} = 'none')",
     ]
     assert lines[1::2] == [f"    {each.summary}" for each in recipes.available()]
 

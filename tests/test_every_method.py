@@ -237,7 +237,11 @@ def test_what_a_name_stands_for(recipe: str, expected: Recipe) -> None:
         ("gbn", {"alpha": 1}, r"gbn\(alpha=1\): need a number above 0 and below 1"),
         ("gbn", {"alpha": float("nan")}, r"gbn\(alpha=nan\)"),
         ("gbn", {"deviation": "mad", "alpha": 0.5}, r'deviation="mad", alpha=0.5\): only deviation="sqd" has an alpha'),
-        ("gbn", {"policy": "lazy"}, r'gbn\(policy=\'lazy\'\): need "local" or "sync" or "moving" or "stale"'),
+        (
+            "gbn",
+            {"policy": "lazy"},
+            r'gbn\(policy=\'lazy\'\): need "local" or "sync" or "hierarchical"',
+        ),
         ("gbn", {"deviation": "range", "policy": "moving"}, r"Range\(\).*maxima"),
         ("gbn", {"deviation": "worst_case", "policy": "stale"}, r"WorstCase\(\).*maxima"),
         ("mixture_norm", {"components": 0}, r"components=0\): need a whole number of components, at least 1"),

@@ -19,6 +19,7 @@ from distnorm import Recipe
 from distnorm.autograd import normalize
 from distnorm.autograd.keep_local import KeepLocal
 from distnorm.compat import dispatch_state
+from distnorm.kernels import stock
 from distnorm.kernels.gpu import apply, combine, cosums, gpu_pass, moments
 from distnorm.methods import RMS
 from distnorm.methods.base import layer_of
@@ -33,6 +34,11 @@ pytestmark = INTERPRETED
 EPS = 1e-5
 FREE = {"empty", "empty_like", "new_empty", "view", "slice", "select", "detach", "alias", "_unsafe_view", "as_strided"}
 """Operations of ATen that launch nothing."""
+
+
+@pytest.fixture(autouse=True)
+def _own_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stock, "FEW_VALUES", 0)  # small layers that share nothing would use torch's
 
 
 @pytest.fixture(scope="module", params=DEVICES)

@@ -6,11 +6,11 @@ An autograd Function in Python takes longer than torch's whole batch norm of a f
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from distnorm.compat.dispatch_state import saved_tensors_hooks
 from distnorm.kernels.arithmetic import Tracked
@@ -41,16 +41,24 @@ def batch_norm(x_NCL: Tensor, affine: Affine, running: Running, *, updates: bool
     """
     weight_C, bias_C, eps, *_ = affine
     mean_C, var_C, count, rate, *_ = running
-    if not updates:  # a checkpoint expects that its repetition saves as many tensors
-        mean_C, var_C = (None if each is None else each.clone() for each in (mean_C, var_C))
-    elif count is not None:
+    if mean_C is None or var_C is None:
+        mean_C = var_C = None
+    elif updates:
+        # torch's operation changes them unseen, and keeps them, unused, for its backward pass. Graphs of evaluation
+        # must notice the change, and those of other training forwards must not: these keep tensors of other versions.
+        increment_version((mean_C, var_C))
+        mean_C, var_C = mean_C.data, var_C.data
+    else:  # a checkpoint expects that its repetition saves as many tensors
+        mean_C, var_C = mean_C.clone(), var_C.clone()
+    if updates and count is not None:
         count.add_(1)
     momentum = rate if rate is not None else 0.0 if count is None else 1.0 / float(count)
+    arguments = weight_C, bias_C, mean_C, var_C, True, momentum, eps, torch.backends.cudnn.enabled
     hooks = saved_tensors_hooks()
-    with nullcontext() if hooks is None else torch.autograd.graph.saved_tensors_hooks(*_keeping_dtypes(*hooks)):
-        return torch.batch_norm(
-            x_NCL, weight_C, bias_C, mean_C, var_C, True, momentum, eps, torch.backends.cudnn.enabled
-        )
+    if hooks is None:
+        return torch.batch_norm(x_NCL, *arguments)
+    with torch.autograd.graph.saved_tensors_hooks(*_keeping_dtypes(*hooks)):
+        return torch.batch_norm(x_NCL, *arguments)
 
 
 def _keeping_dtypes(

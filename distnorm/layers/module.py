@@ -23,7 +23,7 @@ from distnorm.kernels import stock
 from distnorm.layers import checks, initial, overlap, repeated
 from distnorm.layers.line import NOW, Line
 from distnorm.layers.running_statistics import running_of, seen
-from distnorm.layers.scripting import scriptable
+from distnorm.layers.scripting import Scriptable, finish
 from distnorm.layers.site import Site, update_layer
 from distnorm.layers.tracing import is_traced, leaf
 from distnorm.methods import BatchNorm, Layer
@@ -34,7 +34,7 @@ from distnorm.transport import LostGroup
 from distnorm.types import Affine, Epilogue, Running
 
 
-class DistNorm(_BatchNorm):
+class DistNorm(Scriptable):
     """Normalize by a recipe's statistics in training, by the running statistics in evaluation.
 
     Input and output ``[N, C, ...]`` have equal shape, dtype and memory format; statistics are at least float32.
@@ -71,7 +71,7 @@ class DistNorm(_BatchNorm):
         wider dtype, or with ``widen=False`` as ``+=`` does. ``inputs`` are those that the recipe's method names.
         """
         if is_traced(input):
-            return _finish(leaf(self, input, *inputs), residual, relu, widen)
+            return finish(leaf(self, input, inputs), residual, relu, widen)
         site = self._site
         running = running_of(self, site.conversion.guards)
         checks.check_input(self, site, input, running)
@@ -81,13 +81,13 @@ class DistNorm(_BatchNorm):
         weight_C = parameters["weight"] if "weight" in parameters else self.weight  # tools may compute one
         bias_C = parameters["bias"] if "bias" in parameters else self.bias
         if not self.training:
-            return _finish(self._evaluate(input, inputs, running), residual, relu, widen)
+            return finish(self._evaluate(input, inputs, running), residual, relu, widen)
         checks.check_training(self, site, input)
         plain = not torch.compiler.is_compiling() and are_plain(input, residual)
         plain = plain and are_own(weight_C, bias_C, *running[:3])
         method, tracked = site.channel_affine if plain else None, running if self.track_running_stats else None
         if method is None or not normalize.suits(method, input):
-            return _finish(self._train_plainly(input, inputs, running, tracked, plain), residual, relu, widen)
+            return finish(self._train_plainly(input, inputs, running, tracked, plain), residual, relu, widen)
         affine = Affine(weight_C, bias_C, self.eps, running.var_C, running.updates)
         fits = residual is None or _fits(residual, input)
         plainly = residual is None and not relu
@@ -99,7 +99,7 @@ class DistNorm(_BatchNorm):
         else:
             between = overlap.arrangement(self, input) if site.conversion.recipe.overlap else None
             y = normalize.normalize(method, input, exchange, affine, between, tracked, epilogue)
-        return y if fits else _finish(y, residual, relu, widen)
+        return y if fits else finish(y, residual, relu, widen)
 
     def _train_plainly(
         self, input: Tensor, inputs: tuple[Tensor, ...], running: Running, tracked: Running | None, plain: bool
@@ -167,9 +167,6 @@ class DistNorm(_BatchNorm):
         if running.mean_C is None or running.var_C is None:
             return method.normalize(x_NCL, KeepLocal(x_NCL.numel() // x_NCL.shape[1]), layer, *inputs)
         return method.evaluate(x_NCL, layer, *inputs)
-
-    def __prepare_scriptable__(self) -> nn.Module:
-        return scriptable(self, self._site, self.recipe.method)
 
     def _ahead_of(self, running: Running) -> Running:
         """Return the running statistics; with what is in flight, if a policy is asynchronous."""
@@ -270,13 +267,6 @@ def _fits(residual: Tensor, x_NCL: Tensor) -> bool:
     return alike and residual.device == x_NCL.device
 
 
-def _finish(y_NCL: Tensor, residual: Tensor | None, relu: bool, widen: bool) -> Tensor:
-    """Apply the epilogue separately."""
-    if residual is not None:
-        y_NCL = y_NCL + residual if widen else y_NCL.add_(residual)
-    return y_NCL.relu() if relu else y_NCL
-
-
 # Initialization code and filters in public code look for "BatchNorm" or "BatchNorm2d" in a layer's class name.
 
 
@@ -295,6 +285,8 @@ class DistBatchNorm3d(DistNorm, nn.BatchNorm3d):
 # docs/decisions.md#syncbatchnorm-is-not-a-base-class
 class DistSyncBatchNorm(DistNorm):
     """A converted ``nn.SyncBatchNorm``: any layout from ``[N, C]`` on."""
+
+    __jit_unused_properties__ = [*DistNorm.__jit_unused_properties__, "process_group"]  # noqa: RUF012
 
     @property
     def process_group(self) -> dist.ProcessGroup | LostGroup | None:

@@ -1,66 +1,84 @@
-"""A layer as torch.jit.script compiles it: from evaluation, without anything of distnorm."""
+"""What torch.jit.script compiles of a layer: its evaluation, without anything of distnorm."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from distnorm.layers.site import Site
-from distnorm.methods import BatchNorm, ChannelAffine, Method
+from distnorm.methods import BatchNorm, ChannelAffine
 
 
-def scriptable(layer: _BatchNorm, site: Site, method: Method) -> nn.Module:
-    """Return a module that evaluates as ``layer`` does, with the same parameters and buffers.
+class Scriptable(_BatchNorm):
+    """A layer whose ``forward`` torch.jit.script cannot compile, since it takes ``*inputs``.
 
-    Raises:
-        RuntimeError: the layer trains, or does not evaluate as torch's batch norm does.
+    Preparing it for torch.jit.script gives the instance another ``forward``, which does the same for one input.
+    Returning another module instead would change the model: torch.jit.script puts that in the layer's place (torch
+    2.13, ``call_prepare_scriptable_func``).
     """
-    if layer.training:
-        raise RuntimeError(
-            f"{site.name}: torch.jit.script cannot share statistics in training. Script the model in evaluation, "
-            "model.eval(), or a stock one, distnorm.revert(model)."
-        )
-    if not isinstance(method, ChannelAffine):
-        raise RuntimeError(
-            f"{site.name}: torch.jit.script cannot compile {method}. Script distnorm.fold(model) or "
-            "distnorm.revert(model) where these can replace it, or use torch.export on the model in eval()."
-        )
-    if layer.running_mean is None and not isinstance(method, BatchNorm):
-        raise RuntimeError(
-            f"{site.name}: without running statistics torch.jit.script supports batch norm only; this is {method}."
-        )
-    return _Evaluation(layer, site.name).eval()
 
-
-class _Evaluation(nn.Module):
     if TYPE_CHECKING:  # torch.jit.script would use the annotations of a class for its graph
-        weight: Tensor | None
-        bias: Tensor | None
-        running_mean: Tensor | None
-        running_var: Tensor | None
+        _site: Any
 
-    __constants__ = ["eps", "place"]  # noqa: RUF012
+    # Hide from torch.jit.script what it cannot compile.
+    __jit_ignored_attributes__ = ("_site", "epilogue")
+    __jit_unused_properties__ = ["recipe", "_place"]  # noqa: RUF012
+    __constants__ = [*_BatchNorm.__constants__, "_place"]  # noqa: RUF012
 
-    def __init__(self, layer: _BatchNorm, place: str) -> None:
-        super().__init__()
-        self.eps, self.place = layer.eps, place
-        for name, parameter in (("weight", layer.weight), ("bias", layer.bias)):
-            self.register_parameter(name, parameter)
-        for name in ("running_mean", "running_var", "num_batches_tracked"):
-            self.register_buffer(name, getattr(layer, name))
+    @property
+    def _place(self) -> str:
+        """Return the layer's name in the model that was converted."""
+        name: str = self._site.name
+        return name
 
-    def forward(self, input: Tensor, residual: Tensor | None = None, relu: bool = False, widen: bool = True) -> Tensor:
+    def __prepare_scriptable__(self) -> Scriptable:
+        method = self._site.conversion.recipe.method
         if self.training:
-            raise RuntimeError(f"{self.place}: scripted in evaluation, so it cannot train; call eval().")
+            raise RuntimeError(
+                f"{self._place}: torch.jit.script cannot share statistics in training. Script the model in evaluation, "
+                "model.eval(), or a stock one, distnorm.revert(model)."
+            )
+        if not isinstance(method, ChannelAffine):
+            raise RuntimeError(
+                f"{self._place}: torch.jit.script cannot compile {method}. Script distnorm.fold(model) or "
+                "distnorm.revert(model) where these can replace it, or use torch.export on the model in eval()."
+            )
+        if self.running_mean is None and not isinstance(method, BatchNorm):
+            raise RuntimeError(
+                f"{self._place}: without running statistics torch.jit.script supports batch norm only; this is "
+                f"{method}."
+            )
+        self.__dict__["forward"] = self._forward_one
+        return self
+
+    def forget_scripting(self) -> None:
+        """Let the instance use the ``forward`` of its class again."""
+        if getattr(self.__dict__.get("forward"), "__func__", None) is Scriptable._forward_one:
+            del self.__dict__["forward"]
+
+    def _forward_one(
+        self, input: Tensor, residual: Tensor | None = None, relu: bool = False, widen: bool = True
+    ) -> Tensor:
+        if torch.jit.is_scripting():
+            return finish(self._evaluate_scripted(input), residual, relu, widen)
+        else:
+            return type(self).forward(self, input, residual=residual, relu=relu, widen=widen)  # type: ignore[call-arg]
+
+    def _evaluate_scripted(self, input: Tensor) -> Tensor:
+        if self.training:
+            raise RuntimeError(f"{self._place}: scripted in evaluation, so it cannot train; call eval().")
         mean_C, var_C = self.running_mean, self.running_var
         dtype = input.dtype if mean_C is None else mean_C.dtype
         weight_C = None if self.weight is None else self.weight.to(dtype)
         bias_C = None if self.bias is None else self.bias.to(dtype)
-        y_NCL = F.batch_norm(input, mean_C, var_C, weight_C, bias_C, mean_C is None and var_C is None, 0.0, self.eps)
-        if residual is not None:
-            y_NCL = y_NCL + residual if widen else y_NCL.add_(residual)
-        return torch.relu(y_NCL) if relu else y_NCL
+        return F.batch_norm(input, mean_C, var_C, weight_C, bias_C, mean_C is None and var_C is None, 0.0, self.eps)
+
+
+def finish(y_NCL: Tensor, residual: Tensor | None, relu: bool, widen: bool) -> Tensor:
+    """Apply the epilogue separately."""
+    if residual is not None:
+        y_NCL = y_NCL + residual if widen else y_NCL.add_(residual)
+    return y_NCL.relu() if relu else y_NCL

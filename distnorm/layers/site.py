@@ -179,7 +179,6 @@ class Site:
         )
 
 
-@torch.no_grad()
 def update_layer(
     layer: _BatchNorm, running: Running, site: Site, shared: Sequence[Tensor], completed: Tensor | bool = True
 ) -> None:
@@ -191,7 +190,10 @@ def update_layer(
     elif shared and completed is not False:
         assert site.measured is not None, "its method is not affine per channel"
         found = site.measured.read(dict(zip(site.measured.parts, shared, strict=True)))
-        update_running(running, site.measured.targets(method, found, seen(layer, running)), shared[0][-1], completed)
+        targets = site.measured.targets(method, found, seen(layer, running))
+        # Not by no_grad, of which torch.export of training would make a node that it refuses (torch 2.13).
+        detached = {name: target.detach() for name, target in targets.items()}
+        update_running(running, detached, shared[0][-1], completed)
 
 
 def _versions(running: Running) -> list[object]:

@@ -16,7 +16,7 @@ def is_traced(value: object) -> bool:
 
 
 # docs/decisions.md#converted-layers-are-leaf-modules
-def leaf(module: nn.Module, proxy: Any, *rest: Any) -> Any:
+def leaf(module: nn.Module, proxy: Any, rest: Any = ()) -> Any:
     """Return a graph node that calls ``module`` with ``proxy`` and the ``rest`` of its arguments.
 
     A tracer makes such nodes only for modules that ``torch.nn`` defines, and traces into all others.

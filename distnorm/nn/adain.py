@@ -33,7 +33,7 @@ class AdaIN(nn.Module):
     def forward(self, input: Tensor, style: Tensor) -> Tensor:
         """Return ``input`` with the statistics of ``style``."""
         if is_traced(input):
-            node: Tensor = leaf(self, input, style)
+            node: Tensor = leaf(self, input, (style,))
             return node
         checks.check_features(self, input, None, checks.SPATIAL)
         checks.check_spatial(self, input)

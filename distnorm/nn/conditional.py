@@ -33,7 +33,7 @@ class _Conditional(nn.Module):
     def forward(self, input: Tensor, labels: Tensor) -> Tensor:
         """Return the normalized input, scaled and shifted for ``labels``."""
         if is_traced(input):
-            node: Tensor = leaf(self, input, labels)
+            node: Tensor = leaf(self, input, (labels,))
             return node
         return self._forward(input, labels)
 

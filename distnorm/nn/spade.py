@@ -77,7 +77,7 @@ class SPADE(nn.Module):
     def forward(self, input: Tensor, map: Tensor) -> Tensor:
         """Return the normalized input, scaled and shifted by what is computed from ``map``."""
         if is_traced(input):
-            node: Tensor = leaf(self, input, map)
+            node: Tensor = leaf(self, input, (map,))
             return node
         checks.check_features(self, input, self.num_features, checks.IMAGE)
         if isinstance(self.norm, nn.InstanceNorm2d):
