@@ -21,6 +21,7 @@ from distnorm.autograd.engine import backward_may_follow
 from distnorm.autograd.share import KeepLocal
 from distnorm.compat.dispatch_state import are_own, are_plain, exporting, in_transform, is_fake
 from distnorm.kernels import stock
+from distnorm.kernels.activations import activate, named
 from distnorm.kernels.running import update_from_sums
 from distnorm.layers import checks, overlap
 from distnorm.layers.line import NOW, Line
@@ -32,7 +33,7 @@ from distnorm.methods.base import compute_dtype
 from distnorm.policies import Local
 from distnorm.recipe import Recipe
 from distnorm.transport import LostGroup
-from distnorm.types import Affine, Epilogue, Running
+from distnorm.types import RELU, Affine, Epilogue, Running
 
 
 class DistNorm(_BatchNorm):
@@ -67,21 +68,43 @@ class DistNorm(_BatchNorm):
         """Return the layer's name in the model that was converted."""
         return self._site.name
 
-    def forward(self, input: Tensor, residual: Tensor | None = None, relu: bool = False, widen: bool = True) -> Tensor:
-        """Return ``relu(norm(input) + residual)``, where ``residual`` and ``relu`` are optional.
+    def forward(
+        self,
+        input: Tensor,
+        residual: Tensor | None = None,
+        relu: bool = False,
+        widen: bool = True,
+        activation: str | None = None,
+        parameter: float = 0.0,
+    ) -> Tensor:
+        """Return ``activation(norm(input) + residual)``, where ``residual`` and ``activation`` are optional.
 
         In training the kernels compute this epilogue and its gradients in the same passes over memory, if ``residual``
         has the shape, dtype and device of ``input``. Otherwise the residual is added as ``+`` does, which may give a
-        wider dtype, or with ``widen=False`` as ``+=`` does.
+        wider dtype, or with ``widen=False`` as ``+=`` does. With a residual, they compute no activation but a ReLU.
+
+        Args:
+            input: ``[N, C, ...]``.
+            residual: what is added to the normalized input.
+            relu: short for ``activation="relu"``.
+            widen: see above.
+            activation: a name in ``kernels/activations.py``: "relu", "silu", "leaky_relu" and others.
+            parameter: its parameter, if it has one: the negative slope of "leaky_relu", the alpha of "elu".
         """
         if torch.jit.is_scripting():
-            return _finish(self._evaluate_scripted(input), residual, relu, widen)
+            assert activation is None, "scripted layers compute no activation but ReLU"
+            y = _add(self._evaluate_scripted(input), residual, widen)
+            return y.relu() if relu else y
         else:
-            return self._forward(input, residual, relu, widen)
+            wanted = RELU if relu else None if activation is None else named(activation, parameter)
+            if wanted is None or wanted == RELU or residual is None:
+                return self._forward(input, Epilogue(residual, wanted), widen)
+            return activate(self._forward(input, Epilogue(residual), widen), wanted)
 
-    def _forward(self, input: Tensor, residual: Tensor | None, relu: bool, widen: bool) -> Tensor:
+    def _forward(self, input: Tensor, epilogue: Epilogue, widen: bool) -> Tensor:
+        residual = epilogue.residual_NCL
         if is_traced(input):
-            return _finish(leaf(self, input), residual, relu, widen)
+            return _finish(leaf(self, input), epilogue, widen)
         site = self._site
         running = running_of(self, site.conversion.guards)
         checks.check_input(self, site, input, running)
@@ -90,23 +113,23 @@ class DistNorm(_BatchNorm):
         bias_C = parameters["bias"] if "bias" in parameters else self.bias
         affine = Affine(weight_C, bias_C, self.eps, running.var_C, running.updates)
         if not self.training:
-            return _finish(self._evaluate(input, affine, running), residual, relu, widen)
+            return _finish(self._evaluate(input, affine, running), epilogue, widen)
         checks.check_training(self, site, input)
         plain = not torch.compiler.is_compiling() and are_plain(input, residual) and are_own(*affine[:2], *running[:3])
         method, tracked = site.channel_affine if plain else None, running if self.track_running_stats else None
         if method is None or not normalize.suits(method, input):
-            return _finish(self._train_plainly(input, affine, tracked, plain), residual, relu, widen)
+            return _finish(self._train_plainly(input, affine, tracked, plain), epilogue, widen)
         fits = residual is None or _fits(residual, input)
-        plainly = residual is None and not relu
-        epilogue = normalize.NO_EPILOGUE if plainly or not fits else Epilogue(residual, relu)
+        plainly = residual is None and epilogue.activation is None
+        fused = epilogue if fits and not plainly else normalize.NO_EPILOGUE
         exchange = self._exchange(input, True)
-        alone = epilogue is normalize.NO_EPILOGUE and isinstance(exchange, KeepLocal)
+        alone = fused is normalize.NO_EPILOGUE and isinstance(exchange, KeepLocal)
         if alone and stock.suits(method, input, affine, running):
             y = stock.batch_norm(input, affine, running, updates=tracked is not None and exchange.updates_running())
         else:
             between = overlap.arrangement(self, input) if site.conversion.recipe.overlap else None
-            y = normalize.normalize(method, input, exchange, affine, between, tracked, epilogue)
-        return y if fits else _finish(y, residual, relu, widen)
+            y = normalize.normalize(method, input, exchange, affine, between, tracked, fused)
+        return y if fits else _finish(y, epilogue, widen)
 
     def _train_plainly(self, input: Tensor, affine: Affine, running: Running | None, plain: bool) -> Tensor:
         """Normalize by the method's specification, for inputs that the kernels do not accept."""
@@ -254,11 +277,15 @@ def _fits(residual: Tensor, x_NCL: Tensor) -> bool:
     return alike and residual.device == x_NCL.device
 
 
-def _finish(y_NCL: Tensor, residual: Tensor | None, relu: bool, widen: bool) -> Tensor:
+def _finish(y_NCL: Tensor, epilogue: Epilogue, widen: bool) -> Tensor:
     """Apply the epilogue separately."""
-    if residual is not None:
-        y_NCL = y_NCL + residual if widen else y_NCL.add_(residual)
-    return y_NCL.relu() if relu else y_NCL
+    return activate(_add(y_NCL, epilogue.residual_NCL, widen), epilogue.activation)
+
+
+def _add(y_NCL: Tensor, residual: Tensor | None, widen: bool) -> Tensor:
+    if residual is None:
+        return y_NCL
+    return y_NCL + residual if widen else y_NCL.add_(residual)
 
 
 # Initialization code and filters in public code look for "BatchNorm" or "BatchNorm2d" in a layer's class name.
