@@ -244,20 +244,22 @@ void plane_combine(const float *dy, const float *x, float *dx, const float *pivo
 static const float *masked_rows(gradient_t g, const float *x, index_t rows, index_t width, index_t C, float *own,
                                 index_t *step)
 {
-    *step = g.y ? C : TILE;
+    gradients_t *gradients = ACTIVATIONS[g.epilogue.activation].gradients;
+    *step = g.y ? C : width;
     for (index_t r = 0; r < rows; r++) {
         index_t at = r * C;
         if (g.y)
             for (index_t j = 0; j < width; j++) g.dz[at + j] = g.y[at + j] <= 0 ? 0 : g.dy[at + j];
         else if (g.epilogue.activation == RELU)
             for (index_t j = 0; j < width; j++)
-                own[r * TILE + j] = normed(x[at + j], g.pivot[j], g.scale[j], g.shift[j]) <= 0 ? 0 : g.dy[at + j];
+                own[r * width + j] = normed(x[at + j], g.pivot[j], g.scale[j], g.shift[j]) <= 0 ? 0 : g.dy[at + j];
         else {
-            float *z = own + r * TILE;
+            float *z = own + r * width;
             for (index_t j = 0; j < width; j++) z[j] = normed(x[at + j], g.pivot[j], g.scale[j], g.shift[j]);
-            ACTIVATIONS[g.epilogue.activation].gradients(z, g.dy + at, width, g.epilogue.parameter);
+            if (width < C) gradients(z, g.dy + at, width, g.epilogue.parameter);
         }
     }
+    if (gradients && width == C) gradients(own, g.dy, rows * C, g.epilogue.parameter); /* without gaps, in one call */
     return g.y ? g.dz : own;
 }
 
