@@ -99,7 +99,7 @@ def convert(
             ``"sockets"``: only shared memory or only sockets, with gloo for long vectors. ``"mpi"``: mpi4py, for
             layers on the CPU in a job that mpirun started. None: the value of ``DISTNORM_TRANSPORT``, by default
             ``"torch"``.
-        fuse: whether a norm also computes its epilogue: the addition, the activation or both that follow it in the model's
+        fuse: whether a norm also computes its epilogue: the addition, activation or both that follow it in the model's
             code. This needs fewer passes over memory, for equal values and gradients. ``print(model)`` shows the
             epilogue of each layer.
         options: options of a named recipe, such as ``size=4``.

@@ -150,6 +150,25 @@ class Flags(Block):
         return x
 
 
+class Idle(Block):
+    """As timm's residual blocks are written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop, self.pool = nn.Dropout(0.0), nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        y = self.drop(y)
+        if self.downsample is not None:
+            y = self.downsample(y)
+        y = self.silu(y)
+        y = self.pool(y)
+        y = self.pool(self.b(y))
+        y += x
+        return self.relu(y)
+
+
 class Branches(Block):
     def __init__(self) -> None:
         super().__init__()
@@ -190,6 +209,7 @@ FOUND: dict[type[nn.Module], dict[str, str]] = {
     Keywords: {"a": "gelu_tanh", "b": "elu"},
     Methods: {"a": "sigmoid", "b": "relu"},
     Flags: {"a": "silu"},
+    Idle: {"a": "silu", "b": "residual, relu"},
     Branches: {"a": "relu"},
     Listed: {"norms.0": "mish", "norms.1": "mish", "norms.2": "residual"},
     Nothings: {"0": "elu", "4": "relu6"},

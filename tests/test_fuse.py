@@ -127,6 +127,8 @@ CHANGES = {
     "what does nothing": (blocks.Nothings, lambda model: model.__setitem__(1, nn.Softplus())),
     "an alpha": (blocks.Nothings, lambda model: setattr(model[3], "alpha", 0.1)),
     "a hook": (blocks.Nothings, lambda model: model[1].register_forward_hook(lambda _, __, y: 2 * y)),
+    "what is idle": (blocks.Idle, lambda model: setattr(model.drop, "p", 1.0)),
+    "what is idle, nested": (blocks.Idle, lambda model: setattr(model, "pool", nn.Softplus())),
     "a hook of the activation": (
         blocks.Activated,
         lambda model: model.silu.register_forward_pre_hook(lambda _, given: (given[0] * 2,)),

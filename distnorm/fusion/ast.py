@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 from collections import deque
 from collections.abc import Iterator
+from functools import partial
 from itertools import takewhile
 from types import FunctionType
 from typing import NamedTuple
@@ -68,8 +69,11 @@ class Joiner(ast.NodeTransformer):
         return plain or node in self._epilogues
 
     def visit_Call(self, node: ast.Call) -> ast.expr:
-        """Merge ``activation(norm(x))``."""
+        """Merge ``activation(norm(x))``, and leave out layers that return a norm's output as it is."""
         super().generic_visit(node)
+        argument = self._reader.argument_of_identity(node)
+        if isinstance(argument, ast.Call) and self._is_norm(argument):
+            return argument
         applied = self._reader.activation(node)
         joined = None if applied is None else self._join(applied.argument, _Epilogue(activation=applied))
         return joined or node
@@ -129,7 +133,7 @@ class Joiner(ast.NodeTransformer):
             statement = waiting.popleft()
             name = None if _assigned(statement) in self._read_in_handlers else _assigned(statement)
             while name is not None and isinstance(statement, ast.Assign) and self._is_norm(statement.value):
-                skipped = list(takewhile(lambda each: self._reader.branch(each) == [], waiting))
+                skipped = list(takewhile(partial(self._is_skipped, name=name), waiting))
                 if len(skipped) == len(waiting):
                     break
                 follower = waiting[len(skipped)]
@@ -138,10 +142,21 @@ class Joiner(ast.NodeTransformer):
                     break
                 for _ in range(len(skipped) + 1):
                     waiting.popleft()
-                yield from skipped
+                yield from (each for each in skipped if not self._is_idle(each, name))
                 if isinstance(follower, ast.Return):
                     statement = ast.copy_location(ast.Return(statement.value), statement)
             yield statement
+
+    def _is_skipped(self, statement: ast.stmt, name: str) -> bool:
+        """Return whether ``statement`` does nothing: an ``if`` that is not entered, or an idle one."""
+        return self._reader.branch(statement) == [] or self._is_idle(statement, name)
+
+    def _is_idle(self, statement: ast.stmt, name: str) -> bool:
+        """Return whether ``statement`` is ``name = self.layer(name)`` of a layer that returns its input."""
+        if not isinstance(statement, ast.Assign) or _assigned(statement) != name:
+            return False
+        argument = self._reader.argument_of_identity(statement.value)
+        return isinstance(argument, ast.Name) and argument.id == name
 
     def _follows(self, statement: ast.stmt, name: str) -> _Epilogue | None:
         """Return the epilogue in ``statement``, if it does nothing else and its result replaces ``name``."""

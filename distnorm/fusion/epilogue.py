@@ -14,7 +14,7 @@ from types import CodeType, FunctionType
 
 from torch import nn
 
-from distnorm.fusion.activations import activation_of
+from distnorm.fusion.activations import activation_of, is_identity
 from distnorm.fusion.fused_classes import Fused, are_norms, find, following, fused_class, is_norm
 from distnorm.fusion.reading import Attributes
 from distnorm.layers.class_swap import swap, underlying
@@ -78,6 +78,7 @@ def _in_methods(module: nn.Module, base: type[nn.Module]) -> _Fusions:
         norms=frozenset(name for name, child in children.items() if is_norm(child)),
         lists=frozenset(name for name, child in children.items() if _in_list(child) and are_norms(child)),
         activations=frozenset((name, each.name) for name, child in children.items() if (each := activation_of(child))),
+        identities=frozenset(name for name, child in children.items() if is_identity(child)),
         flags=frozenset(_flags(module)),
     )
     found: _Fusions = []
@@ -89,6 +90,7 @@ def _in_methods(module: nn.Module, base: type[nn.Module]) -> _Fusions:
                     attributes.norms & merged.owners,
                     attributes.lists & merged.owners,
                     frozenset(merged.activations.items()),
+                    frozenset(merged.identities),
                     frozenset(merged.flags.items()),
                 )
                 found.append((name, required, _by_norm(module, merged.epilogues)))

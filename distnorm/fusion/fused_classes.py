@@ -81,6 +81,7 @@ class Plan(NamedTuple):
         return (
             all(are_norms(getattr(module, name, None)) for name in found.owners)
             and all(_is_called(getattr(module, name, None), each) for name, each in found.activations.items())
+            and all(is_identity(getattr(module, name, None)) for name in found.identities)
             and all(getattr(module, name, module) is value for name, value in found.flags.items())
             and all(next(functions_at(path, names), None) == each for path, each in found.functions.items())
         )

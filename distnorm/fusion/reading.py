@@ -19,12 +19,14 @@ class Attributes(NamedTuple):
         norms: converted norms.
         lists: lists of converted norms.
         activations: layers of activations that norms can compute, with the names of the activations.
+        identities: layers that return their input.
         flags: attributes that are True, False or None.
     """
 
     norms: frozenset[str] = frozenset()
     lists: frozenset[str] = frozenset()
     activations: frozenset[tuple[str, str]] = frozenset()
+    identities: frozenset[str] = frozenset()
     flags: frozenset[tuple[str, bool | None]] = frozenset()
 
 
@@ -35,6 +37,7 @@ class Found:
     epilogues: dict[str, str] = field(default_factory=dict)
     """By norm, its epilogue in words. Norms of a list are called by its name, with the index if that is a constant."""
     activations: dict[str, str] = field(default_factory=dict)
+    identities: set[str] = field(default_factory=set)
     flags: dict[str, bool | None] = field(default_factory=dict)
     functions: dict[tuple[str, ...], str] = field(default_factory=dict)
     """The names by which the code calls functions, such as ``("F", "relu")``, and the activations they compute."""
@@ -62,6 +65,7 @@ class Reader:
         stores = (each for each in ast.walk(definition) if not isinstance(_context(each), ast.Load))
         changed = {self.self_attribute(each) for each in stores}
         self._norms, self._lists = attributes.norms - changed, attributes.lists - changed
+        self._identities = attributes.identities - changed
         self._activations = {name: found for name, found in attributes.activations if name not in changed}
         self._flags = {name: value for name, value in attributes.flags if name not in changed}
         self._globals = function.__globals__
@@ -87,6 +91,16 @@ class Reader:
                 number = index.value if isinstance(index, ast.Constant) else None
                 return f"{name}.{number}" if type(number) is int else name
         return None
+
+    def argument_of_identity(self, node: ast.AST) -> ast.expr | None:
+        """Return the x in ``self.name(x)`` of a layer that returns its input, or None."""
+        name = self.self_attribute(node.func) if isinstance(node, ast.Call) else None
+        if name is None or name not in self._identities or not isinstance(node, ast.Call):
+            return None
+        if node.keywords or len(node.args) != 1 or isinstance(node.args[0], ast.Starred):
+            return None
+        self.found.identities.add(name)
+        return node.args[0]
 
     def activation(self, node: ast.AST) -> Applied | None:
         """Return the activation that ``node`` calls, in any spelling."""
