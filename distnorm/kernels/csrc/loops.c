@@ -28,7 +28,8 @@ typedef float vector __attribute__((vector_size(4 * LANES), aligned(4), may_alia
 #define MIN(a, b) ((a) < (b) ? (a) : (b))
 #define PARALLEL _Pragma("omp parallel for num_threads(threads) if (threads > 1 && N * C * L > SMALL)")
 
-/* An activation of n values z: in place, or dz, the gradient for z, in place of z. */
+/* An activation of n values z: in place, or dz, the gradient for z, in place of z.
+   docs/decisions.md#one-formula-per-activation */
 typedef void values_t(float *z, index_t n, float parameter);
 typedef void gradients_t(float *z, const float *dy, index_t n, float parameter);
 
