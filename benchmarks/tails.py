@@ -49,7 +49,7 @@ def contenders(channels: int, activation: str) -> dict[str, Run]:
     return {
         "stock": apart(nn.BatchNorm2d(channels), activation),
         "apart": apart(ours, activation),
-        "fused": lambda x, residual: ours(x, residual, activation=activation, widen=False),
+        "fused": lambda x, residual: ours(x, residual=residual, activation=activation, widen=False),
     }
 
 

@@ -10,6 +10,7 @@ from distnorm import methods, nn, policies, recipes
 from distnorm.attach import attach, end_step, load_state_dict, state_dict, sync_running_stats
 from distnorm.convert import convert, register_converter, revert
 from distnorm.diagnostics import Ledger, stats
+from distnorm.fold import fold
 from distnorm.layers.module import (
     DistBatchNorm1d,
     DistBatchNorm2d,
@@ -19,6 +20,7 @@ from distnorm.layers.module import (
     DistNorm2d,
     DistNorm3d,
 )
+from distnorm.preconditioning import Preconditioner, precondition
 from distnorm.recipe import Recipe
 
 __all__ = [
@@ -30,14 +32,17 @@ __all__ = [
     "DistNorm2d",
     "DistNorm3d",
     "Ledger",
+    "Preconditioner",
     "Recipe",
     "attach",
     "convert",
     "end_step",
+    "fold",
     "load_state_dict",
     "methods",
     "nn",
     "policies",
+    "precondition",
     "recipes",
     "register_converter",
     "revert",

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import distnorm
 from distnorm.autograd import normalize
-from distnorm.autograd.share import KeepLocal
+from distnorm.autograd.keep_local import KeepLocal
 from distnorm.kernels.activations import ACTIVATIONS, NUMBERS, named
 from distnorm.methods import RMS, BatchNorm, ChannelAffine
 from distnorm.types import Activation, Affine, Epilogue
@@ -196,7 +196,7 @@ def test_a_layer_computes_it_everywhere(activation: Activation, training: bool, 
         x, added = (each.clone().requires_grad_() for each in tensors)
         given = added if residual else None
         if one:
-            y = layer(x, given, activation=activation.name, parameter=activation.parameter)
+            y = layer(x, residual=given, activation=activation.name, parameter=activation.parameter)
         else:
             y = EXPECTED[activation](stock(x) + given if residual else stock(x))
         y.square().sum().backward()

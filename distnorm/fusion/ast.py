@@ -36,7 +36,8 @@ class _Epilogue(NamedTuple):
     def options(self) -> dict[str, ast.expr]:
         """Return the norm's keyword arguments."""
         name, parameter, _ = self.activation or (None, None, None)
-        options: dict[str, ast.expr] = {"relu": ast.Constant(True)} if name == "relu" else {}
+        options: dict[str, ast.expr] = {} if self.residual is None else {"residual": self.residual}
+        options |= {"relu": ast.Constant(True)} if name == "relu" else {}
         if name is not None and name != "relu":
             options["activation"] = ast.Constant(name)
         options |= {} if parameter is None else {"parameter": parameter}
@@ -103,7 +104,6 @@ class Joiner(ast.NodeTransformer):
         if both is None:
             return None
         self._epilogues[norm] = both
-        norm.args = [norm.args[0], *([both.residual] if both.residual is not None else [])]
         norm.keywords = [ast.keyword(name, value) for name, value in both.options().items()]
         self.found.epilogues[str(self._reader.norm(norm.func))] = str(both)
         return norm

@@ -15,14 +15,32 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from distnorm.layers.layout import layout_of
-from distnorm.layers.running_statistics import BUFFERS
+from distnorm.layers.running_statistics import buffers_of
 from distnorm.policies import Reducer
 from distnorm.policies.routes import Routes, joined
 from distnorm.recipe import Recipe
-from distnorm.transport import LostGroup, Topology, choice, mpi
+from distnorm.transport import LostGroup, Topology, check_group, choice, mpi
 from distnorm.transport.rendezvous import all_gather_text, connected, group_timeout
 from distnorm.transport.topology import node_id
 from distnorm.types import Layout, Transport
+
+
+# docs/decisions.md#which-ranks-a-conversion-concerns
+def narrower(process_group: dist.ProcessGroup | LostGroup | None, owner: str) -> dist.ProcessGroup | None:
+    """Return the ``process_group`` of a layer, or None if it holds all ranks of the job.
+
+    Raises:
+        ValueError: this rank is not in the group, or pickling has lost it; the message begins with ``owner``.
+    """
+    check_group(process_group, owner)
+    if isinstance(process_group, LostGroup):
+        raise ValueError(
+            f"{owner}: {process_group.what} cannot be pickled, so this copy of the layer has none. Set the layer's "
+            "process_group to a group of this process, or to None for all ranks."
+        )
+    if process_group is None or len(dist.get_process_group_ranks(process_group)) == dist.get_world_size():
+        return None
+    return process_group
 
 
 def ranks_of(groups: Iterable[dist.ProcessGroup | LostGroup]) -> list[tuple[int, ...]]:
@@ -132,7 +150,7 @@ def _fingerprint(recipe: Recipe, transport: Transport, layers: Sequence[tuple[st
 
 
 def _tracked(layer: _BatchNorm) -> str:
-    buffers = [(name, getattr(layer, name)) for name in BUFFERS]
+    buffers = [(name, getattr(layer, name)) for name in buffers_of(layer)]
     found = [f"{name} {each.dtype} on {each.device.type}" for name, each in buffers if each is not None]
     return ", ".join(found).replace("torch.", "") or "no running statistics"
 

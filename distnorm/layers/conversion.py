@@ -39,6 +39,9 @@ class Conversion:
     process_group: dist.ProcessGroup | LostGroup | None = None
     """The layers' own ``process_group``, which torch's SyncBatchNorm can have; the only ranks they share with."""
 
+    is_provisional = False
+    """Whether the constructor of a layer made it, for a norm inside, until the model around it is converted."""
+
     def __init__(
         self,
         recipe: Recipe,
@@ -65,6 +68,7 @@ class Conversion:
         """Whether updates of running statistics skip values that are not finite. Stock batch norm does not."""
         self.observers: list[Observer] = []
         self.resume_pending = True
+        self.told_of_initial_values = False
         self.loss_scale: Callable[[], Tensor | float] | None = None
         self.ends_with_backward = True
         self.optimizers: WeakKeyDictionary[Optimizer, RemovableHandle] = WeakKeyDictionary()
@@ -79,7 +83,7 @@ class Conversion:
         """Leave out the binding, and the mesh and group, which are valid in their process only."""
         mesh = LostGroup(f"its device mesh {self.mesh}") if isinstance(self.mesh, DeviceMesh) else self.mesh
         kept = {"recipe": self.recipe, "mesh": mesh, "transport": self.transport, "feeders": self.feeders}
-        return {**kept, "process_group": lost(self.process_group)}
+        return {**kept, "process_group": lost(self.process_group), "is_provisional": self.is_provisional}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Conversion:
         """Copy unbound, with mesh and group, which are valid in this process."""
@@ -125,7 +129,7 @@ class Conversion:
             running_statistics.fold_means(layer for _, layer in self.layers())
         self.resume_pending = False
 
-    def ahead(self, name: str) -> GlobalStatistics | None:
+    def ahead(self, name: str) -> list[GlobalStatistics] | None:
         """Return the sums in flight that have not updated the running statistics of layer ``name`` yet."""
         return None if self._binding is None or self.resume_pending else self._binding.in_flight().get(name)
 
