@@ -76,7 +76,9 @@ class DistNorm(_BatchNorm):
         ``kernels/activations.py``, such as "silu"; ``relu`` is short for "relu". ``parameter`` is the negative slope of
         "leaky_relu" or the alpha of "elu".
         """
-        epilogue = Epilogue(residual, RELU if relu else None if activation is None else named(activation, parameter))
+        wanted = RELU if relu else None if activation is None else named(activation, parameter)
+        nothing = residual is None and wanted is None
+        epilogue = normalize.NO_EPILOGUE if nothing else Epilogue(residual, wanted)
         if is_traced(input):
             return _finish(leaf(self, input, *inputs), epilogue, widen)
         site = self._site
@@ -96,9 +98,8 @@ class DistNorm(_BatchNorm):
         if method is None or not normalize.suits(method, input):
             return _finish(self._train_plainly(input, inputs, running, tracked, plain), epilogue, widen)
         affine = Affine(weight_C, bias_C, self.eps, running.var_C, running.updates)
-        fits = residual is None or (_fits(residual, input) and epilogue.activation in (None, RELU))
-        plainly = residual is None and epilogue.activation is None
-        fused = epilogue if fits and not plainly else normalize.NO_EPILOGUE
+        fits = residual is None or (_fits(residual, input) and wanted in (None, RELU))
+        fused = epilogue if fits else normalize.NO_EPILOGUE
         exchange = self._exchange(input, True)
         alone = fused is normalize.NO_EPILOGUE and isinstance(exchange, KeepLocal)
         if alone and stock.suits(method, input, affine, running):
