@@ -21,7 +21,7 @@ from distnorm.kernels.gpu import apply, entries
 from distnorm.kernels.gpu.gpu_pass import GpuPass
 from distnorm.methods import RMS, BatchNorm, ChannelAffine
 from distnorm.recipe import Recipe
-from distnorm.types import Affine, Epilogue, Running
+from distnorm.types import RELU, Affine, Epilogue, Running
 from tests.support.cases import EPS, REFERENCES, Case, Result, assert_within, limits, numbers
 
 NVIDIA = "name,driver_version,memory.total,power.limit,clocks.max.sm,clocks.max.mem,clocks.sm,clocks.mem"
@@ -105,7 +105,7 @@ def judge(case: Case, device: str, *, adds: bool, relu: bool) -> None:
     formula = case.method.formula(Affine(weight, bias, EPS))
     assert formula is not None
     passes = GpuPass(formula, EPS)
-    y = passes.normalize(x, passes.sums(x), weight, bias, Epilogue(residual, relu), running)
+    y = passes.normalize(x, passes.sums(x), weight, bias, Epilogue(residual, RELU if relu else None), running)
     cotangents, dweight, dbias, dz = passes.pull(dy, x, y if relu else None, weight)
     ours = Result(y, passes.combine(dz, x, cotangents), dweight, dbias)
 

@@ -1,6 +1,6 @@
 """One norm layer and what follows it, forward and backward: in one call, or apart, over the layer shapes of ResNet-18.
 
-Run ``OMP_NUM_THREADS=1 python benchmarks/tails.py``. Apart, the addition and the ReLU work in place, as in most models.
+Run ``OMP_NUM_THREADS=1 python benchmarks/tails.py``. Apart, addition and activation work in place, as in most models.
 Times and ratios as in ``benchmarks/layer.py``.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,29 +21,35 @@ from torch.nn import functional
 
 import distnorm
 
-TAILS = {"ReLU": False, "addition and ReLU": True}
+TAILS = {"ReLU": ("relu", False), "addition and ReLU": ("relu", True), "SiLU": ("silu", False)}
+"""By name, the activation, and whether something is added before it."""
+
+IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": partial(functional.relu, inplace=True),
+    "silu": partial(functional.silu, inplace=True),
+}
 Run = Callable[[Tensor, Tensor | None], Tensor]
 
 
-def apart(layer: nn.Module) -> Run:
-    """``relu(layer(x) + residual)``, step by step."""
+def apart(layer: nn.Module, activation: str) -> Run:
+    """``activation(layer(x) + residual)``, step by step."""
 
     def run(x: Tensor, residual: Tensor | None) -> Tensor:
         y: Tensor = layer(x)
         if residual is not None:
             y += residual
-        return functional.relu(y, inplace=True)
+        return IN_PLACE[activation](y)
 
     return run
 
 
-def contenders(channels: int) -> dict[str, Run]:
+def contenders(channels: int, activation: str) -> dict[str, Run]:
     """Ways to do the same."""
     ours = distnorm.convert(nn.Sequential(nn.BatchNorm2d(channels)), "local_bn")[0]
     return {
-        "stock": apart(nn.BatchNorm2d(channels)),
-        "apart": apart(ours),
-        "fused": lambda x, residual: ours(x, residual=residual, relu=True, widen=False),
+        "stock": apart(nn.BatchNorm2d(channels), activation),
+        "apart": apart(ours, activation),
+        "fused": lambda x, residual: ours(x, residual=residual, activation=activation, widen=False),
     }
 
 
@@ -60,10 +67,11 @@ def passing(run: Run, shape: tuple[int, int, int, int], format: str, adds: bool)
     return once
 
 
-def layers(name: str, shapes: Counter[tuple[int, int]], batch: int, format: str, adds: bool) -> Callable[[], float]:
+def layers(name: str, shapes: Counter[tuple[int, int]], batch: int, format: str, tail: str) -> Callable[[], float]:
     """A function that returns the milliseconds of all layers together."""
+    activation, adds = TAILS[tail]
     cases = [
-        (times, passing(contenders(channels)[name], (batch, channels, side, side), format, adds))
+        (times, passing(contenders(channels, activation)[name], (batch, channels, side, side), format, adds))
         for (channels, side), times in shapes.items()
     ]
     return lambda: sum(times * min(once() for _ in range(REPEATS)) for times, once in cases)
@@ -91,10 +99,10 @@ def main() -> None:
     cases = []
     for width in options.widths:
         shapes = Counter(norm_shapes(width))
-        for tail, adds in TAILS.items():
+        for tail in TAILS:
             for format in FORMATS:
                 makers = {
-                    name: layers(name, shapes, options.batch, format, adds) for name in ("stock", "apart", "fused")
+                    name: layers(name, shapes, options.batch, format, tail) for name in ("stock", "apart", "fused")
                 }
                 cases.append({"width": width, "format": format, "tail": tail, "ms": rounds(makers, options)})
     finish({"batch": options.batch, "cases": cases}, table(cases), options.json)

@@ -102,7 +102,7 @@ def convert(
             ``"sockets"``: only shared memory or only sockets, with gloo for long vectors. ``"mpi"``: mpi4py, for
             layers on the CPU in a job that mpirun started. None: the value of ``DISTNORM_TRANSPORT``, by default
             ``"torch"``.
-        fuse: whether a norm also computes its epilogue: the addition, the ReLU or both that follow it in the model's
+        fuse: whether a norm also computes its epilogue: the addition, activation or both that follow it in the model's
             code. This needs fewer passes over memory, for equal values and gradients. ``print(model)`` shows the
             epilogue of each layer.
         options: options of a named recipe, such as ``size=4``.
@@ -136,7 +136,7 @@ def convert(
     if fuse and layers and not epilogue.fuse(model):
         warnings.warn(
             f"distnorm.convert(fuse=True) fused nothing: in {type(model).__name__}, no readable code passes the output "
-            "of a converted norm to a ReLU or an addition only.",
+            "of a converted norm to an activation or an addition only.",
             stacklevel=2,
         )
     return model

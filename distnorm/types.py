@@ -164,14 +164,24 @@ class Affine(NamedTuple):
     updates: Tensor | None = None
 
 
-class Epilogue(NamedTuple):
-    """Epilogue of a norm, computed in the same pass: ``relu(norm(x) + residual)``, or only one of the two operations.
+class Activation(NamedTuple):
+    """A pointwise activation by its name in ``kernels/activations.py``, with its parameter, if it has one."""
 
-    ``residual_NCL`` has the shape, dtype and device of x.
+    name: str
+    parameter: float = 0.0
+
+
+RELU = Activation("relu")
+
+
+class Epilogue(NamedTuple):
+    """Epilogue of a norm, computed in the same pass: ``activation(norm(x))`` or ``norm(x) + residual``.
+
+    With a ReLU it can be both: ``relu(norm(x) + residual)``. ``residual_NCL`` has the shape, dtype and device of x.
     """
 
     residual_NCL: Tensor | None = None
-    relu: bool = False
+    activation: Activation | None = None
 
 
 class Running(NamedTuple):

@@ -96,14 +96,130 @@ class Sequence(nn.Sequential):
         super().__init__(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), relu, relu, nn.BatchNorm2d(4), nn.SiLU())
 
 
+class Activated(Block):
+    """As YOLO's convolutions are written."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.hardswish(self.b(self.silu(self.a(self.conv(x)))), inplace=True)
+
+
+class WithOptions(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.leaky = nn.LeakyReLU(0.3, inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.leaky_relu(self.a(x), -0.2)
+        y = self.b(self.conv(y))
+        return self.leaky(y)
+
+
+class Keywords(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.gelu(self.a(x), approximate="tanh")
+        return F.elu(self.b(y), alpha=0.5, inplace=True)
+
+
+class Methods(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x).sigmoid()
+        y = self.b(y)
+        y = y.relu_()
+        return y
+
+
+class Flags(Block):
+    """As pytorchcv's blocks are written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.use_pad, self.use_norm, self.activate, self.late = False, True, True, None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.use_pad:
+            x = self.silu(x)
+        x = self.conv(x)
+        if self.use_norm:
+            x = self.a(x)
+        if self.activate:
+            x = self.silu(x)
+        if self.b is not None:
+            x = self.b(x)
+        if not self.activate or self.late:
+            x = x * 2
+        return x
+
+
+class Idle(Block):
+    """As timm's residual blocks are written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop, self.pool = nn.Dropout(0.0), nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        y = self.drop(y)
+        if self.downsample is not None:
+            y = self.downsample(y)
+        y = self.silu(y)
+        y = self.pool(y)
+        y = self.pool(self.b(y))
+        y += x
+        return self.relu(y)
+
+
+class Branches(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = True, None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.first:
+            x = self.relu(x)
+        else:
+            x = self.a(x)
+        if self.last is None:
+            return self.relu(x)
+        return self.b(x)
+
+
+class Listed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms, self.act = nn.ModuleList(nn.BatchNorm2d(4) for _ in range(3)), nn.Mish()
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i in range(2):
+            x = self.act(self.norms[i](x))
+        return x + self.norms[2](x)
+
+
+class Nothings(nn.Sequential):
+    """Layers that do nothing between a norm and its activation."""
+
+    def __init__(self) -> None:
+        layers = nn.BatchNorm2d(4), nn.Identity(), nn.Dropout2d(0.0), nn.ELU(0.7, inplace=True)
+        super().__init__(*layers, nn.BatchNorm2d(4), nn.ReLU6(), nn.BatchNorm2d(4), nn.Identity())
+
+
 FOUND: dict[type[nn.Module], dict[str, str]] = {
+    Activated: {"a": "silu", "b": "hardswish"},
+    WithOptions: {"a": "leaky_relu", "b": "leaky_relu"},
+    Keywords: {"a": "gelu_tanh", "b": "elu"},
+    Methods: {"a": "sigmoid", "b": "relu"},
+    Flags: {"a": "silu"},
+    Idle: {"a": "silu", "b": "residual, relu"},
+    Branches: {"a": "relu"},
+    Listed: {"norms.0": "mish", "norms.1": "mish", "norms.2": "residual"},
+    Nothings: {"0": "elu", "4": "relu6"},
     Torchvision: {"a": "relu", "b": "residual, relu"},
     Nested: {"a": "relu", "b": "residual, relu"},
     Returned: {"a": "relu", "b": "residual, relu"},
     Added: {"a": "relu", "b": "residual"},
     Helper: {"a": "relu", "b": "relu"},
     Named: {"a": "residual, relu", "b": "residual"},
-    Sequence: {"1": "relu"},
+    Sequence: {"1": "relu", "4": "silu"},
 }
 
 
@@ -127,7 +243,31 @@ class Between(Block):
 
 class OtherActivation(Block):
     def forward(self, x: Tensor) -> Tensor:
-        return self.silu(self.a(x)) + F.relu(self.b(x) * 2)
+        return F.softplus(self.a(x)) + F.relu(self.b(x) * 2)
+
+
+class OtherOptions(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        slope = 0.1 + len(self.seen)
+        return F.leaky_relu(self.a(x), slope) + F.prelu(self.b(x), x.new_ones(1))
+
+
+class SwitchesItself(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.activate = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.activate = not self.activate
+        x = self.a(x)
+        if self.activate:
+            x = self.silu(x)
+        return x
+
+
+class Drops(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(nn.BatchNorm2d(4), nn.Dropout(1.0), nn.SiLU(), nn.BatchNorm2d(4), nn.PReLU())
 
 
 class AlsoItself(Block):
@@ -298,7 +438,16 @@ class Options(Block):
 unread: dict[str, type[nn.Module]] = {"Block": Block}  # type: ignore[dict-item]
 exec("class Unread(Block):\n    def forward(self, x):\n        return self.relu(self.a(x))\n", unread)
 
-LEFT: list[type[nn.Module]] = [UsedTwice, Between, OtherActivation, AlsoItself, Alive]
+LEFT: list[type[nn.Module]] = [
+    UsedTwice,
+    Between,
+    OtherActivation,
+    OtherOptions,
+    SwitchesItself,
+    Drops,
+    AlsoItself,
+    Alive,
+]
 LEFT += [Walrus, InnerWalrus, WalrusInComprehension, Nonlocal, RebindsGlobal]
 LEFT += [ReplacesItsRelu, GrowsItsShortcut, Finally, Handled]
 LEFT += [Kept, Global, Attribute, Super, Shadowed, Rebound, Options, unread["Unread"]]

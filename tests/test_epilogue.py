@@ -17,7 +17,7 @@ from distnorm.autograd import normalize
 from distnorm.autograd.keep_local import KeepLocal
 from distnorm.methods import RMS, BatchNorm
 from distnorm.methods.base import layer_of
-from distnorm.types import Affine, Epilogue
+from distnorm.types import RELU, Affine, Epilogue
 from tests.support.cases import EPS, REFERENCES, Case, assert_within, laid_out, limits, numbers, wide
 from tests.test_normalize import cases, kernels  # noqa: F401, the latter is a fixture
 
@@ -34,13 +34,17 @@ def residual_of(case: Case, epilogue: str, layout: str) -> Tensor | None:
     return laid_out(values, layout)
 
 
+def tail(residual: Tensor | None, epilogue: str) -> Epilogue:
+    return Epilogue(residual, RELU if "relu" in epilogue else None)
+
+
 def run(case: Case, epilogue: str, residual: Tensor | None) -> tuple[list[Tensor], Tensor | None]:
     """The output and the gradients of x, weight and bias; and that of the residual."""
     x, dy, weight, bias = numbers(case)
     leaves = [each.detach().requires_grad_() for each in (x, weight, bias)]
     added = None if residual is None else residual.detach().requires_grad_()
     affine = Affine(leaves[1], leaves[2], EPS)
-    y = normalize.normalize(case.method, leaves[0], KeepLocal(), affine, epilogue=Epilogue(added, "relu" in epilogue))
+    y = normalize.normalize(case.method, leaves[0], KeepLocal(), affine, epilogue=tail(added, epilogue))
     y.backward(dy)
     return [y.detach(), *(each.grad for each in leaves)], None if added is None else added.grad
 
@@ -81,9 +85,7 @@ def test_tails_agree_with_float64(case: Case, epilogue: str, layout: str) -> Non
 def test_no_values(shape: tuple[int, ...], epilogue: str) -> None:
     x, residual, weight, bias = (torch.ones(size, requires_grad=True) for size in (shape, shape, 3, 3))
     added = residual if "residual" in epilogue else None
-    y = normalize.normalize(
-        BatchNorm(), x, KeepLocal(), Affine(weight, bias, EPS), epilogue=Epilogue(added, "relu" in epilogue)
-    )
+    y = normalize.normalize(BatchNorm(), x, KeepLocal(), Affine(weight, bias, EPS), epilogue=tail(added, epilogue))
     y.sum().backward()
     assert y.shape == x.grad.shape == shape
     assert not weight.grad.any() and not bias.grad.any()
@@ -94,7 +96,7 @@ def test_nan_passes_a_relu_both_ways() -> None:
     residual[0, 0] = float("nan")
     residual[0, 1] = -float("inf")
     residual.requires_grad_()
-    y = normalize.normalize(BatchNorm(), x, KeepLocal(), Affine(None, None, EPS), epilogue=Epilogue(residual, True))
+    y = normalize.normalize(BatchNorm(), x, KeepLocal(), Affine(None, None, EPS), epilogue=Epilogue(residual, RELU))
     y.backward(torch.ones_like(y))
     expected = F.relu(residual.detach())
     torch.testing.assert_close(y, expected, equal_nan=True)
@@ -113,9 +115,7 @@ def test_second_derivatives_are_those_of_the_plain_path(method: BatchNorm | RMS,
         added = None if residual is None else residual.detach().requires_grad_()
         affine = Affine(*leaves[1:], EPS)
         if epilogues:
-            y = normalize.normalize(
-                method, leaves[0], KeepLocal(), affine, epilogue=Epilogue(added, "relu" in epilogue)
-            )
+            y = normalize.normalize(method, leaves[0], KeepLocal(), affine, epilogue=tail(added, epilogue))
         else:
             y = method.normalize(leaves[0], KeepLocal(), layer_of(affine))
             y = y if added is None else y + added

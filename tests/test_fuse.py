@@ -116,6 +116,45 @@ def test_what_changes_afterwards_is_respected(change: Callable[[nn.Module, list[
     same(*runs)
 
 
+CHANGES = {
+    "a flag": (blocks.Flags, lambda model: setattr(model, "activate", False)),
+    "another flag": (blocks.Flags, lambda model: setattr(model, "late", True)),
+    "a norm": (blocks.Flags, lambda model: setattr(model, "a", nn.Tanh())),
+    "a slope": (blocks.WithOptions, lambda model: setattr(model.leaky, "negative_slope", 0.9)),
+    "a layer": (blocks.WithOptions, lambda model: setattr(model, "leaky", nn.SiLU())),
+    "a norm of a list": (blocks.Listed, lambda model: model.norms.__setitem__(1, nn.Tanh())),
+    "a dropout": (blocks.Nothings, lambda model: setattr(model[2], "p", 1.0)),
+    "what does nothing": (blocks.Nothings, lambda model: model.__setitem__(1, nn.Softplus())),
+    "an alpha": (blocks.Nothings, lambda model: setattr(model[3], "alpha", 0.1)),
+    "a hook": (blocks.Nothings, lambda model: model[1].register_forward_hook(lambda _, __, y: 2 * y)),
+    "what is idle": (blocks.Idle, lambda model: setattr(model.drop, "p", 1.0)),
+    "what is idle, nested": (blocks.Idle, lambda model: setattr(model, "pool", nn.Softplus())),
+    "a hook of the activation": (
+        blocks.Activated,
+        lambda model: model.silu.register_forward_pre_hook(lambda _, given: (given[0] * 2,)),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_changes_of_what_activates_are_respected(name: str) -> None:
+    kind, change = CHANGES[name]
+    runs = []
+    for fuse in (True, False):
+        model = made(kind, fuse=fuse)
+        first = trained(model, steps=1)
+        change(model)
+        runs.append([*first, *trained(model, seed=1)])
+    same(*runs)
+
+
+def test_a_patched_function_is_heeded(monkeypatch: pytest.MonkeyPatch) -> None:
+    models = [made(blocks.Activated, fuse=fuse) for fuse in (True, False)]
+    monkeypatch.setattr(torch.nn.functional, "hardswish", lambda x, inplace: torch.tanh(x))
+    monkeypatch.setattr(nn.SiLU, "forward", lambda self, x: torch.sin(x))
+    same(*map(trained, models))
+
+
 def test_a_sum_of_two_dtypes_is_what_it_was() -> None:
     """``+=`` keeps the norm's dtype, ``+`` takes the wider one."""
     x = torch.randn(3, 4, 6, 5)

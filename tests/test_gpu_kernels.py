@@ -17,7 +17,7 @@ from distnorm.autograd.keep_local import KeepLocal
 from distnorm.kernels.gpu import cosums, moments, tiles
 from distnorm.kernels.gpu.gpu_pass import GpuPass
 from distnorm.methods import RMS, BatchNorm, ChannelAffine
-from distnorm.types import Affine, Epilogue
+from distnorm.types import RELU, Affine, Epilogue
 from tests.support.cases import (
     EPS,
     LAYOUTS,
@@ -176,7 +176,7 @@ def with_tail(case: Case, epilogue: Epilogue, *tensors: Tensor) -> tuple[Result,
     formula = case.method.formula(Affine(weight, bias, EPS))
     kernels = GpuPass(formula, EPS)
     y = kernels.normalize(x, kernels.sums(x), weight, bias, epilogue, None)
-    cotangents, dweight, dbias, dz = kernels.pull(dy, x, y if epilogue.relu else None, weight)
+    cotangents, dweight, dbias, dz = kernels.pull(dy, x, y if epilogue.activation else None, weight)
     return Result(y, kernels.combine(dz, x, cotangents), dweight, dbias), dz
 
 
@@ -194,7 +194,7 @@ def test_tails_agree_with_float64(device: str, cut: str, case: Case, kind: tuple
     tensors = x, dy, weight, bias = on(device, *numbers(case))
     other = case._replace(layout=layout, mean=0.0, values="normal", seed=case.seed + 1)
     added = None if layout is None else numbers(other)[0].to(device)
-    ours, dz = with_tail(case, Epilogue(added, relu), *tensors)
+    ours, dz = with_tail(case, Epilogue(added, *[RELU] * relu), *tensors)
 
     leaves = x, weight, bias = [each.double().requires_grad_() for each in (x, weight, bias)]
     residual = (torch.zeros_like(x) if added is None else added.double()).requires_grad_()
@@ -226,7 +226,9 @@ def test_tails_reach_autograd(device: str, adds: bool, relu: bool) -> None:
             y = y.relu() if relu else y
         else:
             affine = Affine(inputs[1], inputs[2], EPS)
-            y = normalize.normalize(BatchNorm(), inputs[0], KeepLocal(), affine, epilogue=Epilogue(added, relu))
+            y = normalize.normalize(
+                BatchNorm(), inputs[0], KeepLocal(), affine, epilogue=Epilogue(added, *[RELU] * relu)
+            )
         traces.append((y, *torch.autograd.grad(y, inputs, dy.to(y.dtype))))
     for ours, truth in zip(*traces, strict=True):
         torch.testing.assert_close(ours.double(), truth, rtol=1e-4, atol=1e-5)
@@ -238,7 +240,7 @@ def test_what_was_rounded_to_0_has_no_gradient(device: str, adds: bool) -> None:
     case = Case((4, 3, 5, 5), dtype=torch.float16)
     x, dy, _, bias = on(device, *numbers(case))
     weight = torch.full_like(bias, 3e-8)
-    epilogue = Epilogue(torch.zeros_like(x) if adds else None, relu=True)
+    epilogue = Epilogue(torch.zeros_like(x) if adds else None, RELU)
     ours, dz = with_tail(case, epilogue, x, dy, weight, torch.zeros_like(bias))
     before = (x.double() - x.double().mean((0, 2, 3), keepdim=True)) > 0
     assert before[ours.y > 0].all() and (before & (ours.y == 0)).any() and (ours.y > 0).any()
@@ -255,7 +257,7 @@ def test_gradients_pass_where_the_output_is_nan(device: str, place: str, layout:
     x, dy, weight, bias = on(device, *numbers(case))
     residual = laid_out(torch.linspace(-1, 2, x.numel()).view(x.shape), layout).to(device)
     (residual if place == "residual" else x)[1, 0, 2, 3] = float("nan")
-    epilogue = Epilogue(None if "without" in place else residual, relu=True)
+    epilogue = Epilogue(None if "without" in place else residual, RELU)
     ours, dz = with_tail(case, epilogue, x, dy, weight, bias)
     leaves = [each.double().requires_grad_() for each in (x, weight, bias, residual)]
     before = F.batch_norm(leaves[0], None, None, *leaves[1:3], True, 0.0, EPS)
@@ -272,6 +274,6 @@ def test_gradients_pass_where_the_output_is_nan(device: str, place: str, layout:
 @pytest.mark.parametrize("shape", [(0, 3), (0, 3, 5, 4), (2, 3, 0)])
 def test_tails_of_no_values(device: str, shape: tuple[int, ...], adds: bool, relu: bool, method: ChannelAffine) -> None:
     x, weight, bias = (torch.ones(size, device=device) for size in (shape, 3, 3))
-    ours, dz = with_tail(Case(shape, method=method), Epilogue(x if adds else None, relu), x, x, weight, bias)
+    ours, dz = with_tail(Case(shape, method=method), Epilogue(x if adds else None, *[RELU] * relu), x, x, weight, bias)
     assert ours.y.shape == ours.dx.shape == dz.shape == x.shape
     assert not ours.dweight.any() and not ours.dbias.any()

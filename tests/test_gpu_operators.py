@@ -34,7 +34,7 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
 def four_operators(x: Tensor, dy: Tensor, weight: Tensor, bias: Tensor, running: list[Tensor]) -> tuple[Tensor, ...]:
     payload, pivot = torch.ops.distnorm.gpu_moments(x)
     y, saved, narrow = torch.ops.distnorm.gpu_apply(
-        x, payload, pivot, weight, bias, None, [], running, None, 0.1, EPS, 1.0, 0, 2, False
+        x, payload, pivot, weight, bias, None, [], running, None, 0.1, EPS, 1.0, 0, 2, 0
     )
     given = pivot, weight, saved, narrow, 2, 0
     cotangents, dweight, dbias, _ = torch.ops.distnorm.gpu_cosums(dy, x, None, *given)

@@ -5,7 +5,8 @@ dy, the shared cotangents, C-sized arithmetic, one loop that computes dx. ``pass
 With ``create_graph=True`` the plain path runs instead and repeats the forward. It is differentiable to any order and
 issues no second forward collective.
 
-A layer may have an epilogue: the same Function computes ``relu(y + residual)``, which saves memory traffic.
+A layer may have an epilogue: the same Function computes ``relu(y + residual)`` or another activation of y, which saves
+memory traffic. What an activation was applied to is not kept: the backward pass computes it again from x.
 
 Shapes: x_NCL, y_NCL, their gradients dx_NCL, dy_NCL, and dz_NCL before the epilogue; weight_C, bias_C.
 """
@@ -22,15 +23,16 @@ from distnorm.autograd.engine import Deferred, bare_apply
 from distnorm.autograd.share import Exchange
 from distnorm.compat.dispatch_state import are_own, are_plain, is_batch
 from distnorm.kernels import gpu
+from distnorm.kernels.activations import activate
 from distnorm.kernels.passes import new_pass
 from distnorm.kernels.running import update_from_sums
 from distnorm.methods import ChannelAffine, Layer
 from distnorm.methods.base import affine_of, layer_of
-from distnorm.types import Affine, Epilogue, Running
+from distnorm.types import RELU, Activation, Affine, Epilogue, Running
 
 NO_EPILOGUE = Epilogue()
-_Call = tuple[ChannelAffine, Exchange, Affine, Deferred[Tensor] | None, Running | None, bool]
-"""Method, share, affine, what ``_Wait`` waits for, running statistics, and whether a ReLU follows."""
+_Call = tuple[ChannelAffine, Exchange, Affine, Deferred[Tensor] | None, Running | None, Activation | None]
+"""Method, share, affine, what ``_Wait`` waits for, running statistics, and the activation that follows."""
 
 
 def suits(method: ChannelAffine, x_NCL: Tensor) -> bool:
@@ -61,15 +63,15 @@ def normalize(
     nodes newest first, so they run after the node that sends the cotangents and before the node that waits.
     """
     weight_C, bias_C, *_ = affine
-    residual_NCL, relu = epilogue
+    residual_NCL, activation = epilogue
     if between is None:
-        call: _Call = method, share, affine, None, running, relu
+        call: _Call = method, share, affine, None, running, activation
         y_NCL: Tensor = _apply(x_NCL, weight_C, bias_C, residual_NCL, None, call)
         return y_NCL
     finish: Deferred[Tensor] = Deferred()
     waiting_NCL = _Wait.apply(x_NCL, finish)
     between()
-    call = method, share, affine, finish, running, relu
+    call = method, share, affine, finish, running, activation
     y_NCL = _apply(waiting_NCL, weight_C, bias_C, residual_NCL, x_NCL, call)
     return y_NCL
 
@@ -113,19 +115,20 @@ class _Normalize(torch.autograd.Function):
         call: _Call,
     ) -> Tensor:
         """Compute the sums, then normalize in one pass."""
-        method, share, affine, _, running, relu = ctx.call = call
+        method, share, affine, _, running, activation = ctx.call = call
         x_NCL = waiting_NCL if x_NCL is None else x_NCL
         ctx.affine = _as_of_now(affine) if method.follows else affine
         kernels = ctx.kernels = new_pass(method, x_NCL, ctx.affine)
         has_two_values = x_NCL.numel() > x_NCL.shape[1]
         shared = share.gather(kernels.sums(x_NCL), in_graph=ctx.needs_input_grad[0], has_two_values=has_two_values)
-        epilogue = Epilogue(residual_NCL, relu) if relu or residual_NCL is not None else NO_EPILOGUE
+        plain = activation is None and residual_NCL is None
+        epilogue = NO_EPILOGUE if plain else Epilogue(residual_NCL, activation)
         updated = running if running is not None and share.updates_running() else None
         in_kernel = updated is not None and kernels.can_update(updated)
         y_NCL = kernels.normalize(x_NCL, shared, weight_C, bias_C, epilogue, updated if in_kernel else None)
         if updated is not None and not in_kernel:
             update_from_sums(method, shared, updated, x_NCL.shape[1])
-        ctx.save_for_backward(x_NCL, weight_C, bias_C, y_NCL if relu else None)
+        ctx.save_for_backward(x_NCL, weight_C, bias_C, y_NCL if activation == RELU else None)
         ctx.adds = residual_NCL is not None
         return y_NCL
 
@@ -169,7 +172,7 @@ def _as_of_now(affine: Affine) -> Affine:
 
 
 def _plain_gradients(ctx: Any, x_NCL: Tensor, affine: Affine, dz_NCL: Tensor, *, opaque: bool) -> list[Tensor | None]:
-    method, share, *_ = ctx.call
+    method, share, *_, activation = ctx.call
     create_graph = torch.is_grad_enabled()
     leaves = [x_NCL, affine.weight_C, affine.bias_C]
     if not create_graph:  # tensors from hooks may belong to no graph
@@ -178,6 +181,7 @@ def _plain_gradients(ctx: Any, x_NCL: Tensor, affine: Affine, dz_NCL: Tensor, *,
     with torch.enable_grad():
         share = share.for_recomputation(opaque=opaque)
         y_NCL = method.normalize(leaves[0], share, layer_of(affine._replace(weight_C=leaves[1], bias_C=leaves[2])))
+        y_NCL = y_NCL if activation == RELU else activate(y_NCL, activation)  # ReLU's gradient is in dz_NCL
     found = iter(torch.autograd.grad(y_NCL, wanted, dz_NCL, create_graph=create_graph))
     return [next(found) if needed else None for needed in ctx.needs_input_grad[:3]]
 

@@ -1,7 +1,8 @@
-"""Merge calls of norms with their epilogues in the syntax tree of a method: an addition, a relu, or both.
+"""Merge calls of norms with their epilogues in the syntax tree of a method: an addition, an activation, or both.
 
-Only consecutive statements are merged, and only if no other code can read the value between them. The order of
-operations does not change.
+Only consecutive statements are merged, and only if no other code can read the value between them. Statements of a
+branch that an attribute of ``self`` decides count as those of the block around it. The order of operations does not
+change.
 """
 
 from __future__ import annotations
@@ -9,143 +10,74 @@ from __future__ import annotations
 import ast
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from functools import partial
 from itertools import takewhile
-from types import CodeType, FunctionType, ModuleType
-from typing import Any, NamedTuple
+from types import FunctionType
+from typing import NamedTuple
 
-import torch
-from torch.nn import functional
-
-_RELUS: tuple[object, ...] = (functional.relu, functional.relu_, torch.relu, torch.relu_)
-
-
-class Attributes(NamedTuple):
-    """Names of attributes of ``self``: converted norms, plain ReLU modules, and those that are None."""
-
-    norms: frozenset[str] = frozenset()
-    relus: frozenset[str] = frozenset()
-    absent: frozenset[str] = frozenset()
-
-
-@dataclass
-class Found:
-    """The norms that were merged with epilogues, and the attributes and functions that this depends on."""
-
-    epilogues: dict[str, str] = field(default_factory=dict)
-    """By norm, its epilogue in words."""
-    relus: set[str] = field(default_factory=set)
-    absent: set[str] = field(default_factory=set)
-    functions: set[tuple[str, ...]] = field(default_factory=set)
-    """The names by which the code calls functional relus, such as ``("F", "relu")``."""
-
-
-def is_relu(path: tuple[str, ...], names: dict[str, Any]) -> bool:
-    """Return whether ``path``, a name in ``names`` and attributes of modules, refers to a functional relu."""
-    value = names.get(path[0]) if path else None
-    for name in path[1:]:
-        value = getattr(value, name, None) if isinstance(value, ModuleType) else None
-    return any(value is each for each in _RELUS)
+from distnorm.fusion.reading import Applied, Attributes, Reader
 
 
 # docs/decisions.md#addition-in-place-keeps-the-dtype
 class _Epilogue(NamedTuple):
-    """The epilogue of a norm: a name that is added (by ``+=`` unless ``widen``), then a relu."""
+    """The epilogue of a norm: a name that is added (by ``+=`` unless ``widen``), then an activation."""
 
     residual: ast.Name | None = None
     widen: bool = True
-    relu: bool = False
+    activation: Applied | None = None
 
     def then(self, other: _Epilogue) -> _Epilogue | None:
-        """Return the epilogue of this one followed by ``other``; None if a norm cannot compute that."""
-        if self.relu or (self.residual is not None and other.residual is not None):
-            return None
-        return other if self.residual is None else self._replace(relu=other.relu)
+        """Return the epilogue of this one followed by ``other``; None if kernels cannot compute that in one pass."""
+        if self.residual is None:
+            return other if self.activation is None else None
+        follows = other.residual is None and other.activation is not None and other.activation.name == "relu"
+        return self._replace(activation=other.activation) if follows and self.activation is None else None
+
+    def options(self) -> dict[str, ast.expr]:
+        """Return the norm's keyword arguments."""
+        name, parameter, _ = self.activation or (None, None, None)
+        options: dict[str, ast.expr] = {} if self.residual is None else {"residual": self.residual}
+        options |= {"relu": ast.Constant(True)} if name == "relu" else {}
+        if name is not None and name != "relu":
+            options["activation"] = ast.Constant(name)
+        options |= {} if parameter is None else {"parameter": parameter}
+        return options if self.widen else options | {"widen": ast.Constant(False)}
 
     def __str__(self) -> str:
         """Describe the epilogue as the layer's repr shows it."""
-        return ", ".join(word for word, there in (("residual", self.residual), ("relu", self.relu)) if there)
+        added = [] if self.residual is None else ["residual"]
+        return ", ".join([*added, *([] if self.activation is None else [self.activation.name])])
 
 
 class Joiner(ast.NodeTransformer):
     """Merges nested expressions first, then consecutive statements."""
 
     def __init__(self, function: FunctionType, definition: ast.FunctionDef, attributes: Attributes) -> None:
-        self.self_name = function.__code__.co_varnames[0]
-        self.found = Found()
-        stores = (each for each in ast.walk(definition) if not isinstance(_context(each), ast.Load))
-        changed = {self._self_attribute(each) for each in stores}
-        self._attributes = Attributes(*(names - changed for names in attributes))
-        self._globals = function.__globals__
-        codes = list(_codes(function.__code__))
-        self._bound = {name for code in codes for name in (*code.co_varnames, *code.co_cellvars)}
-        self._outer_names = {name for code in codes for name in (*code.co_names, *code.co_cellvars, *code.co_freevars)}
-        """Names that other code can read after the function has returned: global names and those of closures."""
+        self._reader = Reader(function, definition, attributes)
+        self.self_name, self.found = self._reader.self_name, self._reader.found
         self._read_in_handlers = {name for each in ast.walk(definition) for name in _names_in_handlers(each)}
         """Names that exception handlers and ``finally`` blocks read, so after a statement that raised."""
         self._epilogues: dict[ast.Call, _Epilogue] = {}
         """Calls of norms that have an epilogue."""
 
-    # --- recognize expressions ---
-
-    def _self_attribute(self, node: ast.AST) -> str | None:
-        """Return the name in ``self.name``, or None."""
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == self.self_name:
-            return node.attr
-        return None
+    # --- expressions ---
 
     def _is_norm(self, node: ast.AST | None) -> bool:
         """Return whether ``node`` calls a norm with one argument, or with an epilogue that was merged before."""
-        if not isinstance(node, ast.Call) or self._self_attribute(node.func) not in self._attributes.norms:
+        if not isinstance(node, ast.Call) or self._reader.norm(node.func) is None:
             return False
         plain = len(node.args) == 1 and not node.keywords and not isinstance(node.args[0], ast.Starred)
         return plain or node in self._epilogues
 
-    def _relu_argument(self, node: ast.AST) -> ast.expr | None:
-        """Return the x in ``relu(x)``, in any spelling, or None."""
-        if not isinstance(node, ast.Call):
-            return None
-        options = [*node.args[1:], *(each.value for each in node.keywords)]
-        path = self._path(node.func)
-        if node.args and is_relu(path, self._globals):
-            self.found.functions.add(path)
-            return node.args[0] if all(isinstance(each, ast.Constant) for each in options) else None
-        if options:
-            return None
-        attribute = self._self_attribute(node.func)
-        if attribute in self._attributes.relus and attribute is not None and node.args:
-            self.found.relus.add(attribute)
-            return node.args[0]
-        is_method = isinstance(node.func, ast.Attribute) and node.func.attr in ("relu", "relu_") and attribute is None
-        return node.func.value if is_method and isinstance(node.func, ast.Attribute) and not node.args else None
-
-    def _path(self, node: ast.AST) -> tuple[str, ...]:
-        """Return a global name with attributes, such as ``("F", "relu")``, or an empty tuple."""
-        if isinstance(node, ast.Name) and node.id not in self._bound:
-            return (node.id,)
-        owner = self._path(node.value) if isinstance(node, ast.Attribute) else ()
-        return (*owner, node.attr) if isinstance(node, ast.Attribute) and owner else ()
-
-    def _is_skipped(self, node: ast.stmt) -> bool:
-        """Return whether ``node`` is ``if self.name is not None`` or ``if self.name`` where ``self.name`` is None."""
-        if not isinstance(node, ast.If) or node.orelse:
-            return False
-        test = node.test
-        if isinstance(test, ast.Compare) and isinstance(test.ops[0], ast.IsNot) and len(test.ops) == 1:
-            (right,) = test.comparators
-            test = test.left if isinstance(right, ast.Constant) and right.value is None else test
-        attribute = self._self_attribute(test)
-        if attribute is None or attribute not in self._attributes.absent:
-            return False
-        self.found.absent.add(attribute)
-        return True
-
-    # --- expressions ---
-
     def visit_Call(self, node: ast.Call) -> ast.expr:
-        """Merge ``relu(norm(x))``."""
+        """Merge ``activation(norm(x))``, and leave out layers that return a norm's output as it is."""
         super().generic_visit(node)
-        return self._join(self._relu_argument(node), _Epilogue(relu=True)) or node
+        argument = self._reader.argument_of_identity(node)
+        if isinstance(argument, ast.Call) and self._is_norm(argument):
+            return argument
+        applied = self._reader.activation(node)
+        joined = None if applied is None else self._join(applied.argument, _Epilogue(activation=applied))
+        return joined or node
 
     def visit_BinOp(self, node: ast.BinOp) -> ast.expr:
         """Merge ``norm(x) + y`` or ``y + norm(x)``, where y is a name."""
@@ -162,7 +94,7 @@ class Joiner(ast.NodeTransformer):
         """Return whether evaluating the argument of ``norm`` may rebind ``name``, which is read before it."""
         bound = any(isinstance(each, ast.NamedExpr) and each.target.id == name for each in ast.walk(norm))
         runs_code = isinstance(norm, ast.Call) and not all(isinstance(each, ast.Name) for each in norm.args)
-        return bound or (runs_code and name in self._outer_names)
+        return bound or (runs_code and name in self._reader.outer_names)
 
     def _join(self, norm: ast.AST | None, epilogue: _Epilogue) -> ast.Call | None:
         """Add ``epilogue`` to the call of a norm and return the call; return None, without a change, if impossible."""
@@ -172,11 +104,8 @@ class Joiner(ast.NodeTransformer):
         if both is None:
             return None
         self._epilogues[norm] = both
-        options: dict[str, ast.expr] = {} if both.residual is None else {"residual": both.residual}
-        options |= {"relu": ast.Constant(True)} if both.relu else {}
-        options |= {} if both.widen else {"widen": ast.Constant(False)}
-        norm.keywords = [ast.keyword(name, value) for name, value in options.items()]
-        self.found.epilogues[str(self._self_attribute(norm.func))] = str(both)
+        norm.keywords = [ast.keyword(name, value) for name, value in both.options().items()]
+        self.found.epilogues[str(self._reader.norm(norm.func))] = str(both)
         return norm
 
     # --- statements ---
@@ -187,16 +116,24 @@ class Joiner(ast.NodeTransformer):
         for name in ("body", "orelse", "finalbody"):
             block = getattr(node, name, None)
             if isinstance(block, list):
-                setattr(node, name, list(self._joined(block)))
+                joined = list(self._joined(self._spliced(block)))
+                setattr(node, name, joined or [ast.copy_location(ast.Pass(), each) for each in block[:1]])
         return node
 
-    def _joined(self, block: list[ast.stmt]) -> Iterator[ast.stmt]:
+    def _spliced(self, block: list[ast.stmt]) -> Iterator[ast.stmt]:
+        """Yield the statements, with the branch that is taken in place of an ``if`` about norms or activations."""
+        for statement in block:
+            concerns = isinstance(statement, ast.If) and self._reader.touches([statement])
+            taken = self._reader.branch(statement) if concerns else None
+            yield from [statement] if taken is None else self._spliced(taken)
+
+    def _joined(self, block: Iterator[ast.stmt]) -> Iterator[ast.stmt]:
         waiting = deque(block)
         while waiting:
             statement = waiting.popleft()
             name = None if _assigned(statement) in self._read_in_handlers else _assigned(statement)
             while name is not None and isinstance(statement, ast.Assign) and self._is_norm(statement.value):
-                skipped = list(takewhile(self._is_skipped, waiting))
+                skipped = list(takewhile(partial(self._is_skipped, name=name), waiting))
                 if len(skipped) == len(waiting):
                     break
                 follower = waiting[len(skipped)]
@@ -205,10 +142,21 @@ class Joiner(ast.NodeTransformer):
                     break
                 for _ in range(len(skipped) + 1):
                     waiting.popleft()
-                yield from skipped
+                yield from (each for each in skipped if not self._is_idle(each, name))
                 if isinstance(follower, ast.Return):
                     statement = ast.copy_location(ast.Return(statement.value), statement)
             yield statement
+
+    def _is_skipped(self, statement: ast.stmt, name: str) -> bool:
+        """Return whether ``statement`` does nothing: an ``if`` that is not entered, or an idle one."""
+        return self._reader.branch(statement) == [] or self._is_idle(statement, name)
+
+    def _is_idle(self, statement: ast.stmt, name: str) -> bool:
+        """Return whether ``statement`` is ``name = self.layer(name)`` of a layer that returns its input."""
+        if not isinstance(statement, ast.Assign) or _assigned(statement) != name:
+            return False
+        argument = self._reader.argument_of_identity(statement.value)
+        return isinstance(argument, ast.Name) and argument.id == name
 
     def _follows(self, statement: ast.stmt, name: str) -> _Epilogue | None:
         """Return the epilogue in ``statement``, if it does nothing else and its result replaces ``name``."""
@@ -217,7 +165,7 @@ class Joiner(ast.NodeTransformer):
             named = isinstance(target, ast.Name) and target.id == name
             if named and isinstance(residual, ast.Name) and residual.id != name:
                 return _Epilogue(residual, widen=False)
-        if isinstance(statement, ast.Return) and name not in self._outer_names:
+        if isinstance(statement, ast.Return) and name not in self._reader.outer_names:
             return self._epilogue_of(statement.value, name)
         if isinstance(statement, ast.Assign) and _assigned(statement) == name:
             return self._epilogue_of(statement.value, name)
@@ -233,21 +181,9 @@ class Joiner(ast.NodeTransformer):
                 if (epilogue := self._epilogue_of(norm, name)) is not None and other.id != name
             )
             return next(epilogues, None)
-        inner = None if node is None else self._relu_argument(node)
-        epilogue = None if inner is None else self._epilogue_of(inner, name)
-        return None if epilogue is None else epilogue.then(_Epilogue(relu=True))
-
-
-def _codes(code: CodeType) -> Iterator[CodeType]:
-    """Yield ``code`` and all code objects nested in it."""
-    yield code
-    for each in code.co_consts:
-        if isinstance(each, CodeType):
-            yield from _codes(each)
-
-
-def _context(node: ast.AST) -> ast.expr_context:
-    return node.ctx if isinstance(node, ast.Attribute) else ast.Load()
+        applied = None if node is None else self._reader.activation(node)
+        epilogue = None if applied is None else self._epilogue_of(applied.argument, name)
+        return None if epilogue is None else epilogue.then(_Epilogue(activation=applied))
 
 
 def _names_in_handlers(node: ast.AST) -> Iterator[str]:

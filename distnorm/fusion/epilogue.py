@@ -1,7 +1,7 @@
 """Fuse norms with their epilogues: find these in the model's code, and run a fused version of that code.
 
-A module that owns a norm and calls it (``out = self.relu(self.bn(out) + x)``, or a ``Sequential`` with a ReLU after a
-norm) gets a subclass of its class, whose methods let the norm compute the epilogue (``fused_classes.py``). The
+A module that owns a norm and calls it (``out = self.relu(self.bn(out) + x)``, or a ``Sequential`` with an activation
+after a norm) gets a subclass of its class, whose methods let the norm compute the epilogue (``fused_classes.py``). The
 original methods still run in evaluation, inside ``torch.compile``, which fuses by itself, and while a norm or a ReLU
 has hooks or has been replaced. Both versions call norms in the same order, so the order of collectives is the same.
 """
@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from itertools import pairwise
 from types import CodeType, FunctionType
 
 from torch import nn
 
-from distnorm.fusion.ast import Attributes
-from distnorm.fusion.fused_classes import Fused, find, fused_class, is_norm, is_relu
+from distnorm.fusion.activations import activation_of, is_identity
+from distnorm.fusion.fused_classes import Fused, are_norms, find, following, fused_class, is_norm
+from distnorm.fusion.reading import Attributes
 from distnorm.layers.class_swap import swap, underlying
 from distnorm.layers.module import DistNorm
 
@@ -30,7 +30,7 @@ def fuse(model: nn.Module) -> int:
     """
     release(model)
     for module in model.modules():
-        if any(isinstance(child, DistNorm) for child in module.children()):
+        if any(isinstance(each, DistNorm) for child in module.children() for each in (child, *_in_list(child))):
             _install(module)
     norms = {name: layer for name, layer in model.named_modules() if isinstance(layer, DistNorm)}
     fused = [f"{name} ({layer.epilogue})" for name, layer in norms.items() if layer.epilogue]
@@ -56,7 +56,7 @@ def _install(module: nn.Module) -> None:
     swap(module, fused_class(base, tuple((name, attributes) for name, attributes, _ in found)))
     for _, _, epilogues in found:
         for norm, epilogue in epilogues.items():
-            child = module._modules[norm]
+            child = module.get_submodule(norm)
             assert isinstance(child, DistNorm)
             child.epilogue = epilogue
 
@@ -66,8 +66,9 @@ _Fusions = list[tuple[str, Attributes, dict[str, str]]]
 
 
 def _in_sequence(module: nn.Module) -> _Fusions:
-    pairs = pairwise(module._modules.items())
-    epilogues = {norm: "relu" for (norm, a), (_, b) in pairs if is_norm(a) and is_relu(b)}
+    children = list(module._modules.values())
+    tails = ((name, following(children, at)[1]) for at, name in enumerate(module._modules))
+    epilogues = {name: activation.name for name, activation in tails if activation is not None}
     return [("forward", Attributes(), epilogues)] if epilogues else []
 
 
@@ -75,16 +76,44 @@ def _in_methods(module: nn.Module, base: type[nn.Module]) -> _Fusions:
     children = {name: child for name, child in module._modules.items() if getattr(module, name) is child}
     attributes = Attributes(
         norms=frozenset(name for name, child in children.items() if is_norm(child)),
-        relus=frozenset(name for name, child in children.items() if is_relu(child)),
-        absent=frozenset(name for name, value in (*vars(module).items(), *module._modules.items()) if value is None),
+        lists=frozenset(name for name, child in children.items() if _in_list(child) and are_norms(child)),
+        activations=frozenset((name, each.name) for name, child in children.items() if (each := activation_of(child))),
+        identities=frozenset(name for name, child in children.items() if is_identity(child)),
+        flags=frozenset(_flags(module)),
     )
     found: _Fusions = []
     for name, function in _methods(base):
-        if attributes.norms & set(_names(function)):
+        if (attributes.norms | attributes.lists) & set(_names(function)):
             merged = find(base, name, attributes).found
             if merged.epilogues:
-                required = Attributes(frozenset(merged.epilogues), frozenset(merged.relus), frozenset(merged.absent))
-                found.append((name, required, merged.epilogues))
+                required = Attributes(
+                    attributes.norms & merged.owners,
+                    attributes.lists & merged.owners,
+                    frozenset(merged.activations.items()),
+                    frozenset(merged.identities),
+                    frozenset(merged.flags.items()),
+                )
+                found.append((name, required, _by_norm(module, merged.epilogues)))
+    return found
+
+
+def _flags(module: nn.Module) -> Iterator[tuple[str, bool | None]]:
+    for name, value in (*vars(module).items(), *module._modules.items()):
+        if (value is None or value is True or value is False) and name != "training":
+            yield name, value
+
+
+def _in_list(child: nn.Module) -> list[nn.Module]:
+    """Return the modules in ``child``, if it is a list."""
+    return list(child) if type(child) is nn.ModuleList else []
+
+
+def _by_norm(module: nn.Module, epilogues: dict[str, str]) -> dict[str, str]:
+    """Return the epilogues by norm, where some are given for whole lists of norms."""
+    found: dict[str, str] = {}
+    for name, epilogue in epilogues.items():
+        listed = _in_list(module.get_submodule(name))
+        found |= {f"{name}.{i}": epilogue for i in range(len(listed))} if listed else {name: epilogue}
     return found
 
 

@@ -2,35 +2,32 @@
 
 A fused module has a subclass of the class that its author wrote, with the same name. Modules that are fused alike share
 it. Copies of a module, and classes that tools derive from its class, therefore inherit the fused methods. The fused
-version runs in training only, outside ``torch.compile`` and tracers, and only while class, norms and ReLUs are those
+version runs in training only, outside ``torch.compile`` and tracers, and only while class, norms and layers are those
 that it was compiled for. A ``forward`` in the module's ``__dict__`` has precedence.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial, update_wrapper
-from itertools import pairwise
 from types import FunctionType, MethodType
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from distnorm.compat.dispatch_state import has_global_hooks
-from distnorm.fusion import ast
-from distnorm.fusion.ast import Attributes, Found
+from distnorm.fusion.activations import activation_of, functions_at, is_identity, is_unobserved
+from distnorm.fusion.reading import Attributes, Found
 from distnorm.fusion.source import rewrite
 from distnorm.layers.class_swap import swap, underlying
 from distnorm.layers.module import DistNorm
 from distnorm.layers.tracing import is_traced
+from distnorm.types import RELU, Activation
 
 Wanted = tuple[tuple[str, Attributes], ...]
 """Names of methods, and the attributes that their fused versions depend on."""
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_RELU_FORWARD = nn.ReLU.forward
 _WANTED = "_wanted"
 
 
@@ -79,12 +76,14 @@ class Plan(NamedTuple):
     found: Found
 
     def is_valid_for(self, module: nn.Module) -> bool:
-        """Return whether the norms, ReLUs and functions of ``module`` are still those of the fused version."""
+        """Return whether what ``module`` has is still what the fused version was compiled for."""
+        found, names = self.found, self.plain.__globals__
         return (
-            all(is_norm(getattr(module, name, None)) for name in self.found.epilogues)
-            and all(is_relu(getattr(module, name, None)) for name in self.found.relus)
-            and all(getattr(module, name, module) is None for name in self.found.absent)
-            and all(ast.is_relu(path, self.plain.__globals__) for path in self.found.functions)
+            all(are_norms(getattr(module, name, None)) for name in found.owners)
+            and all(_is_called(getattr(module, name, None), each) for name, each in found.activations.items())
+            and all(is_identity(getattr(module, name, None)) for name in found.identities)
+            and all(getattr(module, name, module) is value for name, value in found.flags.items())
+            and all(next(functions_at(path, names), None) == each for path, each in found.functions.items())
         )
 
 
@@ -143,26 +142,46 @@ def _with_signature_of(plain: FunctionType, run: Callable[..., Any]) -> Function
 
 
 def _run_in_sequence(module: nn.Sequential, input: Any) -> Any:
-    """Run as ``nn.Sequential.forward``, but let norms compute the ReLU that follows them."""
-    fused = None
-    for child, follower in pairwise((*module, None)):
-        if child is not fused:
-            fuses = is_norm(child) and is_relu(follower)
-            input = child(input, relu=True) if fuses else child(input)
-            fused = follower if fuses else None
+    """Run as ``nn.Sequential.forward``, but let norms compute the activation that follows them."""
+    children = list(module)
+    at = 0
+    while at < len(children):
+        follower, activation = following(children, at)
+        if activation is None:
+            input, follower = children[at](input), at + 1
+        else:
+            input = _call(children[at], input, activation)
+        at = follower
     return input
+
+
+def _call(norm: nn.Module, input: Any, activation: Activation) -> Any:
+    if activation == RELU:
+        return norm(input, relu=True)
+    return norm(input, activation=activation.name, parameter=activation.parameter)
+
+
+def following(children: Sequence[nn.Module | None], at: int) -> tuple[int, Activation | None]:
+    """Return the activation that follows a norm at ``at``, also behind layers that do nothing, and the place behind it.
+
+    None if there is no norm or no such activation.
+    """
+    if not is_norm(children[at]):
+        return at, None
+    after = next((i for i in range(at + 1, len(children)) if not is_identity(children[i])), at)
+    return after + 1, activation_of(children[after])
+
+
+def are_norms(child: object) -> bool:
+    """Return whether ``child`` is a norm as in ``is_norm``, or a list of such norms."""
+    return all(map(is_norm, child)) if type(child) is nn.ModuleList else is_norm(child)
+
+
+def _is_called(child: object, activation: str) -> bool:
+    found = activation_of(child)
+    return found is not None and found.name == activation
 
 
 def is_norm(child: object) -> bool:
     """Return whether ``child`` is a converted norm that can compute an epilogue, and has no hooks."""
-    return isinstance(child, DistNorm) and type(child).forward is DistNorm.forward and _is_unobserved(child)
-
-
-def is_relu(child: object) -> bool:
-    """Return whether ``child`` is torch's ReLU, and has no hooks."""
-    return type(child) is nn.ReLU and nn.ReLU.forward is _RELU_FORWARD and _is_unobserved(child)
-
-
-def _is_unobserved(child: nn.Module) -> bool:
-    hooked = any(getattr(child, name) for name in _HOOKS) or has_global_hooks()
-    return "forward" not in vars(child) and not hooked
+    return isinstance(child, DistNorm) and type(child).forward is DistNorm.forward and is_unobserved(child)

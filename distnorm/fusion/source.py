@@ -25,7 +25,8 @@ from functools import cache
 from itertools import zip_longest
 from types import CodeType, FunctionType
 
-from distnorm.fusion.ast import Attributes, Found, Joiner
+from distnorm.fusion.ast import Joiner
+from distnorm.fusion.reading import Attributes, Found
 
 _CODE = ("co_code", "co_names", "co_varnames", "co_freevars", "co_cellvars")
 

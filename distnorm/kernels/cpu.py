@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from distnorm.kernels import aten
-from distnorm.kernels.native import library
+from distnorm.kernels.native import NO_EPILOGUE, library
 
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
@@ -45,7 +45,7 @@ def moments(x_NCL: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     payload = torch.empty(2 * channels + 1, dtype=torch.float64)
     pivot_C = x_NCL.new_empty(channels)
     x, pivot, sums = (each.data_ptr() for each in (x_NCL, pivot_C, payload))
-    family.sums(None, x, None, None, pivot, None, None, sums, *image)
+    family.sums(None, x, None, None, pivot, None, None, NO_EPILOGUE, sums, *image)
     return payload, pivot_C, None
 
 
@@ -57,7 +57,7 @@ def apply(x_NCL: Tensor, pivot_C: Tensor, scale_C: Tensor, shift_C: Tensor, *, i
     family, image = compiled
     y_NCL = torch.empty_like(x_NCL) if into is None else into
     x, y, *vectors = (each.data_ptr() for each in (x_NCL, y_NCL, pivot_C, scale_C, shift_C))
-    family.apply(x, None, y, *vectors, False, *image)
+    family.apply(x, None, y, *vectors, NO_EPILOGUE, *image)
     return y_NCL
 
 
@@ -70,7 +70,7 @@ def cosums(dy_NCL: Tensor, x_NCL: Tensor, pivot_C: Tensor) -> Tensor:
     dy_NCL = like(dy_NCL, x_NCL)
     sums_KC = torch.empty(2, x_NCL.shape[1], dtype=torch.float64)
     dy, x, pivot, sums = (each.data_ptr() for each in (dy_NCL, x_NCL, pivot_C, sums_KC))
-    family.sums(dy, x, None, None, pivot, None, None, sums, *image)
+    family.sums(dy, x, None, None, pivot, None, None, NO_EPILOGUE, sums, *image)
     return sums_KC
 
 
@@ -86,7 +86,7 @@ def combine(
     dy_NCL = like(dy_NCL, x_NCL)
     images = (each.data_ptr() for each in (dy_NCL, x_NCL, dx_NCL))
     pivot, scale, level, slope = (each.data_ptr() for each in (pivot_C, scale_C, level_C, slope_C))
-    family.combine(*images, pivot, scale, None, level, slope, *image)
+    family.combine(*images, pivot, scale, None, NO_EPILOGUE, level, slope, *image)
     return dx_NCL
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from distnorm.compat.uninterrupted import Call
+from distnorm.kernels.activations import as_numbers
 from distnorm.kernels.arithmetic import FORMULAS, Formula, plain
 from distnorm.kernels.cpu import Loops, loops
 from distnorm.kernels.native import library
@@ -34,7 +35,7 @@ class DensePass:
     """A ``passes.Pass``: what the kernels keep between the loops of a forward, and for its backward."""
 
     can_update = staticmethod(can_update)
-    __slots__ = "_at", "_c", "_eps", "_formula", "_image", "_memory", "_rows", "_signs_known", "_stride"
+    __slots__ = "_at", "_c", "_eps", "_formula", "_image", "_input_known", "_memory", "_rows", "_stride"
 
     def __init__(self, formula: Formula, compiled: Loops, eps: float) -> None:
         """Start without computing anything."""
@@ -64,9 +65,9 @@ class DensePass:
     ) -> Tensor:
         """Return the output for ``shared`` sums and their count; update ``running`` statistics with them, if given."""
         formula, y_NCL = self._formula, torch.empty_like(x_NCL)
-        residual_NCL, relu = epilogue
-        # Without a residual, the sign of the output follows from x.
-        self._signs_known = relu and residual_NCL is None
+        residual_NCL, activation = epilogue
+        # Without a residual, what the activation was applied to follows from x.
+        self._input_known = activation is not None and residual_NCL is None
         residual_NCL = None if residual_NCL is None else self._laid_out(residual_NCL)
         shared = shared.contiguous()
         self._c.dense_normalize(
@@ -74,7 +75,7 @@ class DensePass:
             x_NCL.data_ptr(),
             None if residual_NCL is None else residual_NCL.data_ptr(),
             y_NCL.data_ptr(),
-            relu,
+            *as_numbers(activation),
             shared.data_ptr(),
             None if weight_C is None else weight_C.data_ptr(),
             None if bias_C is None else bias_C.data_ptr(),
@@ -94,7 +95,7 @@ class DensePass:
         x_NCL, dz_NCL = self._laid_out(x_NCL), self._laid_out(dy_NCL)
         weight_C = weight_C if weight_C is None or plain(weight_C) else weight_C.float().contiguous()
         dy, output, masked = dz_NCL.data_ptr(), None, None
-        if y_NCL is not None and not self._signs_known:
+        if y_NCL is not None and not self._input_known:
             y_NCL, dy_NCL, dz_NCL = self._laid_out(y_NCL), dz_NCL, torch.empty_like(x_NCL)
             output, masked = y_NCL.data_ptr(), dz_NCL.data_ptr()
         channels = self._image[1]

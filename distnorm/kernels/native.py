@@ -21,23 +21,30 @@ SOURCES = tuple(
     Path(__file__).with_name("csrc") / f"{name}.c"
     for name in ("loops", "arithmetic", "dense", "exchange", "entries", "key")
 )
-HEADER = SOURCES[0].with_name("kernels.h")
+HEADERS = tuple(SOURCES[0].with_name(f"{name}.h") for name in ("kernels", "activations", "exponential"))
 # Rounding alone may differ from the source: sums are reassociated by hand. Infinities and NaN keep their meaning.
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-shared", "-fPIC")
 
 _POINTER, _INDEX, _TURN, _DOUBLE = ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int64, ctypes.c_double
-_INT = ctypes.c_int
+_INT, _FLOAT = ctypes.c_int, ctypes.c_float
+
+
+class _Epilogue(ctypes.Structure):
+    _fields_ = (("activation", _INT), ("parameter", _FLOAT))
+
+
+NO_EPILOGUE = _Epilogue()
 _THREE = [_POINTER] * 3
 _IMAGE = [_INDEX, _INDEX, _INDEX, _INT]  # N, C, L, threads
 _RATE = [_DOUBLE, _INT]  # momentum, guarded
 _LOOPS: dict[str, list[Any]] = {
-    "sums": [_POINTER] * 8 + _IMAGE,
-    "apply": [_POINTER] * 6 + [_INT, *_IMAGE],
-    "combine": [_POINTER] * 8 + _IMAGE,
+    "sums": [*[_POINTER] * 7, _Epilogue, _POINTER, *_IMAGE],
+    "apply": [*[_POINTER] * 6, _Epilogue, *_IMAGE],
+    "combine": [*[_POINTER] * 6, _Epilogue, _POINTER, _POINTER, *_IMAGE],
 }
 _DENSE: dict[str, list[Any]] = {
     "sums": [_POINTER, _INT, _INT, _DOUBLE, _POINTER, *_IMAGE],
-    "normalize": [_POINTER, *_THREE, _INT, *_THREE, _POINTER, _DOUBLE, *_THREE, *_RATE],
+    "normalize": [_POINTER, *_THREE, _INT, _FLOAT, *_THREE, _POINTER, _DOUBLE, *_THREE, *_RATE],
     "pull": [*_THREE, *_THREE, *_THREE],
     "combine": [*_THREE, _POINTER, _POINTER],
 }
@@ -75,7 +82,7 @@ def library() -> ctypes.CDLL | None:
     if not wanted():
         return None
     try:
-        return library_cache.load(SOURCES, (HEADER,), FLAGS, _declare)
+        return library_cache.load(SOURCES, HEADERS, FLAGS, _declare)
     except (OSError, subprocess.SubprocessError) as error:
         logger.warning(
             "distnorm: kernels for this CPU could not be compiled; using ATen's, which are slower. Cause: %s",

@@ -10,10 +10,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from distnorm.kernels import cpu, gradients
+from distnorm.kernels import activations, cpu, gradients
 from distnorm.kernels.arithmetic import RAW_MOMENTS, PerChannel
 from distnorm.kernels.dense import dense_pass
-from distnorm.types import Affine, Epilogue, Running
+from distnorm.types import RELU, Affine, Epilogue, Running
 
 
 class Pass(Protocol):
@@ -91,18 +91,30 @@ class FormulaPass:
         y_NCL = cpu.apply(x_NCL, self._pivot_C, self._scale_C, shift_C, into=into_NCL)
         if epilogue.residual_NCL is not None:
             y_NCL.add_(epilogue.residual_NCL)
-        return y_NCL.relu_() if epilogue.relu else y_NCL
+        if epilogue.activation == RELU:
+            return y_NCL.relu_()
+        self._shift_C, self._activation = shift_C, epilogue.activation
+        return activations.activate(y_NCL, epilogue.activation)
 
     def pull(
         self, dy_NCL: Tensor, x_NCL: Tensor, y_NCL: Tensor | None, weight_C: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor]:
         """Return cotangents of the shared sums, gradients of weight and bias, and the gradient before the epilogue."""
-        dz_NCL = dy_NCL if y_NCL is None else torch.ops.aten.threshold_backward(dy_NCL, y_NCL, 0)
+        dz_NCL = self._before_activation(dy_NCL, x_NCL, y_NCL)
         shift_grad_C, scale_grad_C = cpu.cosums(dz_NCL, x_NCL, self._pivot_C).unbind()
         scale_grad_C = torch.addcmul(scale_grad_C, self._pivot_C.double(), shift_grad_C)
         affine = self._affine._replace(weight_C=weight_C)
         cotangents_KC, *grads = gradients.pull(self._method, self._theta_KC, affine, scale_grad_C, shift_grad_C)
         return cotangents_KC.flatten(), grads[0], grads[1], dz_NCL
+
+    def _before_activation(self, dy_NCL: Tensor, x_NCL: Tensor, y_NCL: Tensor | None) -> Tensor:
+        if y_NCL is not None:
+            dz_NCL: Tensor = torch.ops.aten.threshold_backward(dy_NCL, y_NCL, 0)
+            return dz_NCL
+        if self._activation is None:
+            return dy_NCL
+        z_NCL = cpu.apply(x_NCL, self._pivot_C, self._scale_C, self._shift_C)
+        return activations.pull(z_NCL, dy_NCL, self._activation)
 
     def combine(self, dz_NCL: Tensor, x_NCL: Tensor, cotangents: Tensor) -> Tensor:
         """Return the gradient of the input, from shared cotangents."""

@@ -20,10 +20,11 @@ from distnorm.autograd.engine import backward_may_follow
 from distnorm.autograd.keep_local import KeepLocal
 from distnorm.compat.dispatch_state import are_own, are_plain, exporting, in_transform, is_fake
 from distnorm.kernels import stock
+from distnorm.kernels.activations import activate, named
 from distnorm.layers import checks, initial, overlap, repeated
 from distnorm.layers.line import NOW, Line
 from distnorm.layers.running_statistics import running_of, seen
-from distnorm.layers.scripting import Scriptable, finish
+from distnorm.layers.scripting import Scriptable
 from distnorm.layers.site import Site, update_layer
 from distnorm.layers.tracing import is_traced, leaf
 from distnorm.methods import BatchNorm, Layer
@@ -31,7 +32,7 @@ from distnorm.methods.base import compute_dtype
 from distnorm.policies import Local
 from distnorm.recipe import Recipe
 from distnorm.transport import LostGroup
-from distnorm.types import Affine, Epilogue, Running
+from distnorm.types import RELU, Affine, Epilogue, Running
 
 
 class DistNorm(Scriptable):
@@ -63,15 +64,23 @@ class DistNorm(Scriptable):
         residual: Tensor | None = None,
         relu: bool = False,
         widen: bool = True,
+        activation: str | None = None,
+        parameter: float = 0.0,
     ) -> Tensor:
-        """Return ``relu(norm(input, *inputs) + residual)``, where ``residual`` and ``relu`` are optional.
+        """Return ``activation(norm(input, *inputs) + residual)``, where ``residual`` and ``activation`` are optional.
 
         In training the kernels compute this epilogue and its gradients in the same passes over memory, if ``residual``
-        has the shape, dtype and device of ``input``. Otherwise the residual is added as ``+`` does, which may give a
-        wider dtype, or with ``widen=False`` as ``+=`` does. ``inputs`` are those that the recipe's method names.
+        has the shape, dtype and device of ``input`` and the activation behind it is a ReLU. Otherwise it is computed
+        separately. The residual is then added as ``+`` does, which may give a wider dtype, or with ``widen=False`` as
+        ``+=`` does. ``inputs`` are those that the recipe's method names. ``activation`` is a name in
+        ``kernels/activations.py``, such as "silu"; ``relu`` is short for "relu". ``parameter`` is the negative slope of
+        "leaky_relu" or the alpha of "elu".
         """
+        wanted = RELU if relu else None if activation is None else named(activation, parameter)
+        nothing = residual is None and wanted is None
+        epilogue = normalize.NO_EPILOGUE if nothing else Epilogue(residual, wanted)
         if is_traced(input):
-            return finish(leaf(self, input, inputs), residual, relu, widen)
+            return _finish(leaf(self, input, inputs), epilogue, widen)
         site = self._site
         running = running_of(self, site.conversion.guards)
         checks.check_input(self, site, input, running)
@@ -81,25 +90,24 @@ class DistNorm(Scriptable):
         weight_C = parameters["weight"] if "weight" in parameters else self.weight  # tools may compute one
         bias_C = parameters["bias"] if "bias" in parameters else self.bias
         if not self.training:
-            return finish(self._evaluate(input, inputs, running), residual, relu, widen)
+            return _finish(self._evaluate(input, inputs, running), epilogue, widen)
         checks.check_training(self, site, input)
         plain = not torch.compiler.is_compiling() and are_plain(input, residual)
         plain = plain and are_own(weight_C, bias_C, *running[:3])
         method, tracked = site.channel_affine if plain else None, running if self.track_running_stats else None
         if method is None or not normalize.suits(method, input):
-            return finish(self._train_plainly(input, inputs, running, tracked, plain), residual, relu, widen)
+            return _finish(self._train_plainly(input, inputs, running, tracked, plain), epilogue, widen)
         affine = Affine(weight_C, bias_C, self.eps, running.var_C, running.updates)
-        fits = residual is None or _fits(residual, input)
-        plainly = residual is None and not relu
-        epilogue = normalize.NO_EPILOGUE if plainly or not fits else Epilogue(residual, relu)
+        fits = residual is None or (_fits(residual, input) and wanted in (None, RELU))
+        fused = epilogue if fits else normalize.NO_EPILOGUE
         exchange = self._exchange(input, True)
-        alone = epilogue is normalize.NO_EPILOGUE and isinstance(exchange, KeepLocal)
+        alone = fused is normalize.NO_EPILOGUE and isinstance(exchange, KeepLocal)
         if alone and stock.suits(method, input, affine, running):
             y = stock.batch_norm(input, affine, running, updates=tracked is not None and exchange.updates_running())
         else:
             between = overlap.arrangement(self, input) if site.conversion.recipe.overlap else None
-            y = normalize.normalize(method, input, exchange, affine, between, tracked, epilogue)
-        return y if fits else finish(y, residual, relu, widen)
+            y = normalize.normalize(method, input, exchange, affine, between, tracked, fused)
+        return y if fits else _finish(y, epilogue, widen)
 
     def _train_plainly(
         self, input: Tensor, inputs: tuple[Tensor, ...], running: Running, tracked: Running | None, plain: bool
@@ -265,6 +273,14 @@ def _with_copies(layer: Layer) -> Layer:
 def _fits(residual: Tensor, x_NCL: Tensor) -> bool:
     alike = isinstance(residual, Tensor) and residual.shape == x_NCL.shape and residual.dtype == x_NCL.dtype
     return alike and residual.device == x_NCL.device
+
+
+def _finish(y_NCL: Tensor, epilogue: Epilogue, widen: bool) -> Tensor:
+    """Apply the epilogue separately."""
+    residual = epilogue.residual_NCL
+    if residual is not None:
+        y_NCL = y_NCL + residual if widen else y_NCL.add_(residual)
+    return activate(y_NCL, epilogue.activation)
 
 
 # Initialization code and filters in public code look for "BatchNorm" or "BatchNorm2d" in a layer's class name.

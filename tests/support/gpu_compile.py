@@ -18,6 +18,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
+from distnorm.kernels.activations import NONE, NUMBERS, RECTIFIED
 from distnorm.kernels.gpu import apply, combine, cosums, moments
 from distnorm.kernels.gpu.cosums import BY_INPUT, BY_OUTPUT, UNMASKED
 
@@ -58,7 +59,7 @@ def compile_launch(kernel: Any, grid: tuple[int, ...], *arguments: Any) -> None:
     print(kernel.__name__, "aligned" if aligned else "odd", loads, "spills" if SPILLS.search(usage) else "")
 
 
-def call(x: Tensor, *, kinds: int, mask: int) -> None:
+def call(x: Tensor, *, kinds: int, mask: int, activation: int) -> None:
     """All operators; the values are left to chance. BY_OUTPUT: with everything that is optional, else with little."""
     channels = x.shape[1]
     weight, bias, mean, var = torch.ones(4, channels).unbind()
@@ -68,11 +69,11 @@ def call(x: Tensor, *, kinds: int, mask: int) -> None:
     given: tuple[Any, ...] = (weight, bias, None, [], [mean, var, updates], None, 0.1)
     if extras:
         given = (None, None, x, [var.clone(), updates.clone()], [mean, var, updates], updates.clone(), None)
-    y, saved, narrow = apply.apply(x, shared, pivot, *given, EPS, 5.0, 1000, kinds, mask != UNMASKED, extras)
+    y, saved, narrow = apply.apply(x, shared, pivot, *given, EPS, 5.0, 1000, kinds, activation, extras, 0.1)
     kept = pivot, given[0], saved, narrow
-    cotangents, *_ = cosums.cosums(x, x, y if extras else None, *kept, kinds, mask)
+    cotangents, *_ = cosums.cosums(x, x, y if extras else None, *kept, kinds, mask, activation, 0.1)
     through = UNMASKED if extras else mask
-    combine.combine(x, x, cotangents, shared[-1], pivot, saved, narrow, EPS, kinds, through)
+    combine.combine(x, x, cotangents, shared[-1], pivot, saved, narrow, EPS, kinds, through, activation, 0.1)
     apply.update_running(shared[:-1], shared[-1], shared[-1], *given[4:], kinds, extras)
 
 
@@ -81,13 +82,20 @@ def main() -> None:
     driver.set_active(Absent())
     for module in (moments, apply, cosums, combine):
         vars(module)["launch"] = compile_launch
-    masks = itertools.cycle((UNMASKED, BY_OUTPUT, BY_INPUT))
+    options = itertools.cycle(
+        [
+            {"mask": UNMASKED, "activation": NONE},
+            {"mask": BY_OUTPUT, "activation": RECTIFIED},
+            {"mask": BY_INPUT, "activation": RECTIFIED},
+            *({"mask": UNMASKED, "activation": number} for number in NUMBERS.values() if number != RECTIFIED),
+        ]
+    )
     for shape, dtype in itertools.product(SHAPES, (torch.bfloat16, torch.float32)):
         x = torch.zeros(shape, dtype=dtype)
         kinds = 1 + (dtype is torch.bfloat16)
-        call(x, kinds=kinds, mask=next(masks))
+        call(x, kinds=kinds, **next(options))
         if x.dim() == 4:
-            call(x.to(memory_format=torch.channels_last), kinds=3 - kinds, mask=next(masks))
+            call(x.to(memory_format=torch.channels_last), kinds=3 - kinds, **next(options))
 
 
 if __name__ == "__main__":

@@ -30,7 +30,8 @@ static const formula_t FORMULAS[] = {
 typedef struct {
     index_t N, C, L;
     double eps, count;
-    int rows, formula, threads, relu, unused[2];
+    int rows, formula, threads, unused;
+    epilogue_t epilogue; /* that the backward recomputes from x */
 } head_t;
 
 typedef struct {
@@ -53,34 +54,35 @@ void dense_sums(head_t *head, int rows, int formula, double eps, const float *x,
 {
     *head = (head_t){.N = N, .C = C, .L = L, .eps = eps, .rows = rows, .formula = formula, .threads = threads};
     memory_t m = laid_out(head);
-    LOOPS[rows].sums(NULL, x, NULL, NULL, m.pivot, NULL, NULL, m.sums, N, C, L, threads);
+    LOOPS[rows].sums(NULL, x, NULL, NULL, m.pivot, NULL, NULL, (epilogue_t){NONE, 0}, m.sums, N, C, L, threads);
 }
 
 /* The output by shared sums and their count, which update the running statistics, if any (tracked is not NULL).
-   For a relu without a residual, the backward recomputes the output's sign. */
-void dense_normalize(head_t *head, const float *x, const float *residual, float *y, int relu, const double *shared,
-                     const float *weight, const float *bias, const float *followed, double clip, float *running_mean,
-                     float *running_var, int64_t *tracked, double momentum, int guarded)
+   For an activation without a residual, the backward recomputes what it was applied to. */
+void dense_normalize(head_t *head, const float *x, const float *residual, float *y, int activation, float parameter,
+                     const double *shared, const float *weight, const float *bias, const float *followed, double clip,
+                     float *running_mean, float *running_var, int64_t *tracked, double momentum, int guarded)
 {
     head_t h = *head;
     memory_t m = laid_out(head);
     formula_t f = FORMULAS[h.formula];
     double count = head->count = shared[f.kinds * h.C];
-    head->relu = relu && !residual;
+    epilogue_t epilogue = {activation, parameter};
+    if (!residual) head->epilogue = epilogue;
     f.forward(shared, m.pivot, weight, bias, followed, clip, h.eps, h.C, m.means, m.factor, m.scale, m.shift);
     if (tracked) f.update_running(shared, count, count, h.C, momentum, guarded, tracked, running_mean, running_var);
-    LOOPS[h.rows].apply(x, residual, y, m.pivot, m.scale, m.shift, relu, h.N, h.C, h.L, h.threads);
+    LOOPS[h.rows].apply(x, residual, y, m.pivot, m.scale, m.shift, epilogue, h.N, h.C, h.L, h.threads);
 }
 
-/* Cotangents of what was shared, and the parameters' gradients. With a relu the output's sign is recomputed from x,
-   or read from y, which gives dz, too. */
+/* Cotangents of what was shared, and the parameters' gradients. With an activation its input is recomputed from x, or
+   its sign read from y, which gives dz, too. */
 void dense_pull(head_t *head, const float *dy, const float *x, const float *y, float *dz, const float *weight,
                 double *cotangents, float *weight_grad, float *bias_grad)
 {
     head_t h = *head;
     memory_t m = laid_out(head);
-    const float *scale = h.relu ? m.scale : NULL, *shift = h.relu ? m.shift : NULL;
-    LOOPS[h.rows].sums(dy, x, y, dz, m.pivot, scale, shift, m.cosums, h.N, h.C, h.L, h.threads);
+    const float *scale = h.epilogue.activation ? m.scale : NULL, *shift = scale ? m.shift : NULL;
+    LOOPS[h.rows].sums(dy, x, y, dz, m.pivot, scale, shift, h.epilogue, m.cosums, h.N, h.C, h.L, h.threads);
     FORMULAS[h.formula].pull(m.cosums, m.means, m.factor, m.pivot, weight, h.C, cotangents, weight_grad, bias_grad);
 }
 
@@ -90,6 +92,6 @@ void dense_combine(head_t *head, const float *dz, const float *x, float *dx, con
     head_t h = *head;
     memory_t m = laid_out(head);
     FORMULAS[h.formula].link(cotangents, m.means, &h.count, m.pivot, h.eps, h.C, m.level, m.slope);
-    const float *shift = h.relu ? m.shift : NULL;
-    LOOPS[h.rows].combine(dz, x, dx, m.pivot, m.scale, shift, m.level, m.slope, h.N, h.C, h.L, h.threads);
+    const float *shift = h.epilogue.activation ? m.shift : NULL;
+    LOOPS[h.rows].combine(dz, x, dx, m.pivot, m.scale, shift, h.epilogue, m.level, m.slope, h.N, h.C, h.L, h.threads);
 }

@@ -5,13 +5,20 @@
 
 typedef ptrdiff_t index_t;
 
+/* An activation and its parameter: none, ReLU, then those of activations.h in order, as kernels/activations.py numbers them. */
+enum { NONE, RELU };
+typedef struct {
+    int activation;
+    float parameter;
+} epilogue_t;
+
 typedef void sums_t(const float *dy, const float *x, const float *y, float *dz, float *pivot, const float *scale,
-                    const float *shift, double *sums, index_t N, index_t C, index_t L, int threads);
+                    const float *shift, epilogue_t epilogue, double *sums, index_t N, index_t C, index_t L, int threads);
 typedef void apply_t(const float *x, const float *residual, float *y, const float *pivot, const float *scale,
-                     const float *shift, int relu, index_t N, index_t C, index_t L, int threads);
+                     const float *shift, epilogue_t epilogue, index_t N, index_t C, index_t L, int threads);
 typedef void combine_t(const float *dy, const float *x, float *dx, const float *pivot, const float *scale,
-                       const float *shift, const float *level, const float *slope, index_t N, index_t C, index_t L,
-                       int threads);
+                       const float *shift, epilogue_t epilogue, const float *level, const float *slope, index_t N,
+                       index_t C, index_t L, int threads);
 sums_t plane_sums, row_sums;
 apply_t plane_apply, row_apply;
 combine_t plane_combine, row_combine;

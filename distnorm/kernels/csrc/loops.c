@@ -4,8 +4,10 @@
    Sums are float64. Within a block that fits the first-level cache they are float32, about the block's own mean.
    cosums are float32 within a block of the same size.
    A norm may have an epilogue, relu(norm(x) + residual): then apply has it, too, and sums and combine see the gradient before
-   it, which is dy where the output was positive, or NaN. */
+   it, which is dy where the output was positive, or NaN. Another activation is applied to blocks of outputs before it, which
+   sums and combine compute again. */
 
+#include "activations.h"
 #include "kernels.h"
 
 #if defined(__AVX512F__)
@@ -25,6 +27,27 @@ typedef float vector __attribute__((vector_size(4 * LANES), aligned(4), may_alia
 #define AT(x) (*(const vector *)(x))
 #define MIN(a, b) ((a) < (b) ? (a) : (b))
 #define PARALLEL _Pragma("omp parallel for num_threads(threads) if (threads > 1 && N * C * L > SMALL)")
+
+/* An activation of n values z: in place, or dz, the gradient for z, in place of z.
+   docs/decisions.md#one-formula-per-activation */
+typedef void values_t(float *z, index_t n, float parameter);
+typedef void gradients_t(float *z, const float *dy, index_t n, float parameter);
+
+#define DEFINE(name)                                                                           \
+    static void name##_values(float *z, index_t n, float parameter)                            \
+    {                                                                                          \
+        for (index_t i = 0; i < n; i++) z[i] = name(z[i], 0, parameter).value;                 \
+    }                                                                                          \
+    static void name##_gradients(float *z, const float *dy, index_t n, float parameter)        \
+    {                                                                                          \
+        for (index_t i = 0; i < n; i++) z[i] = name(z[i], dy[i], parameter).gradient;          \
+    }
+#define ENTRY(name) {name##_values, name##_gradients},
+FORMULAS_OF_ACTIVATIONS(DEFINE)
+static const struct {
+    values_t *values;
+    gradients_t *gradients;
+} ACTIVATIONS[] = {[RELU] = {NULL, NULL}, FORMULAS_OF_ACTIVATIONS(ENTRY)};
 
 static float total(vector lanes, float rest)
 {
@@ -89,13 +112,17 @@ static inline float tailed(float value, const float *residual, index_t i, int re
     return relu && value < 0 ? 0 : value; /* NaN stays NaN */
 }
 
+/* As many rows of length values as make a block, at least one. */
+static index_t rows_of(index_t length) { return length < BLOCK ? BLOCK / length : 1; }
+
 /* A layer's backward pass: the gradient, its epilogue, and what the norm did to a channel.
-   Epilogues: none, if scale and y are NULL; relu, if scale and shift are given; relu with a residual, if the output y is, and
-   dz for the gradient before it. */
+   Epilogues: none, if scale and y are NULL; an activation, if scale and shift are given; relu with a residual, if the output y
+   is, and dz for the gradient before it. */
 typedef struct {
     const float *dy, *y;
     float *dz;
     const float *pivot, *scale, *shift;
+    epilogue_t epilogue;
 } gradient_t;
 
 static gradient_t moved(gradient_t g, index_t values, index_t channels)
@@ -106,7 +133,7 @@ static gradient_t moved(gradient_t g, index_t values, index_t channels)
     return g;
 }
 
-/* The gradient of a block before a relu: in dz, or in a block of its own. Returns where.
+/* The gradient of a block before an activation: in dz, or in a block of its own. Returns where.
    docs/decisions.md#the-mask-of-a-relu-is-recomputed */
 static const float *masked_plane(gradient_t g, const float *x, block_t block, float *own, index_t *step)
 {
@@ -115,9 +142,14 @@ static const float *masked_plane(gradient_t g, const float *x, block_t block, fl
         index_t at = n * block.stride;
         if (g.y)
             for (index_t i = at; i < at + block.length; i++) g.dz[i] = g.y[i] <= 0 ? 0 : g.dy[i];
-        else
+        else if (g.epilogue.activation == RELU)
             for (index_t i = 0; i < block.length; i++)
                 own[n * block.length + i] = normed(x[at + i], *g.pivot, *g.scale, *g.shift) <= 0 ? 0 : g.dy[at + i];
+        else {
+            float *z = own + n * block.length;
+            for (index_t i = 0; i < block.length; i++) z[i] = normed(x[at + i], *g.pivot, *g.scale, *g.shift);
+            ACTIVATIONS[g.epilogue.activation].gradients(z, g.dy + at, block.length, g.epilogue.parameter);
+        }
     }
     return g.y ? g.dz : own;
 }
@@ -140,10 +172,10 @@ static void plane_cosums(gradient_t g, const float *x, block_t block, double *on
 /* Without dy: sums[c] = sum(x), sums[C + c] = sum(x^2), sums[2 C] = their count, and the pivot becomes the mean.
    With dy: sum(dz), sum(dz * (x - pivot)), and dz where it is wanted. */
 void plane_sums(const float *dy, const float *x, const float *y, float *dz, float *pivot, const float *scale,
-                const float *shift, double *sums, index_t N, index_t C, index_t L, int threads)
+                const float *shift, epilogue_t epilogue, double *sums, index_t N, index_t C, index_t L, int threads)
 {
     index_t length = MIN(L, BLOCK), samples = BLOCK / length;
-    gradient_t gradient = {dy, y, dz, pivot, scale, shift};
+    gradient_t gradient = {dy, y, dz, pivot, scale, shift, epilogue};
     if (!dy) sums[2 * C] = N * L;
     PARALLEL
     for (index_t c = 0; c < C; c++) {
@@ -161,30 +193,50 @@ void plane_sums(const float *dy, const float *x, const float *y, float *dz, floa
     }
 }
 
-/* y = relu((x - pivot) * scale + shift + residual), with what there is of the epilogue */
+/* y = activation((x - pivot) * scale + shift + residual), with what there is of the epilogue */
 void plane_apply(const float *x, const float *residual, float *y, const float *pivot, const float *scale,
-                 const float *shift, int relu, index_t N, index_t C, index_t L, int threads)
+                 const float *shift, epilogue_t epilogue, index_t N, index_t C, index_t L, int threads)
 {
+    values_t *values = ACTIVATIONS[epilogue.activation].values;
+    index_t relu = epilogue.activation == RELU, step = rows_of(L);
     PARALLEL
-    for (index_t row = 0; row < N * C; row++) {
-        float centre = pivot[row % C], factor = scale[row % C], term = shift[row % C];
-        for (index_t i = row * L; i < (row + 1) * L; i++)
-            y[i] = tailed(normed(x[i], centre, factor, term), residual, i, relu);
+    for (index_t first = 0; first < N * C; first += step) {
+        index_t end = MIN(first + step, N * C);
+        for (index_t row = first; row < end; row++) {
+            float centre = pivot[row % C], factor = scale[row % C], term = shift[row % C];
+            for (index_t i = row * L; i < (row + 1) * L; i++)
+                y[i] = tailed(normed(x[i], centre, factor, term), residual, i, relu);
+        }
+        if (values) values(y + first * L, (end - first) * L, epilogue.parameter);
     }
 }
 
-/* dx = dz * scale + level + (x - pivot) * slope; with a shift, dz is dy before a relu, else dy */
+/* dx = dz * scale + level + (x - pivot) * slope; with a shift, dz is dy before the activation, else dy */
 void plane_combine(const float *dy, const float *x, float *dx, const float *pivot, const float *scale,
-                   const float *shift, const float *level, const float *slope, index_t N, index_t C, index_t L,
-                   int threads)
+                   const float *shift, epilogue_t epilogue, const float *level, const float *slope, index_t N,
+                   index_t C, index_t L, int threads)
 {
+    gradients_t *gradients = shift ? ACTIVATIONS[epilogue.activation].gradients : NULL;
+    index_t step = rows_of(L);
     PARALLEL
-    for (index_t row = 0; row < N * C; row++) {
-        float centre = pivot[row % C], factor = scale[row % C], term = level[row % C], tilt = slope[row % C];
-        float bound = shift ? shift[row % C] : 0;
-        for (index_t i = row * L; i < (row + 1) * L; i++) {
-            float dz = shift && normed(x[i], centre, factor, bound) <= 0 ? 0 : dy[i];
-            dx[i] = dz * factor + ((x[i] - centre) * tilt + term);
+    for (index_t first = 0; first < N * C; first += step) {
+        index_t end = MIN(first + step, N * C);
+        for (index_t row = first; gradients && row < end; row++) {
+            float centre = pivot[row % C], factor = scale[row % C], term = shift[row % C];
+            for (index_t i = row * L; i < (row + 1) * L; i++) dx[i] = normed(x[i], centre, factor, term);
+        }
+        if (gradients) gradients(dx + first * L, dy + first * L, (end - first) * L, epilogue.parameter);
+        for (index_t row = first; row < end; row++) {
+            float centre = pivot[row % C], factor = scale[row % C], term = level[row % C], tilt = slope[row % C];
+            float bound = shift ? shift[row % C] : 0;
+            if (gradients)
+                for (index_t i = row * L; i < (row + 1) * L; i++)
+                    dx[i] = dx[i] * factor + ((x[i] - centre) * tilt + term);
+            else
+                for (index_t i = row * L; i < (row + 1) * L; i++) {
+                    float dz = shift && normed(x[i], centre, factor, bound) <= 0 ? 0 : dy[i];
+                    dx[i] = dz * factor + ((x[i] - centre) * tilt + term);
+                }
         }
     }
 }
@@ -193,15 +245,22 @@ void plane_combine(const float *dy, const float *x, float *dx, const float *pivo
 static const float *masked_rows(gradient_t g, const float *x, index_t rows, index_t width, index_t C, float *own,
                                 index_t *step)
 {
-    *step = g.y ? C : TILE;
+    gradients_t *gradients = ACTIVATIONS[g.epilogue.activation].gradients;
+    *step = g.y ? C : width;
     for (index_t r = 0; r < rows; r++) {
         index_t at = r * C;
         if (g.y)
             for (index_t j = 0; j < width; j++) g.dz[at + j] = g.y[at + j] <= 0 ? 0 : g.dy[at + j];
-        else
+        else if (g.epilogue.activation == RELU)
             for (index_t j = 0; j < width; j++)
-                own[r * TILE + j] = normed(x[at + j], g.pivot[j], g.scale[j], g.shift[j]) <= 0 ? 0 : g.dy[at + j];
+                own[r * width + j] = normed(x[at + j], g.pivot[j], g.scale[j], g.shift[j]) <= 0 ? 0 : g.dy[at + j];
+        else {
+            float *z = own + r * width;
+            for (index_t j = 0; j < width; j++) z[j] = normed(x[at + j], g.pivot[j], g.scale[j], g.shift[j]);
+            if (width < C) gradients(z, g.dy + at, width, g.epilogue.parameter);
+        }
     }
+    if (gradients && width == C) gradients(own, g.dy, rows * C, g.epilogue.parameter); /* without gaps, in one call */
     return g.y ? g.dz : own;
 }
 
@@ -243,9 +302,9 @@ static void row_cosums(gradient_t g, const float *x, index_t rows, index_t width
 
 /* As plane_sums. The calls of row_block are one function, compiled for what is known of its arguments. */
 void row_sums(const float *dy, const float *x, const float *y, float *dz, float *pivot, const float *scale,
-              const float *shift, double *sums, index_t N, index_t C, index_t L, int threads)
+              const float *shift, epilogue_t epilogue, double *sums, index_t N, index_t C, index_t L, int threads)
 {
-    gradient_t gradient = {dy, y, dz, pivot, scale, shift};
+    gradient_t gradient = {dy, y, dz, pivot, scale, shift, epilogue};
     if (!dy) sums[2 * C] = N * L;
     PARALLEL
     for (index_t c = 0; c < C; c += TILE) {
@@ -266,23 +325,41 @@ void row_sums(const float *dy, const float *x, const float *y, float *dz, float 
 
 /* As plane_apply. */
 void row_apply(const float *x, const float *residual, float *y, const float *pivot, const float *scale,
-               const float *shift, int relu, index_t N, index_t C, index_t L, int threads)
+               const float *shift, epilogue_t epilogue, index_t N, index_t C, index_t L, int threads)
 {
+    values_t *values = ACTIVATIONS[epilogue.activation].values;
+    index_t relu = epilogue.activation == RELU, step = rows_of(C);
     PARALLEL
-    for (index_t r = 0; r < N * L; r++)
-        for (index_t c = 0, i = r * C; c < C; c++, i++)
-            y[i] = tailed(normed(x[i], pivot[c], scale[c], shift[c]), residual, i, relu);
+    for (index_t first = 0; first < N * L; first += step) {
+        index_t end = MIN(first + step, N * L);
+        for (index_t r = first; r < end; r++)
+            for (index_t c = 0, i = r * C; c < C; c++, i++)
+                y[i] = tailed(normed(x[i], pivot[c], scale[c], shift[c]), residual, i, relu);
+        if (values) values(y + first * C, (end - first) * C, epilogue.parameter);
+    }
 }
 
 /* As plane_combine. */
 void row_combine(const float *dy, const float *x, float *dx, const float *pivot, const float *scale,
-                 const float *shift, const float *level, const float *slope, index_t N, index_t C, index_t L,
-                 int threads)
+                 const float *shift, epilogue_t epilogue, const float *level, const float *slope, index_t N,
+                 index_t C, index_t L, int threads)
 {
+    gradients_t *gradients = shift ? ACTIVATIONS[epilogue.activation].gradients : NULL;
+    index_t step = rows_of(C);
     PARALLEL
-    for (index_t r = 0; r < N * L; r++)
-        for (index_t c = 0, i = r * C; c < C; c++, i++) {
-            float dz = shift && normed(x[i], pivot[c], scale[c], shift[c]) <= 0 ? 0 : dy[i];
-            dx[i] = dz * scale[c] + ((x[i] - pivot[c]) * slope[c] + level[c]);
-        }
+    for (index_t first = 0; first < N * L; first += step) {
+        index_t end = MIN(first + step, N * L);
+        for (index_t r = first; gradients && r < end; r++)
+            for (index_t c = 0, i = r * C; c < C; c++, i++) dx[i] = normed(x[i], pivot[c], scale[c], shift[c]);
+        if (gradients) gradients(dx + first * C, dy + first * C, (end - first) * C, epilogue.parameter);
+        for (index_t r = first; r < end; r++)
+            if (gradients)
+                for (index_t c = 0, i = r * C; c < C; c++, i++)
+                    dx[i] = dx[i] * scale[c] + ((x[i] - pivot[c]) * slope[c] + level[c]);
+            else
+                for (index_t c = 0, i = r * C; c < C; c++, i++) {
+                    float dz = shift && normed(x[i], pivot[c], scale[c], shift[c]) <= 0 ? 0 : dy[i];
+                    dx[i] = dz * scale[c] + ((x[i] - pivot[c]) * slope[c] + level[c]);
+                }
+    }
 }

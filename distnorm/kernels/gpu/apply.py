@@ -13,7 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from distnorm.kernels.activations import RECTIFIED
 from distnorm.kernels.gpu import formulas
+from distnorm.kernels.gpu.activations import FORMULAS
 from distnorm.kernels.gpu.tiles import channels, launch, operator, place, spread, tiles_of
 
 BLOCK = 128
@@ -36,10 +38,11 @@ def apply(
     clip: float,
     clip_after: int,
     kinds: int,
-    relu: bool,
+    activation: int,
     guarded: bool = False,
+    parameter: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``y = (x - pivot) * scale + shift`` of dense ``x_NCL``; then ``+ residual`` and ReLU, if requested.
+    """``y = (x - pivot) * scale + shift`` of dense ``x_NCL``; then ``+ residual`` and the activation, if requested.
 
     Args:
         x_NCL: the input; ``residual_NCL`` has its strides.
@@ -56,8 +59,9 @@ def apply(
         clip: the bound of the correction, in force after ``clip_after`` updates.
         clip_after: see ``clip``.
         kinds: 2 for batch norm, 1 for RMS.
-        relu: whether negative outputs become 0.
+        activation: its number in ``kernels/activations.py``.
         guarded: whether ``running`` skips moments that would make it non-finite.
+        parameter: that of the activation.
 
     Returns:
         y; means of ``shared`` and d scale / d weight ``[kinds + 1, C]``, float64; scale and shift ``[2, C]``, float32.
@@ -70,7 +74,8 @@ def apply(
     launch(
         *(apply_kernel, tiles.grid, x_NCL, y_NCL, residual_NCL, shared, pivot_C, weight_C, bias_C),
         *(followed_var, followed_updates, running_mean, running_var, updates, earlier, saved, narrow),
-        *(momentum, eps, clip, clip_after, *tiles.image, kinds, relu, _limit(running) if guarded else 0.0, BLOCK),
+        *(momentum, eps, clip, clip_after, parameter, *tiles.image, kinds, activation == RECTIFIED),
+        *(FORMULAS[activation], _limit(running) if guarded else 0.0, BLOCK),
     )
     return y_NCL, saved, narrow
 
@@ -91,8 +96,9 @@ def _(
     clip: float,
     clip_after: int,
     kinds: int,
-    relu: bool,
+    activation: int,
     guarded: bool = False,
+    parameter: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(x_NCL), *_kept(x_NCL, kinds)
 
@@ -131,6 +137,7 @@ def apply_kernel(
     eps,
     clip,
     clip_after,
+    parameter,
     N,
     L,
     C,
@@ -140,7 +147,8 @@ def apply_kernel(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     KINDS: tl.constexpr,
-    RELU: tl.constexpr,
+    RECTIFIES: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     LIMIT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -177,8 +185,10 @@ def apply_kernel(
         values = normalized(values, middle, scale, shift)
         if residual is not None:
             values += tl.load(residual + base + offsets, mask=mask, other=0.0).to(tl.float32)
-        if RELU:
+        if RECTIFIES:
             values = tl.where(values < 0, 0.0, values)  # NaN stays NaN
+        if ACTIVATION is not None:
+            values, _ = ACTIVATION(values, values, parameter)
         tl.store(y + base + offsets, values.to(y.dtype.element_ty), mask=mask)
 
 

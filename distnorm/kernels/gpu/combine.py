@@ -1,7 +1,7 @@
 """Backward combine: ``dx = dz * scale + level + (x - pivot) * slope``.
 
-Every program computes level and slope of its own channels from the shared cotangents. Gradients that an activation
-stopped are masked as in ``cosums``, unless that wrote dz.
+Every program computes level and slope of its own channels from the shared cotangents. The gradient dz
+before an activation is computed from dy again as in ``cosums``, unless that wrote it.
 
 Launches: 1. Bytes: dz and x once, dx once.
 """
@@ -11,7 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from distnorm.kernels.activations import NONE
 from distnorm.kernels.gpu import formulas
+from distnorm.kernels.gpu.activations import FORMULAS
+from distnorm.kernels.gpu.apply import normalized
 from distnorm.kernels.gpu.cosums import masked
 from distnorm.kernels.gpu.tiles import channels, launch, operator, place, spread, tiles_of
 
@@ -28,6 +31,8 @@ def combine(
     eps: float,
     kinds: int,
     mask: int,
+    activation: int = NONE,
+    parameter: float = 0.0,
 ) -> Tensor:
     """Return the gradient of x.
 
@@ -39,7 +44,7 @@ def combine(
         tiles = tiles_of(x_NCL)
         launch(
             *(combine_kernel, tiles.grid, dz_NCL, x_NCL, dx_NCL, cotangents, count, pivot_C, saved, narrow, eps),
-            *(*tiles.image, kinds, mask),
+            *(parameter, *tiles.image, kinds, mask, FORMULAS[activation]),
         )
     return dx_NCL
 
@@ -56,6 +61,8 @@ def _(
     eps: float,
     kinds: int,
     mask: int,
+    activation: int = NONE,
+    parameter: float = 0.0,
 ) -> Tensor:
     return torch.empty_like(x_NCL)
 
@@ -71,6 +78,7 @@ def combine_kernel(
     saved,
     narrow,
     eps,
+    parameter,
     N,
     L,
     C,
@@ -81,6 +89,7 @@ def combine_kernel(
     COLS: tl.constexpr,
     KINDS: tl.constexpr,
     MASK: tl.constexpr,
+    ACTIVATION: tl.constexpr,
 ):
     """One pass over x and dz."""
     c = channels(PLANES, COLS)
@@ -96,5 +105,7 @@ def combine_kernel(
         grad = tl.load(dz + base + offsets, mask=mask, other=0.0).to(tl.float32)
         if MASK == 1:
             grad = masked(grad, x, values, middle, scale, shift)
+        if ACTIVATION is not None:
+            _, grad = ACTIVATION(normalized(values, middle, scale, shift), grad, parameter)
         found = grad * scale + ((values - middle) * slope + level)
         tl.store(dx + base + offsets, found.to(dx.dtype.element_ty), mask=mask)

@@ -1,8 +1,9 @@
 """Backward sums: sum(dz) and sum(dz * (x - pivot)), then the cotangents that are shared and the parameters' gradients.
 
-dz is the gradient dy of the output, before the activation if one is fused. With a residual the mask follows from the
-output only (MASK 2); dz is then written, for the residual and for ``combine``. Otherwise the mask follows from x
-(MASK 1), which saves the bytes of both. Float32 within a program, lane by lane; float64 between programs.
+dz is the gradient dy of the output, before the activation if one is fused. With a residual the mask of a ReLU follows
+from the output only (MASK 2); dz is then written, for the residual and for ``combine``. Otherwise the mask follows from
+x (MASK 1), as does the input of another ACTIVATION, which saves the bytes of both. Float32 within a program, lane by
+lane; float64 between programs.
 
 Launches: 1, or 2 where several programs share a channel. Bytes: dy and x once; y and dz, if there is a residual.
 """
@@ -12,7 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from distnorm.kernels.activations import NONE
 from distnorm.kernels.gpu import formulas
+from distnorm.kernels.gpu.activations import FORMULAS
 from distnorm.kernels.gpu.apply import normalized
 from distnorm.kernels.gpu.moments import MERGE_COLUMNS, MERGE_ROWS
 from distnorm.kernels.gpu.tiles import channels, launch, merged, operator, per_channel, place, spread, tiles_of
@@ -32,6 +35,8 @@ def cosums(
     narrow: Tensor,
     kinds: int,
     mask: int,
+    activation: int = NONE,
+    parameter: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Cotangents ``[kinds * C]``, float64; the gradients of weight and bias, in the dtype of the weight; and dz.
 
@@ -47,6 +52,8 @@ def cosums(
         narrow: scale and shift, as ``apply`` returned them.
         kinds: as for ``apply``.
         mask: UNMASKED, BY_INPUT or BY_OUTPUT.
+        activation: as for ``apply``, like ``parameter``.
+        parameter: that of the activation.
     """
     channels_ = x_NCL.shape[1]
     found = cotangents, weight_grad_C, bias_grad_C, dz_NCL = _gradients(dy_NCL, x_NCL, weight_C, kinds, mask)
@@ -57,7 +64,7 @@ def cosums(
     parts = cotangents if whole else saved.new_empty(tiles.splits * 2 * channels_)
     launch(
         *(cosums_kernel, tiles.grid, dy_NCL, x_NCL, y_NCL, dz_NCL, pivot_C, weight_C, saved, narrow, parts),
-        *(weight_grad_C, bias_grad_C, *tiles.image, kinds, mask, whole),
+        *(weight_grad_C, bias_grad_C, parameter, *tiles.image, kinds, mask, FORMULAS[activation], whole),
     )
     if not whole:
         launch(
@@ -78,6 +85,8 @@ def _(
     narrow: Tensor,
     kinds: int,
     mask: int,
+    activation: int = NONE,
+    parameter: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _gradients(dy_NCL, x_NCL, weight_C, kinds, mask)
 
@@ -119,6 +128,7 @@ def cosums_kernel(
     parts,
     weight_grad,
     bias_grad,
+    parameter,
     N,
     L,
     C,
@@ -129,6 +139,7 @@ def cosums_kernel(
     COLS: tl.constexpr,
     KINDS: tl.constexpr,
     MASK: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
     """``parts[split, 2, C]``; with WHOLE the cotangents in its place, and the parameters' gradients."""
@@ -149,6 +160,9 @@ def cosums_kernel(
         if MASK == 2:
             grad = passing(grad, tl.load(y + base + offsets, mask=mask, other=0.0).to(tl.float32))
             tl.store(dz + base + offsets, grad.to(dz.dtype.element_ty), mask=mask)
+        if ACTIVATION is not None:
+            _, grad = ACTIVATION(normalized(values, middle, scale, shift), grad, parameter)
+            grad = tl.where(mask, grad, 0.0)
         ones += grad
         twos += grad * tl.where(mask, values - middle, 0.0)
     one, two = per_channel(ones, PLANES).to(tl.float64), per_channel(twos, PLANES).to(tl.float64)

@@ -7,13 +7,14 @@ Shapes: as in kernels/dense.py.
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from distnorm.kernels.activations import as_numbers
 from distnorm.kernels.arithmetic import Formula
 from distnorm.kernels.gpu.apply import apply, update_running
 from distnorm.kernels.gpu.combine import combine
 from distnorm.kernels.gpu.cosums import BY_INPUT, BY_OUTPUT, UNMASKED, cosums
 from distnorm.kernels.gpu.moments import moments
 from distnorm.kernels.gpu.tiles import dense, like
-from distnorm.types import Epilogue, GlobalStatistics, Running
+from distnorm.types import RELU, Epilogue, GlobalStatistics, Running
 
 
 class GpuPass:
@@ -46,6 +47,7 @@ class GpuPass:
         formula, x_NCL = self._formula, dense(x_NCL)
         shared = shared.contiguous()
         self._count, self._mask = shared[-1], _mask(epilogue)
+        number, parameter = self._activation = as_numbers(epilogue.activation)
         residual_NCL = None if epilogue.residual_NCL is None else like(epilogue.residual_NCL, x_NCL)
         guarded = running is not None and running.guarded
         followed = [] if formula.running_var_C is None else [formula.running_var_C, formula.updates]
@@ -54,7 +56,7 @@ class GpuPass:
         y_NCL: Tensor
         y_NCL, self._saved, self._narrow = apply(
             *(x_NCL, shared, self._pivot_C, weight_C, bias_C, residual_NCL, followed, buffers, earlier, momentum),
-            *(self._eps, formula.clip, formula.clip_after, formula.kinds, epilogue.relu, guarded),
+            *(self._eps, formula.clip, formula.clip_after, formula.kinds, number, guarded, parameter),
         )
         increment_version(buffers)
         return y_NCL
@@ -68,7 +70,7 @@ class GpuPass:
         y_NCL = None if y_NCL is None or self._mask != BY_OUTPUT else like(y_NCL, x_NCL)
         cotangents, weight_grad_C, bias_grad_C, dz_NCL = cosums(
             *(dy_NCL, x_NCL, y_NCL, self._pivot_C, weight_C, self._saved, self._narrow),
-            *(self._formula.kinds, self._mask),
+            *(self._formula.kinds, self._mask, *self._activation),
         )
         return cotangents, weight_grad_C, bias_grad_C, dy_NCL if y_NCL is None else dz_NCL
 
@@ -78,13 +80,14 @@ class GpuPass:
         dx_NCL: Tensor = combine(
             *(like(dz_NCL, x_NCL), x_NCL, cotangents.contiguous(), self._count, self._pivot_C, self._saved),
             *(self._narrow, self._eps, self._formula.kinds, UNMASKED if self._mask == BY_OUTPUT else self._mask),
+            *self._activation,
         )
         return dx_NCL
 
 
 def _mask(epilogue: Epilogue) -> int:
     """Return where the backward pass finds the mask of the activation."""
-    if not epilogue.relu:
+    if epilogue.activation != RELU:
         return UNMASKED
     return BY_INPUT if epilogue.residual_NCL is None else BY_OUTPUT
 
