@@ -19,6 +19,7 @@ from distnorm.layers.module import (
     DistNorm2d,
     DistNorm3d,
 )
+from distnorm.preconditioning import Preconditioner, precondition
 from distnorm.recipe import Recipe
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "DistNorm2d",
     "DistNorm3d",
     "Ledger",
+    "Preconditioner",
     "Recipe",
     "attach",
     "convert",
@@ -38,6 +40,7 @@ __all__ = [
     "methods",
     "nn",
     "policies",
+    "precondition",
     "recipes",
     "register_converter",
     "revert",

@@ -170,3 +170,8 @@ def conversions_of(model: nn.Module) -> list[Conversion]:
     if not conversions:
         raise ValueError(f"{type(model).__name__} has no converted layer; call distnorm.convert first.")
     return list(conversions.values())
+
+
+def is_converted_by_call(model: nn.Module) -> bool:
+    """Return whether ``convert`` was called for parts of ``model``. Constructors in ``distnorm.nn`` do not count."""
+    return any(isinstance(each, DistNorm) and not each._site.conversion.is_provisional for each in model.modules())

@@ -32,7 +32,6 @@ from distnorm.layers.module import (
 )
 from distnorm.layers.site import Site
 from distnorm.recipe import Recipe
-from distnorm.transport import LostGroup, check_group
 from distnorm.transport.choice import chosen
 from distnorm.transport.mpi import load_mpi
 from distnorm.transport.topology import mesh_ranks
@@ -84,9 +83,12 @@ def convert(
     """Convert the model's batch norm layers to ``recipe``, in place, and return the model.
 
     Converts layers of type BatchNorm1d/2d/3d and SyncBatchNorm, and those of ``register_converter``. Parameters,
-    buffers, hooks, names and the keys of the state_dict do not change. Layers that the same recipe has converted before
-    are skipped. If a SyncBatchNorm has a ``process_group``, its layer shares among those ranks only, with any recipe.
-    Issues no collective: ranks first communicate at the first training forward pass, or in ``attach``.
+    buffers, hooks, names and the keys of the state_dict do not change; ``weights="normalized"`` adds a parameter
+    ``gain`` to layers before norms, so convert before you create the optimizer or wrap the model. Layers that the same
+    recipe has converted before are skipped, except norms inside layers of ``distnorm.nn`` that are not bound yet: they
+    join, with the name that they have in ``model``. If a SyncBatchNorm has a ``process_group``, its layer shares among
+    those ranks only, with any recipe. Issues no collective: ranks first communicate at the first training forward
+    pass, or in ``attach``.
 
     Args:
         model: any module. It may be a batch norm itself, or be wrapped in DistributedDataParallel already.
@@ -108,7 +110,8 @@ def convert(
         ImportError: ``transport="mpi"`` without mpi4py.
         ValueError: an unknown recipe, option, transport or value; an uninitialized lazy layer; a layer that another
             recipe has converted, or whose process group has other ranks than the mesh or recipe; ``where`` selects
-            no layer; an unknown environment variable ``DISTNORM_*``. The model is unchanged.
+            no layer; ``weights="normalized"`` for a model that is wrapped or sharded already; an unknown environment
+            variable ``DISTNORM_*``. The model is unchanged.
 
     Warns:
         UserWarning: once, naming subclasses of batch norm that were not converted; or if the model has no batch norm,
@@ -121,7 +124,12 @@ def convert(
     if transport == "mpi":
         load_mpi("transport='mpi'")
     layers = _select(model, wanted, where)
-    apply_to(model, _by_group(layers, wanted, mesh, transport), _targets)
+    feeders.check(model, [layer for _, layer in layers], wanted)
+    parts = _by_group(layers, wanted, mesh, transport)
+    for _, layer in layers:
+        if isinstance(layer, DistNorm):
+            undo(layer)
+    apply_to(model, parts, _targets)
     if fuse and layers and not epilogue.fuse(model):
         warnings.warn(
             f"distnorm.convert(fuse=True) fused nothing: in {type(model).__name__}, no readable code passes the output "
@@ -140,8 +148,8 @@ def apply_to(
     for conversion, layers in parts.items():
         for index, (name, layer) in enumerate(layers):
             _replace(layer, targets[_original(layer)], conversion, index, name)
-        if conversion.recipe.weights == "centralized":
-            feeders.centralize(model, [layer for _, layer in layers], conversion)
+        if conversion.recipe.weights != "none":
+            feeders.reweight(model, [layer for _, layer in layers], conversion)
     every = [layer for layers in parts.values() for _, layer in layers]
     if any(conversion.recipe.overlap for conversion in parts):
         overlap.pair(model, every)
@@ -162,9 +170,13 @@ def _replace(layer: _BatchNorm, target: type[DistNorm], conversion: Conversion, 
 def revert(model: ModelT) -> ModelT:
     """Restore the original class of every converted layer, in place, and return the model.
 
-    Evaluation output does not change. Centralized weights are written into the parameters. Issues no collective.
+    Evaluation output does not change. Computed weights (``Recipe.weights``) are written into the parameters. Issues no
+    collective.
+
+    Raises:
+        RuntimeError: a weight cannot be written, as ``distnorm.layers.weights.bake``. The model is unchanged.
     """
-    weights.write_centred(model)
+    weights.bake(model)
     for layer in model.modules():
         if isinstance(layer, DistNorm):
             layer.apply_in_flight()
@@ -172,7 +184,7 @@ def revert(model: ModelT) -> ModelT:
 
 
 def undo(model: ModelT) -> ModelT:
-    """Revert without writing centralized weights: for a conversion that was never used."""
+    """Revert without writing computed weights: for a conversion that was never used."""
     feeders.release(model)
     overlap.release(model)
     epilogue.release(model)
@@ -193,24 +205,6 @@ def undo(model: ModelT) -> ModelT:
     return model
 
 
-# docs/decisions.md#which-ranks-a-conversion-concerns
-def narrower(process_group: dist.ProcessGroup | LostGroup | None, owner: str) -> dist.ProcessGroup | None:
-    """Return the ``process_group`` of a layer, or None if it holds all ranks of the job.
-
-    Raises:
-        ValueError: this rank is not in the group, or pickling has lost it; the message begins with ``owner``.
-    """
-    check_group(process_group, owner)
-    if isinstance(process_group, LostGroup):
-        raise ValueError(
-            f"{owner}: {process_group.what} cannot be pickled, so this copy of the layer has none. Set the layer's "
-            "process_group to a group of this process, or to None for all ranks."
-        )
-    if process_group is None or len(dist.get_process_group_ranks(process_group)) == dist.get_world_size():
-        return None
-    return process_group
-
-
 def _by_group(
     layers: Layers, recipe: Recipe, mesh: DeviceMesh | None, transport: Transport
 ) -> dict[Conversion, Layers]:
@@ -218,7 +212,7 @@ def _by_group(
     conversions: dict[tuple[int, ...] | None, Conversion] = {}
     found: dict[Conversion, Layers] = {}
     for name, layer in layers:
-        group = narrower(layer.__dict__.get("process_group"), f"{name}: {type(layer).__name__}")
+        group = agreement.narrower(layer.__dict__.get("process_group"), f"{name}: {type(layer).__name__}")
         ranks = None if group is None else tuple(dist.get_process_group_ranks(group))
         if ranks is not None:
             _check_ranks(name, ranks, recipe, mesh)
@@ -258,10 +252,11 @@ def _select(model: nn.Module, recipe: Recipe, where: Where | None) -> list[tuple
     if not candidates:
         warnings.warn(f"distnorm.convert: {type(model).__name__} has no batch norm layer.", stacklevel=3)
         return []
-    wanted = [(name, layer) for name, layer in candidates if _matches(where, name, layer)]
+    wanted = [(name, layer) for name, layer in candidates if matches(where, name, layer)]
     if not wanted:
         raise ValueError(f"convert(where={where!r}) selects none of {[name for name, _ in candidates]}.")
-    unknown = [(name, layer) for name, layer in wanted if _original(layer) not in _targets]
+    found = [(name, layer) for name, layer in wanted if _original(layer) in _targets or _joins(layer, recipe)]
+    unknown = [each for each in wanted if each not in found]
     for name, layer in unknown:
         if isinstance(layer, LazyModuleMixin):
             raise ValueError(
@@ -276,7 +271,15 @@ def _select(model: nn.Module, recipe: Recipe, where: Where | None) -> list[tuple
             "them, call distnorm.register_converter(their class, a DistNorm subclass).",
             stacklevel=3,
         )
-    return [(name, layer) for name, layer in wanted if _original(layer) in _targets]
+    return found
+
+
+# docs/decisions.md#norms-inside-layers-join-the-model
+def _joins(layer: _BatchNorm, recipe: Recipe) -> bool:
+    """Return whether ``layer`` was converted to ``recipe`` by a constructor in ``distnorm.nn``, and not bound yet."""
+    if not isinstance(layer, DistNorm) or layer.recipe != recipe:
+        return False
+    return layer._site.conversion.is_provisional and layer._site.conversion.binding is None
 
 
 def _original(layer: _BatchNorm) -> type[_BatchNorm]:
@@ -291,7 +294,8 @@ def _batch_norms(model: nn.Module) -> Iterator[tuple[str, _BatchNorm]]:
             yield name, layer
 
 
-def _matches(where: Where | None, name: str, layer: nn.Module) -> bool:
+def matches(where: Where | None, name: str, layer: nn.Module) -> bool:
+    """Return whether ``where`` selects the layer; None selects every one."""
     if where is None:
         return True
     if callable(where):

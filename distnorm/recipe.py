@@ -9,7 +9,7 @@ from distnorm.methods import Method
 from distnorm.policies.base import APolicy
 from distnorm.validation import Momentum, check_fields, kind
 
-Weights = Literal["none", "centralized"]
+Weights = Literal["none", "centralized", "standardized", "normalized"]
 
 
 @final
@@ -20,8 +20,9 @@ class Recipe:
     Args:
         method: which statistics and which transform, such as ``BatchNorm()``.
         policy: how ranks share sums, such as ``AllReduce()``.
-        weights: what happens to the weights of the convolutions and linear layers before the norms: ``"none"``, or
-            ``"centralized"``, which subtracts its mean from every filter.
+        weights: what happens to the weights of the convolutions and linear layers before the norms, per output filter:
+            ``"none"``, ``"centralized"`` (minus its mean), ``"standardized"`` (mean 0 and variance 1), or
+            ``"normalized"`` (its length is a parameter of its own). docs/weights.md compares them.
         momentum: momentum of the running statistics; None keeps that of each layer.
         overlap: whether backward collectives overlap with the weight gradients of the convolutions that follow.
         name: the name of a named recipe, else None. Comparisons ignore it.

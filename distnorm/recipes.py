@@ -38,7 +38,7 @@ def local_bn(*, weights: Weights = "none") -> Recipe:
     Ioffe & Szegedy 2015, algorithm 1, per rank.
 
     Args:
-        weights: "none", or "centralized" to subtract its mean from every filter of the layers before the norms.
+        weights: "none", or how to compute every filter of the layers before the norms (see ``Recipe``).
     """
     return Recipe(method=BatchNorm(), policy=Local(), weights=weights)
 
@@ -51,7 +51,7 @@ def sync_bn(*, weights: Weights = "none", overlap: bool = False) -> Recipe:
     batches are exact too. Peng et al., "MegDet", CVPR 2018; Zhang et al., "Context Encoding", CVPR 2018.
 
     Args:
-        weights: "none", or "centralized" to subtract its mean from every filter of the layers before the norms.
+        weights: "none", or how to compute every filter of the layers before the norms (see ``Recipe``).
         overlap: whether to overlap backward collectives with the weight gradients of the convolutions that follow.
             It has no effect under FSDP2 and ZeRO 3, which shard weights.
     """
@@ -59,7 +59,7 @@ def sync_bn(*, weights: Weights = "none", overlap: bool = False) -> Recipe:
 
 
 @checked
-def group_bn(*, size: Ranks | None = None, axis: Axis | None = None) -> Recipe:
+def group_bn(*, size: Ranks | None = None, axis: Axis | None = None, weights: Weights = "none") -> Recipe:
     """Batch norm over groups of ranks: ``size`` neighbours, or all along a mesh ``axis``.
 
     Issues one collective per layer and direction among the ranks of a group. Running statistics differ between groups;
@@ -69,14 +69,15 @@ def group_bn(*, size: Ranks | None = None, axis: Axis | None = None) -> Recipe:
     Args:
         size: neighbouring ranks per group; must divide the number of ranks.
         axis: ``"local"``, ``"node"``, or an axis of the mesh given to ``convert``.
+        weights: "none", or how to compute every filter of the layers before the norms (see ``Recipe``).
     """
     if (size is None) == (axis is None):
         raise ValueError(f"group_bn: need either size or axis; got size={size!r}, axis={axis!r}.")
-    return Recipe(method=BatchNorm(), policy=AllReduce(group_size=size, axis=axis))
+    return Recipe(method=BatchNorm(), policy=AllReduce(group_size=size, axis=axis), weights=weights)
 
 
 @checked
-def hierarchical_bn(*, local: Axis = "local", node: Axis = "node") -> Recipe:
+def hierarchical_bn(*, local: Axis = "local", node: Axis = "node", weights: Weights = "none") -> Recipe:
     """Batch norm over all ranks, exactly, in two hops: within each node, then between nodes.
 
     Issues two collectives per layer and direction, each among few ranks. Equal to ``sync_bn`` up to rounding.
@@ -84,12 +85,13 @@ def hierarchical_bn(*, local: Axis = "local", node: Axis = "node") -> Recipe:
     Args:
         local: the axis of the ranks within a node; ``"local"`` needs no mesh.
         node: the axis across nodes; ``"node"`` needs no mesh.
+        weights: "none", or how to compute every filter of the layers before the norms (see ``Recipe``).
     """
-    return Recipe(method=BatchNorm(), policy=Chain(AllReduce(axis=local), AllReduce(axis=node)))
+    return Recipe(method=BatchNorm(), policy=Chain(AllReduce(axis=local), AllReduce(axis=node)), weights=weights)
 
 
 @checked
-def periodic_bn(*, every: Period = 8) -> Recipe:
+def periodic_bn(*, every: Period = 8, weights: Weights = "none") -> Recipe:
     """Batch norm over all ranks in every ``every``-th step, over the local batch in between.
 
     In between, each rank uses the statistics of its local batch, forward and backward, and issues no collective. Only
@@ -98,8 +100,9 @@ def periodic_bn(*, every: Period = 8) -> Recipe:
 
     Args:
         every: steps from one shared step to the next; the first step is shared.
+        weights: "none", or how to compute every filter of the layers before the norms (see ``Recipe``).
     """
-    return Recipe(method=BatchNorm(), policy=Periodic(every=every))
+    return Recipe(method=BatchNorm(), policy=Periodic(every=every), weights=weights)
 
 
 @checked
@@ -124,7 +127,7 @@ def mabn(
             by then, they are used from the step at which it is.
         clip: bound of the correction by running statistics that is applied after 1000 steps (see ``RMS``), or None.
         loss_reduction: whether each rank's loss is a "mean" or a "sum" over its batch.
-        weights: "centralized" as published, or "none" to keep weights unchanged.
+        weights: "centralized" as published, "none" to keep weights unchanged, or another way (see ``Recipe``).
     """
     moving = Moving(window=window, loss_reduction=loss_reduction)
     return _mabn(moving, window, warmup, clip, weights)
@@ -132,7 +135,13 @@ def mabn(
 
 @checked
 def hierarchical_mabn(
-    *, local: Axis = "local", node: Axis = "node", window: Window = 16, warmup: Steps = 100, clip: Clip | None = 5.0
+    *,
+    local: Axis = "local",
+    node: Axis = "node",
+    window: Window = 16,
+    warmup: Steps = 100,
+    clip: Clip | None = 5.0,
+    weights: Weights = "centralized",
 ) -> Recipe:
     """Moving statistics as in ``mabn`` between nodes, exact synchronization within each node.
 
@@ -145,9 +154,10 @@ def hierarchical_mabn(
         window: its length in steps.
         warmup: the step from which windows are used, counted from 1; as in ``mabn``.
         clip: as in ``mabn``.
+        weights: as in ``mabn``.
     """
     policy = Chain(AllReduce(axis=local), Moving(window=window, axis=node))
-    return _mabn(policy, window, warmup, clip, "centralized")
+    return _mabn(policy, window, warmup, clip, weights)
 
 
 @checked
@@ -161,7 +171,7 @@ def lazy_bn(*, window: Window = 8, warmup: Steps = 16, weights: Weights = "centr
         window: steps over which the statistics of the other ranks are averaged; with 1, accuracy on natural images is
             lower.
         warmup: exactly synchronized steps at the start.
-        weights: "centralized", or "none" to keep weights unchanged.
+        weights: "centralized", "none" to keep weights unchanged, or another way (see ``Recipe``).
     """
     return Recipe(method=BatchNorm(), policy=Warmup(then=StaleMix(window=window), steps=warmup), weights=weights)
 

@@ -14,8 +14,8 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from distnorm import recipes
+from distnorm.attach import is_converted_by_call
 from distnorm.convert import convert
-from distnorm.layers.module import DistNorm
 from distnorm.recipe import Recipe
 from distnorm.types import Transport
 from distnorm.validation import (
@@ -121,10 +121,9 @@ class Settings:
 
         ``mesh`` holds the data-parallel ranks, if they are not all ranks.
         """
-        modules = list(model.modules())
-        if any(isinstance(each, DistNorm) for each in modules):
+        if is_converted_by_call(model):
             return False
-        if not any(isinstance(each, nn.modules.batchnorm._BatchNorm) for each in modules):
+        if not any(isinstance(each, nn.modules.batchnorm._BatchNorm) for each in model.modules()):
             return False
         convert(model, self.build(), where=self.where or None, mesh=mesh, transport=self.transport, fuse=self.fuse)
         return True

@@ -31,9 +31,16 @@ OBJECTS: dict[str, dict[str, tuple[str, ...]]] = {
     "In the training loop": {
         "distnorm.attach": ("attach", "end_step", "sync_running_stats", "state_dict", "load_state_dict")
     },
+    "Precondition gradients": {
+        "distnorm.preconditioning.precondition": ("precondition",),
+        "distnorm.preconditioning.handle": ("Preconditioner",),
+    },
     "Look at what happens": {"distnorm.diagnostics.ledger": ("Ledger",), "distnorm.diagnostics.drift": ("stats",)},
     "Layers": {
-        "distnorm.nn": ("SyncBatchNorm",),
+        "distnorm.nn.sync_batch_norm": ("SyncBatchNorm",),
+        "distnorm.nn.conditional": ("ConditionalBatchNorm", "ConditionalInstanceNorm"),
+        "distnorm.nn.adain": ("AdaIN",),
+        "distnorm.nn.spade": ("SPADE",),
         "distnorm.layers.module": (*("DistNorm", "DistBatchNorm1d", "DistBatchNorm2d", "DistBatchNorm3d"),),
     },
     "Recipes": {
@@ -110,7 +117,7 @@ def object_rows() -> list[str]:
 
 def public_name(module: str, name: str) -> str:
     """How users reach ``name``."""
-    for package in (distnorm, distnorm.methods, distnorm.policies):
+    for package in (distnorm, distnorm.methods, distnorm.nn, distnorm.policies):
         if name in package.__all__:
             return f"{package.__name__}.{name}"
     return f"{module}.{name}"

@@ -11,6 +11,8 @@ import pytest
 from distnorm import recipes
 from distnorm.cli import main as cli
 
+WEIGHTS = "weights: 'none' | 'centralized' | 'standardized' | 'normalized'"
+
 
 def test_recipes_lists_all(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["recipes"]) == 0
@@ -18,16 +20,16 @@ def test_recipes_lists_all(capsys: pytest.CaptureFixture[str]) -> None:
     lines = out.splitlines()
     assert not err
     assert lines[::2] == [
-        "local_bn(weights: 'none' | 'centralized' = 'none')",
-        "sync_bn(weights: 'none' | 'centralized' = 'none', overlap: bool = False)",
-        "group_bn(size: int | None = None, axis: str | None = None)",
-        "hierarchical_bn(local: str = 'local', node: str = 'node')",
-        "periodic_bn(every: int = 8)",
+        f"local_bn({WEIGHTS} = 'none')",
+        f"sync_bn({WEIGHTS} = 'none', overlap: bool = False)",
+        f"group_bn(size: int | None = None, axis: str | None = None, {WEIGHTS} = 'none')",
+        f"hierarchical_bn(local: str = 'local', node: str = 'node', {WEIGHTS} = 'none')",
+        f"periodic_bn(every: int = 8, {WEIGHTS} = 'none')",
         "mabn(window: int = 16, warmup: int = 100, clip: float | None = 5.0, loss_reduction: 'mean' | 'sum' = 'mean', "
-        "weights: 'none' | 'centralized' = 'centralized')",
+        f"{WEIGHTS} = 'centralized')",
         "hierarchical_mabn(local: str = 'local', node: str = 'node', window: int = 16, warmup: int = 100, "
-        "clip: float | None = 5.0)",
-        "lazy_bn(window: int = 8, warmup: int = 16, weights: 'none' | 'centralized' = 'centralized')",
+        f"clip: float | None = 5.0, {WEIGHTS} = 'centralized')",
+        f"lazy_bn(window: int = 8, warmup: int = 16, {WEIGHTS} = 'centralized')",
     ]
     assert lines[1::2] == [f"    {each.summary}" for each in recipes.available()]
 

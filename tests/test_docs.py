@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import distnorm
-from distnorm import Recipe, methods, policies, settings, validation
+from distnorm import Recipe, methods, nn, policies, settings, validation
 from distnorm.methods import BatchNorm, Method
 from distnorm.policies import AllReduce, Local, Policy
 from tests.laws.ranks import answer_on_rank, random_case
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 INLINE = re.compile(r"`(make [\w-]+|distnorm \w+)`")
-PACKAGES = (distnorm, methods, policies)
+PACKAGES = (distnorm, methods, nn, policies)
 NOT_OURS = {"distnorm/methods/power.py", "first.py", "train.py", "zero_to_fp32.py"}
 """Files that pages speak of, and that are the reader's or a framework's."""
 TROUBLES = ROOT / "docs" / "troubleshooting.md"

@@ -21,6 +21,7 @@ from distnorm.autograd import normalize
 from distnorm.compat import dispatch_state
 from distnorm.kernels import gpu, windows
 from distnorm.methods import RMS, BatchNorm, Method
+from distnorm.nn import SPADE, AdaIN, ConditionalBatchNorm, ConditionalInstanceNorm
 from distnorm.policies import AllReduce, Moving, Policy, StaleMix, Warmup
 from tests.support.gpu import gpu_pass
 
@@ -74,6 +75,20 @@ def test_a_step_asks_for_no_value(method: Method, policy: Policy, recomputed: bo
             y = checkpoint(model, given, use_reentrant=False) if recomputed else model(given)
             y.square().sum().backward()
             optimizer.step()
+
+
+@pytest.mark.parametrize("recipe", ["sync_bn", "mabn"])
+def test_labels_and_maps_are_not_looked_at(recipe: str) -> None:
+    ids, map = torch.empty(4, dtype=torch.int64, device="meta"), torch.empty(4, 2, 3, 3, device="meta")
+    with torch.device("meta"):
+        layers = [ConditionalBatchNorm(3, 5, recipe), ConditionalInstanceNorm(3, 5), SPADE(3, 2, recipe), AdaIN()]
+    for conversion in conversions_of(nn.ModuleList(layers)):
+        conversion.bound()
+        conversion.means_to_fold = False
+    x = torch.empty(4, 3, 6, 6, device="meta")
+    with NoCopies():
+        for layer, other in zip(layers, (ids, ids, map, x), strict=True):
+            layer(x.requires_grad_(), other).square().sum().backward()
 
 
 def test_a_question_would_be_noticed() -> None:

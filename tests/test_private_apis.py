@@ -328,6 +328,13 @@ def test_the_ddp_modules_of_a_forward_are_known(world: dist.ProcessGroup) -> Non
     assert DistributedDataParallel._active_ddp_module is None
 
 
+def test_ddp_lists_the_parameters_that_it_reduces(world: dist.ProcessGroup) -> None:
+    model = nn.Linear(2, 2)
+    wrapped = DistributedDataParallel(model)
+    model.extra = nn.Parameter(torch.ones(1))
+    assert [id(each) for each in wrapped._module_parameters] == [id(model.weight), id(model.bias)]
+
+
 @pytest.mark.parametrize("throw", [False, True])
 def test_ddp_says_under_which_join_it_runs(world: dist.ProcessGroup, throw: bool) -> None:
     wrapped = DistributedDataParallel(nn.Linear(1, 1))

@@ -73,9 +73,9 @@ def test_build(name: str, options: dict[str, object], policy: Policy, full_name:
         (
             "group_bn",
             {"sizes": 4},
-            r"^recipe 'group_bn' has no option 'sizes' \(did you mean 'size'\?\); its options are size, axis",
+            r"^recipe 'group_bn' has no option 'sizes' \(did you mean 'size'\?\); its options are size, axis, weights",
         ),
-        ("group_bn", {"zzz": 4}, r"^recipe 'group_bn' has no option 'zzz'; its options are size, axis"),
+        ("group_bn", {"zzz": 4}, r"^recipe 'group_bn' has no option 'zzz'; its options are size, axis, weights"),
         ("sync_bn", {"size": 4}, r"^recipe 'sync_bn' has no option 'size'; its options are weights"),
         ("group_bn", {}, r"either size or axis; got size=None, axis=None"),
         ("group_bn", {"size": 2, "axis": "node"}, r"either size or axis; got size=2, axis='node'"),
@@ -104,7 +104,7 @@ def test_what_a_config_can_get_wrong(name: str, options: dict[str, object], mess
         ({"method": BatchNorm(), "policy": RMS()}, r"Recipe\(policy=RMS\(.*\)\): need a distnorm policy"),
         (
             {"method": BatchNorm(), "policy": Local(), "weights": "centred"},
-            r"Recipe\(weights='centred'\): need \"none\" or \"centralized\"",
+            r"Recipe\(weights='centred'\): need \"none\" or \"centralized\" or \"standardized\" or \"normalized\"",
         ),
     ],
 )
@@ -177,14 +177,19 @@ def test_available_lists_every_recipe() -> None:
         assert all(option in each.text for option in each.options) or each.name == "periodic_bn"
 
 
+WEIGHTS = "'none' | 'centralized' | 'standardized' | 'normalized' = 'none'"
+
+
 def test_options_with_their_defaults() -> None:
     assert recipes.describe("sync_bn").options == {
-        "weights": "'none' | 'centralized' = 'none'",
+        "weights": WEIGHTS,
         "overlap": "bool = False",
     }
-    assert recipes.describe("group_bn").options == {"size": "int | None = None", "axis": "str | None = None"}
-    assert recipes.describe("hierarchical_bn").options == {"local": "str = 'local'", "node": "str = 'node'"}
-    assert recipes.describe("periodic_bn").options == {"every": "int = 8"}
+    group = {"size": "int | None = None", "axis": "str | None = None", "weights": WEIGHTS}
+    assert recipes.describe("group_bn").options == group
+    nodes = {"local": "str = 'local'", "node": "str = 'node'", "weights": WEIGHTS}
+    assert recipes.describe("hierarchical_bn").options == nodes
+    assert recipes.describe("periodic_bn").options == {"every": "int = 8", "weights": WEIGHTS}
 
 
 def test_describing_an_unknown_recipe() -> None:

@@ -9,7 +9,9 @@ from types import TracebackType
 from torch import nn
 
 from distnorm.attach import conversions_of
+from distnorm.layers.conversion import Conversion
 from distnorm.layers.module import DistNorm
+from distnorm.preconditioning.handle import Preconditioner, preconditioners_of
 from distnorm.types import Slot
 
 
@@ -31,13 +33,16 @@ class Ledger:
             train_one_epoch(model)
         print(ledger)
 
-    ``total`` is the sum, ``layers`` splits it by layer name and ``steps`` by training step. Payload is the vector that
-    is summed, without the overhead of a transport. Issues no collective. Counts nothing for layers on one rank.
+    They are those of converted layers, and of ``distnorm.precondition`` if it was called before. ``total`` is the sum,
+    ``layers`` splits it by layer name and ``steps`` by training step. Payload is the vector that is summed, without the
+    overhead of a transport. Issues no collective. Counts nothing for layers on one rank.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        """Watch the converted layers of ``model``."""
-        self._conversions = conversions_of(model) if any(isinstance(each, DistNorm) for each in model.modules()) else []
+        """Watch the converted layers of ``model``, and what preconditions it."""
+        converted = any(isinstance(each, DistNorm) for each in model.modules())
+        conversions = conversions_of(model) if converted else []
+        self._observed: list[Conversion | Preconditioner] = [*conversions, *preconditioners_of(model)]
         self.total = Tally()
         self.layers: defaultdict[str, Tally] = defaultdict(Tally)
         self.steps: defaultdict[int, Tally] = defaultdict(Tally)
@@ -59,16 +64,16 @@ class Ledger:
 
     def __enter__(self) -> Ledger:
         """Start counting."""
-        for conversion in self._conversions:
-            conversion.observers.append(self)
+        for each in self._observed:
+            each.observers.append(self)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Stop counting."""
-        for conversion in self._conversions:
-            conversion.observers.remove(self)
+        for each in self._observed:
+            each.observers.remove(self)
 
     def __str__(self) -> str:
         """Format a table with one row per layer."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from distnorm.attach import Attachment, attach, conversions_of
+from distnorm.attach import Attachment, attach, conversions_of, is_converted_by_call
 from distnorm.convert import Where, convert
 from distnorm.integrations import checkpoint, deepspeed
 from distnorm.recipe import Recipe
@@ -68,7 +68,7 @@ class DistNormPlugin:
         Raises:
             ValueError: as ``distnorm.convert``.
         """
-        if not checkpoint.is_converted(model):
+        if not is_converted_by_call(model):
             convert(model, self.recipe, where=self.where, **self.options)
 
     def _convert_each(self, *prepared: object, **_: object) -> None:

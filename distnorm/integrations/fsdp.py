@@ -65,9 +65,11 @@ class _Converter:
     def convert(self, module: nn.Module | list[nn.Module], mesh: DeviceMesh | None) -> None:
         whole = nn.ModuleList(module) if isinstance(module, list) else module
         earlier = {each._site.conversion for each in whole.modules() if isinstance(each, DistNorm)}
+        earlier = {each for each in earlier if not each.is_provisional}
         if not earlier <= set(self.made):
             return  # conversions by the script have precedence
-        undo(whole)
+        if earlier:
+            undo(whole)
         for each in whole.modules():
             if each in self.watched:
                 self.watched.pop(each).remove()

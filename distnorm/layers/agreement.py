@@ -19,10 +19,28 @@ from distnorm.layers.running_statistics import BUFFERS
 from distnorm.policies import Reducer
 from distnorm.policies.routes import Routes, joined
 from distnorm.recipe import Recipe
-from distnorm.transport import LostGroup, Topology, choice, mpi
+from distnorm.transport import LostGroup, Topology, check_group, choice, mpi
 from distnorm.transport.rendezvous import all_gather_text, connected, group_timeout
 from distnorm.transport.topology import node_id
 from distnorm.types import Layout, Transport
+
+
+# docs/decisions.md#which-ranks-a-conversion-concerns
+def narrower(process_group: dist.ProcessGroup | LostGroup | None, owner: str) -> dist.ProcessGroup | None:
+    """Return the ``process_group`` of a layer, or None if it holds all ranks of the job.
+
+    Raises:
+        ValueError: this rank is not in the group, or pickling has lost it; the message begins with ``owner``.
+    """
+    check_group(process_group, owner)
+    if isinstance(process_group, LostGroup):
+        raise ValueError(
+            f"{owner}: {process_group.what} cannot be pickled, so this copy of the layer has none. Set the layer's "
+            "process_group to a group of this process, or to None for all ranks."
+        )
+    if process_group is None or len(dist.get_process_group_ranks(process_group)) == dist.get_world_size():
+        return None
+    return process_group
 
 
 def ranks_of(groups: Iterable[dist.ProcessGroup | LostGroup]) -> list[tuple[int, ...]]:

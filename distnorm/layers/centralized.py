@@ -1,19 +1,29 @@
-"""Layers that compute with centred weights, per output filter. By class swap, so state_dict keys do not change."""
+"""Layers that compute with centred weights, W - mean of W per output filter, and keep the parameter itself centred.
+
+It replaces the centring of activations, which RMS lacks. Yan et al., ICLR 2020 (CenConv2d in their code). Training
+computes with the centred weight, and gradients pass through the projection. After every optimizer step the parameter
+itself is centred, in place. So a state_dict holds the weights with which training computed, also for stock models, and
+aliases of the parameter stay valid: docs/decisions.md#centralized-weights-are-kept-in-the-parameters.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvTransposeNd
-from torch.nn.utils import parametrize
 
 from distnorm.layers import optimizer_hooks
-from distnorm.layers.conversion import Conversion
-from distnorm.layers.tracing import ScriptedConv, is_traced, leaf
+from distnorm.layers.reweighted import (
+    Reweighted,
+    ReweightedConv,
+    ReweightedConvTranspose1d,
+    ReweightedConvTranspose2d,
+    ReweightedConvTranspose3d,
+    ReweightedLinear,
+    is_computed,
+)
 from distnorm.methods.base import compute_dtype
 
 
@@ -37,7 +47,7 @@ def centred(weight: Tensor, dims: list[int], *, through: bool = True) -> Tensor:
     return (wide - (shift if through else shift.detach())).to(weight.dtype)
 
 
-class Centralized:
+class Centralized(Reweighted):
     """A layer that computes with a centred weight in training, and in evaluation after training."""
 
     projected = False
@@ -49,13 +59,6 @@ class Centralized:
     left = False
     """Whether outputs also go to other modules than norms. A flag, since graphs would hold a name as a constant."""
 
-    if TYPE_CHECKING:  # torch.jit.script would use the annotations of a class for its graph
-        weight: Tensor
-        _norms: tuple[nn.Module, ...]
-        _conversion: Conversion
-        _name: str
-        _parameters: dict[str, nn.Parameter | None]
-
     def effective_weight(self, weight: Tensor) -> Tensor:
         """Return the weight with which the layer computes."""
         if self.is_excluded() or (self.projected and self.kept):
@@ -66,7 +69,25 @@ class Centralized:
 
     def centred(self, weight: Tensor, *, through: bool = True) -> Tensor:
         """Return ``weight`` with each output filter centred."""
-        return centred(weight, list(range(1, weight.dim())), through=through)
+        parts, dims = self.filters(weight)
+        return centred(parts, dims, through=through).reshape(weight.shape)
+
+    def start(self, *, trained: bool) -> None:
+        """Let optimizer steps centre the parameter; the weight of a ``trained`` layer evaluates as it is at first."""
+        self.as_given = trained
+        optimizer_hooks.register(self)
+
+    def stop(self) -> None:
+        """Undo ``start``; the parameter does not change."""
+        optimizer_hooks.unregister(self)
+
+    def check_bake(self) -> None:
+        """Accept every layer: what cannot be written is not centred, or was centred by its engine."""
+
+    def bake(self) -> None:
+        """Centre the parameter, unless the layer computes with it as it is."""
+        if self.is_pending():
+            self.project()
 
     def is_excluded(self) -> bool:
         """Return whether the weight is not centred: it is computed from other parameters, or outputs go elsewhere."""
@@ -133,135 +154,37 @@ class Centralized:
 
     def __prepare_scriptable__(self) -> Any:
         """Return this layer, after its parameter has been centred as evaluation requires."""
-        if self.values_to_save() is not None:
-            raise RuntimeError(
-                f"{self._name}: torch.jit.script would use the parameter, which is not centred. Script a reverted "
-                "copy, which evaluates alike: distnorm.revert(copy.deepcopy(model))."
-            )
-        return self
+        return self if self.values_to_save() is None else super().__prepare_scriptable__()
 
 
-class _CentralizedConv(Centralized, ScriptedConv):
-    """A convolution with a centred weight. One node in torch.fx, so that graphs decide at run time what to centre."""
-
-    def _forward(self, input: Tensor) -> Tensor:
-        y: Tensor
-        if is_traced(input):
-            y = leaf(self, input)
-        else:
-            y = self._conv_forward(input, self.effective_weight(self.weight), self.bias)
-        return y
-
-
-class CentralizedConv1d(_CentralizedConv, nn.Conv1d):
+class CentralizedConv1d(Centralized, ReweightedConv, nn.Conv1d):
     """``nn.Conv1d`` with a centred weight."""
 
 
-class CentralizedConv2d(_CentralizedConv, nn.Conv2d):
+class CentralizedConv2d(Centralized, ReweightedConv, nn.Conv2d):
     """``nn.Conv2d`` with a centred weight."""
 
 
-class CentralizedConv3d(_CentralizedConv, nn.Conv3d):
+class CentralizedConv3d(Centralized, ReweightedConv, nn.Conv3d):
     """``nn.Conv3d`` with a centred weight."""
 
 
-class CentralizedLinear(Centralized, nn.Linear):
+class CentralizedLinear(Centralized, ReweightedLinear):
     """``nn.Linear`` with a centred weight."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Apply the centred weight."""
-        if torch.jit.is_scripting():
-            return nn.functional.linear(input, self.weight, self.bias)
-        else:
-            return self._forward(input)
 
-    def _forward(self, input: Tensor) -> Tensor:
-        if is_traced(input):
-            node: Tensor = leaf(self, input)
-            return node
-        return nn.functional.linear(input, self.effective_weight(self.weight), self.bias)
-
-
-# Aliases without types, since torch annotates the padding of transposed convolutions with str too, which these
-# functions do not accept. torch.jit.script would parse a "type: ignore" comment at the call.
-_transposed1: Callable[..., Tensor] = nn.functional.conv_transpose1d
-_transposed2: Callable[..., Tensor] = nn.functional.conv_transpose2d
-_transposed3: Callable[..., Tensor] = nn.functional.conv_transpose3d
-
-
-class _CentralizedConvTranspose(Centralized):
-    """Weights ``[in, out / groups, ...]``."""
-
-    if TYPE_CHECKING:
-        groups: int
-
-    def centred(self, weight: Tensor, *, through: bool = True) -> Tensor:
-        """Return ``weight`` with each output filter centred: group by group, over the inputs of the group."""
-        if self.groups == 1:
-            return centred(weight, [0, *range(2, weight.dim())], through=through)
-        parts = weight.unflatten(0, (self.groups, -1))
-        return centred(parts, [1, *range(3, parts.dim())], through=through).flatten(0, 1)
-
-    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
-        """Apply the centred weight."""
-        if torch.jit.is_scripting():
-            assert output_size is None, "a scripted layer has one size of output"
-            return self._scripted(input)
-        else:
-            return self._forward(input, output_size)
-
-    def _scripted(self, input: Tensor) -> Tensor:
-        """Run in a script, which cannot select a function by number of dimensions. Each subclass defines it."""
-        raise NotImplementedError
-
-    def _forward(self, input: Tensor, output_size: list[int] | None) -> Tensor:
-        assert isinstance(self, _ConvTransposeNd)
-        if is_traced(input):
-            node: Tensor = leaf(self, input)
-            return node
-        weight, extra = self.effective_weight(self.weight), self.output_padding
-        if output_size is not None:
-            sizes: Iterable[tuple[int, ...]] = zip(
-                *(input.shape[-len(extra) :], output_size[-len(extra) :]),
-                *(self.kernel_size, self.stride, self.padding, self.dilation),
-                strict=True,
-            )
-            extra = tuple(
-                wanted - ((size - 1) * stride - 2 * padding + dilation * (kernel - 1) + 1)
-                for size, wanted, kernel, stride, padding, dilation in sizes
-            )
-        convolve = _TRANSPOSED[len(extra)]
-        return convolve(input, weight, self.bias, self.stride, self.padding, extra, self.groups, self.dilation)
-
-
-class CentralizedConvTranspose1d(_CentralizedConvTranspose, nn.ConvTranspose1d):
+class CentralizedConvTranspose1d(Centralized, ReweightedConvTranspose1d):
     """``nn.ConvTranspose1d`` with a centred weight."""
 
-    def _scripted(self, input: Tensor) -> Tensor:
-        return _transposed1(
-            input, self.weight, self.bias, self.stride, self.padding, self.output_padding, self.groups, self.dilation
-        )
 
-
-class CentralizedConvTranspose2d(_CentralizedConvTranspose, nn.ConvTranspose2d):
+class CentralizedConvTranspose2d(Centralized, ReweightedConvTranspose2d):
     """``nn.ConvTranspose2d`` with a centred weight."""
 
-    def _scripted(self, input: Tensor) -> Tensor:
-        return _transposed2(
-            input, self.weight, self.bias, self.stride, self.padding, self.output_padding, self.groups, self.dilation
-        )
 
-
-class CentralizedConvTranspose3d(_CentralizedConvTranspose, nn.ConvTranspose3d):
+class CentralizedConvTranspose3d(Centralized, ReweightedConvTranspose3d):
     """``nn.ConvTranspose3d`` with a centred weight."""
 
-    def _scripted(self, input: Tensor) -> Tensor:
-        return _transposed3(
-            input, self.weight, self.bias, self.stride, self.padding, self.output_padding, self.groups, self.dilation
-        )
 
-
-_TRANSPOSED = {1: _transposed1, 2: _transposed2, 3: _transposed3}
 TARGETS: dict[type[nn.Module], type[nn.Module]] = {
     nn.Conv1d: CentralizedConv1d,
     nn.Conv2d: CentralizedConv2d,
@@ -271,11 +194,3 @@ TARGETS: dict[type[nn.Module], type[nn.Module]] = {
     nn.ConvTranspose3d: CentralizedConvTranspose3d,
     nn.Linear: CentralizedLinear,
 }
-ORIGINALS = {target: original for original, target in TARGETS.items()}
-OURS = ("projected", "kept", "as_given", "left", "_norms", "_conversion", "_name")
-
-
-def is_computed(module: Any) -> bool:
-    """Return whether the weight of ``module`` is computed from other parameters, as by weight norm or pruning."""
-    has_parts = any(name.startswith("weight_") for name in module._parameters)
-    return "weight" not in module._parameters and (has_parts or parametrize.is_parametrized(module, "weight"))

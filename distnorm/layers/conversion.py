@@ -39,6 +39,9 @@ class Conversion:
     process_group: dist.ProcessGroup | LostGroup | None = None
     """The layers' own ``process_group``, which torch's SyncBatchNorm can have; the only ranks they share with."""
 
+    is_provisional = False
+    """Whether the constructor of a layer made it, for a norm inside, until the model around it is converted."""
+
     def __init__(
         self,
         recipe: Recipe,
@@ -79,7 +82,7 @@ class Conversion:
         """Leave out the binding, and the mesh and group, which are valid in their process only."""
         mesh = LostGroup(f"its device mesh {self.mesh}") if isinstance(self.mesh, DeviceMesh) else self.mesh
         kept = {"recipe": self.recipe, "mesh": mesh, "transport": self.transport, "feeders": self.feeders}
-        return {**kept, "process_group": lost(self.process_group)}
+        return {**kept, "process_group": lost(self.process_group), "is_provisional": self.is_provisional}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Conversion:
         """Copy unbound, with mesh and group, which are valid in this process."""

@@ -5,8 +5,8 @@ DDP broadcasts rank 0's buffers when it wraps a model, which users rely on, and 
 statistics of the other ranks. So the buffers are removed from a DDP module's list in the first training forward pass of
 their layers inside it. The broadcast before that forward pass is the last one.
 
-The only user of DDP's private ``_active_ddp_module``, ``_join_config``, ``_run_ddp_forward``, ``parameters_to_ignore``
-and ``_assign_modules_buffers`` (torch 2.13; see tests/test_private_apis.py).
+The only user of DDP's private ``_active_ddp_module``, ``_join_config``, ``_run_ddp_forward``, ``_module_parameters``,
+``parameters_to_ignore`` and ``_assign_modules_buffers`` (torch 2.13; see tests/test_private_apis.py).
 """
 
 from __future__ import annotations
@@ -64,6 +64,28 @@ class Broadcasts:
             if fresh and self._ranks.issuperset(dist.get_process_group_ranks(module.process_group)):
                 _unlist(module, fresh)
             settled.update(training)
+
+
+def refuse_unknown(added: Iterable[tuple[nn.Parameter, nn.Parameter]]) -> None:
+    """Raise if the DDP module that runs was made before a parameter was added, and so does not reduce its gradient.
+
+    Args:
+        added: pairs of a parameter that was there before, and one that was added beside it.
+
+    Raises:
+        RuntimeError: naming the first such parameter.
+    """
+    active = DistributedDataParallel._active_ddp_module
+    if active is None:
+        return
+    known = {id(parameter) for parameter in active._module_parameters}
+    for before, new in added:
+        if id(before) in known and id(new) not in known and new.requires_grad:
+            name = next(name for name, parameter in active.module.named_parameters() if parameter is new)
+            raise RuntimeError(
+                f"{name}: this parameter was added after DistributedDataParallel wrapped the model, which therefore "
+                "does not reduce its gradient. Convert the model first, then wrap it and create its optimizer."
+            )
 
 
 def relist(model: nn.Module, layers: Iterable[nn.Module]) -> None:

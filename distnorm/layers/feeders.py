@@ -2,7 +2,8 @@
 
 The weight of a layer may be centred only if its output goes to converted norms and nowhere else. ``convert`` has no
 input with which to check that. So it guesses from the order of registration, and ``Watch`` observes the first training
-forward pass (docs/decisions.md#which-weights-are-centralized).
+forward pass (docs/decisions.md#which-weights-are-centralized). For standardized and normalized weights the guess
+stands, and what the forward pass shows is only logged (docs/decisions.md#which-weights-are-standardized-or-normalized).
 """
 
 from __future__ import annotations
@@ -10,55 +11,99 @@ from __future__ import annotations
 import json
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
-from torch.overrides import TorchFunctionMode
+from torch.nn.parallel import DistributedDataParallel
 
 from distnorm.compat.dispatch_state import in_transform, is_fake
-from distnorm.layers import weights
-from distnorm.layers.centralized import TARGETS, Centralized, is_computed
+from distnorm.layers import ddp, weights
+from distnorm.layers.centralized import TARGETS
 from distnorm.layers.class_swap import underlying
 from distnorm.layers.conversion import Conversion
+from distnorm.layers.normalized import Normalized
+from distnorm.layers.reweighted import Reweighted, is_computed
+from distnorm.layers.uses import Uses, is_supported
 from distnorm.layers.weights import outputs_of, weights_per_filter
+from distnorm.recipe import Recipe
 from distnorm.types import Feeders
 
 logger = logging.getLogger("distnorm")
 
-_COPIES = frozenset("reshape flatten contiguous clone to type float half double bfloat16".split())
-"""Functions that only copy values to another layout or dtype: their results are traced like their arguments."""
+_DONE = {"centralized": "centred", "standardized": "standardized", "normalized": "normalized"}
+_SINGLE = "have one weight per filter, which would become a constant"
 
 
-def centralize(model: nn.Module, layers: list[_BatchNorm], conversion: Conversion) -> None:
-    """Centralize the guessed feeders of ``layers``; the first training forward pass of ``model`` corrects the guess.
+def check(model: nn.Module, layers: list[_BatchNorm], recipe: Recipe) -> None:
+    """Raise if ``recipe`` adds parameters for the weights before ``layers`` when it is too late for that.
+
+    Raises:
+        ValueError: the model is inside DistributedDataParallel, or an engine has sharded a weight; neither would know
+            the new parameters. The message names the layer.
+    """
+    if recipe.weights != "normalized":
+        return
+    wrapped = any(isinstance(module, DistributedDataParallel) for module in model.modules())
+    for name, module, _ in _guess(model, layers):
+        weight = module._parameters.get("weight")
+        if weight is None or is_fake(weight):
+            continue
+        if wrapped or type(weight) is not nn.Parameter or weight.dim() < 2:
+            state = "is inside DistributedDataParallel" if wrapped else "is sharded or a tensor subclass"
+            raise ValueError(
+                f"{name}: weights='normalized' adds a parameter 'gain' beside the weight, which {state} already. "
+                "Convert the model first, then wrap or shard it and create its optimizer."
+            )
+
+
+def reweight(model: nn.Module, layers: list[_BatchNorm], conversion: Conversion) -> None:
+    """Compute the weights of the guessed feeders of ``layers`` as the recipe says.
+
+    The first training forward pass of ``model`` shows where the guess was wrong. Feeders whose weight is computed from
+    other parameters or belongs to several layers are left alone, with a line in the log.
 
     Warns:
-        UserWarning: naming feeders with a single weight per filter, which centring would set to 0; it skips them.
+        UserWarning: naming feeders with a single weight per filter, which would become a constant; it skips them.
     """
-    shared = _shared_parameters(model)
-    skipped = []
+    kind, shared = conversion.recipe.weights, _shared_parameters(model)
+    skipped: dict[str, list[str]] = {}
+    trained = []
     for name, module, layer in list(_guess(model, layers)):
-        if weights_per_filter(module) == 1:
-            skipped.append(name)
-        elif _can_be_centred(module, shared):
-            weights.centralize(module, [layer], conversion, name, as_given=_is_trained(layer))
-    if skipped:
+        reason = _reason_to_skip(module, shared)
+        if reason is None:
+            weights.reweight(module, [layer], conversion, name, trained=_is_trained(layer))
+            if isinstance(module, Normalized) and module.has_zero_filters():
+                weights.release(module)
+                reason = "have filters of zeros, which have no direction"
+            elif _is_trained(layer):
+                trained.append(name)
+        if reason is not None:
+            skipped.setdefault(reason, []).append(name)
+    if _SINGLE in skipped:
+        names = skipped.pop(_SINGLE)
         warnings.warn(
-            f"distnorm: the weights of {skipped} are not centred: they have one weight per filter, which centring "
-            "would set to 0.",
+            f"distnorm: the weights of {names} are not {_DONE[kind]}: they {_SINGLE}.",
             stacklevel=4,
+        )
+    for reason, names in skipped.items():
+        logger.warning("distnorm: the weights of %s are not %s: they %s", ", ".join(names), _DONE[kind], reason)
+    if trained and kind == "standardized":
+        logger.warning(
+            "distnorm: the running statistics after %s were computed with weights that were not standardized; train "
+            "before you evaluate",
+            ", ".join(trained),
         )
     if layers:
         Watch(model, conversion)
 
 
 def release(model: nn.Module) -> None:
-    """Undo ``centralize``; parameters do not change."""
-    for layer in weights.centralized(model):
+    """Undo ``reweight``; the weights of layers do not change."""
+    for layer in weights.reweighted(model):
         weights.release(layer)
     for module in model.modules():
         for hook in list(module._forward_pre_hooks.values()):
@@ -73,7 +118,7 @@ class Watch:
     def __init__(self, model: nn.Module, conversion: Conversion) -> None:
         """Watch ``model``, whose norms belong to ``conversion``."""
         self.conversion = conversion
-        self._uses: _Uses | None = None
+        self._uses: Uses | None = None
         self._before = model.register_forward_pre_hook(self._begins)
         # Also called after a forward pass that raised.
         self._after = model.register_forward_hook(self._ends, always_call=True)
@@ -86,11 +131,12 @@ class Watch:
     def _begins(self, model: nn.Module, *_: Any) -> None:
         if torch.compiler.is_compiling() or not model.training or self._uses is not None:
             return
+        ddp.refuse_unknown(weights.added_parameters(model))
         if self.conversion.feeders.known:
             _apply(model, self.conversion)
             self.remove()
         elif not (in_transform() or any(_is_compiled(module) for module in model.modules())):
-            self._uses = _Uses(model, [layer for _, layer in self.conversion.layers()])
+            self._uses = Uses(model, self.conversion)
             self._uses.__enter__()
 
     def _ends(self, model: nn.Module, _: Any, output: Any) -> None:
@@ -103,92 +149,6 @@ class Watch:
         _join(self.conversion.feeders, self.conversion.binding.gather_text(json.dumps(uses.corrections(output))))
         _apply(model, self.conversion)
         self.remove()
-
-
-# docs/decisions.md#what-the-first-forward-pass-cannot-show
-class _Uses(TorchFunctionMode):
-    """Traces the outputs of a model's convolutions and linear layers during one forward pass."""
-
-    def __init__(self, model: nn.Module, norms: list[_BatchNorm]) -> None:
-        super().__init__()
-        self.model = model
-        self.norms_after: dict[str, list[str]] = {}
-        """By layer, the norms that received its output."""
-        self.elsewhere: set[str] = set()
-        """Layers whose output went to something else."""
-        self._seen: dict[int, tuple[str, Tensor]] = {}
-        """Outputs, by ``_key``: the layer, and the tensor, which is kept alive so that its key is not reused."""
-        self._ran: set[str] = set()
-        self._inside = 0
-        """How many norms are running: what they do with their inputs does not count."""
-        wanted = {id(norm) for norm in norms}
-        self._handles = []
-        for name, module in model.named_modules():
-            if id(module) in wanted:
-                self._handles.append(module.register_forward_pre_hook(self._enters(name), with_kwargs=True))
-                self._handles.append(module.register_forward_hook(self._leaves))
-            elif _is_supported(module):
-                self._handles.append(module.register_forward_hook(self._produced(name)))
-
-    def __exit__(self, *error: Any) -> None:
-        """Remove the hooks."""
-        super().__exit__(*error)
-        for handle in self._handles:
-            handle.remove()
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if not self._seen or self._inside or torch.compiler.is_compiling():
-            return result
-        given = [each for each in _tensors((args, kwargs)) if _key(each) in self._seen]
-        if given:
-            self._note(getattr(func, "__name__", ""), given, list(_tensors(result)))
-        return result
-
-    def _note(self, function: str, given: list[Tensor], results: list[Tensor]) -> None:
-        names = [self._seen[_key(each)][0] for each in given]
-        if function in _COPIES:
-            for each in results:
-                self._seen[_key(each)] = names[0], each
-        elif _changes_in_place(function, results) or not all(_is_whole(each, given) for each in results):
-            self.elsewhere.update(names)
-
-    def _produced(self, name: str) -> Callable[..., None]:
-        def note(module: nn.Module, _: Any, output: Any) -> None:
-            results = [each for each in _tensors(output) if each.numel()]  # an empty tensor has no memory as its key
-            if results:
-                self._ran.add(name)
-            for each in results:
-                self._seen[_key(each)] = name, each
-
-        return note
-
-    def _enters(self, name: str) -> Callable[..., None]:
-        def note(module: nn.Module, args: Any, kwargs: Any) -> None:
-            self._ran.add(name)
-            self._inside += 1
-            for each in _tensors((args, kwargs)):
-                if _key(each) in self._seen:
-                    self.norms_after.setdefault(self._seen[_key(each)][0], []).append(name)
-
-        return note
-
-    def _leaves(self, *_: Any) -> None:
-        self._inside -= 1
-
-    def corrections(self, output: Any) -> dict[str, Any]:
-        """Return where the guess was wrong on this rank, in a forward pass that returned ``output``."""
-        self.elsewhere.update(self._seen[_key(each)][0] for each in _tensors(output) if _key(each) in self._seen)
-        names = {id(module): name for name, module in self.model.named_modules()}
-        left, feeds = [], {}
-        for name, layer in self.model.named_modules():
-            guess = sorted(names[id(norm)] for norm in layer._norms) if isinstance(layer, Centralized) else []
-            found = [] if name in self.elsewhere else sorted(set(self.norms_after.get(name, ())))
-            if found and found != guess:
-                feeds[name] = found
-            elif guess and not found and name in self._ran and (name in self.elsewhere or self._ran & {*guess}):
-                left.append(name)
-        return {"left": left, "feeds": feeds}
 
 
 def _join(feeders: Feeders, texts: list[str]) -> None:
@@ -204,19 +164,35 @@ def _join(feeders: Feeders, texts: list[str]) -> None:
 
 
 def _apply(model: nn.Module, conversion: Conversion) -> None:
-    shared = _shared_parameters(model)
+    kind, left, shared = conversion.recipe.weights, conversion.feeders.left, _shared_parameters(model)
+    missed = []
     for name, norm_names in conversion.feeders.feeds.items():
         module, norms = model.get_submodule(name), tuple(model.get_submodule(norm) for norm in norm_names)
-        if isinstance(module, Centralized):
-            module._norms = norms
-        elif _can_be_centred(module, shared) and weights_per_filter(module) > 1:
-            weights.centralize(module, norms, conversion, name, as_given=True)
-    weights.exclude(model)
-    if conversion.feeders.left:
+        if isinstance(module, Reweighted):
+            if module._conversion is conversion:
+                module._norms = norms
+        elif _reason_to_skip(module, shared) is None:
+            missed.append(name)
+            if kind == "centralized":
+                weights.reweight(module, norms, conversion, name, trained=True)
+    if kind == "centralized":
+        weights.exclude(model)
+    _log(kind, sorted(left), missed)
+
+
+def _log(kind: str, left: list[str], missed: list[str]) -> None:
+    if left:
         logger.warning(
-            "distnorm: the weights of %s are not centred, since the outputs of these layers do not go to converted "
-            "norms only",
-            ", ".join(sorted(conversion.feeders.left)),
+            "distnorm: the weights of %s are %s the outputs of these layers do not go to converted norms only",
+            ", ".join(left),
+            "not centred, since" if kind == "centralized" else f"{_DONE[kind]}, though",
+        )
+    if missed and kind != "centralized":
+        logger.warning(
+            "distnorm: the weights of %s are not %s, though the outputs of these layers go to converted norms: the "
+            "order in which the model registers its layers did not show it",
+            ", ".join(missed),
+            _DONE[kind],
         )
 
 
@@ -239,24 +215,15 @@ def _guess(model: nn.Module, layers: Iterable[_BatchNorm]) -> Iterator[tuple[str
                 yield *fits[-1], module
 
 
-def _is_whole(tensor: Tensor, given: list[Tensor]) -> bool:
-    """Return whether ``tensor`` is one of ``given`` or a view of all of it, as engines create in their hooks."""
-    return any(_key(tensor) == _key(each) and tensor.numel() == each.numel() for each in given)
-
-
-def _changes_in_place(function: str, results: list[Tensor]) -> bool:
-    if function.startswith("__"):  # y += x, y[i] = x or x[i] = y, and also y.shape
-        return function == "__setitem__" or (function.startswith("__i") and bool(results))
-    return function.endswith("_")
-
-
-def _is_supported(module: nn.Module) -> bool:
-    return isinstance(module, Centralized) or underlying(module) in TARGETS
-
-
-def _can_be_centred(module: nn.Module, shared: set[int]) -> bool:
-    """Return whether the weight of ``module`` is a parameter, and no other layer has it."""
-    return _is_supported(module) and not is_computed(module) and id(module._parameters.get("weight")) not in shared
+def _reason_to_skip(module: nn.Module, shared: set[int]) -> str | None:
+    """Return why the weight of ``module`` stays as it is; None if recipes can compute it."""
+    if not is_supported(module):
+        return "belong to a subclass of torch's layers"
+    if is_computed(module):
+        return "are computed from other parameters"
+    if weights_per_filter(module) == 1:
+        return _SINGLE
+    return "belong to several layers" if id(module._parameters.get("weight")) in shared else None
 
 
 def _shared_parameters(model: nn.Module) -> set[int]:
@@ -278,19 +245,3 @@ def _is_trained(layer: _BatchNorm) -> bool:
 
 def _is_compiled(module: nn.Module) -> bool:
     return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
-
-
-def _key(tensor: Tensor) -> int:
-    """Return the address of its memory, since engines pass outputs through Functions that return other objects."""
-    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
-    return (plain and tensor.untyped_storage().data_ptr()) or id(tensor)
-
-
-def _tensors(tree: Any) -> Iterator[Tensor]:
-    if isinstance(tree, Tensor):
-        yield tree
-    elif isinstance(tree, dict):
-        yield from _tensors(list(tree.values()))
-    elif isinstance(tree, list | tuple):
-        for branch in tree:
-            yield from _tensors(branch)

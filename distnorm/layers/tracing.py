@@ -16,8 +16,8 @@ def is_traced(value: object) -> bool:
 
 
 # docs/decisions.md#converted-layers-are-leaf-modules
-def leaf(module: nn.Module, proxy: Any) -> Any:
-    """Return a graph node that calls ``module`` with ``proxy``.
+def leaf(module: nn.Module, proxy: Any, *rest: Any) -> Any:
+    """Return a graph node that calls ``module`` with ``proxy`` and the ``rest`` of its arguments.
 
     A tracer makes such nodes only for modules that ``torch.nn`` defines, and traces into all others.
 
@@ -30,7 +30,7 @@ def leaf(module: nn.Module, proxy: Any) -> Any:
             f"torch.fx: {type(module).__name__} becomes one node of a graph, so it cannot be traced by itself; trace a "
             "model that has it, such as torch.nn.Sequential(layer)."
         )
-    return proxy.tracer.create_proxy("call_module", path, (proxy,), {})
+    return proxy.tracer.create_proxy("call_module", path, (proxy, *rest), {})
 
 
 class ScriptedConv(_ConvNd):

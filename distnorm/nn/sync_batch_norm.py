@@ -1,4 +1,4 @@
-"""Layers for new models: a drop-in replacement for torch.nn.SyncBatchNorm that also runs on the CPU."""
+"""SyncBatchNorm: a drop-in replacement for torch.nn.SyncBatchNorm that also runs on the CPU."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from distnorm.convert import apply_to, narrower
+from distnorm.convert import apply_to
+from distnorm.layers.agreement import narrower
 from distnorm.layers.class_swap import underlying
 from distnorm.layers.conversion import Conversion
 from distnorm.layers.module import DistNorm, DistSyncBatchNorm

@@ -1,0 +1,1 @@
+"""BNP: gradients preconditioned by the statistics of layer inputs."""
