@@ -68,8 +68,9 @@ class Apex(DistSyncBatchNorm):
             node: Tensor = leaf(self, input)
             return node
         last = self.channel_last and input.dim() > 2
-        x, residual = (each.movedim(-1, 1) if last and each is not None else each for each in (input, z))
-        y = super().forward(x, residual=residual, relu=getattr(self, "fuse_relu", False))
+        if last:
+            input, z = input.movedim(-1, 1), None if z is None else z.movedim(-1, 1)
+        y = super().forward(input, residual=z, relu=getattr(self, "fuse_relu", False))
         return y.movedim(1, -1) if last else y
 
 
@@ -80,8 +81,8 @@ class Known(NamedTuple):
     """The converted layer that takes the place of the class's own normalization; None if there is none."""
     derives: bool = True
     """Whether the converted class also derives from the original one."""
-    group: str = "process_group"
-    """The attribute that holds a process group, if it has one."""
+    group: str | None = None
+    """The attribute that holds a process group."""
     left: str = ""
     """Why such layers are left alone."""
 
@@ -98,10 +99,10 @@ class NamedActivationBatchNorm(NamedActivation, DistSyncBatchNorm):
     """A base for inplace_abn's ABN, which takes any layout."""
 
 
-_APEX = Known(Apex)
+_APEX = Known(Apex, group="process_group")
 _ACTIVATED = Known(ActivatedBatchNorm2d)
 # DDP refuses subclasses of SyncBatchNorm on the CPU, so that one does not derive from its original.
-_ACTIVATED_SYNC = Known(ActivatedSyncBatchNorm, derives=False)
+_ACTIVATED_SYNC = Known(ActivatedSyncBatchNorm, derives=False, group="process_group")
 _IN_PLACE = Known(left="it scales by |weight| + eps, not by the weight; ABN, which scales by the weight, is converted")
 
 KNOWN: dict[str, Known] = {

@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from distnorm.layers.class_swap import swap, underlying
+from distnorm.layers.class_swap import swap
 from distnorm.layers.known_norms import known
 from distnorm.layers.module import DistBatchNorm1d, DistBatchNorm2d, DistBatchNorm3d, DistNorm, DistSyncBatchNorm
 from distnorm.layers.super_calls import reason_against
 
 
-class DerivedSyncBatchNorm(DistSyncBatchNorm, nn.SyncBatchNorm):
+class DerivedSyncBatchNorm(DistSyncBatchNorm, nn.SyncBatchNorm):  # type: ignore[override]  # read-only
     """The base for subclasses of SyncBatchNorm, which must find it before torch's. DDP refuses it on the CPU."""
 
 
@@ -71,37 +71,39 @@ class Target(NamedTuple):
     reason: str = ""
 
 
-def target_of(layer: nn.Module, registered: Mapping[type[nn.Module], type[DistNorm]]) -> Target:
-    """Return the converted class for ``layer``, a batch norm; ``registered`` classes come first."""
-    cls = underlying(layer)
+def target_of(cls: type[nn.Module], registered: Mapping[type[_BatchNorm], type[DistNorm]]) -> Target:
+    """Return the converted class for layers of the class ``cls``; ``registered`` classes come first."""
     base = _base_of(cls)
     found = known(base)
-    if "forward" in vars(layer):
-        return Target(None, "the layer has a forward of its own, beside its class's")
     if base in _BASES and base.forward is not _TORCH_FORWARDS[base]:
         return Target(None, f"{base.__name__}.forward has been replaced")
     if cls in registered:
-        return Target(registered[cls])
+        return Target(registered[cls])  # type: ignore[index]
     if found is not None and found.base is None:
         return Target(None, found.left)
-    reason = _reason_against(layer, cls, base)
-    if reason is not None:
-        return Target(None, reason)
+    for name in _PROTOCOL:
+        reason = reason_against(cls, base, name)
+        if reason is not None:
+            return Target(None, reason)
+    own = {name for each in cls.__mro__[: cls.__mro__.index(base)] for name in vars(each)}
+    if taken := _NAMES & own:
+        return Target(None, _shares(taken))
     try:
         return Target(made_class(cls, base))
     except TypeError as error:  # its bases have no common order, or their metaclasses conflict
         return Target(None, str(error))
 
 
-def _reason_against(layer: nn.Module, cls: type[nn.Module], base: type[nn.Module]) -> str | None:
-    """Return why ``cls`` cannot have a converted class behind it that does the work of ``base``; None if it can."""
-    for name in _PROTOCOL:
-        reason = reason_against(cls, base, name)
-        if reason is not None:
-            return reason
-    own = {name for each in cls.__mro__[: cls.__mro__.index(base)] for name in vars(each)}
-    taken = sorted(_NAMES & {*own, *vars(layer), *layer._modules, *layer._parameters, *layer._buffers})
-    return f"it has {', '.join(taken)}, which converted layers have too" if taken else None
+def reason_against_layer(layer: nn.Module) -> str | None:
+    """Return why ``layer`` cannot get its converted class, whatever that is; None if it can."""
+    if "forward" in vars(layer):
+        return "its forward has been replaced on the object"
+    taken = _NAMES & {*vars(layer), *layer._modules, *layer._parameters, *layer._buffers}
+    return _shares(taken) if taken else None
+
+
+def _shares(names: set[str]) -> str:
+    return f"it has {', '.join(sorted(names))}, as converted layers have for themselves"
 
 
 def made_class(source: type[nn.Module], base: type[nn.Module]) -> type[DistNorm]:
@@ -128,9 +130,7 @@ def made_class(source: type[nn.Module], base: type[nn.Module]) -> type[DistNorm]
     return made
 
 
-def _remade(
-    source: type[nn.Module], base: type[nn.Module], make: Callable[..., nn.Module], *args: Any
-) -> nn.Module:
+def _remade(source: type[nn.Module], base: type[nn.Module], make: Callable[..., nn.Module], *args: Any) -> nn.Module:
     """Rebuild a pickled layer. Pickles hold the name of this function, so it must not change."""
     module = make(*args)
     swap(module, made_class(source, base))
@@ -142,10 +142,13 @@ def is_batch_norm(layer: nn.Module) -> bool:
     return isinstance(layer, _BatchNorm) or any(known(each) is not None for each in type(layer).__mro__)
 
 
-def group_attribute(cls: type[nn.Module]) -> str:
-    """Return the name of the attribute that holds the process group of a layer of the class ``cls``."""
-    found = known(_base_of(cls))
-    return "process_group" if found is None else found.group
+def group_attribute(cls: type[nn.Module]) -> str | None:
+    """Return the name of the attribute for the process group of layers of the class ``cls``; None if it has none."""
+    base = _base_of(cls)
+    found = known(base)
+    if found is not None:
+        return found.group
+    return "process_group" if issubclass(base, nn.SyncBatchNorm) else None
 
 
 def _base_of(cls: type[nn.Module]) -> type[nn.Module]:

@@ -29,7 +29,7 @@ def reason_against(cls: type[nn.Module], base: type[nn.Module], name: str) -> st
     return _Reader(cls, base).reason(owners[0], name)
 
 
-class _Unreadable(Exception):
+class _UnreadableError(Exception):
     """Carries the reason why code cannot be judged."""
 
 
@@ -43,7 +43,7 @@ class _Reader:
     def reason(self, owner: type, name: str) -> str | None:
         try:
             passes = self.passes(owner, name, name)
-        except _Unreadable as error:
+        except _UnreadableError as error:
             return str(error)
         return None if passes else f"its {name} does not pass through super().{name}(...) on every path"
 
@@ -72,7 +72,7 @@ class _Method:
         function = inspect.unwrap(vars(owner)[method])
         self._place = f"{owner.__name__}.{method}"
         if not isinstance(function, FunctionType):
-            raise _Unreadable(f"{self._place} is not a plain function")
+            raise _UnreadableError(f"{self._place} is not a plain function")
         code = function.__code__
         self._self = code.co_varnames[0] if code.co_varnames else ""
         cells = zip(code.co_freevars, function.__closure__ or (), strict=True)
@@ -144,7 +144,7 @@ class _Method:
             return False
         after: Any = self._owner if not call.args else self._value(_path(call.args[0]))
         if not self._reader.is_own(after):
-            raise _Unreadable(f"{self._place} calls super() of a class that is not its own")
+            raise _UnreadableError(f"{self._place} calls super() of a class that is not its own")
         following = self._reader.owner(self._name, after)
         return following is None or self._reader.passes(following, self._name, self._name)
 
@@ -152,17 +152,18 @@ class _Method:
         """Return whether ``node`` calls a method of this subclass by ``self``, and the method passes super()."""
         path = _path(node.func)
         owner = self._reader.owner(path[1]) if len(path) == 2 and path[0] == self._self else None
-        is_method = owner is not None and isinstance(inspect.unwrap(vars(owner)[path[1]]), FunctionType)
-        return is_method and self._reader.passes(owner, path[1], self._name)
+        if owner is None or not isinstance(inspect.unwrap(vars(owner)[path[1]]), FunctionType):
+            return False
+        return self._reader.passes(owner, path[1], self._name)
 
     def _refuse_bypass(self, node: ast.AST) -> None:
         path = _path(node)
         value = self._value(path) if path else None
         if path and (path[-1] in _BATCH_NORMS or getattr(value, "__name__", None) in _BATCH_NORMS):
-            raise _Unreadable(f"{self._place} calls {'.'.join(path)} itself")
+            raise _UnreadableError(f"{self._place} calls {'.'.join(path)} itself")
         owner = self._value(path[:-1]) if len(path) > 1 and path[-1] == self._name else None
         if isinstance(owner, type) and issubclass(owner, nn.Module):
-            raise _Unreadable(f"{self._place} calls {'.'.join(path)} by its name instead of super().{self._name}")
+            raise _UnreadableError(f"{self._place} calls {'.'.join(path)} by its name instead of super().{self._name}")
 
     def _value(self, path: tuple[str, ...]) -> Any:
         """Return what a name of the function's surroundings, with attributes, stands for; None if that is not known."""
@@ -176,12 +177,12 @@ def _definition(function: FunctionType, place: str) -> ast.FunctionDef:
     try:
         file = ast.parse("".join(inspect.findsource(function)[0]))
     except (OSError, SyntaxError, TypeError):
-        raise _Unreadable(f"the source of {place} cannot be read") from None
+        raise _UnreadableError(f"the source of {place} cannot be read") from None
     for each in _functions(file):
         first = min([each.lineno, *(decorator.lineno for decorator in each.decorator_list)])
         if (first, each.name) == (function.__code__.co_firstlineno, function.__name__):
             return each
-    raise _Unreadable(f"the source of {place} cannot be read")
+    raise _UnreadableError(f"the source of {place} cannot be read")
 
 
 def _functions(file: ast.Module) -> Iterator[ast.FunctionDef]:
