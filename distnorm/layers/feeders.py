@@ -27,7 +27,7 @@ from distnorm.layers.class_swap import underlying
 from distnorm.layers.conversion import Conversion
 from distnorm.layers.normalized import Normalized
 from distnorm.layers.reweighted import Reweighted, is_computed
-from distnorm.layers.uses import Uses, is_supported
+from distnorm.layers.uses import Uses, is_supported, normalizes_input
 from distnorm.layers.weights import outputs_of, weights_per_filter
 from distnorm.recipe import Recipe
 from distnorm.types import Feeders
@@ -202,7 +202,7 @@ def _guess(model: nn.Module, layers: Iterable[_BatchNorm]) -> Iterator[tuple[str
     Most models register layers in the order of their calls. Blocks that register all convolutions before all norms are
     paired differently, but the set of feeders is the same.
     """
-    wanted = {id(layer) for layer in layers}
+    wanted = {id(layer) for layer in layers if normalizes_input(layer)}
     unpaired: list[tuple[str, nn.Module]] = []
     for name, module in model.named_modules():
         if isinstance(module, _ConvNd | nn.Linear):

@@ -17,6 +17,7 @@ from distnorm.layers.class_swap import swap
 from distnorm.layers.known_norms import known
 from distnorm.layers.module import DistBatchNorm1d, DistBatchNorm2d, DistBatchNorm3d, DistNorm, DistSyncBatchNorm
 from distnorm.layers.super_calls import reason_against
+from distnorm.layers.tracing import ADDS
 
 
 class DerivedSyncBatchNorm(DistSyncBatchNorm, nn.SyncBatchNorm):  # type: ignore[override]  # read-only
@@ -126,6 +127,7 @@ def made_class(source: type[nn.Module], base: type[nn.Module]) -> type[DistNorm]
             return cls
     name = f"Dist{source.__name__}"
     names = {"__module__": __name__, "__qualname__": name, "__doc__": source.__doc__, _ORIGIN: (source, base)}
+    names[ADDS] = any("forward" in vars(each) for each in source.__mro__[: source.__mro__.index(base)])
     made: type[DistNorm] = type(name, bases, names)
     return made
 
