@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from distnorm import recipes
 from distnorm.fusion import epilogue
 from distnorm.layers import agreement, ddp, feeders, overlap, weights
-from distnorm.layers.class_swap import swap, underlying
+from distnorm.layers.class_swap import hand_down, swap, underlying
 from distnorm.layers.conversion import Conversion
 from distnorm.layers.module import (
     DistBatchNorm1d,
@@ -29,7 +29,7 @@ from distnorm.layers.module import (
     DistSyncBatchNorm,
 )
 from distnorm.layers.site import Site
-from distnorm.layers.subclasses import group_attribute
+from distnorm.layers.subclasses import Made, group_attribute
 from distnorm.recipe import Recipe
 from distnorm.selection import Layers, Targets, Where, select
 from distnorm.transport.choice import chosen
@@ -188,7 +188,10 @@ def undo(model: ModelT) -> ModelT:
     ddp.relist(model, layers)
     for layer in layers:
         site = layer.__dict__.pop("_site")
+        mine = underlying(layer)
         swap(layer, site.original)
+        if issubclass(mine, Made):
+            hand_down(mine, site.original)
         layer.momentum = site.momentum
         # Stock layers need buffers of their parameters' dtype. Computed weights (parametrizations) are not parameters.
         dtype = next((parameter.dtype for parameter in layer.parameters()), None)

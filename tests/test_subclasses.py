@@ -293,3 +293,17 @@ def test_wrappers_need_nothing() -> None:
     given, expected = (each((coordinates, features)) for each in (converted(sparse), sparse))
     assert given[0] is coordinates
     torch.testing.assert_close(given[1], expected[1])
+
+
+def test_attributes_of_the_class_stay_with_the_authors() -> None:
+    class Counted(nn.BatchNorm2d):
+        calls = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            type(self).calls += 1
+            return super().forward(x)
+
+    mine = converted(Counted(4))
+    mine(X[0])
+    distnorm.revert(mine)(X[0])
+    assert Counted.calls == 2

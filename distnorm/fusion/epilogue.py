@@ -17,7 +17,7 @@ from torch import nn
 
 from distnorm.fusion.ast import Attributes
 from distnorm.fusion.fused_classes import Fused, find, fused_class, is_norm, is_relu
-from distnorm.layers.class_swap import swap, underlying
+from distnorm.layers.class_swap import hand_down, swap, underlying
 from distnorm.layers.module import DistNorm
 
 logger = logging.getLogger("distnorm")
@@ -42,7 +42,10 @@ def release(model: nn.Module) -> None:
     """Undo ``fuse``."""
     for module in model.modules():
         if isinstance(module, Fused):
-            swap(module, underlying(module).__bases__[-1])
+            fused = underlying(module)
+            author = fused.__bases__[-1]
+            swap(module, author)
+            hand_down(fused, author)
         if isinstance(module, DistNorm):
             vars(module).pop("epilogue", None)
 

@@ -35,6 +35,7 @@ from distnorm.types import Feeders
 logger = logging.getLogger("distnorm")
 
 _DONE = {"centralized": "centred", "standardized": "standardized", "normalized": "normalized"}
+_COMPUTED = "are computed from other parameters"
 _SINGLE = "have one weight per filter, which would become a constant"
 
 
@@ -177,6 +178,9 @@ def _apply(model: nn.Module, conversion: Conversion) -> None:
                 weights.reweight(module, norms, conversion, name, trained=True)
     if kind == "centralized":
         weights.exclude(model)
+        tooled = [name for name, each in model.named_modules() if isinstance(each, Reweighted) and is_computed(each)]
+        if tooled:
+            logger.warning("distnorm: the weights of %s are not centred: they %s", ", ".join(tooled), _COMPUTED)
     _log(kind, sorted(left), missed)
 
 
@@ -220,7 +224,7 @@ def _reason_to_skip(module: nn.Module, shared: set[int]) -> str | None:
     if not is_supported(module):
         return "belong to a subclass of torch's layers"
     if is_computed(module):
-        return "are computed from other parameters"
+        return _COMPUTED
     if weights_per_filter(module) == 1:
         return _SINGLE
     return "belong to several layers" if id(module._parameters.get("weight")) in shared else None

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from distnorm.layers.class_swap import swap
+from distnorm.layers.class_swap import note_contents, swap
 from distnorm.layers.known_norms import known
 from distnorm.layers.module import DistBatchNorm1d, DistBatchNorm2d, DistBatchNorm3d, DistNorm, DistSyncBatchNorm
 from distnorm.layers.super_calls import reason_against
@@ -126,9 +126,15 @@ def made_class(source: type[nn.Module], base: type[nn.Module]) -> type[DistNorm]
         if vars(cls).get(_ORIGIN) == (source, base):
             return cls
     name = f"Dist{source.__name__}"
-    names = {"__module__": __name__, "__qualname__": name, "__doc__": source.__doc__, _ORIGIN: (source, base)}
+    names: dict[str, object] = {
+        "__module__": __name__,
+        "__qualname__": name,
+        "__doc__": source.__doc__,
+        _ORIGIN: (source, base),
+    }
     names[ADDS] = any("forward" in vars(each) for each in source.__mro__[: source.__mro__.index(base)])
     made: type[DistNorm] = type(name, bases, names)
+    note_contents(made)
     return made
 
 
