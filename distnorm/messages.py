@@ -44,9 +44,7 @@ def _callers_level() -> int:
 
 
 def say(text: str) -> None:
-    """Report ``text`` on the first rank: to the logging of the script if it shows such reports, else to stderr."""
-    if not is_first_rank():
-        return
+    """Report ``text`` to the logging of the script if it shows such reports, else to stderr."""
     if logger.isEnabledFor(logging.INFO) and logger.hasHandlers():
         logger.info("%s", text)
     elif "tqdm" in sys.modules:  # around its progress bars

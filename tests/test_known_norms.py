@@ -100,6 +100,15 @@ def test_the_drop_is_applied_before_the_activation() -> None:
     torch.testing.assert_close(*seen)
 
 
+@pytest.mark.parametrize("make", [LAYERS["SiLU"], LAYERS["derived"], LAYERS["apex"]], ids=["timm", "derived", "apex"])
+def test_a_forward_that_is_patched_later_is_heeded(
+    make: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine, stock = converted(make()), make()
+    monkeypatch.setattr(type(stock), "forward", lambda self, x, *_: nn.BatchNorm2d.forward(self, x) * 3)
+    same(train(mine, X), train(stock, X))
+
+
 def test_frozen_ones_stay_without_a_word() -> None:
     model = nn.Sequential(known.FrozenBatchNormAct2d(4), nn.BatchNorm2d(4))
     with warnings.catch_warnings():

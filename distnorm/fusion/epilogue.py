@@ -24,9 +24,9 @@ logger = logging.getLogger("distnorm")
 
 
 def fuse(model: nn.Module) -> int:
-    """Fuse the converted norms of ``model`` with their epilogues; log them, and return how many were fused.
+    """Fuse the converted norms of ``model`` with their epilogues, and return how many were fused.
 
-    The layers' ``repr`` shows their epilogues.
+    The layers' ``repr`` and the log at level DEBUG show their epilogues.
     """
     release(model)
     for module in model.modules():
@@ -34,7 +34,9 @@ def fuse(model: nn.Module) -> int:
             _install(module)
     norms = {name: layer for name, layer in model.named_modules() if isinstance(layer, DistNorm)}
     fused = [f"{name} ({layer.epilogue})" for name, layer in norms.items() if layer.epilogue]
-    logger.info("distnorm: %d of %d norms are fused with their epilogues: %s", len(fused), len(norms), ", ".join(fused))
+    logger.debug(
+        "distnorm: %d of %d norms are fused with their epilogues: %s", len(fused), len(norms), ", ".join(fused)
+    )
     return len(fused)
 
 

@@ -6,16 +6,30 @@ Their packages are not imported. ``docs/subclasses.md`` has the table of what ha
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from distnorm.layers.module import DistBatchNorm2d, DistNorm, DistSyncBatchNorm
 from distnorm.layers.tracing import is_traced, leaf
 
 
-class Activated(DistNorm):
+class Replacing(DistNorm):
+    """A layer whose forward stands for that of another package's class, unless somebody has replaced that."""
+
+    _theirs: ClassVar[type[nn.Module] | None] = None
+    """The class of the other package, if this one derives from it."""
+    _as_known: ClassVar[Callable[..., Tensor] | None] = None
+    """Its forward when this class was made."""
+
+    def _patched(self) -> Callable[..., Tensor] | None:
+        """Return the forward that was put on the other class since, or None."""
+        theirs = None if self._theirs is None else self._theirs.forward
+        return None if theirs is type(self)._as_known else theirs
+
+
+class Activated(Replacing):
     """timm's: a norm, then its ``drop``, then its ``act``."""
 
     drop: Callable[[Tensor], Tensor]
@@ -26,13 +40,15 @@ class Activated(DistNorm):
         if is_traced(input):
             node: Tensor = leaf(self, input)
             return node
+        if (patched := self._patched()) is not None:
+            return patched(self, input)
         y = super().forward(input)
         if hasattr(self, "drop"):  # not in every release, nor in every layer that was made from another one
             y = self.drop(y)
         return self.act(y) if hasattr(self, "act") else y
 
 
-class NamedActivation(DistNorm):
+class NamedActivation(Replacing):
     """inplace_abn's ABN: a norm, then the activation that ``activation`` names."""
 
     activation: str
@@ -43,6 +59,8 @@ class NamedActivation(DistNorm):
         if is_traced(input):
             node: Tensor = leaf(self, input)
             return node
+        if (patched := self._patched()) is not None:
+            return patched(self, input)
         y, parameter = super().forward(input), self.activation_param
         match str(getattr(self.activation, "value", self.activation)):  # an enumeration before release 1.0
             case "relu":
@@ -56,7 +74,7 @@ class NamedActivation(DistNorm):
         raise RuntimeError(f"{self._site.name}: unknown activation {self.activation!r}.")
 
 
-class Apex(DistSyncBatchNorm):
+class Apex(Replacing, DistSyncBatchNorm):
     """apex's: channels may be last, and a summand and a ReLU may follow."""
 
     channel_last: bool
@@ -67,6 +85,8 @@ class Apex(DistSyncBatchNorm):
         if is_traced(input):
             node: Tensor = leaf(self, input)
             return node
+        if (patched := self._patched()) is not None:
+            return patched(self, input, z)
         last = self.channel_last and input.dim() > 2
         if last:
             input, z = input.movedim(-1, 1), None if z is None else z.movedim(-1, 1)

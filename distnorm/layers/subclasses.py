@@ -133,6 +133,8 @@ def made_class(source: type[nn.Module], base: type[nn.Module]) -> type[DistNorm]
         _ORIGIN: (source, base),
     }
     names[ADDS] = any("forward" in vars(each) for each in source.__mro__[: source.__mro__.index(base)])
+    if found is not None and source is base and found.derives:
+        names |= {"_theirs": source, "_as_known": source.forward}
     made: type[DistNorm] = type(name, bases, names)
     note_contents(made)
     return made
