@@ -72,6 +72,7 @@ class Target(NamedTuple):
     reason: str = ""
 
 
+# docs/decisions.md#subclasses-convert-by-their-code
 def target_of(cls: type[nn.Module], registered: Mapping[type[_BatchNorm], type[DistNorm]]) -> Target:
     """Return the converted class for layers of the class ``cls``; ``registered`` classes come first."""
     base = _base_of(cls)
