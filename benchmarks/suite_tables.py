@@ -14,6 +14,7 @@ import goals
 import growth
 import joint
 import layer
+import methods
 import moving
 import plan_check
 import step
@@ -48,6 +49,7 @@ def _growth(results: Results) -> list[str]:
 TABLES: dict[str, Callable[[Results], list[str]]] = {
     "layer": lambda results: layer.table(results[0]["cases"]),
     "tiny": tiny.table,
+    "methods": methods.table,
     "tails": _tails,
     "exchange": exchange.table,
     "step-32": _step,

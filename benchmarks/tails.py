@@ -42,7 +42,7 @@ def contenders(channels: int) -> dict[str, Run]:
     return {
         "stock": apart(nn.BatchNorm2d(channels)),
         "apart": apart(ours),
-        "fused": lambda x, residual: ours(x, residual, relu=True, widen=False),
+        "fused": lambda x, residual: ours(x, residual=residual, relu=True, widen=False),
     }
 
 

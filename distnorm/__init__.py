@@ -10,6 +10,7 @@ from distnorm import methods, nn, policies, recipes
 from distnorm.attach import attach, end_step, load_state_dict, state_dict, sync_running_stats
 from distnorm.convert import convert, register_converter, revert
 from distnorm.diagnostics import Ledger, stats
+from distnorm.fold import fold
 from distnorm.layers.module import (
     DistBatchNorm1d,
     DistBatchNorm2d,
@@ -36,6 +37,7 @@ __all__ = [
     "attach",
     "convert",
     "end_step",
+    "fold",
     "load_state_dict",
     "methods",
     "nn",

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from distnorm.layers import running_statistics, weights
+from distnorm.layers import running_statistics, untrained, weights
 from distnorm.layers.conversion import Conversion
 from distnorm.layers.module import DistNorm
 
@@ -49,7 +49,8 @@ def attach(
             a mesh). None binds to the ranks that ``convert`` implied. Layers that have a process group use that one.
         optimizer: its ``step`` ends a step of moving statistics, instead of every backward pass. Needed for gradient
             accumulation, several losses and GANs. Another call with another optimizer adds that one. With SGD,
-            centralized weights use a cheaper form.
+            centralized weights use a cheaper form. Parameters that ``convert`` has added after the optimizer was built
+            join the group of their layer's weight.
         loss_scale: returns the factor by which the loss is multiplied, such as ``scaler.get_scale``.
         manual: only ``end_step(model)`` ends a step.
 
@@ -71,6 +72,8 @@ def attach(
         conversion.loss_scale = loss_scale
         if optimizer is not None:
             undo.append(_end_steps(conversion, optimizer))
+    if optimizer is not None:
+        untrained.adopt(model, optimizer)
     projection = None if optimizer is None else weights.project_with(model, optimizer)
     return Attachment(conversions, undo if projection is None else [*undo, projection])
 

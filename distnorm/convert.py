@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from distnorm import recipes
 from distnorm.fusion import epilogue
-from distnorm.layers import agreement, ddp, feeders, overlap, weights
+from distnorm.layers import agreement, ddp, feeders, initial, overlap, reverting, weights
 from distnorm.layers.class_swap import hand_down, swap, underlying
 from distnorm.layers.conversion import Conversion
 from distnorm.layers.module import (
@@ -30,6 +30,7 @@ from distnorm.layers.module import (
 )
 from distnorm.layers.site import Site
 from distnorm.layers.subclasses import Made, group_attribute
+from distnorm.methods import ChannelAffine
 from distnorm.recipe import Recipe
 from distnorm.selection import Layers, Targets, Where, select
 from distnorm.transport.choice import chosen
@@ -124,6 +125,8 @@ def convert(
     if transport == "mpi":
         load_mpi("transport='mpi'")
     layers, targets = select(model, wanted, where, _targets)
+    for name, layer in layers:
+        initial.measured(name, layer, wanted.method)  # before anything changes
     feeders.check(model, [layer for _, layer in layers], wanted)
     parts = _by_group(layers, wanted, mesh, transport)
     for _, layer in layers:
@@ -153,7 +156,8 @@ def apply_to(model: nn.Module, parts: Mapping[Conversion, Layers], targets: Targ
 
 def _replace(layer: _BatchNorm, target: type[DistNorm], conversion: Conversion, index: int, name: str) -> None:
     original = cast(type[_BatchNorm], underlying(layer))
-    site = Site(conversion, index, name, original, layer.momentum, _group_of(layer))
+    measured = initial.measured(name, layer, conversion.recipe.method)
+    site = Site(conversion, index, name, original, layer.momentum, _group_of(layer), measured)
     if issubclass(target, DistSyncBatchNorm):  # its property process_group reads the conversion
         layer.__dict__.pop(group_attribute(original) or _GROUP, None)
     swap(layer, target)
@@ -161,22 +165,44 @@ def _replace(layer: _BatchNorm, target: type[DistNorm], conversion: Conversion, 
         layer.momentum = conversion.recipe.momentum
     layer.__dict__["_site"] = site
     conversion.add(index, name, layer)
+    if measured is not None:
+        initial.register(layer, measured)
 
 
 def revert(model: ModelT) -> ModelT:
     """Restore the original class of every converted layer, in place, and return the model.
 
-    Evaluation output does not change. Computed weights (``Recipe.weights``) are written into the parameters. Issues no
-    collective.
+    Evaluation output does not change. Computed weights (``Recipe.weights``) are written into
+    the parameters. Layers whose evaluation is
+    affine per channel become their original class; those of other methods become a module of torch that computes the
+    same. Issues no collective.
 
     Raises:
-        RuntimeError: a weight cannot be written, as ``distnorm.layers.weights.bake``. The model is unchanged.
+        RuntimeError: a layer's method computes what no module of torch does, or a weight cannot be written, as
+            ``distnorm.layers.weights.bake``. The model is unchanged.
     """
+    for layer in _converted(model):
+        reverting.check(layer)
     weights.bake(model)
-    for layer in model.modules():
-        if isinstance(layer, DistNorm):
-            layer.apply_in_flight()
-    return undo(model)
+    for layer in _converted(model):
+        layer.apply_in_flight()
+    outcomes = [(layer, reverting.outcome(layer)) for layer in _converted(model)]
+    undo(model)
+    return reverting.finish(model, outcomes)
+
+
+def as_stock(model: nn.Module) -> None:
+    """Revert, in place, the layers of ``model`` whose evaluation is affine per channel; leave the others."""
+    for layer in _converted(model):
+        layer.apply_in_flight()
+        found = reverting.outcome(layer)
+        if not isinstance(found, nn.Module) and (found is not None or isinstance(layer.recipe.method, ChannelAffine)):
+            _unswap(layer)
+            reverting.finish(model, [(layer, found)])
+
+
+def _converted(model: nn.Module) -> list[DistNorm]:
+    return [layer for layer in model.modules() if isinstance(layer, DistNorm)]
 
 
 def undo(model: ModelT) -> ModelT:
@@ -184,25 +210,30 @@ def undo(model: ModelT) -> ModelT:
     feeders.release(model)
     overlap.release(model)
     epilogue.release(model)
-    layers = [layer for layer in model.modules() if isinstance(layer, DistNorm)]
+    layers = _converted(model)
     ddp.relist(model, layers)
     for layer in layers:
-        site = layer.__dict__.pop("_site")
-        mine = underlying(layer)
-        swap(layer, site.original)
-        if issubclass(mine, Made):
-            hand_down(mine, site.original)
-        layer.momentum = site.momentum
-        # Stock layers need buffers of their parameters' dtype. Computed weights (parametrizations) are not parameters.
-        dtype = next((parameter.dtype for parameter in layer.parameters()), None)
-        for name in ("running_mean", "running_var"):
-            buffer = getattr(layer, name)
-            if buffer is not None and dtype is not None:
-                setattr(layer, name, buffer.to(dtype))
-        group = group_attribute(site.original)
-        if group is not None:
-            layer.__dict__.setdefault(group, site.process_group)
+        _unswap(layer)
     return model
+
+
+def _unswap(layer: DistNorm) -> None:
+    initial.remove(layer, layer._site)
+    site = layer.__dict__.pop("_site")
+    mine = underlying(layer)
+    swap(layer, site.original)
+    if issubclass(mine, Made):
+        hand_down(mine, site.original)
+    layer.momentum = site.momentum
+    # Stock layers need buffers of their parameters' dtype. Computed weights (parametrizations) are not parameters.
+    dtype = next((parameter.dtype for parameter in layer.parameters()), None)
+    for name in ("running_mean", "running_var"):
+        buffer = getattr(layer, name)
+        if buffer is not None and dtype is not None:
+            setattr(layer, name, buffer.to(dtype))
+    group = group_attribute(site.original)
+    if group is not None:
+        layer.__dict__.setdefault(group, site.process_group)
 
 
 def _group_of(layer: nn.Module) -> dist.ProcessGroup | None:

@@ -41,3 +41,8 @@ class Recipe:
     def __post_init__(self) -> None:
         """Validate."""
         check_fields(self)
+        if self.method.needs_max and self.policy.facts.keeps_cotangents:
+            raise ValueError(
+                f"Recipe(method={self.method!r}, policy={self.policy!r}): the method shares maxima, which cannot be "
+                "averaged over steps. Use an exact policy, such as AllReduce(), or Local()."
+            )

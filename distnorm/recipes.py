@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from distnorm.method_recipes import gbn, group_norm, iebn, instance_norm, layer_norm, mixture_norm
 from distnorm.methods import RMS, BatchNorm
 from distnorm.policies import AllReduce, Chain, Local, Moving, Periodic, Policy, StaleMix, Warmup
 from distnorm.policies.moving import LossReduction
@@ -185,7 +186,10 @@ def _mabn(policy: Policy, window: int, warmup: int, clip: float | None, weights:
 
 _BUILDERS: dict[str, Callable[..., Recipe]] = {
     builder.__name__: builder
-    for builder in (local_bn, sync_bn, group_bn, hierarchical_bn, periodic_bn, mabn, hierarchical_mabn, lazy_bn)
+    for builder in (
+        *(local_bn, sync_bn, group_bn, hierarchical_bn, periodic_bn, mabn, hierarchical_mabn, lazy_bn),
+        *(gbn, iebn, mixture_norm, layer_norm, group_norm, instance_norm),
+    )
 }
 
 

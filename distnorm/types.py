@@ -7,14 +7,16 @@ Shape legend, used throughout the package: N batch, C channel, L flattened space
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 Direction = Literal["forward", "backward"]
+Op = Literal["sum", "max"]
 Link = Callable[[Tensor], Tensor]
 Transport = Literal["torch", "mpi", "shm", "sockets", "gloo"]
 
@@ -46,6 +48,8 @@ class Slot(NamedTuple):
         passes: at the end of a step, the number of backward passes of this process since its first step, or 0 if the
             optimizer or the user ends steps. Ranks in phase have equal numbers.
         model: number of the conversion that the layer belongs to, equal on all of its ranks; 0 if none.
+        name: the name of the share, which distinguishes several of one layer.
+        op: ``"max"`` for maxima with their numbers of ties, see ``Group.max``.
     """
 
     layer: str
@@ -57,15 +61,22 @@ class Slot(NamedTuple):
     observers: tuple[Observer, ...] = ()
     passes: int = 0
     model: int = 0
+    name: str = ""
+    op: Op = "sum"
 
 
 EVERY_LAYER = "(all layers)"
 
 
-class Layout(NamedTuple):
-    """The payload sizes ``(layer, direction) -> number of values``, without counts, and the device of the payloads."""
+def label(layer: str, share: str) -> str:
+    """Return the name of a share in messages and statistics: that of its layer, if it has no name."""
+    return f"{layer}/{share}" if share else layer
 
-    sizes: dict[tuple[str, Direction], int]
+
+class Layout(NamedTuple):
+    """The payload sizes ``(layer, direction, share) -> number of values``, without counts, and the payloads' device."""
+
+    sizes: dict[tuple[str, Direction, str], int]
     device: torch.device
 
 
@@ -84,7 +95,7 @@ class Watch(NamedTuple):
 
 
 class GlobalStatistics(NamedTuple):
-    """Global statistics of one layer whose collective has completed at a step's end, for the running statistics.
+    """Global statistics of one share of a layer, completed at a step's end, for the running statistics.
 
     ``total`` is the number of values per channel in them. ``weight`` is a float64 scalar: 1 if a collective has
     completed, else 0.
@@ -94,6 +105,7 @@ class GlobalStatistics(NamedTuple):
     means: Tensor
     total: Tensor
     weight: Tensor
+    name: str = ""
 
 
 class Future:
@@ -139,13 +151,6 @@ class Future:
         return self._outcome
 
 
-class Moments(NamedTuple):
-    """Moments that update the running statistics: ``mean_C`` (None if the method has no mean) and ``var_C``."""
-
-    mean_C: Tensor | None
-    var_C: Tensor
-
-
 class Affine(NamedTuple):
     """A layer's learnable scale and shift, each ``[C]`` or None, and the ``eps`` that is added to the variance.
 
@@ -173,7 +178,7 @@ class Running(NamedTuple):
     """The running statistics of a layer, updated in place; a ``momentum`` of None is the plain average over all steps.
 
     ``updates`` is the number of updates. If ``guarded``, moments that would make a value infinite or NaN are skipped.
-    Users may have set any of the three tensors to None.
+    Users may have set any of the three tensors to None. ``declared`` are the buffers that the method has declared.
     """
 
     mean_C: Tensor | None
@@ -181,6 +186,12 @@ class Running(NamedTuple):
     updates: Tensor | None
     momentum: float | None
     guarded: bool = False
+    declared: Mapping[str, Tensor] = MappingProxyType({})
+
+    @property
+    def buffers(self) -> dict[str, Tensor | None]:
+        """Return the statistics by the name of their buffer."""
+        return {"running_mean": self.mean_C, "running_var": self.var_C, **self.declared}
 
     @property
     def is_whole(self) -> bool:
@@ -203,11 +214,3 @@ class Feeders:
     known: bool = False
     left: frozenset[str] = frozenset()
     feeds: dict[str, list[str]] = field(default_factory=dict)
-
-
-class Share(Protocol):
-    """Turns local additive sums into shared statistics: a method's only access to other ranks."""
-
-    def __call__(self, count: int, sums_KC: Tensor, link: Link) -> tuple[Tensor, Tensor]:
-        """Return ``(link(shared means), shared count)``, equal on all ranks that share. Differentiable."""
-        ...

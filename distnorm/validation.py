@@ -76,6 +76,10 @@ Clip = Annotated[float, number(1, 10**6)]
 Momentum = Annotated[
     float, Rule(lambda value: _is_number(value) and 0 < value <= 1, "the newest value's weight, in (0, 1]")
 ]
+Level = Annotated[float, Rule(lambda value: _is_number(value) and 0 < value < 1, "a number above 0 and below 1")]
+Components = Annotated[int, whole("components", 1, 64)]
+Rounds = Annotated[int, whole("rounds", 1, 64)]
+Groups = Annotated[int, whole("groups", 1, 2**20)]
 Axis = Annotated[str, kind(str, "the name of an axis")]
 RecipeName = Annotated[str, kind(str, "a recipe's name, such as sync_bn")]
 Options = Annotated[

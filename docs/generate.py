@@ -10,7 +10,7 @@ from pathlib import Path
 
 import distnorm
 from distnorm import Recipe, recipes
-from distnorm.policies import Policy
+from distnorm.layers.layout import measure
 
 ROOT = Path(__file__).parent.parent
 OPTIONS: dict[str, dict[str, object]] = {"group_bn": {"size": 4}}
@@ -23,11 +23,20 @@ SOURCES = {
     "mabn": "Yan et al. 2020, here shared across ranks",
     "hierarchical_mabn": "our own construction",
     "lazy_bn": "our own construction",
+    "gbn": "Yuan et al. 2019, reconstructed",
+    "iebn": "Liang et al. 2020",
+    "mixture_norm": "Kalayeh & Shah 2019, reconstructed",
+    "layer_norm": "Ba et al. 2016",
+    "group_norm": "Wu & He 2018",
+    "instance_norm": "Ulyanov et al. 2016",
 }
+OTHER_METHODS = tuple(SOURCES)[8:]
+"""Recipes of other methods than batch norm and RMS, in another file."""
 
 # What docs/reference.md describes, by heading: modules, and the names in them.
 OBJECTS: dict[str, dict[str, tuple[str, ...]]] = {
     "Convert a model": {"distnorm.convert": ("convert", "revert", "register_converter")},
+    "For inference": {"distnorm.fold": ("fold",)},
     "In the training loop": {
         "distnorm.attach": ("attach", "end_step", "sync_running_stats", "state_dict", "load_state_dict")
     },
@@ -45,12 +54,18 @@ OBJECTS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "Recipes": {
         "distnorm.recipe": ("Recipe",),
-        "distnorm.recipes": (*SOURCES, "available", "describe", "build", "parse"),
+        "distnorm.recipes": (*tuple(SOURCES)[:8], "available", "describe", "build", "parse"),
+        "distnorm.method_recipes": OTHER_METHODS,
     },
     "Methods": {
         "distnorm.methods.batch_norm": ("BatchNorm",),
         "distnorm.methods.rms": ("RMS",),
-        "distnorm.methods.base": ("Method", "ChannelAffine"),
+        "distnorm.methods.gbn": ("L1", "Semideviation", "Range", "WorstCase"),
+        "distnorm.methods.quantile": ("SQD", "MAD"),
+        "distnorm.methods.iebn": ("IEBN",),
+        "distnorm.methods.mixture": ("MixtureNorm",),
+        "distnorm.methods.per_sample": ("LayerNorm", "GroupNorm", "InstanceNorm"),
+        "distnorm.methods.base": ("Method", "ChannelAffine", "Declared", "Layer", "Share", "Shared"),
     },
     "Policies": {
         "distnorm.policies.local": ("Local",),
@@ -83,23 +98,27 @@ def recipe_rows() -> list[str]:
     for each in recipes.available():
         recipe = recipes.build(each.name, **OPTIONS.get(each.name, {}))
         options = ", ".join(f"`{name}`" for name in each.options) or "none"
-        cost = f"{collectives(recipe.policy)} | {payload(recipe)} | {recipe.policy.facts.staleness}"
+        cost = f"{collectives(recipe)} | {payload(recipe)} | {recipe.policy.facts.staleness}"
         rows.append(f"| `{each.name}` | {options} | {cost} | {SOURCES[each.name]} |")
     return rows
 
 
-def collectives(policy: Policy) -> str:
+def collectives(recipe: Recipe) -> str:
     """Blocking ones for each of L layers, forward and backward, and asynchronous ones."""
-    blocking = f"{2 * policy.facts.collectives:g} L" if policy.facts.collectives else ""
-    background = f"{policy.facts.background:g} asynchronous" if policy.facts.background else ""
+    facts, shares = recipe.policy.facts, len(measure(recipe.method, 1).parts)
+    blocking = f"{2 * shares * facts.collectives:g} L" if shares * facts.collectives else ""
+    background = f"{facts.background:g} asynchronous" if facts.background else ""
     return " + ".join(part for part in (blocking, background) if part) or "0"
 
 
 def payload(recipe: Recipe) -> str:
-    """Bytes that a rank contributes: float64 sums with a count forward, cotangents backward, for C channels in all."""
-    kinds = 2 if recipe.method.centred else 1
+    """Bytes that a rank contributes: float64 sums forward, cotangents backward, for C channels in all; no counts."""
+    one, two = (
+        sum(part.forward + part.backward for part in measure(recipe.method, features).parts.values())
+        for features in (1, 2)
+    )
     uses = recipe.policy.facts.collectives + recipe.policy.facts.background
-    return f"{16 * kinds * uses:g} C" if uses else "0"
+    return f"{8 * (two - one) * uses:g} C" if (two - one) * uses else "0"
 
 
 def object_rows() -> list[str]:

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 BESIDE = "repository"
 """The folder of the site for what lies outside of docs/."""
 
-LANGUAGES = {".py": "python", ".yaml": "yaml", ".json": "json", ".sh": "bash", ".sbatch": "bash"}
+LANGUAGES = {".py": "python", ".c": "c", ".yaml": "yaml", ".json": "json", ".sh": "bash", ".sbatch": "bash"}
 LINK = re.compile(r"\]\(([^)\s#:]+)(#[^)\s]*)?\)")
 OBJECT = re.compile(r"^.*\n(\[.*\))\n\n<!-- object: (\S+) -->$", re.MULTILINE)
 """A first sentence, the link to the source, and the comment that ``generate.py`` writes."""
@@ -44,7 +44,7 @@ def on_page_markdown(markdown: str, page: Any, **_: object) -> str:
 
 def _linked() -> Iterator[str]:
     """Paths outside of docs/ that pages link to, relative to the root."""
-    for page in (ROOT / "docs").rglob("*.md"):
+    for page in [ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]:
         for target, _ in LINK.findall(page.read_text()):
             path = os.path.relpath(page.parent / target, ROOT)
             if not path.startswith("docs"):

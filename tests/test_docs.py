@@ -74,8 +74,38 @@ def test_the_method_in_contributing_obeys_the_first_law():
         torch.testing.assert_close(torch.cat([getattr(each, name) for each in ranks]), getattr(alone, name))
 
 
-def test_the_policy_in_contributing_shares_the_layers_it_names():
+def test_the_method_with_state_in_contributing_obeys_the_first_law_and_folds():
     names = execute(FENCE.findall((ROOT / "CONTRIBUTING.md").read_text())[1][1])
+    recipe = Recipe(method=names["Leveled"](), policy=AllReduce())
+    inputs = [torch.randn(6, 3, 5, generator=torch.Generator().manual_seed(step)) for step in range(3)]
+
+    def run(rank: int, ranks: int) -> torch.nn.Module:
+        torch_model = torch.nn.Sequential(torch.nn.Conv1d(3, 3, 1), torch.nn.BatchNorm1d(3)).double()
+        for parameter in torch_model[0].parameters():
+            torch.nn.init.constant_(parameter, 0.5)
+        model = distnorm.convert(torch_model, recipe)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for x in inputs:
+            optimizer.zero_grad()
+            (model(x.double().chunk(ranks)[rank]).pow(3).sum() / 90).backward()
+            for parameter in model.parameters():
+                if parameter.grad is not None:
+                    torch.distributed.all_reduce(parameter.grad)
+            optimizer.step()
+        return model
+
+    (alone,) = run_threads(1, run, 1)
+    for each in run_threads(2, run, 2):
+        torch.testing.assert_close(each.state_dict(), alone.state_dict())
+    assert (alone[1].gain != 1).all() and (alone[1].level != 1).all()
+    x = inputs[0].double()
+    folded = distnorm.fold(alone)
+    assert type(folded[1]) is torch.nn.Identity
+    torch.testing.assert_close(folded(x), alone.eval()(x))
+
+
+def test_the_policy_in_contributing_shares_the_layers_it_names():
+    names = execute(FENCE.findall((ROOT / "CONTRIBUTING.md").read_text())[2][1])
     policy = names["OnlyNamed"](part="1")
     assert isinstance(policy, Policy)
 

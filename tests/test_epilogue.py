@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from distnorm.autograd import normalize
-from distnorm.autograd.share import KeepLocal
+from distnorm.autograd.keep_local import KeepLocal
 from distnorm.methods import RMS, BatchNorm
+from distnorm.methods.base import layer_of
 from distnorm.types import Affine, Epilogue
 from tests.support.cases import EPS, REFERENCES, Case, assert_within, laid_out, limits, numbers, wide
 from tests.test_normalize import cases, kernels  # noqa: F401, the latter is a fixture
@@ -116,7 +117,7 @@ def test_second_derivatives_are_those_of_the_plain_path(method: BatchNorm | RMS,
                 method, leaves[0], KeepLocal(), affine, epilogue=Epilogue(added, "relu" in epilogue)
             )
         else:
-            y = method.normalize(leaves[0], KeepLocal(), affine)
+            y = method.normalize(leaves[0], KeepLocal(), layer_of(affine))
             y = y if added is None else y + added
             y = y.relu() if "relu" in epilogue else y
         leaves += [] if added is None else [added]

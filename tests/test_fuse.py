@@ -64,7 +64,7 @@ def test_norms_are_asked_for_their_tails(monkeypatch: pytest.MonkeyPatch) -> Non
     forward = DistNorm.forward
 
     def ask(self: DistNorm, *args: Tensor, **options: bool) -> Tensor:
-        asked.append((len(args) == 2, options))
+        asked.append(("residual" in options, {name: each for name, each in options.items() if name != "residual"}))
         return forward(self, *args, **options)
 
     monkeypatch.setattr(DistNorm, "forward", ask)
@@ -134,14 +134,14 @@ def test_a_shortcut_of_another_shape_is_spread() -> None:
     layer = distnorm.convert(nn.Sequential(nn.BatchNorm2d(4)), "local_bn")[0]
     x, residual = torch.randn(3, 4, 5, 5), torch.randn(4, 1, 1)
     expected = torch.relu(layer(x) + residual)
-    torch.testing.assert_close(layer(x, residual, relu=True), expected)
-    torch.testing.assert_close(layer(x, 0.5), layer(x) + 0.5)
+    torch.testing.assert_close(layer(x, residual=residual, relu=True), expected)
+    torch.testing.assert_close(layer(x, residual=0.5), layer(x) + 0.5)
 
 
 def test_evaluation_has_tails_too() -> None:
     layer = distnorm.convert(nn.Sequential(nn.BatchNorm2d(4)), "local_bn").eval()[0]
     x, residual = torch.randn(2, 3, 4, 5, 5).unbind()
-    torch.testing.assert_close(layer(x, residual, relu=True), torch.relu(layer(x) + residual))
+    torch.testing.assert_close(layer(x, residual=residual, relu=True), torch.relu(layer(x) + residual))
 
 
 def test_copies_and_pickles_are_fused_and_revert_leaves_nothing() -> None:

@@ -70,7 +70,7 @@ def launches(monkeypatch: pytest.MonkeyPatch, device: str) -> list[str]:
 
 def both(reducer: Any, step: int, scale: Tensor | float, device: str) -> None:
     """A forward and a backward of every layer."""
-    for (layer, direction), size in SIZES.items():
+    for (layer, direction, _), size in SIZES.items():
         if direction == "forward":
             shared = reducer.reduce(
                 torch.ones(size + 1, dtype=torch.float64, device=device), Slot(layer, direction, step)
@@ -111,7 +111,9 @@ def test_the_end_of_a_step_is_for_all_layers_at_once(
     """However many these are; beside the collective."""
     counted = []
     for layers in (1, 5):
-        sizes: dict[Any, int] = {(str(k), direction): 3 for k in range(layers) for direction in ("forward", "backward")}
+        sizes: dict[Any, int] = {
+            (str(k), direction, ""): 3 for k in range(layers) for direction in ("forward", "backward")
+        }
         reducer = bind(policy, device, sizes)
         for step in range(2):
             launches.clear()

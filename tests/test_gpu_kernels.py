@@ -13,7 +13,7 @@ from torch.nn import functional as F
 pytest.importorskip("triton", reason="Triton is made for Linux only")
 
 from distnorm.autograd import normalize
-from distnorm.autograd.share import KeepLocal
+from distnorm.autograd.keep_local import KeepLocal
 from distnorm.kernels.gpu import cosums, moments, tiles
 from distnorm.kernels.gpu.gpu_pass import GpuPass
 from distnorm.methods import RMS, BatchNorm, ChannelAffine

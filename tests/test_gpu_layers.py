@@ -17,10 +17,11 @@ pytest.importorskip("triton", reason="Triton is made for Linux only")
 import distnorm
 from distnorm import Recipe
 from distnorm.autograd import normalize
-from distnorm.autograd.share import KeepLocal
+from distnorm.autograd.keep_local import KeepLocal
 from distnorm.compat import dispatch_state
 from distnorm.kernels.gpu import apply, combine, cosums, gpu_pass, moments
 from distnorm.methods import RMS
+from distnorm.methods.base import layer_of
 from distnorm.policies import Moving, Policy, StaleMix
 from distnorm.types import Affine, Epilogue, GlobalStatistics, Running
 from tests.support.gpu import CUTS, DEVICES, cut_small, run_on, skip_without
@@ -134,7 +135,7 @@ def test_the_correction_of_rms_begins_on_the_device(device: str, updates: int) -
     affine = Affine(weight, bias, EPS, torch.full((3,), 0.9, device=device), torch.tensor(updates, device=device))
     formula = method.formula(affine._replace(updates=torch.tensor(9, device=device)))
     kernels = gpu_pass.GpuPass(formula._replace(updates=affine.updates), EPS)
-    y = method.normalize(x, KeepLocal(), affine)
+    y = method.normalize(x, KeepLocal(), layer_of(affine))
     dy = torch.linspace(-1, 1, y.numel(), device=device).view_as(y)
     expected = torch.autograd.grad(y, [x, weight, bias], dy)
     with torch.no_grad():
@@ -161,7 +162,7 @@ def test_launches_of_a_layer(
     dy = torch.randn_like(x)
     launches.clear()
     with Seen() as forward:
-        y = layer(x, added, relu="relu" in epilogue)
+        y = layer(x, residual=added, relu="relu" in epilogue)
     split = cut == "cut"
     assert launches == ["sums_kernel", *["merge_kernel"] * split, "apply_kernel"]
     assert forward.names == ["gpu_moments", "gpu_apply"]

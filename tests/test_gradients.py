@@ -11,7 +11,7 @@ from torch import Tensor
 
 from distnorm.kernels import gradients
 from distnorm.methods import RMS, BatchNorm, ChannelAffine
-from distnorm.types import Affine, Moments
+from distnorm.types import Affine
 
 EPS = 1e-3
 
@@ -29,8 +29,8 @@ class Tilted(ChannelAffine):
         scale_C = theta_KC[0].sin() if affine.weight_C is None else theta_KC[0].sin() * affine.weight_C
         return scale_C, theta_KC[1] * scale_C
 
-    def moments(self, means_KC: Tensor, count: Tensor) -> Moments:
-        return Moments(None, means_KC[1])
+    def moments(self, means_KC: Tensor, count: Tensor) -> dict[str, Tensor]:
+        return {"running_var": means_KC[1]}
 
 
 METHODS = [BatchNorm(), RMS(), RMS(clip=1.2, clip_after=0), Tilted()]

@@ -80,7 +80,7 @@ def test_tails_agree_with_float64(shape: tuple[int, ...], layout: str, threads: 
     layer.weight.data.copy_(weight)
     layer.bias.data.copy_(bias)
     leaves = [each.requires_grad_() for each in (x, residual)]
-    y = layer(x, residual if adds else None, relu=True)
+    y = layer(x, residual=residual if adds else None, relu=True)
     found = torch.autograd.grad(y, [x, *leaves[1:] * adds, layer.weight, layer.bias], dy)
     wide_leaves = [each.detach().double().requires_grad_() for each in (x, residual, weight, bias)]
     norm = functional.batch_norm(wide_leaves[0], None, None, *wide_leaves[2:], training=True)

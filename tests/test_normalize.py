@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from distnorm.autograd import normalize
-from distnorm.autograd.share import KeepLocal
+from distnorm.autograd.keep_local import KeepLocal
 from distnorm.kernels import cpu, dense
 from distnorm.methods import RMS, BatchNorm, ChannelAffine
 from distnorm.types import Affine

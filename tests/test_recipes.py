@@ -22,6 +22,12 @@ NAMES = [
     "mabn",
     "hierarchical_mabn",
     "lazy_bn",
+    "gbn",
+    "iebn",
+    "mixture_norm",
+    "layer_norm",
+    "group_norm",
+    "instance_norm",
 ]
 BY_NAME = [
     ("local_bn", {}, Local(), "local_bn"),

@@ -70,7 +70,7 @@ LAYOUTS = [torch.contiguous_format, torch.channels_last]
 def _gradients(layer: nn.Module, x: Tensor, *, residual: Tensor | None = None, relu: bool = False) -> list[Tensor]:
     """Of a stock layer in float64, or of a converted one with its epilogue."""
     if isinstance(layer, distnorm.DistNorm):
-        y = layer(x, residual, relu=relu) if relu or residual is not None else layer(x)
+        y = layer(x, residual=residual, relu=relu) if relu or residual is not None else layer(x)
     else:
         y = layer(x) if residual is None else layer(x) + residual
         y = y.relu() if relu else y

@@ -34,16 +34,17 @@ from tests.weighted import (
 EVERY_COPY = pytest.mark.parametrize("way", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 
 
-def test_gains_that_no_optimizer_has_keep_the_lengths() -> None:
+def test_gains_that_no_optimizer_has() -> None:
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     distnorm.convert(model, "local_bn", weights="normalized")
     before = model.stem.gain.detach().clone()
-    train(model, optimizer=optimizer)
+    with pytest.warns(UserWarning, match=r"SGD does not train .*stem\.gain.*attach"):
+        train(model, optimizer=optimizer)
     torch.testing.assert_close(model.stem.gain.detach(), before, rtol=0, atol=0)
-    for weight, gain in weights.added_parameters(model):
-        group = next(each for each in optimizer.param_groups if any(weight is one for one in each["params"]))
-        group["params"].append(gain)
+    distnorm.attach(model, optimizer=optimizer)
+    stepped = {id(each) for each in optimizer.param_groups[0]["params"]}
+    assert all({id(weight), id(gain)} <= stepped for weight, gain in weights.added_parameters(model))
     train(model, optimizer=optimizer)
     assert not torch.equal(model.stem.gain, before)
     baked = copy.deepcopy(model).eval()

@@ -5,10 +5,28 @@ A new method or policy is one line here.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
-from distnorm.methods import RMS, BatchNorm, Method
+import pytest
+
+from distnorm.methods import (
+    IEBN,
+    L1,
+    MAD,
+    RMS,
+    SQD,
+    BatchNorm,
+    GroupNorm,
+    InstanceNorm,
+    LayerNorm,
+    Method,
+    MixtureNorm,
+    Range,
+    Semideviation,
+    WorstCase,
+)
 from distnorm.policies import AllReduce, Chain, Local, Moving, Periodic, Policy, StaleMix, Warmup
 from tests.support import reference
 
@@ -20,9 +38,26 @@ class MethodUnderTest(NamedTuple):
     reference: Callable[..., reference.Normalized]
 
 
+def _generalized(pair: reference.Pair) -> Callable[..., reference.Normalized]:
+    return partial(reference.generalized, pair=pair)
+
+
+# In the state of a converted layer. Later steps of those with declared buffers: tests/laws/test_declared_buffers.py.
 METHODS = {
     "BatchNorm": MethodUnderTest(BatchNorm(), reference.batch_norm),
     "RMS": MethodUnderTest(RMS(), reference.rms_norm),
+    "L1": MethodUnderTest(L1(), _generalized(reference.l1)),
+    "Semideviation": MethodUnderTest(Semideviation(), _generalized(reference.semideviation)),
+    "Range": MethodUnderTest(Range(), _generalized(reference.value_range)),
+    "WorstCase": MethodUnderTest(WorstCase(), _generalized(reference.worst_case)),
+    # With exact=True, quantiles of ranks would be averaged: not those of the joined batch.
+    "MAD": MethodUnderTest(MAD(), _generalized(reference.normal_pair(0.5))),
+    "SQD": MethodUnderTest(SQD(alpha=0.8), _generalized(reference.normal_pair(0.8))),
+    "IEBN": MethodUnderTest(IEBN(), reference.instance_enhancement),
+    "MixtureNorm": MethodUnderTest(MixtureNorm(components=2, rounds=1), reference.first_mixture),
+    "LayerNorm": MethodUnderTest(LayerNorm(), partial(reference.group_norm, groups=1)),
+    "GroupNorm": MethodUnderTest(GroupNorm(groups=1), partial(reference.group_norm, groups=1)),
+    "InstanceNorm": MethodUnderTest(InstanceNorm(), reference.group_norm),
 }
 
 # Policies whose statistics are those of the joined batch of all ranks, in every step. Laws run them on a mesh of
@@ -59,3 +94,21 @@ MOVING: dict[str, Policy] = {
     ),
     "Chain-Moving": Chain(AllReduce(axis="local"), Moving(window=2, axis="node")),
 }
+
+
+BASIC = ("BatchNorm", "RMS")
+USUAL = ("AllReduce", "Periodic-3", "Moving", "Warmup-StaleMix")
+
+
+def pairs(policies: Mapping[str, Policy], usual: Sequence[str] = USUAL) -> list[object]:
+    """Test parameters: the basic methods with every one of ``policies``, the others with the ``usual`` ones.
+
+    Policies do not see what values mean, so one of each kind is enough. Those that average over steps cannot average
+    maxima, which ``Range`` and ``WorstCase`` share.
+    """
+    return [
+        pytest.param(under_test, policy, id=f"{method}-{name}")
+        for method, under_test in METHODS.items()
+        for name, policy in policies.items()
+        if (method in BASIC or name in usual) and not (under_test.method.needs_max and policy.facts.keeps_cotangents)
+    ]

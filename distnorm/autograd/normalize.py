@@ -20,11 +20,12 @@ from torch import Tensor
 
 from distnorm.autograd.engine import Deferred, bare_apply
 from distnorm.autograd.share import Exchange
-from distnorm.compat.dispatch_state import are_plain, is_batch
+from distnorm.compat.dispatch_state import are_own, are_plain, is_batch
 from distnorm.kernels import gpu
 from distnorm.kernels.passes import new_pass
 from distnorm.kernels.running import update_from_sums
-from distnorm.methods import ChannelAffine
+from distnorm.methods import ChannelAffine, Layer
+from distnorm.methods.base import affine_of, layer_of
 from distnorm.types import Affine, Epilogue, Running
 
 NO_EPILOGUE = Epilogue()
@@ -71,6 +72,13 @@ def normalize(
     call = method, share, affine, finish, running, relu
     y_NCL = _apply(waiting_NCL, weight_C, bias_C, residual_NCL, x_NCL, call)
     return y_NCL
+
+
+def affine_step(method: ChannelAffine, x_NCL: Tensor, share: Exchange, layer: Layer, *, plain: bool) -> Tensor:
+    """Compute ``method.normalize`` as a step of another method; ``plain``: no mode or transform is active."""
+    given = affine_of(layer)
+    kernels = plain and are_plain(x_NCL) and are_own(given.weight_C, given.bias_C) and suits(method, x_NCL)
+    return normalize(method, x_NCL, share, given) if kernels else method.normalize(x_NCL, share, layer)
 
 
 class _Wait(torch.autograd.Function):
@@ -169,7 +177,7 @@ def _plain_gradients(ctx: Any, x_NCL: Tensor, affine: Affine, dz_NCL: Tensor, *,
     wanted = [leaf for leaf, needed in zip(leaves, ctx.needs_input_grad, strict=False) if needed and leaf is not None]
     with torch.enable_grad():
         share = share.for_recomputation(opaque=opaque)
-        y_NCL = method.normalize(leaves[0], share, affine._replace(weight_C=leaves[1], bias_C=leaves[2]))
+        y_NCL = method.normalize(leaves[0], share, layer_of(affine._replace(weight_C=leaves[1], bias_C=leaves[2])))
     found = iter(torch.autograd.grad(y_NCL, wanted, dz_NCL, create_graph=create_graph))
     return [next(found) if needed else None for needed in ctx.needs_input_grad[:3]]
 

@@ -7,6 +7,7 @@ if no record has equal sums, the forward is a new one. This is not checked on a 
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from weakref import WeakSet
 
@@ -15,6 +16,8 @@ from torch import Tensor
 
 LOOSE_RECORDS = 64
 """The largest number of first forwards per layer that no graph holds (reentrant checkpoints run those)."""
+
+_numbers = itertools.count()
 
 TOLERANCE = 1e-2
 """The largest relative difference of a repetition's sums, due to lossy storage of activations."""
@@ -31,6 +34,7 @@ class Record:
         self.in_graph = in_graph
         self.repeated = False
         """Whether a recomputation has used it."""
+        self.number = next(_numbers)
         self.stands_for: list[Record] = []
         """Records that live as long as this one: it is a copy of one of them, and only the device knows of which."""
 
@@ -77,10 +81,11 @@ class Records:
     def recall(self, local: Tensor, kinds: int = 1) -> Record | None:
         """Return the record whose local sums are nearest to ``local``, of ``kinds`` rows; None if they differ.
 
-        If there are several on a GPU, return a copy with the right sums, chosen on the device, so that the host does
-        not wait. If a graph holds only some of them, the host has to know which one it is, and waits.
+        Of equal ones it is the oldest that no recomputation has used. If there are several on a GPU, return a copy with
+        the right sums, chosen on the device, so that the host does not wait. If a graph holds only some of them, the
+        host has to know which one it is, and waits.
         """
-        records = [*self._in_graph, *self._loose]
+        records = sorted((*self._in_graph, *self._loose), key=lambda record: (record.repeated, record.number))
         if not records:
             return None
         if local.device.type == "cpu":

@@ -1,4 +1,4 @@
-"""How a layer's forward shares its sums: through the policy (``layers.line``), or not at all."""
+"""How a layer's forward shares its sums: through the policy (``layers.line``), or not at all (``keep_local``)."""
 
 from __future__ import annotations
 
@@ -7,21 +7,20 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from distnorm.autograd.engine import repeating
-from distnorm.types import Future, Link
+from distnorm.methods import Share
+from distnorm.types import Future
 
 
-class Exchange(Protocol):
-    """A ``types.Share`` for one forward. Kernels, which know their derivative, call its two directions separately.
+class Exchange(Share, Protocol):
+    """A ``methods.Share`` for one forward. Kernels, which know their derivative, call its two directions separately.
 
     ``gather`` and ``scatter`` are not differentiated.
     """
 
-    def __call__(self, count: int, sums_KC: Tensor, link: Link) -> tuple[Tensor, Tensor]:
-        """Share as ``types.Share`` does, on the plain path."""
-        ...
+    shared: dict[str, Tensor]
+    """What the forward has got so far, by the name of the share: sums, or maxima and ties, and the count at the end."""
 
-    def gather(self, payload: Tensor, *, in_graph: bool, has_two_values: bool) -> Tensor:
+    def gather(self, payload: Tensor, *, in_graph: bool, has_two_values: bool = False) -> Tensor:
         """Return the shared sums and count; ``in_graph``: a graph keeps this exchange for a backward pass.
 
         ``has_two_values``: the local count alone is above 1, so the shared one needs no check.
@@ -44,29 +43,17 @@ class Exchange(Protocol):
         ...
 
 
-class KeepLocal:
-    """Share nothing, and keep the local sums."""
+def payload_of(sums: Tensor, weight: Tensor | float, values: int) -> Tensor:
+    """Return what is shared for ``sums``, a flat vector that ends with a count.
 
-    shared: Tensor | None = None
+    ``[sums, weight]`` if the weight is a number, else ``[sums, weight, values]``: policies that average over steps
+    divide by the last value, which the ratio of sums and weight does not depend on.
+    """
+    if isinstance(weight, Tensor):
+        return torch.cat((sums.flatten(), weight.double().flatten(), sums.new_full((1,), values)))
+    return torch.cat((sums.flatten(), sums.new_full((1,), weight)))
 
-    def __call__(self, count: int, sums_KC: Tensor, link: Link) -> tuple[Tensor, Tensor]:
-        """Return ``link(sums / count)``, and the count."""
-        total = sums_KC.new_full((), count)
-        self.shared = torch.cat((sums_KC.detach().flatten(), total[None]))
-        return link(sums_KC / total.clamp_min(1)), total
 
-    def gather(self, payload: Tensor, *, in_graph: bool, has_two_values: bool) -> Tensor:
-        """Return the local sums and count."""
-        return payload
-
-    def scatter(self, cotangents: Tensor) -> Future:
-        """Return the cotangents."""
-        return Future.completed(cotangents)
-
-    def updates_running(self) -> bool:
-        """Return true, except in the repetition of a forward: its first run has updated the running statistics."""
-        return not repeating()
-
-    def for_recomputation(self, *, opaque: bool = False) -> KeepLocal:
-        """Return a new instance."""
-        return KeepLocal()
+def divisor(total: Tensor) -> Tensor:
+    """Return ``total``, with 1 in place of 0."""
+    return torch.where(total > 0, total, 1)

@@ -69,12 +69,13 @@ def traffic(recipe: Recipe, layers: Sequence[tuple[str, _BatchNorm]], world: int
     period = _period(recipe.policy)
     for step in range(_LATE * period, (_LATE + 1) * period):
         counts = {}
-        for name, _ in layers:
-            payload = _empty(layout.sizes[name, "forward"] + 1)
-            counts[name] = reducer.reduce(payload, Slot(name, "forward", step))[-1]
-        for name, _ in reversed(layers):
-            slot = Slot(name, "backward", step, forward_count=counts[name])
-            reducer.reduce(_empty(layout.sizes[name, "backward"]), slot)
+        for (layer, direction, name), size in layout.sizes.items():
+            if direction == "forward":
+                slot = Slot(layer, direction, step, name=name)
+                counts[layer, name] = reducer.reduce(_empty(size + 1), slot)[-1]
+        for (layer, direction, name), size in reversed(layout.sizes.items()):
+            if direction == "backward":
+                reducer.reduce(_empty(size), Slot(layer, direction, step, forward_count=counts[layer, name], name=name))
         reducer.end_step(Slot(EVERY_LAYER, "forward", step))
     return Traffic(period, topology.sent, reducer.size)
 

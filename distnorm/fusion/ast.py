@@ -172,10 +172,10 @@ class Joiner(ast.NodeTransformer):
         if both is None:
             return None
         self._epilogues[norm] = both
-        norm.args = [norm.args[0], *([both.residual] if both.residual is not None else [])]
-        options = {"relu": True} if both.relu else {}
-        options |= {} if both.widen else {"widen": False}
-        norm.keywords = [ast.keyword(name, ast.Constant(value)) for name, value in options.items()]
+        options: dict[str, ast.expr] = {} if both.residual is None else {"residual": both.residual}
+        options |= {"relu": ast.Constant(True)} if both.relu else {}
+        options |= {} if both.widen else {"widen": ast.Constant(False)}
+        norm.keywords = [ast.keyword(name, value) for name, value in options.items()]
         self.found.epilogues[str(self._self_attribute(norm.func))] = str(both)
         return norm
 

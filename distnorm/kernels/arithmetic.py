@@ -7,7 +7,7 @@ from typing import ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from distnorm.types import Affine, Moments
+from distnorm.types import Affine
 
 
 class Formula(NamedTuple):
@@ -24,19 +24,19 @@ class Formula(NamedTuple):
     clip_after: int = 0
 
 
-class Shared(Protocol):
+class Tracked(Protocol):
     """What running statistics need of a method: its moments, and the name of its arithmetic in C, if there is one."""
 
     def formula(self, affine: Affine | None = None) -> Formula | None:
         """Return the name of the same arithmetic in C, if there is one; ``affine`` if the transform is wanted."""
         ...
 
-    def moments(self, means_KC: Tensor, count: Tensor) -> Moments:
-        """Return what the running statistics are updated with."""
+    def moments(self, means_KC: Tensor, count: Tensor) -> dict[str, Tensor]:
+        """Return what the running statistics move towards, by the name of the buffer."""
         ...
 
 
-class PerChannel(Shared, Protocol):
+class PerChannel(Tracked, Protocol):
     """What a pass needs of its method, in C-sized float64 arithmetic. ``methods.ChannelAffine`` documents each."""
 
     raw: ClassVar[slice]

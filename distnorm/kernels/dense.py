@@ -153,7 +153,7 @@ NOTHING: _Addresses = None, None, None, 0.0, False
 
 
 def _addresses(running: Running) -> _Addresses:
-    mean_C, var_C, updates, momentum, guarded = running
+    mean_C, var_C, updates, momentum, guarded, _ = running
     assert mean_C is not None and var_C is not None and updates is not None, "they are whole"
     increment_version((mean_C, var_C, updates))  # as torch's operations do, for autograd's checks
     rate = -1.0 if momentum is None else momentum

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 
 import torch
@@ -10,12 +10,12 @@ from torch import Tensor
 
 from distnorm.compat.uninterrupted import Call, uninterrupted
 from distnorm.kernels import dense, gpu
-from distnorm.kernels.arithmetic import Shared
-from distnorm.types import GlobalStatistics, Moments, Running
+from distnorm.kernels.arithmetic import Tracked
+from distnorm.types import GlobalStatistics, Running
 
 
 def update_from_sums(
-    method: Shared, shared: Tensor, running: Running, features: int, completed: Tensor | bool = True
+    method: Tracked, shared: Tensor, running: Running, features: int, completed: Tensor | bool = True
 ) -> None:
     """Update ``running`` statistics with the moments of ``shared`` sums and their count, for so many ``features``."""
     if completed is False:
@@ -34,55 +34,59 @@ def update_from_sums(
     )
 
 
-def update_running(running: Running, moments: Moments, count: Tensor, completed: Tensor | bool) -> None:
-    """Update ``running += (moments - running) * momentum``; the plain average over all steps if momentum is None.
+def update_running(running: Running, targets: Mapping[str, Tensor], count: Tensor, completed: Tensor | bool) -> None:
+    """Update ``running += (target - running) * momentum``; the plain average over all steps if momentum is None.
+
+    ``targets`` are by the name of the buffer.
 
     Nothing changes if ``completed`` is 0 or fewer than two values were seen. If guarded, nothing changes either if a
     running statistic of the layer would become non-finite: forwards that read them, or windows, must not keep the
     values of one broken batch. There is no branch for which the host would wait for a GPU.
     """
     if count.is_cpu and not torch.compiler.is_compiling():
-        uninterrupted(*_moves(running, moments, count, completed))
+        uninterrupted(*_moves(running, targets, count, completed))
         return
     fresh = (completed * (count > 1)).to(count.dtype)
     if running.guarded:
-        fresh = fresh * _fit(running, moments)
+        fresh = fresh * _fit(running, targets)
     momentum: Tensor | float = running.momentum or 0.0
     if running.updates is not None:
         running.updates.add_(fresh.to(running.updates.dtype))
         if running.momentum is None:
             momentum = 1 / running.updates.clamp_min(1)
-    for buffer_C, fresh_C in _pairs(running, moments):
+    for buffer_C, fresh_C in _pairs(running, targets):
         _lerp(buffer_C, fresh_C, fresh * momentum)
 
 
-def _fit(running: Running, moments: Moments) -> Tensor:
-    """Return whether running statistics stay finite when they move towards ``moments``."""
-    limits = ((fresh_C, torch.finfo(buffer_C.dtype).max / 2) for buffer_C, fresh_C in _pairs(running, moments))
+def _fit(running: Running, targets: Mapping[str, Tensor]) -> Tensor | bool:
+    """Return whether running statistics stay finite when they move towards ``targets``."""
+    limits = ((fresh_C, torch.finfo(buffer_C.dtype).max / 2) for buffer_C, fresh_C in _pairs(running, targets))
     fits = [(fresh_C.abs() <= limit).all() for fresh_C, limit in limits]
-    return torch.stack(fits).all() if fits else moments.var_C.new_ones((), dtype=torch.bool)
+    return torch.stack(fits).all() if fits else True
 
 
 def _moves(
-    running: Running, moments: Moments, count: Tensor, completed: Tensor | bool, *, others: int = 0
+    running: Running, targets: Mapping[str, Tensor], count: Tensor, completed: Tensor | bool, *, others: int = 0
 ) -> list[Call]:
     """Return the calls that update CPU tensors as ``update_running`` does, after ``others`` other updates."""
-    if not (completed and count > 1 and (not running.guarded or _fit(running, moments))):
+    if not (completed and count > 1 and (not running.guarded or _fit(running, targets))):
         return []
     rate, counted = running.momentum or 0.0, []
     if running.updates is not None:
         counted = [partial(running.updates.add_, 1)]
         if running.momentum is None:
             rate = 1 / (float(running.updates) + others + 1)
-    pairs = _pairs(running, moments)
+    pairs = _pairs(running, targets)
     return [*counted, *(partial(buffer_C.lerp_, fresh_C.to(buffer_C.dtype), rate) for buffer_C, fresh_C in pairs)]
 
 
-def _pairs(running: Running, moments: Moments) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield each running statistic and its new value; none for those that were set to None."""
-    for buffer_C, fresh_C in ((running.mean_C, moments.mean_C), (running.var_C, moments.var_C)):
-        if buffer_C is not None and fresh_C is not None:
-            yield buffer_C, fresh_C
+def _pairs(running: Running, targets: Mapping[str, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield each running statistic and its target; none for those that were set to None."""
+    buffers = running.buffers
+    for name, target in targets.items():
+        buffer = buffers[name]
+        if buffer is not None:
+            yield buffer, target
 
 
 def _lerp(buffer_C: Tensor, fresh_C: Tensor, rate: Tensor) -> None:
@@ -92,15 +96,15 @@ def _lerp(buffer_C: Tensor, fresh_C: Tensor, rate: Tensor) -> None:
 
 
 def updating_running(
-    running: Running, statistics: GlobalStatistics, method: Shared, features: int, *, others: int = 0
+    running: Running, statistics: GlobalStatistics, method: Tracked, features: int, *, others: int = 0
 ) -> list[Call]:
     """Return the calls that update ``running`` with statistics of a step that has ended, on their device.
 
     ``others``: the number of updates before this one. Pass the calls to ``uninterrupted``, with gradients disabled.
     """
     if running.var_C is not None and statistics.means.device != running.var_C.device:  # the layer has been moved since
-        statistics = GlobalStatistics(statistics.layer, *(values.to(running.var_C.device) for values in statistics[1:]))
-    _, means, total, weight = statistics
+        statistics = moved(statistics, running.var_C.device)
+    _, means, total, weight, _ = statistics
     formula = method.formula()
     if means.is_cpu and formula is not None:
         if not weight:
@@ -112,16 +116,19 @@ def updating_running(
         from distnorm.kernels.gpu.gpu_pass import update_from_means  # imports Triton
 
         return [partial(update_from_means, formula, statistics, running)]
-    moments = method.moments(means.view(-1, features), total)
+    return moving(running, method.moments(means.view(-1, features), total), total, weight, others=others)
+
+
+def moving(
+    running: Running, targets: Mapping[str, Tensor], total: Tensor, completed: Tensor, *, others: int = 0
+) -> list[Call]:
+    """Return calls that ``update_running`` after ``others`` other updates, without interruption."""
     if total.is_cpu:
-        return _moves(running, moments, total, weight, others=others)
-    return [partial(update_running, running, moments, total, weight)]
+        return _moves(running, targets, total, completed, others=others)
+    return [partial(update_running, running, targets, total, completed)]
 
 
-@torch.no_grad()
-def updated_running(running: Running, statistics: GlobalStatistics, method: Shared, features: int) -> Running:
-    """Return what ``updating_running`` would make of ``running``, which does not change."""
-    mean_C, var_C, updates = (None if each is None else each.detach().clone() for each in running[:3])
-    ahead = Running(mean_C, var_C, updates, running.momentum, running.guarded)
-    uninterrupted(*updating_running(ahead, statistics, method, features))
-    return ahead
+def moved(statistics: GlobalStatistics, device: torch.device) -> GlobalStatistics:
+    """Return ``statistics`` on ``device``."""
+    means, total, weight = (each.to(device) for each in statistics[1:4])
+    return statistics._replace(means=means, total=total, weight=weight)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from distnorm.compat.dispatch_state import saved_tensors_hooks
-from distnorm.kernels.arithmetic import Shared
+from distnorm.kernels.arithmetic import Tracked
 from distnorm.types import Affine, Running
 
 FEW_VALUES = 2**16
@@ -21,7 +21,7 @@ FEW_VALUES = 2**16
 
 
 # docs/decisions.md#torchs-batch-norm-for-small-layers
-def suits(method: Shared, x_NCL: Tensor, affine: Affine, running: Running) -> bool:
+def suits(method: Tracked, x_NCL: Tensor, affine: Affine, running: Running) -> bool:
     """Return whether torch's batch norm computes what ``method`` does for this plain input, and sooner."""
     formula = method.formula()
     if formula is None or formula.name != "batch_norm" or not 0 < x_NCL.numel() <= FEW_VALUES:
@@ -40,7 +40,7 @@ def batch_norm(x_NCL: Tensor, affine: Affine, running: Running, *, updates: bool
     At least two values per channel.
     """
     weight_C, bias_C, eps, *_ = affine
-    mean_C, var_C, count, rate, _ = running
+    mean_C, var_C, count, rate, *_ = running
     if not updates:  # a checkpoint expects that its repetition saves as many tensors
         mean_C, var_C = (None if each is None else each.clone() for each in (mean_C, var_C))
     elif count is not None:

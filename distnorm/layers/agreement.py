@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from distnorm.layers.layout import layout_of
-from distnorm.layers.running_statistics import BUFFERS
+from distnorm.layers.running_statistics import buffers_of
 from distnorm.policies import Reducer
 from distnorm.policies.routes import Routes, joined
 from distnorm.recipe import Recipe
@@ -150,7 +150,7 @@ def _fingerprint(recipe: Recipe, transport: Transport, layers: Sequence[tuple[st
 
 
 def _tracked(layer: _BatchNorm) -> str:
-    buffers = [(name, getattr(layer, name)) for name in BUFFERS]
+    buffers = [(name, getattr(layer, name)) for name in buffers_of(layer)]
     found = [f"{name} {each.dtype} on {each.device.type}" for name, each in buffers if each is not None]
     return ", ".join(found).replace("torch.", "") or "no running statistics"
 

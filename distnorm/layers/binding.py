@@ -40,10 +40,11 @@ class Binding:
         """Set while a step ends, which an exception from outside, such as Ctrl-C, may interrupt."""
         self._boundary_queued = self._warned = False
         self._first_pass: int | None = None
-        self._used: set[str] = set()
+        self._used: dict[str, set[str]] = {}
+        """The layers of this step, and the names of what they have shared."""
         self.loss_scale: Tensor | float = 0.0  # of the last backward pass
         self._scaled_pass = self._judged_pass = NO_BACKWARD
-        self._in_flight: dict[str, GlobalStatistics] | None = None
+        self._in_flight: dict[str, list[GlobalStatistics]] | None = None
         self._broadcasts = Broadcasts(conversion.layers, () if conversion.is_bounded else agreed.topology.ranks)
 
     def belongs_to(self, world: dist.ProcessGroup | None) -> bool:
@@ -105,9 +106,9 @@ class Binding:
         self._judged_pass = self._scaled_pass
 
     # docs/decisions.md#calls-of-one-layer-share-one-window
-    def note_use(self, layer: str) -> None:
-        """Warn of a second forward of ``layer`` in one step: to a window, it looks like a missed end of a step."""
-        if layer in self._used and not self._warned and self.conversion.ends_with_backward:
+    def note_use(self, layer: str, name: str) -> None:
+        """Note that ``layer`` has shared ``name``. Warn if it has in this step: it may be a missed end of a step."""
+        if name in self._used.setdefault(layer, set()) and not self._warned and self.conversion.ends_with_backward:
             self._warned = True
             if self.conversion.facts.keeps_cotangents:
                 logger.warning(
@@ -115,7 +116,7 @@ class Binding:
                     "one optimizer step over several backward passes, say so: distnorm.attach(model, optimizer=...).",
                     layer,
                 )
-        self._used.add(layer)
+        self._used[layer].add(name)
 
     # docs/decisions.md#when-a-step-ends
     def expect_boundary(self) -> None:
@@ -165,14 +166,14 @@ class Binding:
         )
 
     # docs/decisions.md#evaluation-and-checkpoints-include-sums-in-flight
-    def in_flight(self) -> dict[str, GlobalStatistics]:
+    def in_flight(self) -> dict[str, list[GlobalStatistics]]:
         """Return by layer what the last step sent and is not in the running statistics yet. Waits for it once.
 
         No collective: every rank that ends the same steps has sent its part.
         """
         self.finish_step()
         if self._in_flight is None:
-            self._in_flight = {each.layer: each for each in self.reducer.in_flight()}
+            self._in_flight = running_statistics.by_layer(self.reducer.in_flight())
         return self._in_flight
 
     def forget_in_flight(self) -> None:

@@ -33,6 +33,16 @@ def check_input(layer: _BatchNorm, site: Site, x_NCL: Tensor, state: Running) ->
         )
 
 
+def check_inputs(site: Site, inputs: tuple[Tensor, ...]) -> None:
+    """Raise a TypeError if ``inputs`` are not as many as the method names."""
+    if len(inputs) != len(site.inputs):
+        method, takes = site.conversion.recipe.method, ", ".join(("input", *site.inputs))
+        raise TypeError(
+            f"{site.name}: given {1 + len(inputs)} inputs; {method} takes {1 + len(site.inputs)} ({takes}). A residual "
+            "is given by name, residual=...."
+        )
+
+
 def check_training(layer: _BatchNorm, site: Site, x_NCL: Tensor) -> None:
     """Raise if ``layer`` cannot train on ``x_NCL``; the message names the layer."""
     if layer.eps <= 0:
@@ -52,11 +62,11 @@ def check_training(layer: _BatchNorm, site: Site, x_NCL: Tensor) -> None:
 
 
 def check_alone(site: Site, x_NCL: Tensor) -> None:
-    """Raise if ``x_NCL`` has 1 value per channel, for a layer that shares nothing.
+    """Raise if ``x_NCL`` has 1 value per channel, for a layer that shares nothing although its method would.
 
     Raises:
         ValueError: it has.
     """
-    channels = x_NCL.shape[1]
-    if not isinstance(channels, Tensor) and x_NCL.numel() == channels:  # tensors while tracing
+    channels, method_shares = x_NCL.shape[1], site.measured is None or site.measured.parts
+    if not isinstance(channels, Tensor) and method_shares and x_NCL.numel() == channels:  # tensors while tracing
         raise site.too_few(1)

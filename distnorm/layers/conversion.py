@@ -68,6 +68,7 @@ class Conversion:
         """Whether updates of running statistics skip values that are not finite. Stock batch norm does not."""
         self.observers: list[Observer] = []
         self.resume_pending = True
+        self.told_of_initial_values = False
         self.loss_scale: Callable[[], Tensor | float] | None = None
         self.ends_with_backward = True
         self.optimizers: WeakKeyDictionary[Optimizer, RemovableHandle] = WeakKeyDictionary()
@@ -128,7 +129,7 @@ class Conversion:
             running_statistics.fold_means(layer for _, layer in self.layers())
         self.resume_pending = False
 
-    def ahead(self, name: str) -> GlobalStatistics | None:
+    def ahead(self, name: str) -> list[GlobalStatistics] | None:
         """Return the sums in flight that have not updated the running statistics of layer ``name`` yet."""
         return None if self._binding is None or self.resume_pending else self._binding.in_flight().get(name)
 

@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from distnorm.layers.running_statistics import BUFFERS
+from distnorm.layers.running_statistics import buffers_of
 
 _OURS = "_distnorm_unlisted"
 """The attribute of a DDP module that holds the names that distnorm added to ``parameters_to_ignore``."""
@@ -142,5 +142,5 @@ def _names(module: DistributedDataParallel, layers: Iterable[nn.Module]) -> set[
         f"{prefix}.{name}" if prefix else name
         for prefix, layer in module.module.named_modules()
         if id(layer) in ours
-        for name in BUFFERS
+        for name in buffers_of(layer)
     }

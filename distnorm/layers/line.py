@@ -13,120 +13,91 @@ per direction. Kernels, which know their derivative, call ``gather`` and ``scatt
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from distnorm.autograd.engine import NO_BACKWARD, backward_may_follow, graph_task, repeating
+from distnorm.autograd.normalize import affine_step
 from distnorm.autograd.recompute import Record
-from distnorm.compat.dispatch_state import are_plain, in_transform, is_batch
+from distnorm.autograd.share import divisor, payload_of
+from distnorm.compat.dispatch_state import in_transform
 from distnorm.layers.binding import Binding
+from distnorm.layers.reductions import MaxForward, ReduceBackward, ReduceForward
 from distnorm.layers.site import Site
-from distnorm.types import Direction, Future, Link, Slot
+from distnorm.methods import ChannelAffine, Layer
+from distnorm.methods.base import identity
+from distnorm.types import Direction, Future, Link, Op, Slot
 
 NOW = -1
 """The step of a compiled graph, which is unknown while tracing."""
-
-
-class ReduceForward(torch.autograd.Function):
-    """``y = policy(payload)``; its derivative is ``ReduceBackward``.
-
-    ``payload`` is statistics with their count if ``count`` is None, else cotangents of a forward that got
-    ``count``. The policy is reached through the forward's ``line``, or through operators if there is a ``number``.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, payload: Tensor, count: Tensor | None, number: Tensor | None, line: Line | None, learning: bool
-    ) -> Tensor:
-        """Reduce. Uses the policy once."""
-        ctx.line = line
-        if count is not None:
-            ctx.save_for_backward(count, number)
-            return _share_cotangents(payload, count, number, line, learning)
-        if number is not None:
-            shared: Tensor = torch.ops.distnorm.statistics(payload, number, learning)
-        else:
-            assert line is not None, "one or the other leads to the policy"
-            shared = line.gather(payload, in_graph=ctx.needs_input_grad[0]).view_as(payload)
-        ctx.save_for_backward(shared[-1].clone(), number)
-        return shared
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
-        """Return the gradient unchanged: ``ReduceBackward`` has shared this cotangent already."""
-        count, number = ctx.saved_tensors
-        return ReduceBackward.apply(grad, count, number, ctx.line), None, None, None, None
-
-
-class ReduceBackward(torch.autograd.Function):
-    """``y = theta``; its derivative is ``ReduceForward`` of the cotangent."""
-
-    @staticmethod
-    def forward(ctx: Any, theta: Tensor, count: Tensor, number: Tensor | None, line: Line | None) -> Tensor:
-        """Return ``theta``. Issues no collective."""
-        ctx.line = line
-        ctx.save_for_backward(count, number)
-        return theta.view_as(theta)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        """Share the cotangent."""
-        if not torch.compiler.is_compiling() and is_batch(grad):
-            raise ctx.line.refusal()
-        count, number = ctx.saved_tensors
-        shared = ReduceForward.apply(grad.flatten(), count, number, ctx.line, not torch.is_grad_enabled())
-        return shared.view_as(grad), None, None, None
-
-
-def _share_cotangents(
-    payload: Tensor, count: Tensor, number: Tensor | None, line: Line | None, learning: bool
-) -> Tensor:
-    if line is not None and number is None and are_plain(payload):
-        return line.start_cotangents(payload, count, learning=learning).wait()
-    if number is None:
-        assert line is not None, "one or the other leads to the policy"
-        number = line.site.scalar()
-    shared: Tensor = torch.ops.distnorm.cotangents(payload, count, number)
-    return shared
 
 
 # docs/decisions.md#one-line-from-a-layer-to-its-policy
 class Line:
     """The connection of one forward to the policy; see ``autograd.share.Exchange``. ``open_line`` makes a bound one."""
 
-    shared: Tensor | None = None
-
     def __init__(
-        self, site: Site, binding: Binding | None, step: int, *, opaque: bool, learning: bool | None = None
+        self,
+        site: Site,
+        binding: Binding | None,
+        step: int,
+        *,
+        opaque: bool,
+        learning: bool | None = None,
+        values: int = 0,
     ) -> None:
-        """Connect the layer of ``site`` in training step ``step``.
+        """Connect the layer of ``site`` in training step ``step``, with so many ``values`` per channel.
 
         ``binding``: None in a compiled graph and for fake tensors, which reach ranks through operators only, if at all.
         ``opaque``: the plain path shares through operators. ``learning``: a backward may follow; None asks the engine.
         """
-        self.site, self._binding, self._step = site, binding, step
+        self.site, self._binding, self._step, self._values = site, binding, step, values
         self.opaque = opaque
         self.learning = backward_may_follow() if learning is None else learning
         self._builds_graph = torch.is_grad_enabled()  # never so inside a Function's forward
+        self.shared: dict[str, Tensor] = {}
+        self._records: list[Record] = []
 
-    def __call__(self, count: int, sums_KC: Tensor, link: Link) -> tuple[Tensor, Tensor]:
-        """Return ``theta = link(shared sums / shared count)``, and the shared count, a float64 scalar without gradient.
+    def __call__(
+        self, sums: Tensor, weight: Tensor | float, link: Link = identity, *, name: str = "", op: Op = "sum"
+    ) -> tuple[Tensor, Tensor]:
+        """Return ``(link(shared sums / shared weight), shared weight)``, as ``methods.Share`` says, float64.
 
-        Uses the policy once in the forward pass, and once in the backward pass if ``sums_KC`` needs a gradient.
+        Uses the policy once in the forward pass, and once in the backward pass if ``sums`` or ``weight`` need a
+        gradient.
         """
         compiling = torch.compiler.is_compiling()
         if not compiling and in_transform():
             raise self.refusal()
-        local = torch.cat((sums_KC.flatten(), sums_KC.new_full((1,), count)))
-        way = (self.number() if self.opaque else None, None if compiling else self)
-        shared = ReduceForward.apply(local, None, *way, self.learning)
+        sums = sums.double()
+        way = (name, self.number() if self.opaque else None, None if compiling else self)
+        payload = payload_of(sums, weight, self._values)
+        many = sums.numel()
+        if op == "max":
+            shared = MaxForward.apply(sums.flatten(), payload[many:].detach(), *way, self.learning)
+        else:
+            shared = ReduceForward.apply(payload, None, *way, self.learning)
+        self.shared[name] = shared.detach()
         total = shared[-1].detach()
-        means_KC = shared[:-1].view_as(sums_KC) / _divisor(total)
-        self.shared = shared.detach()
-        theta_KC = ReduceBackward.apply(link(means_KC), total, *way)
-        return theta_KC, total
+        first = shared[:many].view_as(sums)
+        if not isinstance(weight, Tensor):
+            return ReduceBackward.apply(link(first / divisor(total)), total, *way), total
+        if op == "max":
+            return ReduceBackward.apply(link(first), total, *way), shared[many:-1].detach().view_as(weight)
+        return self._with_weight(first, shared[many:-1].view_as(weight), link, total, way)
+
+    def _with_weight(
+        self, sums: Tensor, weight: Tensor, link: Link, total: Tensor, way: tuple[str, Tensor | None, Line | None]
+    ) -> tuple[Tensor, Tensor]:
+        """Return theta and the weight, whose cotangents are shared together: that of weight / total, as of a mean."""
+        theta = link(sums / divisor(weight))
+        both = torch.cat((theta.flatten(), weight.flatten() / divisor(total)))
+        theta_, weight_ = ReduceBackward.apply(both, total, *way).split((theta.numel(), weight.numel()))
+        return theta_.view_as(theta), weight_.view_as(weight) * total
+
+    def affine(self, x_NCL: Tensor, core: ChannelAffine, layer: Layer) -> Tensor:
+        """Normalize by ``core``, with the kernels if possible."""
+        return affine_step(core, x_NCL, self, layer, plain=not self.opaque)
 
     def number(self) -> Tensor:
         """Return the number by which operators find the layer."""
@@ -141,34 +112,41 @@ class Line:
             "call eval() first."
         )
 
-    def gather(self, payload: Tensor, *, in_graph: bool, has_two_values: bool = False) -> Tensor:
+    def gather(
+        self, payload: Tensor, *, in_graph: bool, has_two_values: bool = False, name: str = "", op: Op = "sum"
+    ) -> Tensor:
         """Return the shared sums and count. Uses the policy once, or not at all in a recomputation.
 
         Raises:
             ValueError: 1 value per channel over all sharing ranks.
         """
-        site, binding = self.site, self._binding
+        binding = self._binding
         assert binding is not None, "operators and kernels run on a line that is bound"
-        record = site.records.recall(payload, site.conversion.recipe.method.kinds) if repeating() else None
+        record = self._recall(payload, name, op) if repeating() else None
         if record is not None:
             record.repeated = True
             # A reentrant checkpoint: its cotangents come in a nested pass, whose end is not the end of the step.
             if not record.in_graph:
                 binding.expect_boundary()
         else:
-            record = self._share(
-                binding, payload, in_graph=in_graph and self._builds_graph, has_two_values=has_two_values
-            )
-        # The graph keeps this line and its record alive, as long as a checkpoint may recompute this forward.
-        self._record = record
-        self.shared = record.shared
+            record = self._share(binding, payload, in_graph and self._builds_graph, has_two_values, name, op)
+        # The graph keeps this line and its records alive, as long as a checkpoint may recompute this forward.
+        self._records.append(record)
+        self.shared[name] = record.shared
         return record.shared
 
-    def _share(self, binding: Binding, payload: Tensor, *, in_graph: bool, has_two_values: bool) -> Record:
+    def _recall(self, payload: Tensor, name: str, op: Op) -> Record | None:
+        core = self.site.core
+        kinds = core.kinds if core is not None and not name else 1
+        return self.site.records[name].recall(_identifying(payload, op), kinds)
+
+    def _share(
+        self, binding: Binding, payload: Tensor, in_graph: bool, has_two_values: bool, name: str, op: Op
+    ) -> Record:
         site = self.site
-        slot = self._slot = self._slot_of(binding, "forward", learning=self.learning)
+        slot = self._slot = self._slot_of(binding, "forward", learning=self.learning, name=name, op=op)
         if self.learning:
-            binding.note_use(site.name)
+            binding.note_use(site.name, name)
         else:
             binding.forget_in_flight()
         try:
@@ -178,14 +156,14 @@ class Line:
         if not has_two_values and binding.reducer.completeness(slot).is_counted:
             # A policy that shares nothing in this step returns ``payload`` itself.
             site.check_count(shared[-1], 1 if shared is payload else binding.reducer.size)
-        record = Record(payload, shared, slot.step, in_graph=in_graph)
-        site.records.note(record)
+        record = Record(payload if op == "sum" else _identifying(payload, op), shared, slot.step, in_graph=in_graph)
+        site.records[name].note(record)
         return record
 
     def updates_running(self) -> bool:
         """Return whether the gathered sums are to update the running statistics: global, and not used before."""
         assert self._binding is not None, "it has gathered"
-        return not self._record.repeated and self._binding.reducer.completeness(self._slot).is_global
+        return not self._records[-1].repeated and self._binding.reducer.completeness(self._slot).is_global
 
     def step_is_global(self) -> bool:
         """Return whether statistics of this step are global, so that they may update the running statistics."""
@@ -195,10 +173,9 @@ class Line:
 
     def scatter(self, cotangents: Tensor) -> Future:
         """Start sharing the cotangents, and return a future of the result. Uses the policy once."""
-        assert self.shared is not None, "it has gathered"
-        return self.start_cotangents(cotangents, self.shared[-1], learning=True)
+        return self.start_cotangents(cotangents, self.shared[""][-1], learning=True)
 
-    def start_cotangents(self, payload: Tensor, count: Tensor, *, learning: bool) -> Future:
+    def start_cotangents(self, payload: Tensor, count: Tensor, *, learning: bool, name: str = "") -> Future:
         """Start sharing the cotangents of a forward that got ``count``, and return a future of the result.
 
         ``learning``: false while a graph is built (``create_graph=True``), since that pass ends no step.
@@ -216,7 +193,7 @@ class Line:
         if learning and graph_task() != NO_BACKWARD:
             binding.expect_boundary()
         scale = binding.loss_scale_of_pass() if keeps else 1.0
-        slot = self._slot_of(binding, "backward", learning=learning, count=count, scale=scale)
+        slot = self._slot_of(binding, "backward", learning=learning, count=count, scale=scale, name=name)
         try:
             answer = binding.reducer.start(payload, slot)
         except RuntimeError as error:
@@ -232,7 +209,7 @@ class Line:
 
     def for_recomputation(self, *, opaque: bool = False) -> Line:
         """Return a line for a repetition inside a backward pass, which gets its sums from the layer's records."""
-        return Line(self.site, self._binding, self._step, opaque=opaque)
+        return Line(self.site, self._binding, self._step, opaque=opaque, values=self._values)
 
     def _slot_of(
         self,
@@ -242,10 +219,12 @@ class Line:
         learning: bool,
         count: Tensor | None = None,
         scale: Tensor | float = 1.0,
+        name: str = "",
+        op: Op = "sum",
     ) -> Slot:
-        site = self.site
+        site, model = self.site, binding.topology.model
         observers = tuple(site.conversion.observers)
-        return Slot(site.name, direction, self._step, learning, count, scale, observers, 0, binding.topology.model)
+        return Slot(site.name, direction, self._step, learning, count, scale, observers, 0, model, name, op)
 
     def _failed(self, binding: Binding, direction: Direction, error: RuntimeError) -> RuntimeError:
         return RuntimeError(
@@ -262,5 +241,6 @@ def open_line(site: Site, *, opaque: bool, learning: bool | None = None) -> Line
     return Line(site, binding, binding.step, opaque=opaque, learning=learning)
 
 
-def _divisor(total: Tensor) -> Tensor:
-    return torch.where(total > 0, total, 1)
+def _identifying(payload: Tensor, op: Op) -> Tensor:
+    """Return what tells forwards apart: not how often maxima occur, which lossy storage of activations changes."""
+    return payload if op == "sum" else torch.cat((payload[: len(payload) // 2], payload[-1:]))

@@ -12,22 +12,21 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import distnorm.layers.operators  # noqa: F401  what torch.ops.distnorm has
 from distnorm.autograd import normalize
 from distnorm.autograd.engine import backward_may_follow
-from distnorm.autograd.share import KeepLocal
+from distnorm.autograd.keep_local import KeepLocal
 from distnorm.compat.dispatch_state import are_own, are_plain, exporting, in_transform, is_fake
 from distnorm.kernels import stock
-from distnorm.kernels.running import update_from_sums
-from distnorm.layers import checks, overlap
+from distnorm.layers import checks, initial, overlap, repeated
 from distnorm.layers.line import NOW, Line
-from distnorm.layers.running_statistics import BUFFERS, running_of
-from distnorm.layers.site import Site
+from distnorm.layers.running_statistics import running_of, seen
+from distnorm.layers.scripting import scriptable
+from distnorm.layers.site import Site, update_layer
 from distnorm.layers.tracing import is_traced, leaf
-from distnorm.methods import BatchNorm
+from distnorm.methods import BatchNorm, Layer
 from distnorm.methods.base import compute_dtype
 from distnorm.policies import Local
 from distnorm.recipe import Recipe
@@ -57,45 +56,39 @@ class DistNorm(_BatchNorm):
         """Return the recipe of this layer."""
         return self._site.conversion.recipe
 
-    # Hide from torch.jit.script what it cannot compile; ``is_scripting`` limits how much of ``forward`` it compiles.
-    __jit_ignored_attributes__ = ("_site", "epilogue")
-    __jit_unused_properties__ = ["recipe", "_place"]  # noqa: RUF012
-    __constants__ = [*_BatchNorm.__constants__, "_place"]  # noqa: RUF012
-
-    @property
-    def _place(self) -> str:
-        """Return the layer's name in the model that was converted."""
-        return self._site.name
-
-    def forward(self, input: Tensor, residual: Tensor | None = None, relu: bool = False, widen: bool = True) -> Tensor:
-        """Return ``relu(norm(input) + residual)``, where ``residual`` and ``relu`` are optional.
+    def forward(
+        self,
+        input: Tensor,
+        *inputs: Tensor,
+        residual: Tensor | None = None,
+        relu: bool = False,
+        widen: bool = True,
+    ) -> Tensor:
+        """Return ``relu(norm(input, *inputs) + residual)``, where ``residual`` and ``relu`` are optional.
 
         In training the kernels compute this epilogue and its gradients in the same passes over memory, if ``residual``
         has the shape, dtype and device of ``input``. Otherwise the residual is added as ``+`` does, which may give a
-        wider dtype, or with ``widen=False`` as ``+=`` does.
+        wider dtype, or with ``widen=False`` as ``+=`` does. ``inputs`` are those that the recipe's method names.
         """
-        if torch.jit.is_scripting():
-            return _finish(self._evaluate_scripted(input), residual, relu, widen)
-        else:
-            return self._forward(input, residual, relu, widen)
-
-    def _forward(self, input: Tensor, residual: Tensor | None, relu: bool, widen: bool) -> Tensor:
         if is_traced(input):
-            return _finish(leaf(self, input), residual, relu, widen)
+            return _finish(leaf(self, input, *inputs), residual, relu, widen)
         site = self._site
         running = running_of(self, site.conversion.guards)
         checks.check_input(self, site, input, running)
+        if inputs or site.inputs:
+            checks.check_inputs(site, inputs)
         parameters = self._parameters
         weight_C = parameters["weight"] if "weight" in parameters else self.weight  # tools may compute one
         bias_C = parameters["bias"] if "bias" in parameters else self.bias
-        affine = Affine(weight_C, bias_C, self.eps, running.var_C, running.updates)
         if not self.training:
-            return _finish(self._evaluate(input, affine, running), residual, relu, widen)
+            return _finish(self._evaluate(input, inputs, running), residual, relu, widen)
         checks.check_training(self, site, input)
-        plain = not torch.compiler.is_compiling() and are_plain(input, residual) and are_own(*affine[:2], *running[:3])
+        plain = not torch.compiler.is_compiling() and are_plain(input, residual)
+        plain = plain and are_own(weight_C, bias_C, *running[:3])
         method, tracked = site.channel_affine if plain else None, running if self.track_running_stats else None
         if method is None or not normalize.suits(method, input):
-            return _finish(self._train_plainly(input, affine, tracked, plain), residual, relu, widen)
+            return _finish(self._train_plainly(input, inputs, running, tracked, plain), residual, relu, widen)
+        affine = Affine(weight_C, bias_C, self.eps, running.var_C, running.updates)
         fits = residual is None or _fits(residual, input)
         plainly = residual is None and not relu
         epilogue = normalize.NO_EPILOGUE if plainly or not fits else Epilogue(residual, relu)
@@ -108,34 +101,50 @@ class DistNorm(_BatchNorm):
             y = normalize.normalize(method, input, exchange, affine, between, tracked, epilogue)
         return y if fits else _finish(y, residual, relu, widen)
 
-    def _train_plainly(self, input: Tensor, affine: Affine, running: Running | None, plain: bool) -> Tensor:
+    def _train_plainly(
+        self, input: Tensor, inputs: tuple[Tensor, ...], running: Running, tracked: Running | None, plain: bool
+    ) -> Tensor:
         """Normalize by the method's specification, for inputs that the kernels do not accept."""
         method, share = self.recipe.method, self._exchange(input, plain)
         transformed = not torch.compiler.is_compiling() and in_transform()
         if transformed and isinstance(share, KeepLocal) and isinstance(method, BatchNorm):
             return _BatchNorm.forward(self, input)  # torch's own, which has the rules for transforms
-        y = method.normalize(input, share, affine)
-        if running is not None:
-            self._update_running(share, running)
+        layer = seen(self, running)
+        record = None
+        if method.follows and plain and self._site.measured is not None:
+            layer, record = repeated.as_of_first(input, self._site, layer)
+        elif method.follows:
+            layer = _with_copies(layer)
+        y = method.normalize(input, share, layer, *inputs)
+        if record is not None:
+            repeated.remember(record, self._site, y)
+        if tracked is not None and share.shared:
+            self._update_running(share, tracked)
         return y
 
     def _exchange(self, input: Tensor, plain: bool) -> Line | KeepLocal:
         """Start a training forward, and return what it shares through; ``plain``: no mode or transform is active."""
-        site = self._site
+        site, values = self._site, input.numel() // input.shape[1]
         if not plain and torch.compiler.is_compiling():
             if isinstance(self.recipe.policy, Local) and exporting():  # the exported graph then needs no live model
                 checks.check_alone(site, input)
-                return KeepLocal()
-            return Line(site, None, NOW, opaque=True)
+                return KeepLocal(values)
+            return Line(site, None, NOW, opaque=True, values=values)
         if not plain and is_fake(input):  # there may be no ranks, and there are no values to share
-            return Line(site, None, NOW, opaque=True)
+            return Line(site, None, NOW, opaque=True, values=values)
         binding = site.conversion.bound()
         alone = binding.alone and (input.is_cpu or input.is_cuda)
         if alone:
             checks.check_alone(site, input)
         if alone or plain:
             binding.forward_begins(site.name)
-        return KeepLocal() if alone else Line(site, binding, binding.step, opaque=not plain)
+        if alone:
+            return KeepLocal(values, plain=plain)
+        return Line(site, binding, binding.step, opaque=not plain, values=values)
+
+    def _added_parameters(self) -> dict[str, nn.Parameter]:
+        site = self._site
+        return {f"{site.name}.{name}": getattr(self, name) for name in site.parameters}
 
     def extra_repr(self) -> str:
         """Return torch's text, and the recipe."""
@@ -153,75 +162,70 @@ class DistNorm(_BatchNorm):
         super().__setstate__(state)
         self._site.conversion.add(self._site.index, self._site.name, self)
 
-    def _evaluate(self, x_NCL: Tensor, affine: Affine, running: Running) -> Tensor:
-        mean_C, var_C = self._running_statistics(running)
-        if mean_C is None or var_C is None:
-            return self.recipe.method.normalize(x_NCL, KeepLocal(), affine)
-        weight_C, bias_C = (None if each is None else each.to(mean_C.dtype) for each in affine[:2])
-        return F.batch_norm(x_NCL, mean_C, var_C, weight_C, bias_C, False, 0.0, self.eps)
+    def _evaluate(self, x_NCL: Tensor, inputs: tuple[Tensor, ...], running: Running) -> Tensor:
+        method, layer = self.recipe.method, seen(self, self._ahead_of(running))
+        if running.mean_C is None or running.var_C is None:
+            return method.normalize(x_NCL, KeepLocal(x_NCL.numel() // x_NCL.shape[1]), layer, *inputs)
+        return method.evaluate(x_NCL, layer, *inputs)
 
-    def _evaluate_scripted(self, input: Tensor) -> Tensor:
-        if self.training:
-            raise RuntimeError(f"{self._place}: scripted in evaluation, so it cannot train; call eval().")
-        mean_C, var_C = self.running_mean, self.running_var
-        dtype = input.dtype if mean_C is None else mean_C.dtype
-        weight_C = None if self.weight is None else self.weight.to(dtype)
-        bias_C = None if self.bias is None else self.bias.to(dtype)
-        return F.batch_norm(input, mean_C, var_C, weight_C, bias_C, mean_C is None and var_C is None, 0.0, self.eps)
+    def __prepare_scriptable__(self) -> nn.Module:
+        return scriptable(self, self._site, self.recipe.method)
 
-    def __prepare_scriptable__(self) -> DistNorm:
-        if self.training:
-            raise RuntimeError(
-                f"{self._place}: torch.jit.script cannot share statistics in training. Script the model in evaluation, "
-                "model.eval(), or a stock one, distnorm.revert(model)."
-            )
-        if self.running_mean is None and not isinstance(self.recipe.method, BatchNorm):
-            raise RuntimeError(
-                f"{self._place}: without running statistics torch.jit.script supports batch norm only; this is "
-                f"{self.recipe.method}."
-            )
-        return self
-
-    def _running_statistics(self, running: Running) -> tuple[Tensor | None, Tensor | None]:
+    def _ahead_of(self, running: Running) -> Running:
         """Return the running statistics; with what is in flight, if a policy is asynchronous."""
-        mean_C, var_C = running[:2]
-        if self._site.conversion.facts.always_global or exporting() or mean_C is None or var_C is None:
-            return mean_C, var_C
+        if self._site.conversion.facts.always_global or exporting() or running.mean_C is None or running.var_C is None:
+            return running
         if torch.compiler.is_compiling():
-            ahead_of: tuple[Tensor, Tensor] = torch.ops.distnorm.running(mean_C, var_C, self._site.number)
-            return ahead_of
-        ahead = self._site.running(self)
-        return (mean_C, var_C) if ahead is None else ahead[:2]
+            names = list(running.buffers)
+            mean_C, var_C, *declared = torch.ops.distnorm.running(list(running.buffers.values()), self._site.number)
+            return running._replace(mean_C=mean_C, var_C=var_C, declared=dict(zip(names[2:], declared, strict=True)))
+        return self._site.running(self) or running
 
     def _update_running(self, share: Line | KeepLocal, running: Running) -> None:
         """Update the ``running`` statistics with what the plain path has shared, if it is global."""
-        shared, conversion, completed = share.shared, self._site.conversion, True
-        assert shared is not None, "the method has shared"
+        site, completed = self._site, True
+        parts = ("",) if site.measured is None else site.measured.parts
+        shared = [share.shared[name] for name in parts]
         if torch.compiler.is_compiling():
-            if isinstance(share, Line) and not conversion.facts.always_global:
-                completed = torch.ops.distnorm.is_global(shared[-1], self._site.number, share.learning)
-        elif (isinstance(share, Line) and share.opaque) or not are_plain(shared):
+            if isinstance(share, Line) and not site.conversion.facts.always_global:
+                completed = torch.ops.distnorm.is_global(shared[0][-1], site.number, share.learning)
+        elif (isinstance(share, Line) and share.opaque) or not are_plain(*shared):
             # Hidden from dispatch modes, since a repetition has no such operations.
-            torch.ops.distnorm.update_running(shared, self._site.scalar(), backward_may_follow())
+            torch.ops.distnorm.update_running(shared, site.scalar(), backward_may_follow())
             return
         elif not share.updates_running():
             return
-        update_from_sums(conversion.recipe.method, shared, running, self.num_features, completed)
+        update_layer(self, running, site, shared, completed)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DistNorm:
         """Move or cast as torch does, but keep running statistics in float32 or wider, whatever an engine casts."""
-        wide = {name: getattr(self, name) for name in ("running_mean", "running_var")}
+        wide = {name: getattr(self, name) for name in ("running_mean", "running_var", *self._site.buffers)}
         super()._apply(fn, recurse)
         for name, buffer in wide.items():
             cast = getattr(self, name)
-            if buffer is not None and cast.dtype != compute_dtype(cast.dtype):
+            if buffer is not None and cast.is_floating_point() and cast.dtype != compute_dtype(cast.dtype):
                 # Convert the original buffer, to keep its digits; a meta tensor has no values to keep.
                 kept = cast if buffer.is_meta else buffer
                 setattr(self, name, kept.to(device=cast.device, dtype=compute_dtype(cast.dtype)))
         return self
 
+    def reset_running_stats(self) -> None:
+        """Reset the running statistics, and the buffers that the method has declared."""
+        super().reset_running_stats()
+        site = self.__dict__.get("_site")  # torch's constructor calls this before there is one
+        if site is not None:
+            initial.reset(self, site, site.buffers)
+
+    def reset_parameters(self) -> None:
+        """Reset all parameters and buffers to their initial values."""
+        super().reset_parameters()
+        site = self.__dict__.get("_site")
+        if site is not None:
+            initial.reset(self, site, site.parameters)
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         self._site.conversion.resume_pending = True
+        initial.complete(self, self._site, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -245,8 +249,20 @@ class DistNorm(_BatchNorm):
         if self._site.conversion.ahead(self._site.name) is None:
             return {}
         ahead = self._site.running(self)
-        found = zip(BUFFERS, (None, None, None) if ahead is None else ahead[:3], strict=True)
-        return {name: each.clone() for name, each in found if each is not None}
+        if ahead is None:
+            return {}
+        found = {**ahead.buffers, "num_batches_tracked": ahead.updates}
+        return {name: each.clone() for name, each in found.items() if each is not None}
+
+
+def _with_copies(layer: Layer) -> Layer:
+    """Return ``layer`` with copies of its buffers, which a graph may keep, since the original ones change in place."""
+    names = [name for name, each in layer.buffers.items() if each is not None]
+    buffers = [each for each in layer.buffers.values() if each is not None]
+    # A compiler may compute clones again in the backward pass, from what has changed by then (torch 2.13, min-cut).
+    hidden = torch.compiler.is_compiling() and not exporting()
+    copies = torch.ops.distnorm.copies(buffers) if hidden else [each.clone() for each in buffers]
+    return layer._replace(buffers={**layer.buffers, **dict(zip(names, copies, strict=True))})
 
 
 def _fits(residual: Tensor, x_NCL: Tensor) -> bool:
@@ -279,8 +295,6 @@ class DistBatchNorm3d(DistNorm, nn.BatchNorm3d):
 # docs/decisions.md#syncbatchnorm-is-not-a-base-class
 class DistSyncBatchNorm(DistNorm):
     """A converted ``nn.SyncBatchNorm``: any layout from ``[N, C]`` on."""
-
-    __jit_unused_properties__ = [*DistNorm.__jit_unused_properties__, "process_group"]  # noqa: RUF012
 
     @property
     def process_group(self) -> dist.ProcessGroup | LostGroup | None:

@@ -10,7 +10,7 @@ converted. Their initialization from the data of a first batch is left out: the 
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from distnorm.layers.reweighted import (
     ReweightedConvTranspose3d,
     ReweightedLinear,
 )
+from distnorm.layers.untrained import watch
 from distnorm.methods.base import compute_dtype
 
 logger = logging.getLogger("distnorm")
@@ -62,6 +63,10 @@ class Normalized(Reweighted):
     def start(self, *, trained: bool) -> None:
         """Add the parameter ``gain``. It requires a gradient if the weight does."""
         self._set_gain()
+        watch(cast(nn.Module, self))
+
+    def _added_parameters(self) -> dict[str, nn.Parameter]:
+        return {f"{self._name}.gain": self.gain}
 
     def stop(self) -> None:
         """Remove ``gain``."""

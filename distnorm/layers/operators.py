@@ -9,23 +9,23 @@ import torch
 from torch import Tensor
 
 from distnorm.autograd.engine import repeating
-from distnorm.kernels.running import update_from_sums
 from distnorm.layers.line import Line, open_line
 from distnorm.layers.running_statistics import running_of
-from distnorm.layers.site import Site
+from distnorm.layers.site import Site, update_layer
 
 
 # docs/decisions.md#compiled-graphs-hold-the-policy-as-operators
 @torch.library.custom_op("distnorm::statistics", mutates_args=())
-def statistics_op(payload: Tensor, number: Tensor, learning: bool) -> Tensor:
+def statistics_op(payload: Tensor, number: Tensor, learning: bool, name: str, op: str) -> Tensor:
     """Call ``Line.gather``."""
-    return open_line(Site.of(number), opaque=False, learning=learning).gather(payload, in_graph=False).clone()
+    line = open_line(Site.of(number), opaque=False, learning=learning)
+    return line.gather(payload, in_graph=False, name=name, op="max" if op == "max" else "sum").clone()
 
 
 @torch.library.custom_op("distnorm::cotangents", mutates_args=())
-def cotangents_op(payload: Tensor, count: Tensor, number: Tensor) -> Tensor:
-    """Call ``Line.scatter``, and wait for the result."""
-    return _now(number, True).start_cotangents(payload, count, learning=True).wait().clone()
+def cotangents_op(payload: Tensor, count: Tensor, number: Tensor, name: str) -> Tensor:
+    """Call ``Line.start_cotangents``, and wait for the result."""
+    return _now(number, True).start_cotangents(payload, count, learning=True, name=name).wait().clone()
 
 
 @torch.library.custom_op("distnorm::is_global", mutates_args=())
@@ -35,8 +35,8 @@ def is_global_op(count: Tensor, number: Tensor, learning: bool) -> Tensor:
 
 
 @torch.library.custom_op("distnorm::update_running", mutates_args=())
-def update_running_op(shared: Tensor, number: Tensor, learning: bool) -> None:
-    """Update the running statistics with the ``shared`` sums and count of the current step, if they are global.
+def update_running_op(shared: list[Tensor], number: Tensor, learning: bool) -> None:
+    """Update the running statistics with what was ``shared`` in the current step, by each share, if it is global.
 
     Repetitions change nothing. For dispatch modes only: a compiled graph must see which buffers change.
     """
@@ -44,28 +44,38 @@ def update_running_op(shared: Tensor, number: Tensor, learning: bool) -> None:
     layer = site.conversion.layer(site.index)
     if layer is not None and not repeating() and _now(number, learning).step_is_global():
         running = running_of(layer, guarded=site.conversion.guards)
-        update_from_sums(site.conversion.recipe.method, shared, running, layer.num_features)
+        update_layer(layer, running, site, shared)
 
 
 @torch.library.custom_op("distnorm::running", mutates_args=())
-def running_op(mean_C: Tensor, var_C: Tensor, number: Tensor) -> tuple[Tensor, Tensor]:
-    """Return ``Site.ahead`` of the buffers ``mean_C`` and ``var_C``, as copies."""
-    mean_C, var_C = Site.of(number).ahead(mean_C, var_C)
-    return mean_C.clone(), var_C.clone()
+def running_op(buffers: list[Tensor], number: Tensor) -> list[Tensor]:
+    """Return ``Site.ahead`` of the ``buffers``, as copies."""
+    return [each.clone() for each in Site.of(number).ahead(buffers)]
+
+
+@torch.library.custom_op("distnorm::copies", mutates_args=())
+def copies_op(buffers: list[Tensor]) -> list[Tensor]:
+    """Return copies of ``buffers``."""
+    return [each.clone() for each in buffers]
+
+
+@copies_op.register_fake
+def _(buffers: list[Tensor]) -> list[Tensor]:
+    return [torch.empty_like(each) for each in buffers]
 
 
 @running_op.register_fake
-def _(mean_C: Tensor, var_C: Tensor, number: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(mean_C), torch.empty_like(var_C)
+def _(buffers: list[Tensor], number: Tensor) -> list[Tensor]:
+    return [torch.empty_like(each) for each in buffers]
 
 
 @statistics_op.register_fake
-def _(payload: Tensor, number: Tensor, learning: bool) -> Tensor:
+def _(payload: Tensor, number: Tensor, learning: bool, name: str, op: str) -> Tensor:
     return torch.empty_like(payload)
 
 
 @cotangents_op.register_fake
-def _(payload: Tensor, count: Tensor, number: Tensor) -> Tensor:
+def _(payload: Tensor, count: Tensor, number: Tensor, name: str) -> Tensor:
     return torch.empty_like(payload)
 
 
@@ -75,7 +85,7 @@ def _(count: Tensor, number: Tensor, learning: bool) -> Tensor:
 
 
 @update_running_op.register_fake
-def _(shared: Tensor, number: Tensor, learning: bool) -> None:
+def _(shared: list[Tensor], number: Tensor, learning: bool) -> None:
     return None
 
 

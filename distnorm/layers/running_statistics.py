@@ -9,12 +9,13 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from distnorm.compat.uninterrupted import Call
-from distnorm.kernels.running import updating_running
-from distnorm.methods import Method
+from distnorm.compat.uninterrupted import Call, uninterrupted
+from distnorm.kernels import running as kernels
+from distnorm.layers.layout import measure
+from distnorm.methods import ChannelAffine, Layer, Method
 from distnorm.transport import Group
 from distnorm.types import GlobalStatistics, Running, Slot
 
@@ -23,17 +24,82 @@ logger = logging.getLogger("distnorm")
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 
+def buffers_of(layer: nn.Module) -> tuple[str, ...]:
+    """Return the names of the running statistics of ``layer``, and of the buffers that its method has declared."""
+    site = getattr(layer, "_site", None)
+    return BUFFERS if site is None else (*BUFFERS, *site.buffers)
+
+
 def updating(layers: Mapping[str, _BatchNorm], statistics: Iterable[GlobalStatistics], method: Method) -> list[Call]:
-    """Return the calls that update those of ``layers`` that track, guarded, as windows are."""
-    calls: dict[str, list[list[Call]]] = {}
-    for each in statistics:
-        layer = layers.get(each.layer)
+    """Return calls that update those of ``layers`` that track with all ``statistics``; guarded, as windows are."""
+    calls: list[Call] = []
+    for name, of_layer in by_layer(statistics).items():
+        layer = layers.get(name)
         if layer is not None and layer.track_running_stats:
-            earlier = calls.setdefault(each.layer, [])
-            running = running_of(layer, guarded=True)
-            others = sum(map(bool, earlier))
-            earlier.append(updating_running(running, each, method, layer.num_features, others=others))
-    return [call for of_layer in calls.values() for each in of_layer for call in each]
+            calls += _updating(layer, running_of(layer, guarded=True), of_layer, method)
+    return calls
+
+
+def by_layer(statistics: Iterable[GlobalStatistics]) -> dict[str, list[GlobalStatistics]]:
+    """Return the ``statistics`` of each layer, in order."""
+    found: dict[str, list[GlobalStatistics]] = {}
+    for each in statistics:
+        found.setdefault(each.layer, []).append(each)
+    return found
+
+
+def _updating(layer: _BatchNorm, running: Running, statistics: list[GlobalStatistics], method: Method) -> list[Call]:
+    """Return calls that update ``running``, as of ``layer``, with all its ``statistics``."""
+    updates: list[list[Call]] = []
+    for together in _together(statistics):
+        others = sum(map(bool, updates))
+        if isinstance(method, ChannelAffine):
+            made = kernels.updating_running(running, together[0], method, layer.num_features, others=others)
+        else:
+            made = _moving(layer, running, together, method, others)
+        updates.append(made)
+    return [call for each in updates for call in each]
+
+
+def _together(statistics: list[GlobalStatistics]) -> list[list[GlobalStatistics]]:
+    """Return ``statistics`` by update: a share that occurs again belongs to another one."""
+    groups: list[list[GlobalStatistics]] = []
+    for each in statistics:
+        if not groups or each.name in {other.name for other in groups[-1]}:
+            groups.append([])
+        groups[-1].append(each)
+    return groups
+
+
+def _moving(
+    layer: _BatchNorm, running: Running, statistics: list[GlobalStatistics], method: Method, others: int
+) -> list[Call]:
+    device = next((each.device for each in running.buffers.values() if each is not None), statistics[0].means.device)
+    statistics = [kernels.moved(each, device) for each in statistics]
+    measured = measure(method, layer.num_features)
+    shared = {each.name: measured.parts[each.name].read(each.means, 1.0, each.total) for each in statistics}
+    targets = measured.targets(method, shared, seen(layer, running))
+    whole = torch.stack([each.weight for each in statistics]).prod()
+    return kernels.moving(running, targets, statistics[0].total, whole, others=others)
+
+
+@torch.no_grad()
+def updated_running(layer: _BatchNorm, statistics: list[GlobalStatistics], method: Method) -> Running:
+    """Return the running statistics of ``layer``, updated with ``statistics``, as copies."""
+    live = running_of(layer, guarded=True)
+    mean_C, var_C, updates = (None if each is None else each.detach().clone() for each in live[:3])
+    declared = {name: each.detach().clone() for name, each in live.declared.items()}
+    ahead = Running(mean_C, var_C, updates, live.momentum, guarded=True, declared=declared)
+    uninterrupted(*_updating(layer, ahead, statistics, method))
+    return ahead
+
+
+def seen(layer: _BatchNorm, running: Running) -> Layer:
+    """Return what a method sees of ``layer``, with ``running`` statistics."""
+    parameters = {"weight": layer.weight, "bias": layer.bias}
+    for name in getattr(layer, "_site").parameters:  # noqa: B009, every converted layer has one
+        parameters[name] = getattr(layer, name)
+    return Layer(layer.eps, parameters, running.buffers, running.updates)
 
 
 def running_of(layer: _BatchNorm, guarded: bool = False) -> Running:
@@ -43,7 +109,10 @@ def running_of(layer: _BatchNorm, guarded: bool = False) -> Running:
         found = buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
     else:
         found = layer.running_mean, layer.running_var, layer.num_batches_tracked
-    return Running(*found, layer.momentum, guarded)
+    site = getattr(layer, "_site", None)
+    if site is None or not site.buffers:
+        return Running(*found, layer.momentum, guarded)
+    return Running(*found, layer.momentum, guarded, {name: getattr(layer, name) for name in site.buffers})
 
 
 @torch.no_grad()
@@ -88,21 +157,34 @@ def take_over(layers: Iterable[_BatchNorm], group: Group) -> None:
 
 @torch.no_grad()
 def average(layers: Iterable[_BatchNorm], group: Group) -> None:
-    """Average running statistics over all ranks: the means of mean and of var + mean^2. One collective."""
+    """Average running statistics over all ranks: the means of mean and of var + mean^2. One collective.
+
+    Declared buffers of floating-point values are averaged as they are.
+    """
+    layers = list(layers)
     tracked = [
         (layer.running_mean, layer.running_var)
         for layer in layers
         if layer.running_mean is not None and layer.running_var is not None
     ]
-    if not tracked or group.size == 1:
+    declared = [
+        getattr(layer, name)
+        for layer in layers
+        for name in buffers_of(layer)[len(BUFFERS) :]
+        if getattr(layer, name).is_floating_point()
+    ]
+    if not (tracked or declared) or group.size == 1:
         return
-    payload = torch.cat([torch.cat((mean_C, var_C + mean_C.double().square())) for mean_C, var_C in tracked]).double()
+    pairs = [torch.cat((mean_C, var_C + mean_C.double().square())) for mean_C, var_C in tracked]
+    payload = torch.cat([each.double().flatten() for each in (*pairs, *declared)])
     shared = group.sum(payload, Slot("running statistics", "forward", 0)) / group.size
-    sizes = [mean_C.numel() for mean_C, _ in tracked]
-    for (mean_C, var_C), both in zip(tracked, shared.split([2 * size for size in sizes]), strict=True):
-        new_mean_C, square_C = both.view(2, -1)
+    found = iter(shared.split([each.numel() for each in (*pairs, *declared)]))
+    for mean_C, var_C in tracked:
+        new_mean_C, square_C = next(found).view(2, -1)
         mean_C.copy_(new_mean_C)
         var_C.copy_((square_C - new_mean_C.square()).clamp_min(0))
+    for buffer, values in zip(declared, found, strict=True):
+        buffer.copy_(values.view_as(buffer))
 
 
 def snapshot(layers: Iterable[tuple[str, _BatchNorm]]) -> dict[str, list[Tensor]]:
@@ -120,7 +202,7 @@ def restore(layers: Iterable[tuple[str, _BatchNorm]], saved: Mapping[str, list[T
 
 def _buffers(layers: Iterable[_BatchNorm]) -> Iterator[Tensor]:
     for layer in layers:
-        for name in BUFFERS:
+        for name in buffers_of(layer):
             buffer = getattr(layer, name)
             if buffer is not None:
                 yield buffer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any
 from weakref import WeakValueDictionary
@@ -14,10 +15,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from distnorm.autograd.recompute import Records
 from distnorm.compat.dispatch_state import modes_disabled
-from distnorm.kernels.running import updated_running
+from distnorm.kernels.running import update_from_sums, update_running
 from distnorm.layers.conversion import Conversion
-from distnorm.layers.running_statistics import running_of
-from distnorm.methods import ChannelAffine
+from distnorm.layers.layout import Measured
+from distnorm.layers.running_statistics import running_of, seen, updated_running
+from distnorm.methods import ChannelAffine, Declared
 from distnorm.transport import LostGroup, lost
 from distnorm.types import GlobalStatistics, Running
 
@@ -31,6 +33,8 @@ class Site:
 
     process_group: dist.ProcessGroup | LostGroup | None = None
     """The process group that the layer had before."""
+    measured: Measured | None = None
+    """What a method that is not affine per channel shares and declares."""
 
     def __init__(
         self,
@@ -40,6 +44,7 @@ class Site:
         original: type[_BatchNorm],
         momentum: float | None,
         process_group: dist.ProcessGroup | None = None,
+        measured: Measured | None = None,
     ) -> None:
         """Register layer number ``index`` of ``conversion``; ``revert`` restores ``original``, momentum and group."""
         self.conversion = conversion
@@ -48,21 +53,30 @@ class Site:
         self.original = original
         self.momentum = momentum
         self.process_group = process_group
+        self.measured = measured
         self._open()
 
     def _open(self) -> None:
         method = self.conversion.recipe.method
         self.channel_affine = method if isinstance(method, ChannelAffine) else None
         """The recipe's method, if kernels accept it."""
+        self.core = self.channel_affine if self.measured is None else self.measured.core
+        self.inputs = method.inputs
+        declared = Declared() if self.measured is None else self.measured.declared
+        self.parameters, self.buffers = tuple(declared.parameters), tuple(declared.buffers)
+        """The names of what the method has declared."""
         self.key = next(_keys)
         _sites[self.key] = self
         with modes_disabled():
             self.number = self.scalar()
             """By which operators find this site; an input of compiled graphs, so equal layers have equal graphs."""
-        self.records = Records()
+        self.records = {name: Records() for name in (("",) if self.measured is None else self.measured.parts)}
+        """By the name of the share."""
+        self.forwards = Records()
+        """What identifies recent inputs, with the buffers that their forwards found."""
         self._too_few: dict[int, Tensor] = {}
         """By the number of sharing ranks, whether a GPU has seen 1 value per channel."""
-        self._ahead: tuple[GlobalStatistics, list[object], Running] | None = None
+        self._ahead: tuple[list[GlobalStatistics], list[object], Running] | None = None
         """The running statistics with what is in flight, and what they were computed from."""
 
     @staticmethod
@@ -88,7 +102,9 @@ class Site:
 
     def __getstate__(self) -> dict[str, Any]:
         """Keep the configuration and drop what is in use."""
-        kept = {name: getattr(self, name) for name in ("conversion", "index", "name", "original", "momentum")}
+        kept = {
+            name: getattr(self, name) for name in ("conversion", "index", "name", "original", "momentum", "measured")
+        }
         return {**kept, "process_group": lost(self.process_group)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -135,20 +151,14 @@ class Site:
         if statistics is None:
             return live
         if not self._ahead or self._ahead[0] is not statistics or self._ahead[1] != _versions(live):
-            self._ahead = (
-                statistics,
-                _versions(live),
-                updated_running(live, statistics, self.conversion.recipe.method, layer.num_features),
-            )
+            self._ahead = statistics, _versions(live), updated_running(layer, statistics, self.conversion.recipe.method)
         return self._ahead[2]
 
-    def ahead(self, mean_C: Tensor, var_C: Tensor) -> tuple[Tensor, Tensor]:
-        """Return running mean and variance with what is in flight, for a compiled graph, which has the buffers only."""
+    def ahead(self, buffers: Sequence[Tensor]) -> list[Tensor]:
+        """Return the running statistics with what is in flight, for a compiled graph, which has the buffers only."""
         layer = self.conversion.layer(self.index)
         found = None if layer is None else self.running(layer)
-        if found is None or found.mean_C is None or found.var_C is None:
-            return mean_C, var_C
-        return found.mean_C, found.var_C
+        return list(buffers) if found is None else [each for each in found.buffers.values() if each is not None]
 
     def raise_if_too_few(self) -> None:
         """Report a batch of 1 value per channel that a GPU has seen since the last call.
@@ -169,6 +179,22 @@ class Site:
         )
 
 
+@torch.no_grad()
+def update_layer(
+    layer: _BatchNorm, running: Running, site: Site, shared: Sequence[Tensor], completed: Tensor | bool = True
+) -> None:
+    """Update ``running``, as of ``layer``, with what each share got, in order; unless ``completed`` is 0."""
+    method = site.conversion.recipe.method
+    if isinstance(method, ChannelAffine):
+        (only,) = shared
+        update_from_sums(method, only, running, layer.num_features, completed)
+    elif shared and completed is not False:
+        assert site.measured is not None, "its method is not affine per channel"
+        found = site.measured.read(dict(zip(site.measured.parts, shared, strict=True)))
+        update_running(running, site.measured.targets(method, found, seen(layer, running)), shared[0][-1], completed)
+
+
 def _versions(running: Running) -> list[object]:
     """Return values that change when the buffers do."""
-    return [(id(each), each._version) for each in running[:3] if each is not None]
+    buffers = *running[:3], *running.declared.values()
+    return [(id(each), each._version) for each in buffers if each is not None]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from distnorm.kernels.arithmetic import Formula
 from distnorm.methods.base import ChannelAffine
-from distnorm.types import Affine, Moments
+from distnorm.types import Affine
 
 _WRITTEN_OUT = Formula("batch_norm", kinds=2)
 
@@ -47,8 +47,8 @@ class BatchNorm(ChannelAffine):
         shift_C = -mean_C * scale_C
         return scale_C, shift_C if affine.bias_C is None else shift_C + affine.bias_C
 
-    def moments(self, means_KC: Tensor, count: Tensor) -> Moments:
+    def moments(self, means_KC: Tensor, count: Tensor) -> dict[str, Tensor]:
         """Return mean and unbiased variance."""
         mean_C, square_C = means_KC.unbind()
         var_C = (square_C - mean_C.square()).clamp_min(0)
-        return Moments(mean_C, var_C * (count / (count - 1).clamp_min(1)))
+        return {"running_mean": mean_C, "running_var": var_C * (count / (count - 1).clamp_min(1))}

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from distnorm.kernels.arithmetic import Formula
 from distnorm.methods.base import ChannelAffine
-from distnorm.types import Affine, Moments
+from distnorm.types import Affine
 from distnorm.validation import Clip, Steps, check_fields
 
 _WRITTEN_OUT = Formula("rms", kinds=1)
@@ -76,6 +76,6 @@ class RMS(ChannelAffine):
         ratio_C = (log_rms_C.detach() - running_C).exp().clamp(1 / self.clip, self.clip)
         return torch.where(affine.updates >= self.clip_after, ratio_C, 1.0)
 
-    def moments(self, means_KC: Tensor, count: Tensor) -> Moments:
+    def moments(self, means_KC: Tensor, count: Tensor) -> dict[str, Tensor]:
         """Return the second moment, as the variance about a mean of 0."""
-        return Moments(None, means_KC[0])
+        return {"running_var": means_KC[0]}

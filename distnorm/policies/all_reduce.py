@@ -26,7 +26,7 @@ class _GroupSum(Reducer):
         self.group = group
 
     def reduce(self, payload: Tensor, slot: Slot) -> Tensor:
-        return self.group.sum(payload, slot)
+        return self.group.max(payload, slot) if slot.op == "max" else self.group.sum(payload, slot)
 
     def start(self, payload: Tensor, slot: Slot) -> Future:
         return self.group.start(payload, slot)

@@ -18,7 +18,7 @@ from distnorm.compat.uninterrupted import Call, put, uninterrupted
 from distnorm.kernels import windows
 from distnorm.policies.stored import sizes_of
 from distnorm.transport import Group
-from distnorm.types import EVERY_LAYER, Direction, Future, GlobalStatistics, Layout, Slot
+from distnorm.types import EVERY_LAYER, Direction, Future, GlobalStatistics, Layout, Slot, label
 
 logger = logging.getLogger("distnorm")
 
@@ -27,6 +27,11 @@ def loss_scale_of(slot: Slot, values: Tensor) -> Tensor | float:
     """Return the factor in the ``values`` of ``slot``, 1 for statistics; a tensor only if it is on their device."""
     scale = slot.loss_scale if slot.direction == "backward" else 1.0
     return float(scale) if isinstance(scale, Tensor) and scale.device != values.device else scale
+
+
+def key_of(slot: Slot) -> tuple[str, Direction, str]:
+    """Return what identifies the payload of ``slot`` in a ``Layout``."""
+    return slot.layer, slot.direction, slot.name
 
 
 def moved(values: Tensor, device: torch.device) -> Tensor:
@@ -77,7 +82,7 @@ class Bucket:
 
     def _lay_out(self, device: torch.device) -> windows.Slots:
         # Made on the CPU, whatever the default device is: one copy, and the host does not wait for a GPU.
-        starts, sizes = torch.tensor(self._starts, device="cpu"), torch.tensor(self._sizes, device="cpu")
+        starts, sizes = (torch.tensor(each, dtype=torch.int64, device="cpu") for each in (self._starts, self._sizes))
         slot_of = torch.repeat_interleave(sizes, output_size=self.values)
         return windows.Slots(starts.to(device), slot_of.to(device))
 
@@ -92,9 +97,9 @@ class Bucket:
         self.dropped, self.last = moved(self.dropped, device), moved(self.last, device)
         self.outbox = moved(self.outbox, device)  # last: ``follow`` compares with its device
 
-    def write(self, layer: str, direction: Direction, values: Tensor, weight: Tensor | float) -> None:
+    def write(self, slot: Slot, values: Tensor, weight: Tensor | float) -> None:
         """Add to a slot of this step."""
-        key = layer, direction
+        key = key_of(slot)
         windows.add(self.outbox, self.span[key], self.values + self.index[key], values, weight)
 
     def in_flight(self) -> Tensor | None:
@@ -171,14 +176,15 @@ class Bucket:
         """Return what the running statistics are to be updated with: the forward slots of these vectors."""
         rows = zip(self.index, means.split(self._sizes), weights.unbind(), usable.double().unbind(), strict=True)
         return [
-            GlobalStatistics(layer, values[: len(values) - self._extra], *rest)
-            for (layer, direction), values, *rest in rows
+            GlobalStatistics(layer, values[: len(values) - self._extra], weight, completed, name)
+            for (layer, direction, name), values, weight, completed in rows
             if direction == "forward"
         ]
 
     def statistics(self, means: Tensor) -> dict[str, Tensor]:
-        """Return by layer the forward slot in ``means`` of all slots."""
-        spans = {layer: span for (layer, direction), span in self.span.items() if direction == "forward"}
+        """Return by layer and share the forward slot in ``means`` of all slots."""
+        forward = ((label(layer, name), span) for (layer, where, name), span in self.span.items() if where == "forward")
+        spans = dict(forward)
         return {layer: means[span.start : span.stop - self._extra] for layer, span in spans.items()}
 
     def _check_phase(self, completed: Tensor, passes: int) -> None:
@@ -201,7 +207,7 @@ class Bucket:
         if self.dropped.is_meta:
             return
         dropped = self.dropped.tolist()
-        lost = [f"{layer} ({direction})" for (layer, direction), n in self.index.items() if dropped[n] > 0]
+        lost = [f"{label(layer, name)} ({where})" for (layer, where, name), n in self.index.items() if dropped[n] > 0]
         if lost:
             self.warn_once("drops", f"distnorm: NaN or Inf from some rank; those steps were left out for {lost}.")
 

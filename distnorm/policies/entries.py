@@ -17,7 +17,7 @@ from distnorm.policies.base import Reducer
 from distnorm.policies.bucket import Bucket, moved
 from distnorm.policies.facts import Completeness, Facts
 from distnorm.transport import Group
-from distnorm.types import Layout, Slot, Watch
+from distnorm.types import Layout, Slot, Watch, label
 
 _STORED = ("ring", "filled", "position")
 
@@ -104,8 +104,9 @@ class WindowReducer(Reducer):
         local_of, used_of = self.bucket.statistics(local), self.bucket.statistics(used)
         shared_of = {} if shared is None else self.bucket.statistics(shared)
         found = {}
+        numbers = {label(layer, name): n for (layer, where, name), n in self.bucket.index.items() if where == "forward"}
         for layer in local_of:
-            number = self.bucket.index[layer, "forward"]
+            number = numbers[layer]
             entries, dropped = int(self.entries.filled[number]), int(self.bucket.dropped[number])
             found[layer] = Watch(local_of[layer], used_of[layer], shared_of.get(layer), entries, dropped)
         return found

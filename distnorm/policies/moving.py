@@ -18,7 +18,7 @@ from torch import Tensor
 from distnorm.compat.uninterrupted import Call
 from distnorm.kernels import windows
 from distnorm.policies.base import Policy, Reducer
-from distnorm.policies.bucket import loss_scale_of
+from distnorm.policies.bucket import key_of, loss_scale_of
 from distnorm.policies.entries import WindowReducer
 from distnorm.policies.facts import Completeness, Facts
 from distnorm.policies.stored import Check, bucket, entries, fields, sizes_of
@@ -58,7 +58,7 @@ class _Window(WindowReducer):
 
         Statistics have their count as last value, in the argument and in the result.
         """
-        key = slot.layer, slot.direction
+        key = key_of(slot)
         return windows.window(
             *(newest, weight, loss_scale_of(slot, newest), self.entries.sums, self.entries.filled, self.bucket.outbox),
             *(self.bucket.span[key], self.bucket.index[key]),
@@ -72,10 +72,10 @@ class _Window(WindowReducer):
     def observe(self, shared: Tensor, slot: Slot, contributions: float) -> None:
         self.follow(shared)
         if slot.direction == "forward":
-            self.bucket.write(slot.layer, "forward", shared[:-1], shared[-1])
+            self.bucket.write(slot, shared[:-1], shared[-1])
             return
         weight = _count(slot) if self.policy.loss_reduction == "sum" else float(contributions)
-        self.bucket.write(slot.layer, "backward", shared / loss_scale_of(slot, shared), weight)
+        self.bucket.write(slot, shared / loss_scale_of(slot, shared), weight)
 
     def end_step(self, slot: Slot, *, observed: bool = False) -> list[GlobalStatistics]:
         if observed or self.policy.staleness == 0:

@@ -17,7 +17,7 @@ from torch import Tensor
 from distnorm.compat.uninterrupted import Call, put
 from distnorm.kernels import windows
 from distnorm.policies.base import Policy, Reducer
-from distnorm.policies.bucket import loss_scale_of, moved
+from distnorm.policies.bucket import key_of, loss_scale_of, moved
 from distnorm.policies.entries import WindowReducer
 from distnorm.policies.facts import Facts
 from distnorm.policies.stored import Check, array, bucket, entries, fields, sizes_of
@@ -38,13 +38,13 @@ class _Mix(WindowReducer):
         if not slot.learning:
             return self.blocking.sum(payload, slot)
         self.follow(payload)
-        key = slot.layer, slot.direction
+        key = key_of(slot)
         place = self.bucket.outbox, self.bucket.span[key], self.bucket.index[key]
         return windows.mix(payload, loss_scale_of(slot, payload), self.others, *place)
 
     def observe(self, shared: Tensor, slot: Slot, contributions: float) -> None:
         self.follow(shared)
-        self.bucket.write(slot.layer, slot.direction, shared / loss_scale_of(slot, shared), float(contributions))
+        self.bucket.write(slot, shared / loss_scale_of(slot, shared), float(contributions))
 
     def end_step(self, slot: Slot, *, observed: bool = False) -> list[GlobalStatistics]:
         if observed:

@@ -80,7 +80,7 @@ def bucket(slots: int, values: int) -> Check:
 
 def sizes_of(layout: Layout, extra: int = 0) -> list[int]:
     """Return the number of values of each slot of a bucket."""
-    return [size + extra * (direction == "forward") for (_, direction), size in layout.sizes.items()]
+    return [size + extra * (direction == "forward") for (_, direction, _), size in layout.sizes.items()]
 
 
 def _holds_tensors(given: object) -> bool:

@@ -82,6 +82,20 @@ class Group(ABC):
         with _timed(slot):
             return self._start(payload.detach(), slot).wait()
 
+    def max(self, payload: Tensor, slot: Slot) -> Tensor:
+        """Return ``[maxima over the group, how many values attain them, count]`` of such a ``payload``. One collective.
+
+        Exact, with any transport: it sums a matrix in which every rank fills its row.
+        """
+        if self.size == 1:
+            return payload
+        place = self.ranks.index(dist.get_rank())
+        rows = torch.nn.functional.pad(payload.detach()[None], (0, 0, place, self.size - place - 1))
+        rows = self.sum(rows.flatten(), slot).view_as(rows)
+        local, ties = rows[:, :-1].view(self.size, 2, -1).unbind(1)
+        maxima = local.amax(0)
+        return torch.cat((maxima, torch.where(local == maxima, ties, 0).sum(0), rows[:, -1:].sum(0)))
+
     def start(self, payload: Tensor, slot: Slot) -> Future:
         """Start ``sum`` and return a future. One collective; none in a group of one rank."""
         if self.size == 1:
@@ -187,7 +201,7 @@ class TorchGroup(Group):
         return found
 
     def _start(self, payload: Tensor, slot: Slot) -> Future:
-        who = sender(slot.layer, slot.direction, slot.model)
+        who = sender(slot.layer, slot.name, slot.direction, slot.model)
         if self.direct is not None and self.direct.takes(payload):
             return self.direct.start(payload, who)
         small = payload.numel() * payload.element_size() <= self.exchange_limit_bytes

@@ -28,7 +28,7 @@ class Schedule:
 
     def check_sum(self, payload: Tensor, slot: Slot) -> None:
         """Check before a sum. Collective; raises as ``check``."""
-        self.check(sender(slot.layer, slot.direction, slot.model).words, payload)
+        self.check(sender(slot.layer, slot.name, slot.direction, slot.model).words, payload)
 
     def check(self, what: str, tensor: Tensor) -> None:
         """Check before ``what`` is done with a tensor like this. Collective.

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from distnorm.transport.rendezvous import all_gather_text
+from distnorm.types import label
 
 
 class Sender(NamedTuple):
@@ -23,10 +24,10 @@ class Sender(NamedTuple):
 
 # docs/decisions.md#messages-name-their-layer
 @lru_cache(maxsize=16 * 1024)
-def sender(layer: str, direction: str, model: int) -> Sender:
-    """Return the sender for a layer of ``model``, a number that is the same on all ranks."""
-    words = f"the {direction} statistics of {layer}" + (f" in model {model}" if model > 1 else "")
-    digest = hashlib.blake2b(repr((layer, direction, model)).encode(), digest_size=8).digest()
+def sender(layer: str, share: str, direction: str, model: int) -> Sender:
+    """Return the sender for a share of a layer of ``model``, a number that is the same on all ranks."""
+    words = f"the {direction} statistics of {label(layer, share)}" + (f" in model {model}" if model > 1 else "")
+    digest = hashlib.blake2b(repr((layer, share, direction, model)).encode(), digest_size=8).digest()
     return Sender(words, int.from_bytes(digest, "little", signed=True))
 
 

@@ -22,7 +22,7 @@ from tests.support.pool import Pool
 TURNS = 60
 
 
-WHO = sender("norm", "forward", 1)
+WHO = sender("norm", "", "forward", 1)
 
 WAYS = {"memory": shared_memory.join, "sockets": sockets.join}
 

@@ -26,7 +26,7 @@ from distnorm.transport.senders import sender
 from tests.support.pool import Pool, WorkerDiedError
 
 WAYS = {"memory": shared_memory.join, "sockets": sockets.join}
-WHO, OTHER = sender("norm", "forward", 1), sender("other", "forward", 1)
+WHO, OTHER = sender("norm", "", "forward", 1), sender("other", "", "forward", 1)
 
 
 def join(way: str, seconds: float = 30.0) -> Direct:

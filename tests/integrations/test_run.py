@@ -171,6 +171,9 @@ def test_the_launchers_report_shows_the_script(
     monkeypatch.setattr(run, "install", lambda *_: job)
     monkeypatch.setattr(run, "convert_in_children", lambda *_: None)
     monkeypatch.setattr(run, "end_job_after", lambda *_: None)
+    monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])  # the script takes these
+    for name, value in (("argv", [*sys.argv]), ("path", [*sys.path])):
+        monkeypatch.setattr(sys, name, value)
     with pytest.raises((KeyError, SystemExit)):
         run.main([str(script)])
     message = json.loads(report.read_text())["message"]

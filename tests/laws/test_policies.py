@@ -12,12 +12,13 @@ from torch.utils.checkpoint import checkpoint
 
 import distnorm
 from distnorm import Recipe
+from distnorm.layers.layout import measure
 from distnorm.policies import AllReduce, Local, Periodic, Policy
 from distnorm.types import Layout, Slot
 from tests.laws.ranks import answer_on_rank, bind, make_layer, nodes_by_local, random_case
 from tests.support.fake import fake_world
 from tests.support.threads import run_threads
-from tests.zoo import EXACT, METHODS, MOVING, POLICIES
+from tests.zoo import EXACT, METHODS, MOVING, POLICIES, pairs
 
 WORLDS = st.sampled_from([2, 3, 4])
 
@@ -53,10 +54,9 @@ def _small_model(recipe: Recipe, world_size: int, *, layers: int = 3) -> nn.Modu
     return distnorm.convert(nn.Sequential(*blocks), recipe, mesh=nodes_by_local(world_size))
 
 
-@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES.keys())
-@pytest.mark.parametrize("under_test", METHODS.values(), ids=METHODS.keys())
+@pytest.mark.parametrize(("under_test", "policy"), pairs(POLICIES))
 def test_law_3_collective_budget(policy, under_test):
-    """Exactly ``policy.facts.collectives`` per layer and direction; a group of one rank needs none."""
+    """Exactly ``policy.facts.collectives`` per share and direction; a group of one rank needs none."""
     steps, layers = 6, 3
     recipe = Recipe(method=under_test.method, policy=policy)
 
@@ -66,7 +66,8 @@ def test_law_3_collective_budget(policy, under_test):
             _train(model, torch.randn(4, 4, generator=torch.Generator().manual_seed(rank)), steps)
         return ledger.collectives, {name: tally.collectives for name, tally in ledger.layers.items()}
 
-    per_share = 0 if policy == AllReduce(group_size=1) else policy.facts.collectives
+    shares = len(measure(under_test.method, 4).parts)
+    per_share = 0 if policy == AllReduce(group_size=1) else policy.facts.collectives * shares
     for collectives, by_layer in run_threads(4, count):
         assert collectives == per_share * 2 * layers * steps
         assert set(by_layer.values()) <= {per_share * 2 * steps}
@@ -84,10 +85,10 @@ def test_law_3_at_64_ranks(name, options):
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("policy", (POLICIES | MOVING).values(), ids=(POLICIES | MOVING).keys())
-def test_law_5_recomputation_changes_nothing(policy, reentrant):
+@pytest.mark.parametrize(("under_test", "policy"), pairs(POLICIES | MOVING))
+def test_law_5_recomputation_changes_nothing(under_test, policy, reentrant):
     """Same gradients, running statistics and collectives with activation checkpointing as without, for two steps."""
-    recipe = Recipe(method=METHODS["BatchNorm"].method, policy=policy)
+    recipe = Recipe(method=under_test.method, policy=policy)
 
     def run(rank: int, checkpointed: bool) -> tuple[list[Tensor], int]:
         model = _small_model(recipe, 4)
@@ -109,11 +110,11 @@ def test_law_5_recomputation_changes_nothing(policy, reentrant):
             torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES.keys())
+@pytest.mark.parametrize(("under_test", "policy"), pairs(POLICIES))
 @given(seed=st.integers(0, 2**16))
-def test_law_8_running_statistics_agree_bit_for_bit(policy, seed):
+def test_law_8_running_statistics_agree_bit_for_bit(under_test, policy, seed):
     """On all ranks at all times where the policy says so, and everywhere after ``sync_running_stats``."""
-    recipe = Recipe(method=METHODS["BatchNorm"].method, policy=policy)
+    recipe = Recipe(method=under_test.method, policy=policy)
 
     def run(rank: int) -> tuple[list[list[Tensor]], list[Tensor], bool]:
         model = _small_model(recipe, 4)
@@ -134,8 +135,7 @@ def test_law_8_running_statistics_agree_bit_for_bit(policy, seed):
         torch.testing.assert_close(united, results[0][1], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("policy", (POLICIES | MOVING).values(), ids=(POLICIES | MOVING).keys())
-@pytest.mark.parametrize("under_test", METHODS.values(), ids=METHODS.keys())
+@pytest.mark.parametrize(("under_test", "policy"), pairs(POLICIES | MOVING))
 def test_tails_change_no_values(policy, under_test):
     """A norm that adds a shortcut and applies a ReLU itself, beside one that does not, for three steps."""
     recipe = Recipe(method=under_test.method, policy=policy)
@@ -147,7 +147,7 @@ def test_tails_change_no_values(policy, under_test):
         for _ in range(3):
             x, shortcut, dy = torch.randn(3, 2 + rank, 3, 5, generator=generator, dtype=torch.float64).unbind()
             x, shortcut = x.requires_grad_(), shortcut.requires_grad_()
-            y = layer(x, shortcut, relu=True) if fused else torch.relu(layer(x) + shortcut)
+            y = layer(x, residual=shortcut, relu=True) if fused else torch.relu(layer(x) + shortcut)
             y.backward(dy)
             found += [y.detach(), x.grad, shortcut.grad]
         return [*found, layer.weight.grad, layer.bias.grad, *layer.buffers()]

@@ -29,7 +29,7 @@ from tests.support.threads import run_threads
 
 pytestmark = INTERPRETED
 
-SIZES = {("a", "forward"): 3, ("a", "backward"): 2, ("b", "forward"): 300, ("b", "backward"): 257}
+SIZES = {("a", "forward", ""): 3, ("a", "backward", ""): 2, ("b", "forward", ""): 300, ("b", "backward", ""): 257}
 OTHER = 0.5
 """What the second rank contributes for each 1 of the first one."""
 
@@ -181,9 +181,9 @@ class Case:
         given = torch.cat((payload, torch.tensor([count]).double()))
         shared = self.reducer.reduce(given, Slot(layer, "forward", self.step))
         if isinstance(self.policy, StaleMix):
-            wanted = self.slots[layer, "forward"].call(given, 1.0, 1.0)
+            wanted = self.slots[layer, "forward", ""].call(given, 1.0, 1.0)
         else:
-            wanted = self.slots[layer, "forward"].call(payload * many, count * many, 1.0)
+            wanted = self.slots[layer, "forward", ""].call(payload * many, count * many, 1.0)
             wanted = torch.cat((wanted, torch.tensor([count * many]).double()))
         torch.testing.assert_close(shared, wanted, rtol=1e-12, atol=1e-12, equal_nan=True)
         slot = Slot(layer, "backward", self.step, forward_count=shared[-1], loss_scale=scale)
@@ -192,11 +192,11 @@ class Case:
         per_value = isinstance(self.policy, Moving) and self.policy.loss_reduction == "sum"
         # A sum of counts would be N K; the policy sends each rank's part of N.
         weight = count * many / (2 if blocking else 1) if per_value else 1.0
-        wanted = self.slots[layer, "backward"].call(cotangents * many, weight * many, float(scale))
+        wanted = self.slots[layer, "backward", ""].call(cotangents * many, weight * many, float(scale))
         torch.testing.assert_close(answer, wanted, rtol=1e-12, atol=1e-12, equal_nan=True)
 
     def _draw(self, layer: str, direction: Direction, bad: float | None) -> Tensor:
-        values = torch.randn(SIZES[layer, direction], generator=self.generator, dtype=torch.float64)
+        values = torch.randn(SIZES[layer, direction, ""], generator=self.generator, dtype=torch.float64)
         if bad is not None:
             values[1] = bad
         return values
@@ -249,7 +249,7 @@ def test_what_lands_is_what_is_written_out(way: str, policy: Policy) -> None:
             continue
         assert [each.layer for each in completed] == ["a", "b"]
         for each in completed:
-            slot, sent = case.slots[each.layer, "forward"], before[each.layer, "forward"]
+            slot, sent = case.slots[each.layer, "forward", ""], before[each.layer, "forward", ""]
             assert bool(each.weight) is sent.good()
             if not sent.good():
                 continue

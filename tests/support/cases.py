@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from distnorm.autograd import normalize
-from distnorm.autograd.share import KeepLocal
+from distnorm.autograd.keep_local import KeepLocal
 from distnorm.methods import RMS, BatchNorm, ChannelAffine
+from distnorm.methods.base import layer_of
 from distnorm.types import Affine
 from tests.support import reference
 
@@ -106,7 +107,7 @@ def fused_path(case: Case) -> Function:
 
 
 def plain_path(case: Case) -> Function:
-    return lambda x, weight, bias: case.method.normalize(x, KeepLocal(), Affine(weight, bias, EPS))
+    return lambda x, weight, bias: case.method.normalize(x, KeepLocal(), layer_of(Affine(weight, bias, EPS)))
 
 
 def stock(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

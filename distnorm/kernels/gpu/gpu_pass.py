@@ -101,7 +101,7 @@ def _arguments(running: Running | None) -> tuple[list[Tensor], Tensor | None, fl
     """Buffers, a copy of their number of updates, and the momentum, as operators take them."""
     if running is None:
         return [], None, 0.0
-    mean_C, var_C, updates, momentum, _ = running
+    mean_C, var_C, updates, momentum, *_ = running
     assert mean_C is not None and var_C is not None and updates is not None, "they are whole"
     # Programs read the number while one of them counts on.
     earlier = updates.clone() if momentum is None else None
