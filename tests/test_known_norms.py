@@ -191,3 +191,10 @@ def test_timms_synchronized_one_trains_under_ddp_on_the_cpu() -> None:
     whole = batches((3, 4, 3, 2), steps=2, dtype=torch.float64)
     stock = worn(known.BatchNormAct2d(4)).double()
     torch.testing.assert_close(torch.cat(run_threads(2, rank)), stock(torch.cat(whole)))
+
+
+def test_folding_keeps_what_the_class_adds() -> None:
+    mine = converted(nn.Sequential(nn.Conv2d(4, 4, 1), worn(known.BatchNormAct2d(4)), nn.Conv2d(4, 4, 1))).eval()
+    folded = distnorm.fold(mine)
+    assert type(folded[1]) is known.BatchNormAct2d
+    torch.testing.assert_close(folded(X[0]), mine(X[0]))
