@@ -8,20 +8,18 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from fnmatch import fnmatchcase
-from typing import TypeVar
+from collections.abc import Mapping
+from typing import TypeVar, cast
 
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.lazy import LazyModuleMixin
 
 from distnorm import recipes
 from distnorm.fusion import epilogue
 from distnorm.layers import agreement, ddp, feeders, initial, overlap, reverting, weights
-from distnorm.layers.class_swap import swap, underlying
+from distnorm.layers.class_swap import hand_down, swap, underlying
 from distnorm.layers.conversion import Conversion
 from distnorm.layers.module import (
     DistBatchNorm1d,
@@ -31,8 +29,10 @@ from distnorm.layers.module import (
     DistSyncBatchNorm,
 )
 from distnorm.layers.site import Site
+from distnorm.layers.subclasses import Made, group_attribute
 from distnorm.methods import ChannelAffine
 from distnorm.recipe import Recipe
+from distnorm.selection import Layers, Targets, Where, select
 from distnorm.transport.choice import chosen
 from distnorm.transport.mpi import load_mpi
 from distnorm.transport.topology import mesh_ranks
@@ -40,10 +40,9 @@ from distnorm.types import Transport
 from distnorm.validation import check, hints_of, refuse_unknown_variables, shown
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
-Layers = list[tuple[str, _BatchNorm]]
-Where = Callable[[str, nn.Module], bool] | Sequence[str]
+_GROUP = "process_group"
 
-# Exact types only: a subclass may do more than normalize, and a swap of its class would lose that.
+# Exact types only: subclasses get a class of their own, distnorm/layers/subclasses.py.
 _targets: dict[type[_BatchNorm], type[DistNorm]] = {
     nn.BatchNorm1d: DistBatchNorm1d,
     nn.BatchNorm2d: DistBatchNorm2d,
@@ -83,7 +82,8 @@ def convert(
 ) -> ModelT:
     """Convert the model's batch norm layers to ``recipe``, in place, and return the model.
 
-    Converts layers of type BatchNorm1d/2d/3d and SyncBatchNorm, and those of ``register_converter``. Parameters,
+    Converts layers of type BatchNorm1d/2d/3d and SyncBatchNorm, those of ``register_converter``, subclasses whose
+    ``forward`` goes through ``super().forward(...)``, and others that docs/subclasses.md lists. Parameters,
     buffers, hooks, names and the keys of the state_dict do not change; ``weights="normalized"`` adds a parameter
     ``gain`` to layers before norms, so convert before you create the optimizer or wrap the model. Layers that the same
     recipe has converted before are skipped, except norms inside layers of ``distnorm.nn`` that are not bound yet: they
@@ -115,8 +115,8 @@ def convert(
             variable ``DISTNORM_*``. The model is unchanged.
 
     Warns:
-        UserWarning: once, naming subclasses of batch norm that were not converted; or if the model has no batch norm,
-            or nothing to ``fuse``.
+        UserWarning: on the first rank, once per job, naming the classes of batch norms that were not converted, with
+            the reason; or if the model has no batch norm, or nothing to ``fuse``.
     """
     refuse_unknown_variables(os.environ)
     wanted = _recipe(recipe, options)
@@ -124,7 +124,7 @@ def convert(
     transport = chosen(transport)
     if transport == "mpi":
         load_mpi("transport='mpi'")
-    layers = _select(model, wanted, where)
+    layers, targets = select(model, wanted, where, _targets)
     for name, layer in layers:
         initial.measured(name, layer, wanted.method)  # before anything changes
     feeders.check(model, [layer for _, layer in layers], wanted)
@@ -132,7 +132,7 @@ def convert(
     for _, layer in layers:
         if isinstance(layer, DistNorm):
             undo(layer)
-    apply_to(model, parts, _targets)
+    apply_to(model, parts, targets)
     if fuse and layers and not epilogue.fuse(model):
         warnings.warn(
             f"distnorm.convert(fuse=True) fused nothing: in {type(model).__name__}, no readable code passes the output "
@@ -142,15 +142,11 @@ def convert(
     return model
 
 
-def apply_to(
-    model: nn.Module,
-    parts: Mapping[Conversion, Layers],
-    targets: dict[type[_BatchNorm], type[DistNorm]],
-) -> None:
+def apply_to(model: nn.Module, parts: Mapping[Conversion, Layers], targets: Targets) -> None:
     """Swap the classes of layers of ``model`` to their ``targets``. All conversions have the same recipe."""
     for conversion, layers in parts.items():
         for index, (name, layer) in enumerate(layers):
-            _replace(layer, targets[_original(layer)], conversion, index, name)
+            _replace(layer, targets[underlying(layer)], conversion, index, name)
         if conversion.recipe.weights != "none":
             feeders.reweight(model, [layer for _, layer in layers], conversion)
     every = [layer for layers in parts.values() for _, layer in layers]
@@ -159,11 +155,11 @@ def apply_to(
 
 
 def _replace(layer: _BatchNorm, target: type[DistNorm], conversion: Conversion, index: int, name: str) -> None:
-    own = layer.__dict__.get("process_group")
+    original = cast(type[_BatchNorm], underlying(layer))
     measured = initial.measured(name, layer, conversion.recipe.method)
-    site = Site(conversion, index, name, _original(layer), layer.momentum, own, measured)
+    site = Site(conversion, index, name, original, layer.momentum, _group_of(layer), measured)
     if issubclass(target, DistSyncBatchNorm):  # its property process_group reads the conversion
-        layer.__dict__.pop("process_group", None)
+        layer.__dict__.pop(group_attribute(original) or _GROUP, None)
     swap(layer, target)
     if conversion.recipe.momentum is not None:
         layer.momentum = conversion.recipe.momentum
@@ -225,7 +221,10 @@ def _unswap(layer: DistNorm) -> None:
     layer.forget_scripting()
     initial.remove(layer, layer._site)
     site = layer.__dict__.pop("_site")
+    mine = underlying(layer)
     swap(layer, site.original)
+    if issubclass(mine, Made):
+        hand_down(mine, site.original)
     layer.momentum = site.momentum
     # Stock layers need buffers of their parameters' dtype. Computed weights (parametrizations) are not parameters.
     dtype = next((parameter.dtype for parameter in layer.parameters()), None)
@@ -233,8 +232,14 @@ def _unswap(layer: DistNorm) -> None:
         buffer = getattr(layer, name)
         if buffer is not None and dtype is not None:
             setattr(layer, name, buffer.to(dtype))
-    if issubclass(site.original, nn.SyncBatchNorm):
-        layer.__dict__.setdefault("process_group", site.process_group)
+    group = group_attribute(site.original)
+    if group is not None:
+        layer.__dict__.setdefault(group, site.process_group)
+
+
+def _group_of(layer: nn.Module) -> dist.ProcessGroup | None:
+    group: dist.ProcessGroup | None = layer.__dict__.get(group_attribute(underlying(layer)) or _GROUP)
+    return group
 
 
 def _by_group(
@@ -244,7 +249,7 @@ def _by_group(
     conversions: dict[tuple[int, ...] | None, Conversion] = {}
     found: dict[Conversion, Layers] = {}
     for name, layer in layers:
-        group = agreement.narrower(layer.__dict__.get("process_group"), f"{name}: {type(layer).__name__}")
+        group = agreement.narrower(_group_of(layer), f"{name}: {type(layer).__name__}")
         ranks = None if group is None else tuple(dist.get_process_group_ranks(group))
         if ranks is not None:
             _check_ranks(name, ranks, recipe, mesh)
@@ -276,61 +281,3 @@ def _recipe(recipe: Recipe | str, options: dict[str, object]) -> Recipe:
             f"convert: options {sorted(options)} are allowed with the name of a recipe only; set them in the Recipe."
         )
     return recipe
-
-
-# docs/decisions.md#converting-twice
-def _select(model: nn.Module, recipe: Recipe, where: Where | None) -> list[tuple[str, _BatchNorm]]:
-    candidates = [(name or type(layer).__name__, layer) for name, layer in _batch_norms(model)]
-    if not candidates:
-        warnings.warn(f"distnorm.convert: {type(model).__name__} has no batch norm layer.", stacklevel=3)
-        return []
-    wanted = [(name, layer) for name, layer in candidates if matches(where, name, layer)]
-    if not wanted:
-        raise ValueError(f"convert(where={where!r}) selects none of {[name for name, _ in candidates]}.")
-    found = [(name, layer) for name, layer in wanted if _original(layer) in _targets or _joins(layer, recipe)]
-    unknown = [each for each in wanted if each not in found]
-    for name, layer in unknown:
-        if isinstance(layer, LazyModuleMixin):
-            raise ValueError(
-                f"{name}: {type(layer).__name__} is not initialized. Run one forward pass, then convert the model."
-            )
-        if isinstance(layer, DistNorm) and layer.recipe != recipe:
-            raise ValueError(f"{name}: already converted to {layer.recipe}. Call distnorm.revert(model) first.")
-    skipped = [f"{name} ({type(layer).__name__})" for name, layer in unknown if not isinstance(layer, DistNorm)]
-    if skipped:
-        warnings.warn(
-            f"distnorm.convert did not convert unknown subclasses of batch norm: {', '.join(skipped)}. To convert "
-            "them, call distnorm.register_converter(their class, a DistNorm subclass).",
-            stacklevel=3,
-        )
-    return found
-
-
-# docs/decisions.md#norms-inside-layers-join-the-model
-def _joins(layer: _BatchNorm, recipe: Recipe) -> bool:
-    """Return whether ``layer`` was converted to ``recipe`` by a constructor in ``distnorm.nn``, and not bound yet."""
-    if not isinstance(layer, DistNorm) or layer.recipe != recipe:
-        return False
-    return layer._site.conversion.is_provisional and layer._site.conversion.binding is None
-
-
-def _original(layer: _BatchNorm) -> type[_BatchNorm]:
-    original = underlying(layer)
-    assert issubclass(original, _BatchNorm)
-    return original
-
-
-def _batch_norms(model: nn.Module) -> Iterator[tuple[str, _BatchNorm]]:
-    for name, layer in model.named_modules():
-        if isinstance(layer, _BatchNorm):
-            yield name, layer
-
-
-def matches(where: Where | None, name: str, layer: nn.Module) -> bool:
-    """Return whether ``where`` selects the layer; None selects every one."""
-    if where is None:
-        return True
-    if callable(where):
-        return where(name, layer)
-    patterns = [where] if isinstance(where, str) else where
-    return any(fnmatchcase(name, pattern) for pattern in patterns)

@@ -78,8 +78,8 @@ def _pairs(model: nn.Module) -> Iterator[tuple[Feeder, DistNorm]]:
     read = [str(node.target) for node in graph.nodes if node.op == "get_attr"]
     for node in called:
         norm, before = modules[node.target], node.args[0] if node.args else None
-        if not isinstance(norm, DistNorm) or norm._site.inputs:
-            continue
+        if not isinstance(norm, DistNorm) or norm._site.inputs or type(norm).forward is not DistNorm.forward:
+            continue  # classes with a forward of their own do more than normalize
         if not isinstance(before, fx.Node) or before.op != "call_module":
             continue
         feeder = modules[str(before.target)]

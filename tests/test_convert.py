@@ -218,17 +218,6 @@ def test_another_recipe_for_a_converted_layer_is_an_error(net: Net) -> None:
     assert net.stem[1].recipe != net.body[1].recipe
 
 
-def test_unknown_subclasses_are_named_in_one_warning() -> None:
-    model = nn.Sequential(Gated(3), nn.BatchNorm2d(3), nn.Sequential(Gated(3)))
-    with pytest.warns(UserWarning) as caught:
-        distnorm.convert(model, "sync_bn")
-    assert len(caught) == 1
-    assert "0 (Gated), 2.0 (Gated)" in str(caught[0].message)
-    assert "register_converter" in str(caught[0].message)
-    assert caught[0].filename == __file__
-    assert converted_names(model) == ["1"]
-
-
 @pytest.mark.usefixtures("gated_is_known")
 def test_a_registered_subclass_keeps_its_activation() -> None:
     stock = nn.Sequential(worn(Gated(3)), worn(nn.BatchNorm2d(3)))

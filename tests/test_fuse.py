@@ -268,7 +268,7 @@ def test_hooks_on_all_modules_see_what_they_would_see_of_stock_layers(register) 
 
 
 def test_it_is_reported(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, "distnorm"):
+    with caplog.at_level(logging.DEBUG, "distnorm"):
         model = made(Alive, fuse=False)
         model = made(Torchvision, fuse=True)
     assert "2 of 2 norms are fused with their epilogues: a (relu), b (residual, relu)" in caplog.text

@@ -280,3 +280,52 @@ def test_a_fused_module_that_is_parametrized(order: str, asked: list[bool]) -> N
     assert type(distnorm.revert(copied)).__bases__ == (Scaled,)
     parametrize.remove_parametrizations(model, "scale")
     assert isinstance(model, Fused) and type(distnorm.revert(model)) is Scaled
+
+
+# --- what others put on the class ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("before", [False, True], ids=["new", "changed"])
+def test_attributes_of_the_class_stay_with_the_authors(before: bool) -> None:
+    """``type(self).calls += 1`` in code that does not know of the class made here."""
+
+    class Counted(Torchvision):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.relu(self.a(x) + x)
+
+    if before:
+        Counted.calls = 1
+    model, other = made(Counted, fuse=True), made(Counted, fuse=True)
+    type(model).calls = getattr(type(model), "calls", 0) + 1
+    assert other.calls == 1 + before
+    distnorm.revert(model)
+    assert Counted.calls == model.calls == other.calls == 1 + before
+    distnorm.revert(other)
+    assert Counted.calls == 1 + before and made(Counted, fuse=True).calls == 1 + before
+
+
+def test_a_forward_put_on_the_class_made_here_stays() -> None:
+    class Patched(Torchvision):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.relu(self.a(x) + x)
+
+    model, other = made(Patched, fuse=True), made(Patched, fuse=False)
+    type(model).forward = doubled
+    type(other).forward = doubled
+    torch.testing.assert_close(model(X), other(X))
+    torch.testing.assert_close(distnorm.revert(model)(X), distnorm.revert(other)(X))
+    assert Patched.forward is doubled
+
+
+def test_code_that_is_loaded_again_is_heeded() -> None:
+    """IPython's autoreload puts the new code into the old function."""
+
+    class Reloaded(Torchvision):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.relu(self.a(x) + x)
+
+    models = [made(Reloaded, fuse=fuse) for fuse in (True, False)]
+    same(*(trained(model) for model in models))
+    Reloaded.forward.__code__ = doubled.__code__
+    same(*(trained(model) for model in models))
+    torch.testing.assert_close(models[0](X), 2 * models[0].a(X))

@@ -17,16 +17,16 @@ from torch import nn
 from distnorm.fusion.activations import activation_of, is_identity
 from distnorm.fusion.fused_classes import Fused, are_norms, find, following, fused_class, is_norm
 from distnorm.fusion.reading import Attributes
-from distnorm.layers.class_swap import swap, underlying
+from distnorm.layers.class_swap import hand_down, swap, underlying
 from distnorm.layers.module import DistNorm
 
 logger = logging.getLogger("distnorm")
 
 
 def fuse(model: nn.Module) -> int:
-    """Fuse the converted norms of ``model`` with their epilogues; log them, and return how many were fused.
+    """Fuse the converted norms of ``model`` with their epilogues, and return how many were fused.
 
-    The layers' ``repr`` shows their epilogues.
+    The layers' ``repr`` and the log at level DEBUG show their epilogues.
     """
     release(model)
     for module in model.modules():
@@ -34,7 +34,9 @@ def fuse(model: nn.Module) -> int:
             _install(module)
     norms = {name: layer for name, layer in model.named_modules() if isinstance(layer, DistNorm)}
     fused = [f"{name} ({layer.epilogue})" for name, layer in norms.items() if layer.epilogue]
-    logger.info("distnorm: %d of %d norms are fused with their epilogues: %s", len(fused), len(norms), ", ".join(fused))
+    logger.debug(
+        "distnorm: %d of %d norms are fused with their epilogues: %s", len(fused), len(norms), ", ".join(fused)
+    )
     return len(fused)
 
 
@@ -42,7 +44,10 @@ def release(model: nn.Module) -> None:
     """Undo ``fuse``."""
     for module in model.modules():
         if isinstance(module, Fused):
-            swap(module, underlying(module).__bases__[-1])
+            fused = underlying(module)
+            author = fused.__bases__[-1]
+            swap(module, author)
+            hand_down(fused, author)
         if isinstance(module, DistNorm):
             vars(module).pop("epilogue", None)
 

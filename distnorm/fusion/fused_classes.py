@@ -20,7 +20,7 @@ from torch import nn
 from distnorm.fusion.activations import activation_of, functions_at, is_identity, is_unobserved
 from distnorm.fusion.reading import Attributes, Found
 from distnorm.fusion.source import rewrite
-from distnorm.layers.class_swap import swap, underlying
+from distnorm.layers.class_swap import note_contents, swap, underlying
 from distnorm.layers.module import DistNorm
 from distnorm.layers.tracing import is_traced
 from distnorm.types import RELU, Activation
@@ -58,6 +58,7 @@ def fused_class(base: type[nn.Module], wanted: Wanted) -> type[nn.Module]:
     cls = type(base.__name__, (Fused, base), {**names, _WANTED: wanted})
     for name, attributes in wanted:
         setattr(cls, name, _FusedMethod(cls, name, find(base, name, attributes)))
+    note_contents(cls)
     return cls
 
 
@@ -100,13 +101,15 @@ class _FusedMethod:
 
     def __init__(self, cls: type[nn.Module], name: str, plan: Plan) -> None:
         self._cls, self._name, self._plain = cls, name, plan.plain
+        self._code = plan.plain.__code__  # tools that reload code put new code into the old function
         self._version = _with_signature_of(plan.plain, partial(_run, plan))
 
     def __get__(self, module: nn.Module | None, owner: type[nn.Module] | None = None) -> Any:
         below = getattr(self._cls.__bases__[-1], self._name)
+        as_read = below is self._plain and below.__code__ is self._code
         if module is None:
-            return self._version if below is self._plain else below
-        if below is self._plain and not torch.compiler.is_compiling():
+            return self._version if as_read else below
+        if as_read and not torch.compiler.is_compiling():
             return MethodType(self._version, module)
         return getattr(super(self._cls, module), self._name)
 

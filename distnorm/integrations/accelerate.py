@@ -14,9 +14,10 @@ import torch
 from torch import nn
 
 from distnorm.attach import Attachment, attach, conversions_of, is_converted_by_call
-from distnorm.convert import Where, convert
+from distnorm.convert import convert
 from distnorm.integrations import checkpoint, deepspeed
 from distnorm.recipe import Recipe
+from distnorm.selection import Where
 
 try:
     from accelerate import Accelerator, DistributedType

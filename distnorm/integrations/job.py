@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import atexit
-import logging
 import os
-import sys
-import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Self
 
@@ -16,6 +12,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from distnorm import messages
 from distnorm.attach import conversions_of
 from distnorm.diagnostics import Ledger
 from distnorm.integrations.loss_scales import LossScales
@@ -25,9 +22,6 @@ from distnorm.layers.conversion import Conversion
 from distnorm.layers.module import DistNorm
 from distnorm.settings import Settings
 
-logger = logging.getLogger("distnorm")
-
-_RANK_VARIABLES = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "SLURM_PROCID")
 _ONE_PROCESS = (
     "has 1 process, so there is nothing to synchronize. Start it with several: torchrun --nproc_per_node, mpirun -n, "
     "accelerate launch --num_processes. (On the CPU, accelerate starts 1 unless its config has MULTI_GPU with "
@@ -45,7 +39,7 @@ class Job:
         # Whether the script starts several processes. Any of them may wrap models, so none warns that it wrapped none.
         self.is_one_of_several = False
         self._process = os.getpid()
-        self._rank = _rank_of(os.environ)
+        self._rank = messages.rank_of(os.environ)
         self._warned = False  # that there is nothing to convert or to synchronize
         self._any_conversion = False
         self._unannounced: list[tuple[str, list[Conversion]]] = []
@@ -72,8 +66,7 @@ class Job:
         """
         if not any(isinstance(each, nn.modules.batchnorm._BatchNorm) for each in model.modules()):
             self._warned = True  # so that there is no second warning when the script ends
-            if self._is_first():
-                warnings.warn(f"distnorm.run: {type(model).__name__} has no batch norm layer to convert.", stacklevel=3)
+            messages.warn(f"distnorm.run: {type(model).__name__} has no batch norm layer to convert.")
         self.convert_before_sharding(model)
         self.announce()
 
@@ -102,7 +95,6 @@ class Job:
         """Print new conversions, except those of parts that were undone when the whole model was converted."""
         for text, conversions in self._unannounced:
             if any(map(in_use, conversions)):
-                logger.info("distnorm.run: %s", text)
                 self._say(text)
         self._unannounced.clear()
 
@@ -115,7 +107,7 @@ class Job:
         alone = not dist.is_initialized() or dist.get_world_size() == 1
         if synchronizes and alone and not self._warned:
             self._warned = True
-            warnings.warn(f"distnorm.run: this job {_ONE_PROCESS}", stacklevel=5)
+            messages.warn(f"distnorm.run: this job {_ONE_PROCESS}")
 
     def _report(self) -> None:
         if os.getpid() != self._process:  # a forked process inherits atexit handlers
@@ -133,12 +125,13 @@ class Job:
             if ledger.collectives or any(map(in_use, conversions)):
                 self._say(f"ledger of {name}\n{ledger}")
 
-    def _is_first(self) -> bool:
-        return (dist.get_rank() if dist.is_initialized() else self._rank) == 0
-
     def _say(self, text: str) -> None:
         if self._is_first():
-            print(f"distnorm.run: {text}", file=sys.stderr, flush=True)
+            messages.say(f"distnorm.run: {text}")
+
+    def _is_first(self) -> bool:
+        """Return whether this is the first rank, also after the job's process group was destroyed."""
+        return (dist.get_rank() if dist.is_initialized() else self._rank) == 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,7 +158,3 @@ class WatchedSettings(Settings):
         if converted:
             self.job.note(model, follow=self.follow)
         return converted
-
-
-def _rank_of(environment: Mapping[str, str]) -> int:
-    return next((int(environment[name]) for name in _RANK_VARIABLES if name in environment), 0)

@@ -17,9 +17,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 import distnorm
 from distnorm import recipes
 from distnorm.attach import Attachment, check_state_dict
-from distnorm.convert import Where
 from distnorm.integrations.checkpoint import is_converted
 from distnorm.recipe import Recipe
+from distnorm.selection import Where
 
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer

@@ -8,9 +8,9 @@ from typing import Any
 from torch import nn
 
 from distnorm.attach import Attachment
-from distnorm.convert import Where
 from distnorm.integrations import checkpoint, deepspeed
 from distnorm.recipe import Recipe
+from distnorm.selection import Where
 
 try:
     from accelerate.optimizer import AcceleratedOptimizer

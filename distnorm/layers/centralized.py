@@ -44,7 +44,10 @@ def centred(weight: Tensor, dims: list[int], *, through: bool = True) -> Tensor:
     norm = torch.linalg.vector_norm(wide.detach(), dim=dims, keepdim=True)
     ignored = torch.where(mean.detach().abs() <= rounding * norm, mean.detach(), torch.zeros_like(norm))
     shift = mean - ignored  # 0 or the mean, with the gradient of the mean
-    return (wide - (shift if through else shift.detach())).to(weight.dtype)
+    shifted = wide - (shift if through else shift.detach())
+    # The mean was rounded as a value of its own size, which may be far above that of what is left.
+    rest = shifted.detach().mean(dims, keepdim=True)
+    return (shifted - torch.where(shift.detach() == 0, torch.zeros_like(rest), rest)).to(weight.dtype)
 
 
 class Centralized(Reweighted):

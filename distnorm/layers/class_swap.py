@@ -13,6 +13,7 @@ import sys
 from torch import nn
 
 _NOT_COPIED = ("__dict__", "__weakref__")
+_MADE_WITH = "_made_with"
 
 
 def underlying(module: nn.Module) -> type[nn.Module]:
@@ -26,6 +27,23 @@ def underlying(module: nn.Module) -> type[nn.Module]:
 def swap(module: nn.Module, target: type[nn.Module]) -> None:
     """Set the class of ``module`` to ``target``, under the same generated subclasses as before."""
     module.__class__ = _rebase(type(module), target)
+
+
+def hand_down(cls: type, heir: type) -> None:
+    """Move what was set on ``cls`` since it was made to ``heir``, the class that its modules are known by.
+
+    ``type(module).count += 1`` in code that knows nothing of classes made at run time would be lost otherwise.
+    """
+    made_with = vars(cls)[_MADE_WITH]
+    for name, value in list(vars(cls).items()):
+        if not name.startswith("__") and name != _MADE_WITH and made_with.get(name, made_with) is not value:
+            setattr(heir, name, value)
+            delattr(cls, name)
+
+
+def note_contents(cls: type) -> None:
+    """Remember what ``cls`` was made with, for ``hand_down``."""
+    setattr(cls, _MADE_WITH, dict(vars(cls)))
 
 
 def _rebase(cls: type[nn.Module], target: type[nn.Module]) -> type[nn.Module]:

@@ -27,7 +27,7 @@ from distnorm.layers.class_swap import underlying
 from distnorm.layers.conversion import Conversion
 from distnorm.layers.normalized import Normalized
 from distnorm.layers.reweighted import Reweighted, is_computed
-from distnorm.layers.uses import Uses, is_supported
+from distnorm.layers.uses import Uses, is_supported, normalizes_input
 from distnorm.layers.weights import outputs_of, weights_per_filter
 from distnorm.recipe import Recipe
 from distnorm.types import Feeders
@@ -35,6 +35,7 @@ from distnorm.types import Feeders
 logger = logging.getLogger("distnorm")
 
 _DONE = {"centralized": "centred", "standardized": "standardized", "normalized": "normalized"}
+_COMPUTED = "are computed from other parameters"
 _SINGLE = "have one weight per filter, which would become a constant"
 
 
@@ -177,6 +178,9 @@ def _apply(model: nn.Module, conversion: Conversion) -> None:
                 weights.reweight(module, norms, conversion, name, trained=True)
     if kind == "centralized":
         weights.exclude(model)
+        tooled = [name for name, each in model.named_modules() if isinstance(each, Reweighted) and is_computed(each)]
+        if tooled:
+            logger.warning("distnorm: the weights of %s are not centred: they %s", ", ".join(tooled), _COMPUTED)
     _log(kind, sorted(left), missed)
 
 
@@ -202,7 +206,7 @@ def _guess(model: nn.Module, layers: Iterable[_BatchNorm]) -> Iterator[tuple[str
     Most models register layers in the order of their calls. Blocks that register all convolutions before all norms are
     paired differently, but the set of feeders is the same.
     """
-    wanted = {id(layer) for layer in layers}
+    wanted = {id(layer) for layer in layers if normalizes_input(layer)}
     unpaired: list[tuple[str, nn.Module]] = []
     for name, module in model.named_modules():
         if isinstance(module, _ConvNd | nn.Linear):
@@ -220,7 +224,7 @@ def _reason_to_skip(module: nn.Module, shared: set[int]) -> str | None:
     if not is_supported(module):
         return "belong to a subclass of torch's layers"
     if is_computed(module):
-        return "are computed from other parameters"
+        return _COMPUTED
     if weights_per_filter(module) == 1:
         return _SINGLE
     return "belong to several layers" if id(module._parameters.get("weight")) in shared else None

@@ -24,7 +24,7 @@ def check(layer: DistNorm) -> None:
     method, view = layer.recipe.method, _view(layer)
     if isinstance(method, ChannelAffine) or method.folded(view) is not None:
         return
-    if method.stock(layer.num_features, view) is None:
+    if method.stock(layer.num_features, view) is None or type(layer).forward is not DistNorm.forward:
         raise RuntimeError(
             f"{layer._site.name}: no module of torch computes what {method} does, so this layer cannot be reverted. "
             "Evaluation works as it is, and torch.export takes the model in eval(); distnorm.fold(model) simplifies "

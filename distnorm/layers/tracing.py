@@ -9,6 +9,9 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 from torch.nn.modules.conv import _ConvNd
 
+ADDS = "_adds_to_norm"
+"""The attribute of layers whose class does more in ``forward`` than the converted layer behind it."""
+
 
 def is_traced(value: object) -> bool:
     """Return whether ``value`` is a proxy of torch.fx."""
@@ -22,8 +25,13 @@ def leaf(module: nn.Module, proxy: Any, rest: Any = ()) -> Any:
     A tracer makes such nodes only for modules that ``torch.nn`` defines, and traces into all others.
 
     Raises:
-        TypeError: ``module`` is the traced model itself.
+        TypeError: ``module`` is the traced model itself, or only a part of what a layer does.
     """
+    if getattr(module, ADDS, False):
+        raise TypeError(
+            f"torch.fx: {type(module).__name__} does more than normalize, so name it a leaf for the tracer: "
+            "is_leaf_module of torch.fx.Tracer, or leaf_modules of tools built on it."
+        )
     path = cast(Any, proxy.tracer).path_of_module(module)
     if not path:
         raise TypeError(

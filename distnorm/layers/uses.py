@@ -13,6 +13,7 @@ from distnorm.layers.centralized import TARGETS
 from distnorm.layers.class_swap import underlying
 from distnorm.layers.conversion import Conversion
 from distnorm.layers.reweighted import Reweighted
+from distnorm.layers.tracing import ADDS
 
 _COPIES = frozenset("reshape flatten contiguous clone to type float half double bfloat16".split())
 """Functions that only copy values to another layout or dtype: their results are traced like their arguments."""
@@ -36,7 +37,7 @@ class Uses(TorchFunctionMode):
         self._ran: set[str] = set()
         self._inside = 0
         """How many norms are running: what they do with their inputs does not count."""
-        wanted = {id(norm) for _, norm in conversion.layers()}
+        wanted = {id(norm) for _, norm in conversion.layers() if normalizes_input(norm)}
         self._handles = []
         for name, module in model.named_modules():
             if id(module) in wanted:
@@ -105,6 +106,11 @@ class Uses(TorchFunctionMode):
             elif guess and not found and name in self._ran and (name in self.elsewhere or self._ran & {*guess}):
                 left.append(name)
         return {"left": left, "feeds": feeds}
+
+
+def normalizes_input(norm: nn.Module) -> bool:
+    """Return whether ``norm`` is known to normalize what it is given; the class of a user may change it before."""
+    return not getattr(norm, ADDS, False)
 
 
 def is_supported(module: nn.Module) -> bool:

@@ -10,13 +10,13 @@ from torch import nn
 
 from distnorm.convert import apply_to
 from distnorm.layers.agreement import narrower
-from distnorm.layers.class_swap import underlying
 from distnorm.layers.conversion import Conversion
 from distnorm.layers.module import DistNorm, DistSyncBatchNorm
 from distnorm.layers.site import Site
 from distnorm.methods import BatchNorm
 from distnorm.policies import AllReduce
 from distnorm.recipe import Recipe
+from distnorm.selection import select
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -52,19 +52,21 @@ class SyncBatchNorm(DistSyncBatchNorm):
 
     @classmethod
     def convert_sync_batchnorm(cls, module: ModuleT, process_group: dist.ProcessGroup | None = None) -> ModuleT:
-        """Convert stock batch norm layers of ``module`` to this class: as torch's, but in place. Issues no collective.
+        """Convert the batch norm layers of ``module``, stock ones to this class: as torch's, but in place.
 
         As in torch, all of them use the ``process_group`` given here, whatever group a SyncBatchNorm had before.
+        Subclasses of batch norm convert as in ``distnorm.convert``. Issues no collective.
+
+        Raises:
+            ValueError: as ``distnorm.convert``.
+
+        Warns:
+            UserWarning: as ``distnorm.convert``.
         """
-        stock: tuple[type[nn.modules.batchnorm._BatchNorm], ...]
+        conversion = _conversion(process_group)
         stock = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-        layers = [
-            (name or type(layer).__name__, layer)
-            for name, layer in module.named_modules()
-            if underlying(layer) in stock
-        ]
-        targets: dict[type[nn.modules.batchnorm._BatchNorm], type[DistNorm]] = dict.fromkeys(stock, cls)
-        apply_to(module, {_conversion(process_group): layers}, targets)
+        layers, targets = select(module, conversion.recipe, None, dict.fromkeys(stock, cls))
+        apply_to(module, {conversion: [each for each in layers if not isinstance(each[1], DistNorm)]}, targets)
         return module
 
 

@@ -8,11 +8,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from distnorm.convert import Where
 from distnorm.preconditioning import gradients, ranks
 from distnorm.preconditioning.handle import Preconditioner, preconditioners_of
 from distnorm.preconditioning.statistics import Statistics
 from distnorm.preconditioning.targets import Target, select
+from distnorm.selection import Where
 from distnorm.validation import Momentum, Rule, check, hints_of, number
 
 Damping = Annotated[float, number(0, 10**6)]

@@ -11,8 +11,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import UninitializedParameter
 
-from distnorm.convert import Where, matches
 from distnorm.layers.centralized import Centralized
+from distnorm.selection import Where, matches
 
 Holders = dict[int, list[nn.Module]]
 

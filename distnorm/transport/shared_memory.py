@@ -15,6 +15,7 @@ import logging
 import mmap
 import os
 import struct
+import weakref
 from ctypes import CDLL, addressof, c_char
 from datetime import timedelta
 from pathlib import Path
@@ -36,8 +37,10 @@ class SharedMemory(Direct):
     def __init__(self, file: int, ranks: tuple[int, ...], place: int, timeout: timedelta, compiled: CDLL) -> None:
         """Map the open ``file`` as rank number ``place`` of ``ranks``, and take this rank's lock."""
         super().__init__(ranks, place, timeout)
-        self._file = os.fdopen(file, "r+b")
-        fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, place)
+        self._file = file
+        self._close = weakref.finalize(self, os.close, file)
+        self._close.atexit = False  # the lock tells others that this process is alive, so it is held to the end
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, place)
         self._map = mmap.mmap(file, segment_bytes(len(ranks)))
         self._segment = addressof(c_char.from_buffer(self._map))
         self._compiled = compiled
@@ -68,7 +71,7 @@ class SharedMemory(Direct):
 
     def close(self) -> None:
         """Release this rank's lock."""
-        self._file.close()
+        self._close()
 
     def _await_late(self, late: int, number: int) -> None:
         patience = Patience(self._timeout)

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -154,6 +155,30 @@ def test_a_wrong_environment_names_itself(
     assert capsys.readouterr().err == (
         "distnorm.run: error: environment DISTNORM_*: ledger must be true or false; got 'perhaps'.\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("line", "reported"), [("raise KeyError('lost')", "KeyError: 'lost'"), ("raise SystemExit(3)", "SystemExit: 3")]
+)
+def test_the_launchers_report_shows_the_script(
+    line: str, reported: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torchrun prints this file; by itself it knows the module that it started, distnorm.run."""
+    script, report = tmp_path / "train.py", tmp_path / "error.json"
+    script.write_text(f"\n\n{line}\n")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(report))
+    job = SimpleNamespace(failed=False)
+    monkeypatch.setattr(run, "install", lambda *_: job)
+    monkeypatch.setattr(run, "convert_in_children", lambda *_: None)
+    monkeypatch.setattr(run, "end_job_after", lambda *_: None)
+    monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])  # the script takes these
+    for name, value in (("argv", [*sys.argv]), ("path", [*sys.path])):
+        monkeypatch.setattr(sys, name, value)
+    with pytest.raises((KeyError, SystemExit)):
+        run.main([str(script)])
+    message = json.loads(report.read_text())["message"]
+    assert message["message"] == reported and job.failed
+    assert f'File "{script}", line 3' in message["extraInfo"]["py_callstack"]
 
 
 # --- one process ---------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import os
 import warnings
 
@@ -66,6 +67,18 @@ def test_one_process_is_told_so_once(world: None, capsys: pytest.CaptureFixture[
     assert warning.filename == __file__
     job._report()
     assert capsys.readouterr().err == "distnorm.run: Sequential: 1 layers converted to sync_bn\n" * len(models)
+
+
+def test_it_is_said_by_the_scripts_logging_alone(
+    world: None, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    job = install(Settings(recipe="local_bn", fuse=True))
+    with caplog.at_level(logging.INFO):
+        DistributedDataParallel(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU()))
+        job._report()
+    ours = [each.getMessage() for each in caplog.records if each.name.startswith("distnorm")]
+    assert ours == ["distnorm.run: Sequential: 1 layers converted to local_bn, 1 of them fused with their epilogues"]
+    assert capsys.readouterr().err == ""
 
 
 def test_what_was_fused_is_said(world: None, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import distnorm
 from distnorm import Recipe
+from distnorm.layers import centralized as ours
 from distnorm.layers.centralized import Centralized
 from distnorm.layers.weights import centralized
 from distnorm.methods import RMS
@@ -252,3 +253,33 @@ def test_loaded_weights_of_the_projected_form_are_projected():
         each.load_state_dict(build(5).state_dict())
     losses = [train(each, optimizer, 3) for each, optimizer in zip((plain, model), optimizers, strict=True)]
     torch.testing.assert_close(*losses, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("mean", [0.0, 1.0, 100.0, 1e4])
+@pytest.mark.parametrize("count", [2, 9, 576])
+def test_centring_again_changes_nothing(count, mean, dtype):
+    """Also where the mean is so large that its rounding, left in the weight, is above what is ignored."""
+    weight = torch.randn(256, count, generator=torch.Generator().manual_seed(0), dtype=dtype) + mean
+    once = ours.centred(weight, [1])
+    assert torch.equal(ours.centred(once, [1]), once)
+    exact = weight.double() - weight.double().mean(1, keepdim=True)
+    torch.testing.assert_close(once.double(), exact, rtol=0, atol=8 * torch.finfo(dtype).eps * max(mean, 1))
+    assert once.double().mean(1).abs().max() < 4 * torch.finfo(dtype).eps
+
+
+def test_revert_after_sgd_leaves_what_was_centred():
+    """In a copy, which knows of no optimizer, weights far from 0 were centred once more, by their rounding."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8))
+    with torch.no_grad():
+        model[0].weight += 50
+    distnorm.convert(model, "sync_bn", weights="centralized")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    x = torch.randn(4, 3, 6, 6)
+    for _ in range(2):
+        model(x).square().sum().backward()
+        optimizer.step()
+    weight, y = model[0].weight.detach().clone(), model.eval()(x)
+    for each in (distnorm.revert(copy.deepcopy(model)), distnorm.revert(model)):
+        assert torch.equal(each[0].weight, weight) and torch.equal(each(x), y)
