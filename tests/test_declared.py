@@ -186,7 +186,10 @@ class Broken(Method):
             raise ValueError(f"3 groups do not divide {features} features")
 
     def declare(self, features: int) -> Declared:
-        return Declared({"weight": torch.ones(features)} if self.fault == "taken" else {})
+        step = {"step": torch.tensor(0)}
+        buffers = {"0-d": {**step, "level": torch.tensor(1.0)}, "0-d double": {"x": torch.ones(()).double()}}
+        parameters = {"weight": torch.ones(features)} if self.fault == "taken" else {}
+        return Declared(parameters, step if self.fault == "none" else buffers.get(self.fault, {}))
 
     def normalize(self, x_NCL: Tensor, share: Share, layer: Layer, *inputs: Tensor) -> Tensor:
         sums = x_NCL.double().transpose(0, 1).flatten(1).sum(1)
@@ -208,6 +211,8 @@ class Broken(Method):
     [
         ("features", "0: 3 groups do not divide 4 features"),
         ("taken", "0: BatchNorm1d has an attribute 'weight' already"),
+        ("0-d", r"0: Broken.*buffer 'level' without dimensions.*torch\.compile.*shape \[1\]"),
+        ("0-d double", "0: Broken.*buffer 'x' without dimensions"),
         ("twice", "0: Broken.*shares twice by the name ''"),
         ("max", "0: Broken.*needs_max"),
         ("unknown", "0: Broken.*buffer 'unknown'.*running_mean"),
@@ -221,6 +226,11 @@ def test_faults_of_methods_are_found_by_convert(fault, text):
     assert type(model[0]) is nn.BatchNorm1d and set(model.state_dict()) == set(
         nn.Sequential(nn.BatchNorm1d(4)).state_dict()
     )
+
+
+def test_whole_numbers_need_no_dimensions() -> None:
+    model = distnorm.convert(nn.Sequential(nn.BatchNorm1d(4)), Recipe(method=Broken(fault="none"), policy=Local()))
+    assert model[0].step.shape == ()
 
 
 def test_export_of_evaluation():

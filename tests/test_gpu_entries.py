@@ -254,7 +254,7 @@ def test_what_waits_is_noticed(fake: None) -> None:
 
 @pytest.mark.parametrize("module", ["distnorm", "distnorm.nn", "distnorm.integrations", "distnorm.cli.main"])
 def test_importing_does_not_import_triton(module: str) -> None:
-    """Dynamo imports it, too: choosing its interpreter would come too late, and programs would take seconds more."""
+    """Nor Dynamo, which does: each program would take seconds more, and nobody could choose Triton's interpreter."""
     command = f"import sys, {module}; print([each for each in ('triton', 'torch._dynamo') if each in sys.modules])"
     done = subprocess.run([sys.executable, "-c", command], check=True, stdout=subprocess.PIPE, text=True)
     assert done.stdout == "[]\n"

@@ -38,6 +38,26 @@ def images() -> Tensor:
     return torch.randn(2, 4, 6, 6, generator=torch.Generator().manual_seed(0))
 
 
+# --- why methods declare no floats without dimensions ---------------------------------------------
+
+
+@pytest.mark.xfail(
+    reason="torch 2.13: distnorm/layers/layout.py refuses such buffers", strict=torch.__version__.startswith("2.13.")
+)
+def test_updates_of_a_float_without_dimensions() -> None:
+    """In float64, on a CPU."""
+    torch._dynamo.reset()
+    total = torch.zeros((), dtype=torch.float64)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def count(x: Tensor) -> Tensor:
+        total.add_(x.sum())
+        return x * 2
+
+    count(torch.ones(3, dtype=torch.float64))
+    assert total == 3
+
+
 # --- compilation of regions ----------------------------------------------------------------------
 
 

@@ -13,7 +13,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrizations, prune
 
 import distnorm
@@ -21,6 +20,8 @@ from distnorm import Recipe, recipes
 from distnorm.layers import weights
 from distnorm.layers.normalized import Normalized
 from distnorm.layers.standardized import Standardized
+from distnorm.methods import IEBN, GroupNorm, InstanceNorm, LayerNorm, MixtureNorm
+from distnorm.policies import Policy
 from tests.training import same
 from tests.weighted import (
     EVERY_KIND,
@@ -34,7 +35,7 @@ from tests.weighted import (
     places,
     train,
 )
-from tests.zoo import BASIC, METHODS, MOVING, PARTIAL
+from tests.zoo import MOVING, PARTIAL, MethodUnderTest, pairs
 
 LAYERS: list[tuple[nn.Module, tuple[int, ...]]] = [
     (nn.Conv1d(3, 4, 2), (2, 3, 6)),
@@ -307,41 +308,29 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "hierarchical_mabn": {"window": 2, "warmup": 2},
     "lazy_bn": {"warmup": 2},
 }
-POINTS: dict[str, Recipe] = {
-    f"{method}-{policy}": Recipe(method=METHODS[method].method, policy=each)
-    for method in BASIC
-    for policy, each in (PARTIAL | MOVING).items()
-    if policy != "group-size"
-}
+POINTS = {name: policy for name, policy in (PARTIAL | MOVING).items() if name != "group-size"}
 
 
-PER_SAMPLE = ("layer_norm", "group_norm", "instance_norm")  # revert gives torch's classes of these
-GATED = ("iebn", "mixture_norm")  # of which torch has none
-
-
-def trains(model: nn.Module) -> None:
+def comes_back(model: nn.Module) -> None:
     losses = train(model, 5)
     assert names(model) == FEEDERS and all(loss.isfinite() for loss in losses)
-
-
-def comes_back(model: nn.Module, *, norms: bool = True) -> None:
-    trains(model)
-    y = evaluated(model)
+    y, method, norms = evaluated(model), model.norm1.recipe.method, nn.modules.batchnorm._BatchNorm
+    if isinstance(method, IEBN | MixtureNorm):
+        with pytest.raises(RuntimeError, match=r"^norm1: no module of torch computes"):
+            distnorm.revert(model)
+        torch.testing.assert_close(evaluated(model), y)
+        assert names(model) == FEEDERS
+        return
     torch.testing.assert_close(evaluated(distnorm.revert(model)), y)
-    found, wanted = ([type(each) for each in one.modules()] for one in (model, net()))
-    assert [one is other for one, other in zip(found, wanted, strict=True)] == [
-        norms or not issubclass(each, _BatchNorm) for each in wanted
-    ]
+    becomes = nn.GroupNorm if isinstance(method, LayerNorm | GroupNorm | InstanceNorm) else None
+    expected = [becomes if becomes and isinstance(each, norms) else type(each) for each in net().modules()]
+    assert [type(each) for each in model.modules()] == expected
 
 
 @EVERY_KIND
 @pytest.mark.parametrize("name", [each.name for each in recipes.available()])
 def test_every_recipe(name: str, kind: str) -> None:
-    model = distnorm.convert(net(), name, weights=kind, **OPTIONS.get(name, {}))
-    if name in GATED:
-        trains(model)
-    else:
-        comes_back(model, norms=name not in PER_SAMPLE)
+    comes_back(distnorm.convert(net(), name, weights=kind, **OPTIONS.get(name, {})))
 
 
 @EVERY_KIND
@@ -356,10 +345,9 @@ def test_overlap_and_epilogues(kind: str) -> None:
 
 
 @EVERY_KIND
-@pytest.mark.parametrize("point", POINTS)
-def test_every_method_and_policy(point: str, kind: str) -> None:
-    recipe = POINTS[point]
-    comes_back(distnorm.convert(net(), Recipe(method=recipe.method, policy=recipe.policy, weights=kind)))
+@pytest.mark.parametrize(("under_test", "policy"), pairs(POINTS))
+def test_every_method_and_policy(under_test: MethodUnderTest, policy: Policy, kind: str) -> None:
+    comes_back(distnorm.convert(net(), Recipe(method=under_test.method, policy=policy, weights=kind)))
 
 
 @EVERY_KIND

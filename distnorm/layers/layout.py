@@ -92,12 +92,13 @@ def measure(method: Method, features: int) -> Measured:
     """Return what ``method`` shares in a layer of so many ``features``.
 
     Raises:
-        ValueError: it shares twice by one name, uses another name or ``op`` than it may, or has targets for buffers
-            that do not exist or have other shapes.
+        ValueError: it shares twice by one name, uses another name or ``op`` than it may, declares a buffer that a
+            compiled graph could not update, or has targets for buffers that do not exist or have other shapes.
     """
     # Not on meta tensors: torch 2.13 imports Dynamo for the first of these, which takes seconds.
     with modes_disabled(), torch.no_grad(), torch.device("cpu"):
         declared = method.declare(features)
+        _check_buffers(method, declared.buffers)
         one_C = torch.ones(features)
         parameters = {"weight": one_C, "bias": one_C, **declared.parameters}
         buffers = {"running_mean": torch.zeros(features), "running_var": one_C, **declared.buffers}
@@ -140,6 +141,17 @@ class _Probe:
     def affine(self, x_NCL: Tensor, core: ChannelAffine, layer: Layer) -> Tensor:
         self.core = core
         return core.normalize(x_NCL, self, layer)
+
+
+def _check_buffers(method: Method, buffers: Mapping[str, Tensor]) -> None:
+    # torch 2.13: graphs take a float64 tensor without dimensions on a CPU for a Python float, and lose its updates in
+    # place (tests/test_graphs.py). ``model.double()`` makes one of any.
+    scalars = [name for name, buffer in buffers.items() if not buffer.dim() and buffer.is_floating_point()]
+    if scalars:
+        raise ValueError(
+            f"{method}: declares the buffer {scalars[0]!r} without dimensions, whose updates torch.compile loses in "
+            "float64 on a CPU. Give it the shape [1]."
+        )
 
 
 def _check_targets(method: Method, targets: Mapping[str, Tensor], buffers: Mapping[str, Tensor]) -> None:

@@ -40,7 +40,8 @@ class Declared(NamedTuple):
 
     Fields:
         parameters: initial values of trainable parameters, of any shape; the layer's dtype and device are used.
-        buffers: initial values of buffers, of any shape. ``Method.targets`` says what they move towards.
+        buffers: initial values of buffers, of any shape; floating-point ones have at least one dimension.
+            ``Method.targets`` says what they move towards.
     """
 
     parameters: Mapping[str, Tensor] = {}

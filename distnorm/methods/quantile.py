@@ -159,7 +159,7 @@ class Following(NamedTuple):
         return Declared(
             buffers={
                 "threshold": torch.zeros(features),
-                "threshold_weight": torch.zeros(1),  # torch.compile drops updates of a 0-d one (torch 2.13)
+                "threshold_weight": torch.zeros(1),
                 "position": (quantile / deviation).float(),
             }
         )
