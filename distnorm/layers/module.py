@@ -76,11 +76,12 @@ class DistNorm(Scriptable):
         ``kernels/activations.py``, such as "silu"; ``relu`` is short for "relu". ``parameter`` is the negative slope of
         "leaky_relu" or the alpha of "elu".
         """
+        node = leaf(self, input, inputs) if is_traced(input) else None
         wanted = RELU if relu else None if activation is None else named(activation, parameter)
         nothing = residual is None and wanted is None
         epilogue = normalize.NO_EPILOGUE if nothing else Epilogue(residual, wanted)
-        if is_traced(input):
-            return _finish(leaf(self, input, inputs), epilogue, widen)
+        if node is not None:
+            return _finish(node, epilogue, widen)
         site = self._site
         running = running_of(self, site.conversion.guards)
         checks.check_input(self, site, input, running)
