@@ -20,14 +20,14 @@ from distnorm.autograd.engine import backward_may_follow
 from distnorm.autograd.keep_local import KeepLocal
 from distnorm.compat.dispatch_state import are_own, are_plain, exporting, in_transform, is_fake
 from distnorm.kernels import stock
-from distnorm.kernels.activations import activate, named
-from distnorm.layers import checks, initial, overlap, repeated
+from distnorm.kernels.activations import named
+from distnorm.layers import checks, epilogues, initial, overlap, repeated
 from distnorm.layers.line import NOW, Line
 from distnorm.layers.running_statistics import running_of, seen
 from distnorm.layers.scripting import Scriptable
 from distnorm.layers.site import Site, update_layer
 from distnorm.layers.tracing import is_traced, leaf
-from distnorm.methods import BatchNorm, Layer
+from distnorm.methods import BatchNorm
 from distnorm.methods.base import compute_dtype
 from distnorm.policies import Local
 from distnorm.recipe import Recipe
@@ -81,7 +81,7 @@ class DistNorm(Scriptable):
         nothing = residual is None and wanted is None
         epilogue = normalize.NO_EPILOGUE if nothing else Epilogue(residual, wanted)
         if node is not None:
-            return _finish(node, epilogue, widen)
+            return epilogues.apart(node, epilogue, widen)
         site = self._site
         running = running_of(self, site.conversion.guards)
         checks.check_input(self, site, input, running)
@@ -91,15 +91,15 @@ class DistNorm(Scriptable):
         weight_C = parameters["weight"] if "weight" in parameters else self.weight  # tools may compute one
         bias_C = parameters["bias"] if "bias" in parameters else self.bias
         if not self.training:
-            return _finish(self._evaluate(input, inputs, running), epilogue, widen)
+            return epilogues.apart(self._evaluate(input, inputs, running), epilogue, widen)
         checks.check_training(self, site, input)
         plain = not torch.compiler.is_compiling() and are_plain(input, residual)
         plain = plain and are_own(weight_C, bias_C, *running[:3])
         method, tracked = site.channel_affine if plain else None, running if self.track_running_stats else None
         if method is None or not normalize.suits(method, input):
-            return _finish(self._train_plainly(input, inputs, running, tracked, plain), epilogue, widen)
+            return epilogues.apart(self._train_plainly(input, inputs, running, tracked, plain), epilogue, widen)
         affine = Affine(weight_C, bias_C, self.eps, running.var_C, running.updates)
-        fits = residual is None or (_fits(residual, input) and wanted in (None, RELU))
+        fits = residual is None or (epilogues.fits(residual, input) and wanted in (None, RELU))
         fused = epilogue if fits else normalize.NO_EPILOGUE
         exchange = self._exchange(input, True)
         alone = fused is normalize.NO_EPILOGUE and isinstance(exchange, KeepLocal)
@@ -108,7 +108,7 @@ class DistNorm(Scriptable):
         else:
             between = overlap.arrangement(self, input) if site.conversion.recipe.overlap else None
             y = normalize.normalize(method, input, exchange, affine, between, tracked, fused)
-        return y if fits else _finish(y, epilogue, widen)
+        return y if fits else epilogues.apart(y, epilogue, widen)
 
     def _train_plainly(
         self, input: Tensor, inputs: tuple[Tensor, ...], running: Running, tracked: Running | None, plain: bool
@@ -123,7 +123,7 @@ class DistNorm(Scriptable):
         if method.follows and plain and self._site.measured is not None:
             layer, record = repeated.as_of_first(input, self._site, layer)
         elif method.follows:
-            layer = _with_copies(layer)
+            layer = repeated.with_copies(layer)
         y = method.normalize(input, share, layer, *inputs)
         if record is not None:
             repeated.remember(record, self._site, y)
@@ -259,29 +259,6 @@ class DistNorm(Scriptable):
             return {}
         found = {**ahead.buffers, "num_batches_tracked": ahead.updates}
         return {name: each.clone() for name, each in found.items() if each is not None}
-
-
-def _with_copies(layer: Layer) -> Layer:
-    """Return ``layer`` with copies of its buffers, which a graph may keep, since the original ones change in place."""
-    names = [name for name, each in layer.buffers.items() if each is not None]
-    buffers = [each for each in layer.buffers.values() if each is not None]
-    # A compiler may compute clones again in the backward pass, from what has changed by then (torch 2.13, min-cut).
-    hidden = torch.compiler.is_compiling() and not exporting()
-    copies = torch.ops.distnorm.copies(buffers) if hidden else [each.clone() for each in buffers]
-    return layer._replace(buffers={**layer.buffers, **dict(zip(names, copies, strict=True))})
-
-
-def _fits(residual: Tensor, x_NCL: Tensor) -> bool:
-    alike = isinstance(residual, Tensor) and residual.shape == x_NCL.shape and residual.dtype == x_NCL.dtype
-    return alike and residual.device == x_NCL.device
-
-
-def _finish(y_NCL: Tensor, epilogue: Epilogue, widen: bool) -> Tensor:
-    """Apply the epilogue separately."""
-    residual = epilogue.residual_NCL
-    if residual is not None:
-        y_NCL = y_NCL + residual if widen else y_NCL.add_(residual)
-    return activate(y_NCL, epilogue.activation)
 
 
 # Initialization code and filters in public code look for "BatchNorm" or "BatchNorm2d" in a layer's class name.

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from distnorm.autograd.engine import repeating
 from distnorm.autograd.recompute import Record
+from distnorm.compat.dispatch_state import exporting
 from distnorm.layers.site import Site
 from distnorm.methods import Layer
 from distnorm.methods.base import compute_dtype
@@ -56,3 +57,13 @@ def _moments(x_NCL: Tensor) -> Tensor:
     values_NCL = x_NCL.to(compute_dtype(x_NCL.dtype))
     sum_C, square_C = (each.sum(dims, dtype=torch.float64) for each in (values_NCL, values_NCL.square()))
     return torch.cat((sum_C, square_C, sum_C.new_full((1,), x_NCL.numel() // x_NCL.shape[1])))
+
+
+def with_copies(layer: Layer) -> Layer:
+    """Return ``layer`` with copies of its buffers, which a graph may keep, since the original ones change in place."""
+    names = [name for name, each in layer.buffers.items() if each is not None]
+    buffers = [each for each in layer.buffers.values() if each is not None]
+    # A compiler may compute clones again in the backward pass, from what has changed by then (torch 2.13, min-cut).
+    hidden = torch.compiler.is_compiling() and not exporting()
+    copies = torch.ops.distnorm.copies(buffers) if hidden else [each.clone() for each in buffers]
+    return layer._replace(buffers={**layer.buffers, **dict(zip(names, copies, strict=True))})

@@ -1,0 +1,22 @@
+"""Epilogues that the kernels do not compute with the norm, and which they can."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from distnorm.kernels.activations import activate
+from distnorm.types import Epilogue
+
+
+def fits(residual: Tensor, x_NCL: Tensor) -> bool:
+    """Return whether the kernels can add ``residual`` to a norm of ``x_NCL``: of equal shape, dtype and device."""
+    alike = isinstance(residual, Tensor) and residual.shape == x_NCL.shape and residual.dtype == x_NCL.dtype
+    return alike and residual.device == x_NCL.device
+
+
+def apart(y_NCL: Tensor, epilogue: Epilogue, widen: bool) -> Tensor:
+    """Return ``activation(y + residual)``; unless ``widen``, the sum is in place and keeps the dtype of y."""
+    residual = epilogue.residual_NCL
+    if residual is not None:
+        y_NCL = y_NCL + residual if widen else y_NCL.add_(residual)
+    return activate(y_NCL, epilogue.activation)
