@@ -97,7 +97,7 @@ MOVING: dict[str, Policy] = {
 
 
 BASIC = ("BatchNorm", "RMS")
-USUAL = ("AllReduce", "Periodic-3", "Moving", "Warmup-StaleMix")
+USUAL = ("AllReduce", "Warmup-StaleMix")
 
 
 def pairs(policies: Mapping[str, Policy], usual: Sequence[str] = USUAL) -> list[object]:
