@@ -12,12 +12,10 @@ import sys
 from collections.abc import Sequence
 from typing import get_args
 
-from torch.distributed.elastic.multiprocessing.errors import get_error_handler
-
 from distnorm.integrations.children import convert_in_children
 from distnorm.integrations.launchers import read_launcher
 from distnorm.integrations.mpi import export_environment
-from distnorm.integrations.script import run_module, run_script
+from distnorm.integrations.script import report_to_launcher, run_module, run_script
 from distnorm.integrations.wrapping import install
 from distnorm.settings import OPTIONS_EXAMPLE, from_environment
 from distnorm.transport.mpi import end_job_after
@@ -66,19 +64,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
             run_script(target, rest)
     except SystemExit as end:
         job.failed = end.code not in (None, 0)
-        _report(end)
+        if job.failed:
+            report_to_launcher(end)
         end_job_after(end)
         raise
     except BaseException as error:
         job.failed = True
-        _report(error)
+        report_to_launcher(error)
         raise
-
-
-def _report(error: BaseException) -> None:
-    """Tell torchrun where the script failed: its report names the module that it started, which is this one."""
-    if "TORCHELASTIC_ERROR_FILE" in os.environ and not (isinstance(error, SystemExit) and error.code in (None, 0)):
-        get_error_handler().record_exception(error)
 
 
 def _export_launcher_environment() -> None:

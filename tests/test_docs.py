@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import linecache
 import re
 import shlex
 import subprocess
@@ -53,7 +54,9 @@ def commands() -> list[str]:
 
 def execute(text: str) -> dict[str, object]:
     names: dict[str, object] = {"__name__": __name__}
-    exec(compile(text, "a documentation block", "exec", dont_inherit=True), names)
+    file = f"a documentation block, {hash(text)}"
+    linecache.cache[file] = len(text), None, text.splitlines(keepends=True), file  # convert reads code
+    exec(compile(text, file, "exec", dont_inherit=True), names)
     return names
 
 

@@ -60,6 +60,18 @@ def run_module(name: str, arguments: Sequence[str]) -> None:
     _run_module(name, alter_argv=True)
 
 
+def report_to_launcher(error: BaseException) -> None:
+    """Tell torchrun where the script failed, unless the script has: its report names the module that it started."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path is None or os.path.exists(path):
+        return
+    from torch.distributed.elastic.multiprocessing.errors import get_error_handler  # here: most scripts do not fail
+
+    whole, error.__traceback__ = error.__traceback__, _without_ours(error.__traceback__)
+    get_error_handler().record_exception(error)
+    error.__traceback__ = whole
+
+
 def _run_module(name: str, *, alter_argv: bool) -> None:
     _new_main()
     with _script_traceback():

@@ -178,7 +178,12 @@ def test_the_launchers_report_shows_the_script(
         run.main([str(script)])
     message = json.loads(report.read_text())["message"]
     assert message["message"] == reported and job.failed
-    assert f'File "{script}", line 3' in message["extraInfo"]["py_callstack"]
+    stack = message["extraInfo"]["py_callstack"]
+    assert f'File "{script}", line 3' in stack and "integrations/script.py" not in stack and "run.py" not in stack
+    report.write_text("by @record in the script")
+    with pytest.raises((KeyError, SystemExit)):
+        run.main([str(script)])
+    assert report.read_text() == "by @record in the script"
 
 
 # --- one process ---------------------------------------------------------------------------------
