@@ -8,6 +8,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))
 
 import compare_methods
+import pytest
 from digits_report import Run
 from train_digits import STOCK, train_all
 
@@ -27,6 +28,7 @@ def some(rank: int) -> list[Run]:
     return train_all(SOME, [0], 1, 20)
 
 
+@pytest.mark.slow
 def test_they_train_and_are_drawn(pool: Pool, tmp_path: Path) -> None:
     runs, _ = pool.run(2, some)
     assert [run.recipe for run in runs] == SOME

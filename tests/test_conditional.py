@@ -99,7 +99,7 @@ SMALL = [
 ]
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", [pytest.param(each, marks=[pytest.mark.slow] * (each == "SPADE")) for each in SMALL])
 def test_gradients_are_true(name: str) -> None:
     """Also those of gradients, as a penalty on the discriminator's needs them."""
     layer, inputs, _ = ready(name)

@@ -151,7 +151,11 @@ def test_autocast(recipe: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "recipe", ["gbn", "gbn(deviation='mad', policy='local')", "iebn", "mixture_norm", "group_norm"]
+    "recipe",
+    [
+        *(pytest.param(each, marks=pytest.mark.slow) for each in ("gbn", "mixture_norm")),
+        *("gbn(deviation='mad', policy='local')", "iebn", "group_norm"),
+    ],
 )
 def test_compiled_with_inductors_front_end(recipe: str) -> None:
     """Training and evaluation as in eager mode; tests/laws/test_compiled.py has all methods on one graph."""

@@ -23,7 +23,7 @@ def _steps(model: nn.Module, module: nn.Module) -> list[Tensor]:
 
 
 # Graphs do not show the policy.
-@pytest.mark.parametrize(("under_test", "policy"), pairs(POLICIES, usual=["AllReduce"]))
+@pytest.mark.parametrize(("under_test", "policy"), pairs(POLICIES, usual=()))
 def test_one_graph(under_test, policy):
     def build() -> nn.Module:
         torch.manual_seed(0)
