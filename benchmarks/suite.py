@@ -83,7 +83,7 @@ BASE = counted(8, 5, warmup=2, points=["40,64"])
 PARTS: dict[str, list[Job]] = {
     "layer": [Job("layer", 1, counted(40, 6, batch=16, widths=[32, 64]))],
     "tiny": [Job("tiny", ranks, counted(40, 8)) for ranks in (1, 2)],
-    "methods": [Job("methods", 2, counted(20, 60))],
+    "methods": [Job("methods", 2, counted(12, 60))],
     "tails": [
         Job("tails", 1, counted(20, 3, batch=16, widths=[32, 64])),
         Job("step", 2, counted(30, 25, width=32, batch=16, contenders=TAILS)),

@@ -28,7 +28,7 @@ def suits(method: Tracked, x_NCL: Tensor, affine: Affine, running: Running) -> b
         return False
     if running.momentum is None and not x_NCL.is_cpu:  # the host would wait for the number of updates
         return False
-    for each in (x_NCL, *affine[:2], *running[:2]):
+    for each in (x_NCL, affine.weight_C, affine.bias_C, running.mean_C, running.var_C):
         if each is not None and each.dtype is not torch.float32:
             return False
     return True
@@ -39,8 +39,7 @@ def batch_norm(x_NCL: Tensor, affine: Affine, running: Running, *, updates: bool
 
     At least two values per channel.
     """
-    weight_C, bias_C, eps, *_ = affine
-    mean_C, var_C, count, rate, *_ = running
+    mean_C, var_C, count, rate = running.mean_C, running.var_C, running.updates, running.momentum
     if mean_C is None or var_C is None:
         mean_C = var_C = None
     elif updates:
@@ -53,7 +52,8 @@ def batch_norm(x_NCL: Tensor, affine: Affine, running: Running, *, updates: bool
     if updates and count is not None:
         count.add_(1)
     momentum = rate if rate is not None else 0.0 if count is None else 1.0 / float(count)
-    arguments = weight_C, bias_C, mean_C, var_C, True, momentum, eps, torch.backends.cudnn.enabled
+    parameters = affine.weight_C, affine.bias_C, mean_C, var_C
+    arguments = *parameters, True, momentum, affine.eps, torch.backends.cudnn.enabled
     hooks = saved_tensors_hooks()
     if hooks is None:
         return torch.batch_norm(x_NCL, *arguments)
