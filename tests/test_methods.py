@@ -135,8 +135,16 @@ def train(model: nn.Module, rank: int, steps: int, run: Callable[..., Tensor] | 
     return [*found, *(parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None)]
 
 
+CLIPPED = [(RMS(clip=1.1, clip_after=1), "AllReduce"), (RMS(clip=1.1), "Moving")]
+# Graphs and recomputations do not show which policy shares, so most pairs are slow tests.
+MOST = [
+    pytest.param(method, policy, marks=[pytest.mark.slow] * (policy not in ("AllReduce", "Moving")))
+    for method, policy in ADMITTED
+]
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize(("method", "policy"), ADMITTED, ids=str)
+@pytest.mark.parametrize(("method", "policy"), MOST, ids=str)
 def test_recomputation_changes_nothing(method, policy, reentrant):
     """Values, running statistics and the number of collectives."""
 
@@ -152,9 +160,7 @@ def test_recomputation_changes_nothing(method, policy, reentrant):
     torch.testing.assert_close([each[0] for each in checked], [each[0] for each in plain], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(
-    ("method", "policy"), [*ADMITTED, (RMS(clip=1.1, clip_after=1), "AllReduce"), (RMS(clip=1.1), "Moving")], ids=str
-)
+@pytest.mark.parametrize(("method", "policy"), [*MOST, *CLIPPED], ids=str)
 def test_compiled(method, policy):
     """In one graph, whatever the policy, and with the buffers that the forward found."""
     torch.compiler.reset()

@@ -97,14 +97,14 @@ MOVING: dict[str, Policy] = {
 
 
 BASIC = ("BatchNorm", "RMS")
-USUAL = ("AllReduce", "Warmup-StaleMix")
+USUAL = ("AllReduce",)
 
 
 def pairs(policies: Mapping[str, Policy], usual: Sequence[str] = USUAL) -> list[object]:
     """Test parameters: every method with every one of ``policies`` that admits it.
 
     Policies do not see what values mean. Pairs are slow tests unless the method is a basic one, or the policy is among
-    the ``usual`` ones, which are one of each kind. Policies that average over steps cannot average maxima, which
+    the ``usual`` ones. Policies that average over steps cannot average maxima, which
     ``Range`` and ``WorstCase`` share.
     """
     return [

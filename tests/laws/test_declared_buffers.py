@@ -136,7 +136,9 @@ def threshold_errors(alpha: float, *, steps: int = 120, size: int = 16, lr: floa
     return errors
 
 
-@pytest.mark.parametrize("alpha", [0.5, 0.7, 0.9])
+@pytest.mark.parametrize(
+    "alpha", [pytest.param(0.5, marks=pytest.mark.slow), 0.7, pytest.param(0.9, marks=pytest.mark.slow)]
+)
 def test_the_error_of_a_threshold_over_training(alpha):
     """Of three layers, on digits, as docs/methods.md has it, up to its last digits.
 

@@ -16,7 +16,7 @@ from distnorm import Recipe
 from tests.laws.ranks import Answer, Case, answer_on_rank, random_case
 from tests.support.reference import Normalized
 from tests.support.threads import run_threads
-from tests.zoo import EXACT, METHODS, MethodUnderTest
+from tests.zoo import EXACT, METHODS, MethodUnderTest, pairs
 
 SPLITS = st.lists(st.integers(0, 4), min_size=2, max_size=4).filter(lambda sizes: sum(sizes) >= 2)
 SPATIAL = st.sampled_from([(), (3,), (2, 3), (1, 2, 3)])
@@ -67,8 +67,7 @@ def spread(case: Case) -> float:
     return float((_channels(case).var(1, correction=0) + 1e-5).sqrt().min())
 
 
-@pytest.mark.parametrize("policy", EXACT.values(), ids=EXACT.keys())
-@pytest.mark.parametrize("under_test", METHODS.values(), ids=METHODS.keys())
+@pytest.mark.parametrize(("under_test", "policy"), pairs(EXACT))
 @given(sizes=SPLITS, spatial=SPATIAL, mean=st.sampled_from([0.0, 50.0]), seed=st.integers(0, 2**16))
 def test_split_equals_joined(policy, under_test, sizes, spatial, mean, seed):
     case = random_case(sizes, spatial, mean=mean, seed=seed)
