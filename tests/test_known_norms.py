@@ -137,6 +137,22 @@ def test_apex_with_channels_last_and_a_summand(fuse_relu: bool) -> None:
     torch.testing.assert_close(mine(batches((5, 4))[0]), stock(batches((5, 4))[0]))
 
 
+class Sum(nn.Module):
+    """A block that gives apex's layer its summand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn = worn(known.ApexSyncBatchNorm(4, fuse_relu=True))
+
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        return self.bn(x, z=z)
+
+
+def test_a_graph_keeps_the_summand() -> None:
+    model = distnorm.convert(Sum(), "sync_bn").eval()
+    torch.testing.assert_close(torch.fx.symbolic_trace(model)(*X[:2]), model(*X[:2]))
+
+
 def test_detectron2s_becomes_exact() -> None:
     """Its running variance is the biased one, and it weighs ranks alike; outputs of equal batches are the same."""
     stock = worn(known.NaiveSyncBatchNorm(4))

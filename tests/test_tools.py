@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import distnorm
+from distnorm.kernels.activations import ACTIVATIONS
 from distnorm.layers.module import DistNorm
 from distnorm.methods import RMS
 from distnorm.policies import Local
@@ -160,6 +161,38 @@ def test_a_script_evaluates_and_its_model_trains_on(
     with pytest.raises(torch.jit.Error, match=r"stem.1: scripted in evaluation.*call eval\(\)"):
         scripted.train()(X[0])
     same(train(model.train(), X), train(other, X))
+
+
+class ByHand(nn.Module):
+    """A block whose code names the epilogue itself."""
+
+    def __init__(self, name: str, parameter: float) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.name, self.parameter = name, parameter
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self.conv(x), residual=x, activation=self.name, parameter=self.parameter)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_epilogues_in_code_are_scripted_and_go_on(name: str) -> None:
+    model = distnorm.convert(ByHand(name, 0.3), "sync_bn").double()
+    model(X[0])
+    scripted = torch.jit.script(model.eval())
+    torch.testing.assert_close(scripted(X[0]), model(X[0]))
+    norm = model.bn(model.conv(X[0]), residual=X[0])
+    torch.testing.assert_close(scripted(X[0]), ACTIVATIONS[name].compute(norm, 0.3))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_script_leaves_no_forward_on_the_layers_that_run_on() -> None:
+    model = net("sync_bn", {"fuse": True}).eval()
+    torch.jit.script(model)
+    model(X[0])
+    norms = [each for each in model.modules() if isinstance(each, distnorm.DistNorm)]
+    assert norms and not any("forward" in vars(each) for each in norms)  # which fused code takes for a user's
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:The TorchScript type system:UserWarning")

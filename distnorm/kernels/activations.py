@@ -1,7 +1,8 @@
 """The activations that may follow a norm, by name: torch's functions and layers, and their numbers in the kernels.
 
 ``gpu/activations.py`` has the formulas by which kernels compute them in float32. ATen's path and the plain path call
-torch's function and differentiate it by autograd. To add one: a formula there, and a row here.
+torch's function and differentiate it by autograd. To add one: a formula there, a row here, and a line in
+``layers/scripting.py``.
 """
 
 from __future__ import annotations

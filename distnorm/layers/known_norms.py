@@ -23,10 +23,19 @@ class Replacing(DistNorm):
     _as_known: ClassVar[Callable[..., Tensor] | None] = None
     """Its forward when this class was made."""
 
-    def _patched(self) -> Callable[..., Tensor] | None:
-        """Return the forward that was put on the other class since, or None."""
+    def _stand_in(self, input: Tensor, *rest: Tensor) -> Tensor:
+        """Call ``_replace``, or the forward that was put on the other class since; under torch.fx make one node."""
+        if is_traced(input):
+            node: Tensor = leaf(self, input, rest)
+            return node
         theirs = None if self._theirs is None else self._theirs.forward
-        return None if theirs is type(self)._as_known else theirs
+        if theirs is not None and theirs is not type(self)._as_known:
+            return theirs(self, input, *rest)  # type: ignore[no-any-return]
+        return self._replace(input, *rest)
+
+    def _replace(self, input: Tensor, *rest: Tensor) -> Tensor:
+        """Compute what the forward of the other class does. Each subclass defines it."""
+        raise NotImplementedError
 
 
 class Activated(Replacing):
@@ -37,11 +46,9 @@ class Activated(Replacing):
 
     def forward(self, input: Tensor) -> Tensor:  # type: ignore[override]
         """Return ``act(drop(norm(input)))``."""
-        if is_traced(input):
-            node: Tensor = leaf(self, input)
-            return node
-        if (patched := self._patched()) is not None:
-            return patched(self, input)
+        return self._stand_in(input)
+
+    def _replace(self, input: Tensor, *rest: Tensor) -> Tensor:
         y = super().forward(input)
         if hasattr(self, "drop"):  # not in every release, nor in every layer that was made from another one
             y = self.drop(y)
@@ -56,11 +63,9 @@ class NamedActivation(Replacing):
 
     def forward(self, input: Tensor) -> Tensor:  # type: ignore[override]
         """Return the activation of the normalized input."""
-        if is_traced(input):
-            node: Tensor = leaf(self, input)
-            return node
-        if (patched := self._patched()) is not None:
-            return patched(self, input)
+        return self._stand_in(input)
+
+    def _replace(self, input: Tensor, *rest: Tensor) -> Tensor:
         y, parameter = super().forward(input), self.activation_param
         match str(getattr(self.activation, "value", self.activation)):  # an enumeration before release 1.0
             case "relu":
@@ -82,11 +87,10 @@ class Apex(Replacing, DistSyncBatchNorm):
 
     def forward(self, input: Tensor, z: Tensor | None = None) -> Tensor:  # type: ignore[override]
         """Return the normalized input, plus ``z`` if given; with ``fuse_relu`` the ReLU of that."""
-        if is_traced(input):
-            node: Tensor = leaf(self, input)
-            return node
-        if (patched := self._patched()) is not None:
-            return patched(self, input, z)
+        return self._stand_in(input) if z is None else self._stand_in(input, z)
+
+    def _replace(self, input: Tensor, *rest: Tensor) -> Tensor:
+        z = rest[0] if rest else None
         last = self.channel_last and input.dim() > 2
         if last:
             input, z = input.movedim(-1, 1), None if z is None else z.movedim(-1, 1)

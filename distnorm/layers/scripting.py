@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -60,12 +61,29 @@ class Scriptable(_BatchNorm):
             del self.__dict__["forward"]
 
     def _forward_one(
-        self, input: Tensor, residual: Tensor | None = None, relu: bool = False, widen: bool = True
+        self,
+        input: Tensor,
+        residual: Tensor | None = None,
+        relu: bool = False,
+        widen: bool = True,
+        activation: str | None = None,
+        parameter: float = 0.0,
     ) -> Tensor:
         if torch.jit.is_scripting():
-            return finish(self._evaluate_scripted(input), residual, relu, widen)
+            y_NCL = self._evaluate_scripted(input)
+            if residual is not None:
+                y_NCL = y_NCL + residual if widen else y_NCL.add_(residual)
+            return activated(y_NCL, "relu" if relu else activation, parameter)
         else:
-            return type(self).forward(self, input, residual=residual, relu=relu, widen=widen)  # type: ignore[call-arg]
+            return self._run_on(input, residual, relu, widen, activation, parameter)
+
+    def _run_on(
+        self, input: Tensor, residual: Tensor | None, relu: bool, widen: bool, activation: str | None, parameter: float
+    ) -> Tensor:
+        """Run outside of the script, from now on with the forward of the class: fused code looks for another one."""
+        self.forget_scripting()
+        forward: Callable[..., Tensor] = self.forward
+        return forward(input, residual=residual, relu=relu, widen=widen, activation=activation, parameter=parameter)
 
     def _evaluate_scripted(self, input: Tensor) -> Tensor:
         if self.training:
@@ -77,8 +95,30 @@ class Scriptable(_BatchNorm):
         return F.batch_norm(input, mean_C, var_C, weight_C, bias_C, mean_C is None and var_C is None, 0.0, self.eps)
 
 
-def finish(y_NCL: Tensor, residual: Tensor | None, relu: bool, widen: bool) -> Tensor:
-    """Apply the epilogue separately."""
-    if residual is not None:
-        y_NCL = y_NCL + residual if widen else y_NCL.add_(residual)
-    return y_NCL.relu() if relu else y_NCL
+def activated(y_NCL: Tensor, name: str | None, parameter: float) -> Tensor:
+    """Apply the activation of this ``name`` in ``kernels/activations.py``, in code that torch.jit.script compiles."""
+    if name is None:
+        return y_NCL
+    if name == "relu":
+        return F.relu(y_NCL)
+    if name == "relu6":
+        return F.relu6(y_NCL)
+    if name == "leaky_relu":
+        return F.leaky_relu(y_NCL, parameter)
+    if name == "elu":
+        return F.elu(y_NCL, parameter)
+    if name == "sigmoid":
+        return torch.sigmoid(y_NCL)
+    if name == "silu":
+        return F.silu(y_NCL)
+    if name == "mish":
+        return F.mish(y_NCL)
+    if name == "gelu":
+        return F.gelu(y_NCL)
+    if name == "gelu_tanh":
+        return F.gelu(y_NCL, approximate="tanh")
+    if name == "hardsigmoid":
+        return F.hardsigmoid(y_NCL)
+    if name == "hardswish":
+        return F.hardswish(y_NCL)
+    raise ValueError(f"unknown activation {name}")
