@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from distnorm.compat import source_code
 from distnorm.method_recipes import gbn, group_norm, iebn, instance_norm, layer_norm, mixture_norm
 from distnorm.methods import RMS, BatchNorm
 from distnorm.policies import AllReduce, Chain, Local, Moving, Periodic, Policy, StaleMix, Warmup
@@ -258,7 +259,8 @@ def parse(text: str) -> Recipe:
     try:
         if len(text) > LONGEST:
             raise SyntaxError
-        call = ast.parse(text if "(" in text else f"{text}()", mode="eval").body
+        expression = source_code.parse(text if "(" in text else f"{text}()", mode="eval")
+        call = expression.body if isinstance(expression, ast.Expression) else None
         if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:
             raise SyntaxError
         if any(each.arg is None for each in call.keywords):

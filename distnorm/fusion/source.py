@@ -19,12 +19,12 @@ or for decorators, ``super()`` and private names; such methods are not rewritten
 from __future__ import annotations
 
 import ast
-import inspect
 from collections.abc import Iterator
 from functools import cache
 from itertools import zip_longest
 from types import CodeType, FunctionType
 
+from distnorm.compat.source_code import source_of
 from distnorm.fusion.ast import Joiner
 from distnorm.fusion.reading import Attributes, Found
 
@@ -35,13 +35,11 @@ _CODE = ("co_code", "co_names", "co_varnames", "co_freevars", "co_cellvars")
 @cache
 def rewrite(function: FunctionType, attributes: Attributes) -> tuple[FunctionType, Found] | None:
     """Return ``function`` with fused epilogues, and what they depend on; None if it has none or no readable source."""
-    code = function.__code__
-    try:
-        file = ast.parse("".join(inspect.findsource(function)[0]))
-    except (OSError, SyntaxError, TypeError):
+    code, source = function.__code__, source_of(function)
+    if source is None or source.definition.decorator_list or not code.co_varnames:
         return None
-    definition = next(_definitions(file, code), None)
-    if definition is None or not code.co_varnames or not _is_same(_compiled(definition, file, code), code):
+    file, definition = source
+    if not _is_same(_compiled(definition, file, code), code):
         return None
     joiner = Joiner(function, definition, attributes)
     if _rebinds(definition, joiner.self_name):
@@ -53,13 +51,6 @@ def rewrite(function: FunctionType, attributes: Attributes) -> tuple[FunctionTyp
     fused = FunctionType(joined, function.__globals__, function.__name__, function.__defaults__)
     fused.__kwdefaults__ = function.__kwdefaults__
     return fused, joiner.found
-
-
-def _definitions(file: ast.Module, code: CodeType) -> Iterator[ast.FunctionDef]:
-    """Yield the definition in ``file`` that was compiled to ``code``."""
-    for each in ast.walk(file):
-        if isinstance(each, ast.FunctionDef) and each.lineno == code.co_firstlineno and each.name == code.co_name:
-            yield each
 
 
 def _compiled(definition: ast.FunctionDef, file: ast.Module, code: CodeType) -> CodeType:

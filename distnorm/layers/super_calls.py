@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import ast
 import inspect
-from collections.abc import Iterator
 from types import FunctionType
 from typing import Any
 
 from torch import nn
+
+from distnorm.compat.source_code import source_of
 
 _BATCH_NORMS = frozenset("batch_norm native_batch_norm _native_batch_norm_legit batch_norm_with_update".split())
 
@@ -77,7 +78,10 @@ class _Method:
         self._self = code.co_varnames[0] if code.co_varnames else ""
         cells = zip(code.co_freevars, function.__closure__ or (), strict=True)
         self._names = {**function.__globals__, **{name: cell.cell_contents for name, cell in cells}}
-        self._body = _definition(function, self._place).body
+        source = source_of(function)
+        if source is None:
+            raise _UnreadableError(f"the source of {self._place} cannot be read")
+        self._body = source.definition.body
         self._misses = False
 
     def passes(self) -> bool:
@@ -171,22 +175,6 @@ class _Method:
         for name in path[1:]:
             found = inspect.getattr_static(found, name, None)
         return found
-
-
-def _definition(function: FunctionType, place: str) -> ast.FunctionDef:
-    try:
-        file = ast.parse("".join(inspect.findsource(function)[0]))
-    except (OSError, SyntaxError, TypeError):
-        raise _UnreadableError(f"the source of {place} cannot be read") from None
-    for each in _functions(file):
-        first = min([each.lineno, *(decorator.lineno for decorator in each.decorator_list)])
-        if (first, each.name) == (function.__code__.co_firstlineno, function.__name__):
-            return each
-    raise _UnreadableError(f"the source of {place} cannot be read")
-
-
-def _functions(file: ast.Module) -> Iterator[ast.FunctionDef]:
-    return (each for each in ast.walk(file) if isinstance(each, ast.FunctionDef))
 
 
 def _either(one: bool | None, other: bool | None) -> bool | None:

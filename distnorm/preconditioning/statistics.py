@@ -25,7 +25,7 @@ class Moments(NamedTuple):
 
 
 class Statistics:
-    """The sums that this rank adds up until they are sent, and the running statistics that absorb those of all ranks.
+    """The sums that this rank adds up until they are sent, and the running statistics of all ranks.
 
     ``sums`` has the sum of each channel, the sum of squares of each channel, and the count of each layer.
     """
