@@ -24,8 +24,8 @@ NOT_EVERYWHERE = (
 if find_spec("hypothesis") is not None:
     from hypothesis import settings
 
-    settings.register_profile("distnorm", deadline=None, max_examples=25, derandomize=True)
-    settings.load_profile("distnorm")
+    for profile, max_examples in (("quick", 8), ("thorough", 25)):
+        settings.register_profile(profile, deadline=None, max_examples=max_examples, derandomize=True)
 
 
 def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginManager) -> None:
@@ -36,6 +36,8 @@ def pytest_addoption(parser: pytest.Parser, pluginmanager: pytest.PytestPluginMa
 
 def pytest_configure(config: pytest.Config) -> None:
     """Without ``-m gpu``, kernels for GPUs run in Triton's interpreter: a choice made before Triton is imported."""
+    if find_spec("hypothesis") is not None:
+        settings.load_profile("quick" if "not slow" in config.option.markexpr else "thorough")
     if config.option.markexpr != "gpu":
         os.environ["TRITON_INTERPRET"] = "1"
     if not config.pluginmanager.hasplugin("timeout"):

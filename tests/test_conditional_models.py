@@ -18,6 +18,7 @@ from distnorm.attach import conversions_of
 from distnorm.nn import SPADE, AdaIN, ConditionalBatchNorm, ConditionalInstanceNorm
 from distnorm.settings import Settings
 from tests.conditional import draw, one_hot_map
+from tests.support.thinned import thinned
 from tests.support.threads import run_threads
 
 N, C, K = 4, 3, 5
@@ -185,7 +186,7 @@ def test_what_is_kept_over_steps_is_saved() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-@pytest.mark.parametrize("recipe", ["sync_bn", "mabn(window=2, warmup=1)", "local_bn"])
+@pytest.mark.parametrize("recipe", thinned(["sync_bn", "mabn(window=2, warmup=1)", "local_bn"], every=3))
 def test_one_compiled_graph(recipe: str) -> None:
     torch.compiler.reset()
     counter = CompileCounterWithBackend("aot_eager")

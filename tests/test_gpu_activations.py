@@ -14,6 +14,7 @@ from distnorm.types import Activation
 from tests.support.cases import EPS, REFERENCES, Case
 from tests.support.gpu import DEVICES, cut_small, run_on
 from tests.support.interpreter import INTERPRETED
+from tests.support.thinned import thinned
 from tests.test_activations import EACH, EXPECTED, ours, spread
 
 pytestmark = INTERPRETED
@@ -36,7 +37,7 @@ def cut() -> Iterator[str]:
 
 
 @EACH
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", thinned(CASES, every=3), ids=str)
 def test_value_and_gradients_agree_with_float64(device: str, cut: str, activation: Activation, case: Case) -> None:
     x, dy, weight, bias = (each.to(device) for each in spread(case))
     leaves = [each.detach().requires_grad_() for each in (x, weight, bias)]

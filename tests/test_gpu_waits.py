@@ -24,6 +24,7 @@ from distnorm.methods import RMS, BatchNorm, Method
 from distnorm.nn import SPADE, AdaIN, ConditionalBatchNorm, ConditionalInstanceNorm
 from distnorm.policies import AllReduce, Moving, Policy, StaleMix, Warmup
 from tests.support.gpu import gpu_pass
+from tests.support.thinned import thinned
 
 POLICIES = [AllReduce(), Moving(window=3), Moving(window=3, loss_reduction="sum"), StaleMix()]
 POLICIES += [Warmup(then=Moving(window=3), steps=1)]
@@ -56,10 +57,10 @@ def network(times: int) -> nn.Module:
         return nn.Sequential(*first, *[last] * times)
 
 
-@pytest.mark.parametrize("times", [1, 2], ids=["", "twice"])
+@pytest.mark.parametrize("times", [pytest.param(1, marks=pytest.mark.slow), 2], ids=["", "twice"])
 @pytest.mark.parametrize("recomputed", [False, True], ids=["", "checkpointed"])
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
-@pytest.mark.parametrize("method", METHODS, ids=str)
+@pytest.mark.parametrize("method", thinned(METHODS, every=2), ids=str)
 def test_a_step_asks_for_no_value(method: Method, policy: Policy, recomputed: bool, times: int) -> None:
     model = distnorm.convert(network(times), Recipe(method=method, policy=policy), fuse=True)
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)

@@ -45,11 +45,13 @@ def entries(tmp_path_factory):
     return others
 
 
+@pytest.mark.slow
 def test_a_recorded_run_is_not_run_again(entries):
     assert (entries[11]["difficulty"], entries[11]["contender"]) == (1, "group_norm")
     assert len(entries) == 12
 
 
+@pytest.mark.slow
 def test_every_contender_trains_on_two_ranks(entries):
     entries = entries[:11]
     assert [entry["contender"] for entry in entries] == list(CONTENDERS)
@@ -60,6 +62,7 @@ def test_every_contender_trains_on_two_ranks(entries):
         assert 0 <= entry["accuracy"] <= 100
 
 
+@pytest.mark.slow
 def test_contenders_normalize_differently(entries):
     losses = {entry["contender"]: entry["final_loss"] for entry in entries[:11]}
     assert losses["stock"] == losses["local_bn"]  # they differ only in the running statistics that evaluate

@@ -96,8 +96,16 @@ MOVING: dict[str, Policy] = {
 }
 
 
-BASIC = ("BatchNorm", "RMS")
+BASIC = ("BatchNorm",)
 USUAL = ("AllReduce",)
+
+
+def methods() -> list[object]:
+    """Test parameters: every method; slow tests unless it is a basic one."""
+    return [
+        pytest.param(under_test, id=name, marks=() if name in BASIC else pytest.mark.slow)
+        for name, under_test in METHODS.items()
+    ]
 
 
 def pairs(policies: Mapping[str, Policy], usual: Sequence[str] = USUAL) -> list[object]:

@@ -32,11 +32,11 @@ def step(model: nn.Module, rank: int, number: int, optimizer: torch.optim.Optimi
         optimizer.step()
 
 
-@pytest.mark.parametrize("boundary", ["backward", "optimizer"])
+@pytest.mark.parametrize("boundary", [pytest.param("backward", marks=pytest.mark.slow), "optimizer"])
 @pytest.mark.parametrize("recipe", ["mabn", "lazy_bn"])
 def test_a_rank_that_ends_early(pool: Pool, recipe: str, boundary: str) -> None:
     """It never sends the sums of step EARLY, which the other one awaits at the end of the step after."""
-    waiting, early = pool.run_all(2, end_early, recipe, boundary, timeout=20.0, group_timeout=2.0)
+    waiting, early = pool.run_all(2, end_early, recipe, boundary, timeout=60.0, group_timeout=5.0)
     assert early == EARLY
     assert type(waiting) is RuntimeError
     for word in (f"of step {EARLY} ", "ranks [0, 1]", "did not arrive", "equally many steps", "Cause:"):
@@ -56,7 +56,7 @@ def end_early(rank: int, recipe: str, boundary: str) -> int:
 
 def test_saving_after_another_rank_ended_early(pool: Pool) -> None:
     """Saving waits for what is in flight, and says what it is."""
-    waiting, early = pool.run_all(2, save_late, timeout=20.0, group_timeout=2.0)
+    waiting, early = pool.run_all(2, save_late, timeout=60.0, group_timeout=5.0)
     assert early is None
     assert type(waiting) is RuntimeError
     for word in (f"of step {EARLY} ", "ranks [0, 1]", "did not arrive", "equally many steps", "Cause:"):

@@ -34,7 +34,7 @@ def agree(recipe: str, world_size: int, ranks: list[Seen]) -> None:
         moving.equal_on_all_ranks(ranks)
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_long_training(pool: Pool, recipe: str, world_size: int) -> None:
     ranks = pool.run(world_size, train, recipe, STEPS, env=moving.nodes(world_size))
@@ -56,7 +56,7 @@ def train(rank: int, recipe: str, steps: int) -> Seen:
     return moving.train(rank, moving.wrapped(moving.net(recipe)), range(steps))
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_some_ranks_skip_a_layer(pool: Pool, recipe: str, world_size: int) -> None:
     ranks = pool.run(world_size, train_with_skips, recipe, world_size, 40, env=moving.nodes(world_size))

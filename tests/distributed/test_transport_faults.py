@@ -24,6 +24,7 @@ from distnorm.transport.patience import LONGEST_GAP_S, Patience
 from distnorm.transport.rendezvous import all_gather_text
 from distnorm.transport.senders import sender
 from tests.support.pool import Pool, WorkerDiedError
+from tests.support.thinned import thinned
 
 WAYS = {"memory": shared_memory.join, "sockets": sockets.join}
 WHO, OTHER = sender("norm", "", "forward", 1), sender("other", "", "forward", 1)
@@ -165,7 +166,7 @@ def sum_suspended(rank: int, way: str, flag: str) -> list[float]:
     return direct.start(ones(rank), WHO).wait().tolist()
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", thinned(WAYS, every=2))
 def test_time_in_which_nobody_ran_does_not_count(pool: Pool, way: str, tmp_path: Path) -> None:
     assert pool.run(2, sum_suspended, way, str(tmp_path / "continued"), timeout=60.0) == [[3.0] * 5] * 2
 

@@ -14,6 +14,8 @@ import torch
 from tests.integrations.test_detection import RANKS, leaves, train, train_joined
 from tests.support.pool import Pool
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ROOT / "tests" / "integrations" / "scripts"
 FAST = [f"{recipe}:{stage}" for recipe in ("sync_bn", "mabn") for stage in (0, 1, 2)]
@@ -61,8 +63,8 @@ def lightning(tmp_path_factory: pytest.TempPathFactory) -> Found:
 def engines(recipe: str) -> pytest.MarkDecorator:
     rows = [pytest.param("deepspeed", f"{recipe}:{stage}", 1e-5, id=f"deepspeed zero {stage}") for stage in (0, 1, 2)]
     rows += [
-        pytest.param("deepspeed_zero3", f"{recipe}:3", 1e-5, marks=pytest.mark.slow, id="deepspeed zero 3"),
-        pytest.param("lightning", recipe, 1e-9, marks=pytest.mark.slow, id="lightning ddp"),
+        pytest.param("deepspeed_zero3", f"{recipe}:3", 1e-5, id="deepspeed zero 3"),
+        pytest.param("lightning", recipe, 1e-9, id="lightning ddp"),
     ]
     return pytest.mark.parametrize(("engine", "case", "tolerance"), rows)
 
@@ -103,7 +105,6 @@ def test_mabn_shares_one_window_among_calls(
     close(centred(first["state"]), centred(expected), tolerance)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2])
 def test_zero_refuses_a_parameter_that_one_rank_leaves_out(tmp_path: Path, stage: int) -> None:
     """Once this fails, the limit in docs/deepspeed.md and the example's ``may_skip`` can go."""

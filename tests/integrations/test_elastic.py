@@ -48,6 +48,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.C
     return folder, torchrun(2, folder, "--kill-at", "25")
 
 
+@pytest.mark.slow
 def test_a_killed_job_ends_as_one_that_was_not(
     pool: Pool, killed: tuple[Path, subprocess.CompletedProcess[str]], tmp_path: Path
 ) -> None:

@@ -91,6 +91,7 @@ def test_no_temporary_file_stays(trained: tuple[subprocess.CompletedProcess[str]
     assert [path.name for path in (trained[1] / "temporary").iterdir() if path.name.startswith("distnorm")] == []
 
 
+@pytest.mark.slow
 def test_a_failing_script_ends_the_launch_as_under_accelerate(tmp_path: Path) -> None:
     config = str(CONFIGS / "cpu_2_ranks.yaml")
     ended = command("--config_file", config, str(SCRIPTS / "launch_exit.py"), folder=tmp_path)

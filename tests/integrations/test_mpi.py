@@ -70,7 +70,7 @@ def assert_stock(found: Trained, outputs: Tensor, joined: Trained) -> None:
 # --- jobs of mpirun ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", ["two", "four"])
+@pytest.mark.parametrize("size", ["two", pytest.param("four", marks=pytest.mark.slow)])
 def test_ranks_meet_and_frameworks_find_their_variables(size: str, request: pytest.FixtureRequest) -> None:
     found = request.getfixturevalue(size)
     for rank, each in enumerate(found):
@@ -93,6 +93,7 @@ def test_two_ranks_get_the_bits_that_gloo_gives(two: list[dict[str, Any]], recip
         assert_equal(each["trained"][recipe, "mpi"], each["trained"][recipe, "torch"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["sync_bn", "group_bn", "hierarchical_bn", "mabn"])
 def test_four_ranks_get_what_gloo_gives(four: list[dict[str, Any]], recipe: str) -> None:
     # Not the same bits: gloo's direct exchange adds in rank order, MPI in pairs.
@@ -106,6 +107,7 @@ def test_two_ranks_train_as_one_process(two: list[dict[str, Any]]) -> None:
         assert_stock(each["trained"]["sync_bn", "mpi"], mine, joined)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["sync_bn", "hierarchical_bn"])
 def test_four_ranks_train_as_one_process(four: list[dict[str, Any]], recipe: str) -> None:
     outputs, joined = train_joined(Plan(world_size=4, steps=6))
@@ -113,6 +115,7 @@ def test_four_ranks_train_as_one_process(four: list[dict[str, Any]], recipe: str
         assert_stock(each["trained"][recipe, "mpi"], mine, joined)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["sync_bn", "hierarchical_bn", "mabn"])
 def test_running_statistics_are_the_same_bits_on_all_ranks(four: list[dict[str, Any]], recipe: str) -> None:
     first = four[0]["trained"][recipe, "mpi"].running
@@ -120,11 +123,13 @@ def test_running_statistics_are_the_same_bits_on_all_ranks(four: list[dict[str, 
         torch.testing.assert_close(each["trained"][recipe, "mpi"].running, first, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_sums_of_any_size_are_the_same_bits_on_all_ranks(four: list[dict[str, Any]]) -> None:
     assert len(four[0]["sums"]) == 12
     assert all(each["sums"] == four[0]["sums"] for each in four[1:])
 
 
+@pytest.mark.slow
 def test_a_sum_that_nobody_waits_for_keeps_its_memory(four: list[dict[str, Any]]) -> None:
     """Else MPI writes to memory that is somebody else's: a model with moving statistics was dropped after training."""
     assert all(each["abandoned"] for each in four)

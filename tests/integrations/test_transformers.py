@@ -62,6 +62,7 @@ def test_a_saved_model_evaluates_in_stock_as_the_trained_one(trained: list[dict[
         assert max(rank["late"][f"{case} saved"] for case in ("model_init", "add_callback")) < 1e-5
 
 
+@pytest.mark.slow
 def test_a_fresh_job_resumes_bit_for_bit(trained: list[dict[str, Any]], resumed: list[dict[str, Any]]) -> None:
     for before, after in zip(trained, resumed, strict=True):
         assert after["global_step"] == 8

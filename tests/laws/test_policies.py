@@ -18,7 +18,7 @@ from distnorm.types import Layout, Slot
 from tests.laws.ranks import answer_on_rank, bind, make_layer, nodes_by_local, random_case
 from tests.support.fake import fake_world
 from tests.support.threads import run_threads
-from tests.zoo import EXACT, METHODS, MOVING, POLICIES, pairs
+from tests.zoo import EXACT, METHODS, MOVING, POLICIES, methods, pairs
 
 WORLDS = st.sampled_from([2, 3, 4])
 
@@ -163,7 +163,7 @@ REDUCTIONS = [
 ]
 
 
-@pytest.mark.parametrize("under_test", METHODS.values(), ids=METHODS.keys())
+@pytest.mark.parametrize("under_test", methods())
 @pytest.mark.parametrize(("policy", "equivalent"), REDUCTIONS)
 @given(seed=st.integers(0, 2**16))
 def test_law_9_named_reductions(policy, equivalent, under_test, seed):

@@ -25,6 +25,7 @@ from tests.moving.conftest import interpret
 from tests.moving.plans import follow, make_plan
 from tests.moving.written_out import assert_all_close
 from tests.support.interpreter import INTERPRETED
+from tests.support.thinned import thinned
 from tests.support.threads import run_threads
 
 pytestmark = INTERPRETED
@@ -209,8 +210,11 @@ class Case:
         return completed
 
 
+SCALES = torch.tensor(0.3), 1.0, 1000.1, torch.tensor(2.0**16, dtype=torch.float64)
+
+
 @EVERY
-@pytest.mark.parametrize("scale", [1.0, 1000.1, torch.tensor(0.3), torch.tensor(2.0**16, dtype=torch.float64)], ids=str)
+@pytest.mark.parametrize("scale", thinned(SCALES, every=2), ids=str)
 def test_windows_are_what_is_written_out(way: str, policy: Policy, scale: Tensor | float) -> None:
     """Slots that begin anywhere, called never, once and twice a step; without values; several programs to a slot."""
     case = Case(policy)
@@ -221,7 +225,7 @@ def test_windows_are_what_is_written_out(way: str, policy: Policy, scale: Tensor
 
 
 @EVERY
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("bad", thinned((float("nan"), float("inf")), every=2))
 def test_bad_values_stay_in_their_slot_and_step(way: str, policy: Policy, bad: float) -> None:
     case = Case(policy)
     for step in range(6):
@@ -262,7 +266,7 @@ def test_what_lands_is_what_is_written_out(way: str, policy: Policy) -> None:
             assert each.total == pytest.approx(total, rel=1e-12)
 
 
-SMALL = settings(max_examples=6)
+SMALL = settings(max_examples=3)
 """The interpreter takes its time."""
 
 

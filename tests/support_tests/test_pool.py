@@ -200,6 +200,7 @@ def _fail_and_reconnect_slowly(rank: int) -> None:
     raise ValueError("both")
 
 
+@pytest.mark.slow
 def test_what_follows_a_failure_is_not_charged_to_the_next_run() -> None:
     with Pool(2) as own:
         own.run_all(2, _fail_and_reconnect_slowly)
