@@ -74,7 +74,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="one seed, one epoch")
     parser.add_argument("--recipes", nargs="+", metavar="RECIPE", default=list(CONTENDERS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--epochs", type=int, default=7)
+    parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--batch-size", type=int, default=2, help="images per rank and step")
     parser.add_argument("--output", type=Path, default=Path("compare_methods.png"))
     options = parser.parse_args()

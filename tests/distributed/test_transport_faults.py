@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from datetime import timedelta
@@ -223,33 +222,6 @@ def test_a_killed_rank_whose_child_lives(pool: Pool, way: str) -> None:
     assert isinstance(dead, WorkerDiedError)
     assert isinstance(waited, float), waited
     assert waited < 6
-
-
-KILLED = """
-import os, signal, sys
-import torch.distributed as dist
-from datetime import timedelta
-from distnorm.transport import shared_memory
-rank = int(sys.argv[1])
-dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
-attach = shared_memory._attach
-def die(*arguments):
-    if sys.argv[3] == "after":
-        kept = attach(*arguments)
-    os.kill(os.getpid(), signal.SIGKILL)
-shared_memory._attach = die
-shared_memory.join((0, 1), rank, timedelta(seconds=30))
-"""
-
-
-@pytest.mark.parametrize("when", ["before", "after"])
-def test_ranks_that_are_killed_while_they_bind_leave_no_memory(tmp_path: Path, when: str) -> None:
-    before = set(Path("/dev/shm").iterdir())
-    ranks = [
-        subprocess.Popen([sys.executable, "-c", KILLED, str(rank), str(tmp_path / "store"), when]) for rank in range(2)
-    ]
-    assert [each.wait(timeout=120) for each in ranks] == [-signal.SIGKILL] * 2
-    assert not [path for path in set(Path("/dev/shm").iterdir()) - before if "distnorm" in path.name]
 
 
 def test_a_turn_says_when_it_is_over(pool: Pool) -> None:
