@@ -73,7 +73,7 @@ def attach(
         if optimizer is not None:
             undo.append(_end_steps(conversion, optimizer))
     if optimizer is not None:
-        untrained.adopt(model, optimizer)
+        untrained.adopt(model, optimizer.param_groups)
     projection = None if optimizer is None else weights.project_with(model, optimizer)
     return Attachment(conversions, undo if projection is None else [*undo, projection])
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import distnorm
 from distnorm import Recipe
 from distnorm.layers.running_statistics import buffers_of
+from distnorm.layers.untrained import adopt, groups_of
 from distnorm.methods import Declared, Layer, Method, Share, Shared
 from distnorm.policies import AllReduce, Local
 from tests.support.threads import run_threads
@@ -115,6 +116,24 @@ def test_attach_adds_parameters_to_the_group_of_the_weight(named):
         step(model)
         optimizer.step()
     torch.testing.assert_close(model[1].slope, before - 0.5 * model[1].slope.grad)
+
+
+@pytest.mark.parametrize("kind", ["iterator", "list", "groups", "groups of iterators", "nothing"])
+def test_parameters_for_an_optimizer_that_is_built_later(kind):
+    """As DeepSpeed is given them, before its section converts the model."""
+    model = network()
+    parameters = {
+        "iterator": model.parameters(),
+        "list": list(model.parameters()),
+        "groups": [{"params": list(model[0].parameters())}, {"params": list(model[1:].parameters()), "lr": 1.0}],
+        "groups of iterators": [{"params": model.parameters()}],
+        "nothing": None,
+    }[kind]
+    distnorm.convert(model, TILTED)
+    adopt(model, groups_of(None, parameters))
+    if parameters is not None:
+        optimizer = torch.optim.SGD(parameters, lr=0.1)
+        assert {id(each) for each in optimizer.param_groups[-1]["params"]} >= {id(model[1].slope), id(model[4].slope)}
 
 
 def test_another_optimizer_gets_only_what_is_its_own():

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from distnorm.attach import attach, end_step
 from distnorm.diagnostics import Ledger
 from distnorm.integrations import checkpoint
-from distnorm.layers import weights
+from distnorm.layers import untrained, weights
 from distnorm.layers.module import DistNorm
 from distnorm.methods.base import compute_dtype
 from distnorm.settings import Settings
@@ -113,6 +113,7 @@ class _Initialize:
         settings = self.settings or section or self.default
         if settings is not None:
             settings.convert(model)
+            untrained.adopt(model, untrained.groups_of(given.get("optimizer"), given.get("model_parameters")))
         if not checkpoint.is_converted(model):
             return self.original(*args, **kwargs)
         if isinstance(model, self.pipeline):

@@ -6,7 +6,7 @@ Layers that have some name them in ``_added_parameters``.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
 from weakref import WeakSet
@@ -27,19 +27,35 @@ def added_parameters(layer: nn.Module) -> Mapping[str, Parameter]:
     return found
 
 
-def adopt(model: nn.Module, optimizer: Optimizer) -> None:
-    """Add parameters that a conversion added to ``model``, and that ``optimizer`` lacks, to the group of their layer.
+def groups_of(optimizer: object, parameters: object) -> list[dict[str, Any]]:
+    """Return the groups of an ``optimizer``, or of a list of ``parameters`` or groups for one, to be added to in place.
 
-    That is the group of the layer's weight or bias, or the first group if it has neither. A layer whose weight or bias
-    another optimizer has is left alone.
+    An iterator such as ``model.parameters()`` gives none: who reads it later finds what a conversion has added.
     """
-    group_of = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
+    if isinstance(optimizer, Optimizer):
+        return optimizer.param_groups
+    if not isinstance(parameters, list) or not parameters:
+        return []
+    if not isinstance(parameters[0], dict):
+        return [{"params": parameters}]
+    return [group for group in parameters if isinstance(group["params"], list)]
+
+
+def adopt(model: nn.Module, groups: Sequence[dict[str, Any]]) -> None:
+    """Add parameters that a conversion added to ``model``, and that ``groups`` lack, to the group of their layer.
+
+    That is the group of the layer's weight or bias, or the first one if it has neither. A layer whose weight or bias
+    is in none, but in another optimizer, is left alone.
+    """
+    if not groups:
+        return
+    group_of = {id(parameter): group for group in groups for parameter in group["params"]}
     for layer in model.modules():
         own = list(_own(layer))
-        groups = [group_of[id(each)] for each in own if id(each) in group_of]
-        if own and not groups:
+        found = [group_of[id(each)] for each in own if id(each) in group_of]
+        if own and not found:
             continue
-        group = groups[0] if groups else optimizer.param_groups[0]
+        group = found[0] if found else groups[0]
         for name, parameter in added_parameters(layer).items():
             if id(parameter) not in group_of:
                 group["params"].append(parameter)

@@ -32,7 +32,7 @@ FAST = [
 ]  # fmt: skip
 SLOW = [
     "moving_ddp", "fp32:0", "bf16:1", "bf16:3", "moving:1", "moving:2", "stock:1", *sorted(HALVES & {"fp16:1"}),
-    "resumed:0", "resumed:2", "partitioned:3", "groups:0",
+    "resumed:0", "resumed:2", "methods:1", "methods:2", "methods:3", "partitioned:3", "groups:0",
 ]  # fmt: skip
 Ranks = list[dict[str, Any]]
 
@@ -219,6 +219,13 @@ def test_statistics_are_shared_in_each_data_parallel_group(tmp_path: Path) -> No
         agrees([each["groups:0"] for each in ran], members, one_process(members, 4), 1e-5)
 
 
+@stages("methods", fast=())
+def test_methods_train_as_in_torch(ran: Ranks, stage: int) -> None:
+    for each in ran:
+        for recipe, (found, expected) in each[f"methods:{stage}"].items():
+            assert found == pytest.approx(expected, abs=1e-6), recipe
+
+
 @pytest.mark.slow
 def test_parameters_that_zero_partitions_as_they_are_made(slow: Ranks) -> None:
     for each in slow:
@@ -257,14 +264,11 @@ def test_the_section_can_ask_for_the_ledger(fast: Ranks) -> None:
 
 
 @pytest.mark.slow
-def test_the_example_trains_as_one_process_on_the_joined_batch() -> None:
+def test_the_example_trains_as_one_process_on_the_joined_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     done = torchrun("examples/deepspeed_engine.py", "launch/deepspeed/zero2.json")
     (result,) = (json.loads(line[7:]) for line in done.stdout.splitlines() if line.startswith("RESULT "))
-    sys.path.insert(0, str(ROOT / "examples"))
-    try:
-        task = importlib.import_module("task")
-    finally:
-        sys.path.pop(0)
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    task = importlib.import_module("task")
     net = task.build_model()
     optimizer = torch.optim.SGD(net.parameters(), lr=task.LEARNING_RATE)
     losses = []
@@ -276,9 +280,7 @@ def test_the_example_trains_as_one_process_on_the_joined_batch() -> None:
         losses.append(loss.item())
     assert result["world_size"] == 2
     assert result["losses"] == pytest.approx(losses[:20], abs=1e-5)
-    assert result["running_var"] == pytest.approx(
-        [net[1].running_var.sum().item(), net[5].running_var.sum().item()], abs=1e-4
-    )
+    assert result["running_var"] == pytest.approx([net[at].running_var.sum().item() for at in (1, 5)], abs=1e-4)
 
 
 @pytest.mark.slow
