@@ -33,19 +33,22 @@ _CODE = ("co_code", "co_names", "co_varnames", "co_freevars", "co_cellvars")
 
 # docs/decisions.md#a-method-is-compiled-again-from-its-source
 @cache
-def rewrite(function: FunctionType, attributes: Attributes) -> tuple[FunctionType, Found] | None:
-    """Return ``function`` with fused epilogues, and what they depend on; None if it has none or no readable source."""
+def rewrite(
+    function: FunctionType, attributes: Attributes, *, opens: bool = False
+) -> tuple[FunctionType, Found] | None:
+    """Return ``function`` with fused epilogues, and what they depend on; None if it has none or no readable source.
+
+    With ``opens`` the returned function takes the keyword arguments of norms, and hands them on to those whose output
+    it returns; None if it returns anything else.
+    """
     code, source = function.__code__, source_of(function)
     if source is None or source.definition.decorator_list or not code.co_varnames:
         return None
     file, definition = source
     if not _is_same(_compiled(definition, file, code), code):
         return None
-    joiner = Joiner(function, definition, attributes)
-    if _rebinds(definition, joiner.self_name):
-        return None
-    joiner.visit(definition)
-    if not joiner.found.epilogues:
+    joiner = Joiner(function, definition, attributes, opens=opens)
+    if _rebinds(definition, joiner.self_name) or not joiner.join(definition):
         return None
     joined = _compiled(ast.fix_missing_locations(definition), file, code)
     fused = FunctionType(joined, function.__globals__, function.__name__, function.__defaults__)

@@ -1,0 +1,99 @@
+"""What layers compute: an activation that norms can compute, nothing at all, or something without side effects.
+
+Classes count as they were when they were first seen, and only while nothing observes the layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+
+from distnorm.compat.dispatch_state import has_global_hooks
+from distnorm.kernels.activations import ACTIVATIONS
+from distnorm.types import Activation
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+_SEQUENTIAL = nn.Sequential.forward
+_ACTIVATIONS: dict[type[nn.Module], str] = {row.layer: name for name, row in reversed(ACTIVATIONS.items())}
+_WITHOUT_EFFECTS = (
+    *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.Flatten, nn.Upsample, nn.PixelShuffle, nn.ZeroPad2d),
+    *(nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d),
+    *(nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d),
+)
+"""Layers that draw no random numbers, communicate nothing and change nothing."""
+_LAYERS: tuple[type[nn.Module], ...] = (*_ACTIVATIONS, *_DROPOUTS, *_WITHOUT_EFFECTS, nn.Identity)
+_FORWARDS = {each: each.forward for each in _LAYERS}
+_DROP_PATHS = {
+    "timm.layers.drop.DropPath": "drop_prob",
+    "timm.models.layers.drop.DropPath": "drop_prob",
+    "torchvision.ops.stochastic_depth.StochasticDepth": "p",
+}
+"""Layers of other packages that return their input where this attribute is 0."""
+
+
+def is_unobserved(child: nn.Module) -> bool:
+    """Return whether calling ``child`` runs the forward of its class and nothing else."""
+    own = child.__dict__
+    return not (any(map(own.get, _HOOKS)) or "forward" in own or has_global_hooks())
+
+
+def _is_torchs(child: nn.Module) -> bool:
+    cls = type(child)
+    return cls in _FORWARDS and cls.forward is _FORWARDS[cls] and is_unobserved(child)
+
+
+def activation_of(child: object) -> Activation | None:
+    """Return what ``child`` computes, if it is a layer of torch that computes an activation, and has no hooks."""
+    name = _ACTIVATIONS.get(type(child), "")
+    if not name or not isinstance(child, nn.Module) or not _is_torchs(child):
+        return None
+    if name == "gelu":
+        name = {"none": "gelu", "tanh": "gelu_tanh"}.get(vars(child).get("approximate", ""), "")
+    if not name:
+        return None
+    option = ACTIVATIONS[name].option
+    parameter = getattr(child, option) if option else 0.0
+    return Activation(name, parameter) if isinstance(parameter, int | float) else None
+
+
+def is_identity(child: object) -> bool:
+    """Return whether ``child`` returns its input: an ``nn.Identity``, a dropout of nothing, or a sequence of these."""
+    if not isinstance(child, nn.Module):
+        return False
+    cls = type(child)
+    if cls is nn.Identity or cls in _DROPOUTS:
+        return (cls is nn.Identity or vars(child)["p"] == 0) and _is_torchs(child)
+    if cls is nn.Sequential:
+        return cls.forward is _SEQUENTIAL and is_unobserved(child) and all(map(is_identity, child._modules.values()))
+    probability = _DROP_PATHS.get(f"{cls.__module__}.{cls.__qualname__}")
+    if probability is None or getattr(child, probability, None) != 0:
+        return False
+    return cls.forward is _first_seen(cls) and is_unobserved(child)
+
+
+@cache
+def _first_seen(cls: Any) -> Any:
+    return cls.forward
+
+
+def has_no_effects(child: object) -> bool:
+    """Return whether calling ``child`` earlier or later changes nothing: a layer of torch, or a sequence of these."""
+    if not isinstance(child, nn.Module):
+        return False
+    if type(child) is nn.Sequential:
+        runs_as_it_is = type(child).forward is _SEQUENTIAL and is_unobserved(child)
+        return runs_as_it_is and all(map(has_no_effects, child._modules.values()))
+    return is_identity(child) or (type(child) in _WITHOUT_EFFECTS and _is_torchs(child))
+
+
+def functions_at(path: tuple[str, ...], names: dict[str, Any]) -> Iterator[str]:
+    """Yield the activations of the function that ``path`` refers to: a name in ``names``, and attributes of modules."""
+    value = names.get(path[0]) if path else None
+    for name in path[1:]:
+        value = getattr(value, name, None) if isinstance(value, ModuleType) else None
+    yield from (name for name, row in ACTIVATIONS.items() if any(value is each for each in row.functions))
