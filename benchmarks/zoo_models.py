@@ -27,13 +27,13 @@ visformer_tiny:224 gcresnet50t lambda_resnet26t tf_mobilenetv3_small_minimal_100
 """
 TORCHVISION = """
 resnet18 resnet50 resnext50_32x4d mobilenet_v2 mobilenet_v3_small mobilenet_v3_large efficientnet_b0 efficientnet_v2_s
-regnet_x_400mf regnet_y_400mf densenet121 googlenet inception_v3:192 mnasnet1_0 shufflenet_v2_x1_0 vgg11_bn
+regnet_x_400mf regnet_y_400mf densenet121 googlenet inception_v3:224 mnasnet1_0 shufflenet_v2_x1_0 vgg11_bn
 deeplabv3_resnet50 fcn_resnet50 lraspp_mobilenet_v3_large r3d_18 mc3_18 r2plus1d_18 s3d maxvit_t:224
 """
 PYTORCHCV = """
 resnet18 resnet50 preresnet18 seresnet50 mobilenet_w1 mobilenetv2_w1 mobilenetv3_large_w1 efficientnet_b0 densenet121
 shufflenetv2_w1 resnext50_32x4d igcv3_w1 fbnet_cb proxylessnas_cpu darknet53 dla34 hrnet_w18_small_v1 ghostnet
-hardnet39ds bagnet9:224 peleenet xception:128 inceptionv3:128 vovnet39 mnasnet_b1 resnet20_cifar10:32
+hardnet39ds bagnet9:224 peleenet xception:299 inceptionv3:299 vovnet39 mnasnet_b1 resnet20_cifar10:32
 wrn16_10_cifar10:32 sknet50 regnetx002
 """
 SMP = (
@@ -94,14 +94,14 @@ def torchvision() -> Models:
     for name, size in _named(TORCHVISION, 96):
         video = name in ("r3d_18", "mc3_18", "r2plus1d_18", "s3d")
         shape = (2, 3, 16, 224 if name == "s3d" else 64, 224 if name == "s3d" else 64) if video else (2, 3, size, size)
-        options = {"weights_backbone": None} if "resnet50" in name and "_resnet50" in name or "lraspp" in name else {}
+        options = {"weights_backbone": None} if ("resnet50" in name and "_resnet50" in name) or "lraspp" in name else {}
         yield name, partial(_on, partial(get, name, weights=None, num_classes=4, **options), *shape)
 
 
 def pytorchcv() -> Models:
     """Yield pytorchcv's."""
     get = import_module("pytorchcv.model_provider").get_model
-    for name, size in _named(PYTORCHCV, 96):
+    for name, size in _named(PYTORCHCV, 224):
         yield name, partial(_on, partial(get, name, pretrained=False, in_size=(size, size)), 2, 3, size, size)
 
 

@@ -147,7 +147,7 @@ class Joiner(ast.NodeTransformer):
     def _spliced(self, block: list[ast.stmt]) -> Iterator[ast.stmt]:
         """Yield the statements, with the branch that is taken in place of an ``if`` about norms or activations."""
         for statement in block:
-            concerns = isinstance(statement, ast.If) and self._reader.touches([statement])
+            concerns = isinstance(statement, ast.If) and self._reader.touches(statement)
             taken = self._reader.branch(statement) if concerns else None
             yield from [statement] if taken is None else self._spliced(taken)
 
@@ -157,8 +157,8 @@ class Joiner(ast.NodeTransformer):
         while waiting:
             statement = self._as_assignment(waiting.popleft(), fresh)
             skipped, statement = self._with_followers(statement, waiting, fresh)
-            for each in (*skipped, statement):
-                fresh = {name: norm for name, norm in fresh.items() if name not in names_in(each)}
+            runs = [each for each in (*skipped, statement) if not self._is_skipped(each, "")]
+            fresh = {name: norm for name, norm in fresh.items() if not any(name in names_in(each) for each in runs)}
             name = assigned(statement)
             if name is not None and isinstance(statement, ast.Assign) and self._is_norm(statement.value):
                 assert isinstance(statement.value, ast.Call)

@@ -15,9 +15,10 @@ from torch import nn
 from distnorm.fusion.ast import FORWARD
 from distnorm.fusion.reading import Attributes, Found
 from distnorm.fusion.source import rewrite
-from distnorm.layers.activations import activation_of, functions_at, has_no_effects, is_identity, is_unobserved
+from distnorm.layers.activations import activation_of, has_no_effects, is_identity, is_unobserved
 from distnorm.layers.known_norms import Activated
 from distnorm.layers.module import DistNorm
+from distnorm.layers.one_function import functions_at
 from distnorm.types import RELU, Activation
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from distnorm.fusion.names import Names
 from distnorm.kernels.activations import ACTIVATIONS
-from distnorm.layers.activations import functions_at
+from distnorm.layers.one_function import functions_at
 
 
 class Attributes(NamedTuple):
@@ -212,7 +212,7 @@ class Reader:
 
     def side(self, node: ast.IfExp) -> ast.expr:
         """Return the side that ``node`` takes, if that is known and it calls a norm or an activation; else ``node``."""
-        truth = self._truth(node.test) if any(map(self._concerns, ast.walk(node))) else None
+        truth = self._truth(node.test) if self.touches(node) else None
         return node if truth is None else node.body if truth else node.orelse
 
     def _truth(self, test: ast.expr) -> bool | None:
@@ -243,10 +243,9 @@ class Reader:
             return otherwise
         return None
 
-    def touches(self, statements: list[ast.stmt]) -> bool:
-        """Return whether ``statements`` call a norm or an activation, add, or return."""
-        parts = [each for one in statements for each in ast.walk(one)]
-        return any(isinstance(each, ast.Return | ast.Add) or self._concerns(each) for each in parts)
+    def touches(self, node: ast.AST) -> bool:
+        """Return whether ``node`` calls a norm or an activation, adds, or returns."""
+        return any(isinstance(each, ast.Return | ast.Add) or self._concerns(each) for each in ast.walk(node))
 
     def _concerns(self, node: ast.AST) -> bool:
         called = isinstance(node, ast.Call) and self.norm(node.func) is not None

@@ -19,16 +19,12 @@ or for decorators, ``super()`` and private names; such methods are not rewritten
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
 from functools import cache
-from itertools import zip_longest
-from types import CodeType, FunctionType
+from types import FunctionType
 
-from distnorm.compat.source_code import source_of
+from distnorm.compat.source_code import compiled, is_what_runs, source_of
 from distnorm.fusion.ast import Joiner
 from distnorm.fusion.reading import Attributes, Found
-
-_CODE = ("co_code", "co_names", "co_varnames", "co_freevars", "co_cellvars")
 
 
 # docs/decisions.md#a-method-is-compiled-again-from-its-source
@@ -42,43 +38,16 @@ def rewrite(
     it returns; None if it returns anything else.
     """
     code, source = function.__code__, source_of(function)
-    if source is None or source.definition.decorator_list or not code.co_varnames:
+    if source is None or not code.co_varnames or not is_what_runs(source, function):
         return None
     file, definition = source
-    if not _is_same(_compiled(definition, file, code), code):
-        return None
     joiner = Joiner(function, definition, attributes, opens=opens)
     if _rebinds(definition, joiner.self_name) or not joiner.join(definition):
         return None
-    joined = _compiled(ast.fix_missing_locations(definition), file, code)
+    joined = compiled(ast.fix_missing_locations(definition), file, code)
     fused = FunctionType(joined, function.__globals__, function.__name__, function.__defaults__)
     fused.__kwdefaults__ = function.__kwdefaults__
     return fused, joiner.found
-
-
-def _compiled(definition: ast.FunctionDef, file: ast.Module, code: CodeType) -> CodeType:
-    # With the file's imports: CPython compiles calls of an imported module's functions differently from method calls.
-    around = ast.Module([*_imports(file), definition], [])
-    compiled = compile(around, code.co_filename, "exec", dont_inherit=True)
-    return next(each for each in compiled.co_consts if isinstance(each, CodeType) and each.co_name == code.co_name)
-
-
-def _imports(node: ast.AST) -> Iterator[ast.stmt]:
-    """Yield the imports of the file itself, not those in its functions and classes."""
-    for each in ast.iter_child_nodes(node):
-        if isinstance(each, ast.Import | ast.ImportFrom):
-            yield each
-        elif not isinstance(each, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            yield from _imports(each)
-
-
-def _is_same(one: CodeType, two: CodeType) -> bool:
-    if any(getattr(one, name) != getattr(two, name) for name in _CODE):
-        return False
-    return all(
-        _is_same(a, b) if isinstance(a, CodeType) and isinstance(b, CodeType) else repr(a) == repr(b)
-        for a, b in zip_longest(one.co_consts, two.co_consts)
-    )
 
 
 def _rebinds(definition: ast.FunctionDef, self_name: str) -> bool:

@@ -1,19 +1,18 @@
 """What layers compute: an activation that norms can compute, nothing at all, or something without side effects.
 
-Classes count as they were when they were first seen, and only while nothing observes the layer.
+Layers of torch are known, and those of others whose code is one call (``one_function.py``). Classes count as they were
+when they were first seen, and only while nothing observes the layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import cache
-from types import ModuleType
 from typing import Any
 
 from torch import nn
 
 from distnorm.compat.dispatch_state import has_global_hooks
 from distnorm.kernels.activations import ACTIVATIONS
+from distnorm.layers.one_function import applied_by
 from distnorm.types import Activation
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -34,6 +33,8 @@ _DROP_PATHS = {
     "torchvision.ops.stochastic_depth.StochasticDepth": "p",
 }
 """Layers of other packages that return their input where this attribute is 0."""
+_SEEN: dict[type, Any] = {}
+"""Their forwards, when they were first seen."""
 
 
 def is_unobserved(child: nn.Module) -> bool:
@@ -48,13 +49,16 @@ def _is_torchs(child: nn.Module) -> bool:
 
 
 def activation_of(child: object) -> Activation | None:
-    """Return what ``child`` computes, if it is a layer of torch that computes an activation, and has no hooks."""
-    name = _ACTIVATIONS.get(type(child), "")
-    if not name or not isinstance(child, nn.Module) or not _is_torchs(child):
+    """Return what ``child`` computes, if it is a layer that computes an activation, and has no hooks."""
+    if not isinstance(child, nn.Module):
         return None
+    name = _ACTIVATIONS.get(type(child))
+    if name is None:
+        name = applied_by(child)
+        return Activation(name, 0.0) if name and is_unobserved(child) else None
     if name == "gelu":
-        name = {"none": "gelu", "tanh": "gelu_tanh"}.get(vars(child).get("approximate", ""), "")
-    if not name:
+        name = {"none": "gelu", "tanh": "gelu_tanh"}.get(vars(child).get("approximate", ""))
+    if name is None or not _is_torchs(child):
         return None
     option = ACTIVATIONS[name].option
     parameter = getattr(child, option) if option else 0.0
@@ -71,14 +75,13 @@ def is_identity(child: object) -> bool:
     if cls is nn.Sequential:
         return cls.forward is _SEQUENTIAL and is_unobserved(child) and all(map(is_identity, child._modules.values()))
     probability = _DROP_PATHS.get(f"{cls.__module__}.{cls.__qualname__}")
-    if probability is None or getattr(child, probability, None) != 0:
-        return False
-    return cls.forward is _first_seen(cls) and is_unobserved(child)
-
-
-@cache
-def _first_seen(cls: Any) -> Any:
-    return cls.forward
+    if probability is None:
+        return applied_by(child) == "" and is_unobserved(child)
+    return (
+        getattr(child, probability, None) == 0
+        and cls.forward is _SEEN.setdefault(cls, cls.forward)
+        and is_unobserved(child)
+    )
 
 
 def has_no_effects(child: object) -> bool:
@@ -89,11 +92,3 @@ def has_no_effects(child: object) -> bool:
         runs_as_it_is = type(child).forward is _SEQUENTIAL and is_unobserved(child)
         return runs_as_it_is and all(map(has_no_effects, child._modules.values()))
     return is_identity(child) or (type(child) in _WITHOUT_EFFECTS and _is_torchs(child))
-
-
-def functions_at(path: tuple[str, ...], names: dict[str, Any]) -> Iterator[str]:
-    """Yield the activations of the function that ``path`` refers to: a name in ``names``, and attributes of modules."""
-    value = names.get(path[0]) if path else None
-    for name in path[1:]:
-        value = getattr(value, name, None) if isinstance(value, ModuleType) else None
-    yield from (name for name, row in ACTIVATIONS.items() if any(value is each for each in row.functions))
