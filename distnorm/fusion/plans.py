@@ -6,41 +6,55 @@ self.norm(x)``. What its caller does with that is an epilogue of the norm.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from operator import is_
 from types import MethodType
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import nn
 
 from distnorm.fusion.ast import FORWARD
 from distnorm.fusion.reading import Attributes, Found
 from distnorm.fusion.source import rewrite
-from distnorm.layers.activations import activation_of, has_no_effects, is_identity, is_unobserved
+from distnorm.layers.activations import activation_name, activation_of, has_no_effects, is_identity, is_unobserved
 from distnorm.layers.known_norms import Activated
 from distnorm.layers.module import DistNorm
 from distnorm.layers.one_function import functions_at
 from distnorm.types import RELU, Activation
 
+_ABSENT = object()
 
-class Plan(NamedTuple):
+
+class Plan:
     """The original and the fused version of a method, and what the latter depends on."""
 
-    plain: Any  # a function; mypy would take an attribute of that type for a bound method
-    fused: Callable[..., Any]
-    found: Found
+    def __init__(self, plain: Any, fused: Callable[..., Any], found: Found) -> None:
+        self.plain, self.fused, self.found = plain, fused, found
+        self._checks: list[tuple[str, Callable[[Any], bool]]] = [
+            *((name, are_norms) for name in found.owners),
+            *((name, partial(_computes, name=each)) for name, each in found.activations.items()),
+            *((name, is_identity) for name in found.identities),
+            *((name, partial(is_, value)) for name, value in found.flags.items()),
+            *((name, has_no_effects) for name in found.quiet),
+            *((name, _is_module) for name in found.present),
+        ]
 
     def is_valid_for(self, module: nn.Module) -> bool:
         """Return whether what ``module`` has is still what the fused version was compiled for."""
-        found, names = self.found, self.plain.__globals__
-        return (
-            all(are_norms(getattr(module, name, None)) for name in found.owners)
-            and all(_is_called(getattr(module, name, None), each) for name, each in found.activations.items())
-            and all(is_identity(getattr(module, name, None)) for name in found.identities)
-            and all(getattr(module, name, module) is value for name, value in found.flags.items())
-            and all(next(functions_at(path, names), None) == each for path, each in found.functions.items())
-            and all(has_no_effects(getattr(module, name, None)) for name in found.quiet)
-            and all(isinstance(getattr(module, name, None), nn.Module) for name in found.present)
-        )
+        for name, holds in self._checks:
+            if not holds(_attribute(module, name)):
+                return False
+        names = self.plain.__globals__ if self.found.functions else {}
+        return all(next(functions_at(path, names), None) == each for path, each in self.found.functions.items())
+
+
+def _attribute(module: nn.Module, name: str) -> Any:
+    """Return ``module.name``; if there is none, something that no check accepts."""
+    own = module.__dict__
+    if name not in own and name in own["_modules"] and not hasattr(type(module), name):
+        return own["_modules"][name]  # several times as fast
+    return getattr(module, name, _ABSENT)
 
 
 def find(cls: type[nn.Module], name: str, attributes: Attributes) -> Plan:
@@ -67,12 +81,19 @@ class Ending:
         called = cls.__call__ is nn.Module.__call__ and module._compiled_call_impl is None
         if not (as_read and called and is_unobserved(module)):
             return False
-        return plan.is_valid_for(module) if plan.found.last else _last_takes_epilogue(list(module._modules.values()))
+        return (
+            plan.is_valid_for(module) if plan.found.last else _last_takes_epilogue(reversed(module._modules.values()))
+        )
 
 
-def _last_takes_epilogue(children: list[nn.Module | None]) -> bool:
-    at = last(children)
-    return at is not None and takes_epilogue(children[at])
+def _last_takes_epilogue(children: Iterable[nn.Module | None]) -> bool:
+    """Return whether the last of ``children`` that does something takes an epilogue."""
+    for child in children:
+        if takes_epilogue(child):
+            return True
+        if not is_identity(child):
+            return False
+    return False
 
 
 def takes_epilogue(child: object) -> bool:
@@ -95,9 +116,12 @@ def is_norm(child: object) -> bool:
     return alone or forward is DistNorm.forward
 
 
-def _is_called(child: object, activation: str) -> bool:
-    found = activation_of(child)
-    return found is not None and found.name == activation
+def _computes(child: object, name: str) -> bool:
+    return activation_name(child) == name
+
+
+def _is_module(child: object) -> bool:
+    return isinstance(child, nn.Module)
 
 
 # --- sequences -----------------------------------------------------------------------------------

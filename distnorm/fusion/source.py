@@ -19,10 +19,11 @@ or for decorators, ``super()`` and private names; such methods are not rewritten
 from __future__ import annotations
 
 import ast
+import copy
 from functools import cache
-from types import FunctionType
+from types import CodeType, FunctionType
 
-from distnorm.compat.source_code import compiled, is_what_runs, source_of
+from distnorm.compat.source_code import Source, compiled, is_what_runs, source_of
 from distnorm.fusion.ast import Joiner
 from distnorm.fusion.reading import Attributes, Found
 
@@ -37,10 +38,11 @@ def rewrite(
     With ``opens`` the returned function takes the keyword arguments of norms, and hands them on to those whose output
     it returns; None if it returns anything else.
     """
-    code, source = function.__code__, source_of(function)
-    if source is None or not code.co_varnames or not is_what_runs(source, function):
+    code = function.__code__
+    source = _readable(function, code)
+    if source is None or not code.co_varnames:
         return None
-    file, definition = source
+    file, definition = source.file, copy.deepcopy(source.definition)
     joiner = Joiner(function, definition, attributes, opens=opens)
     if _rebinds(definition, joiner.self_name) or not joiner.join(definition):
         return None
@@ -48,6 +50,13 @@ def rewrite(
     fused = FunctionType(joined, function.__globals__, function.__name__, function.__defaults__)
     fused.__kwdefaults__ = function.__kwdefaults__
     return fused, joiner.found
+
+
+@cache
+def _readable(function: FunctionType, code: CodeType) -> Source | None:
+    """Return the source of ``function`` while its code is ``code``; None if it has none, or another runs."""
+    source = source_of(function)
+    return source if source is not None and is_what_runs(source, function) else None
 
 
 def _rebinds(definition: ast.FunctionDef, self_name: str) -> bool:

@@ -6,16 +6,16 @@ when they were first seen, and only while nothing observes the layer.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
 from distnorm.compat.dispatch_state import has_global_hooks
 from distnorm.kernels.activations import ACTIVATIONS
-from distnorm.layers.one_function import applied_by
+from distnorm.layers.one_function import applied_by, may_be_read
 from distnorm.types import Activation
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 _SEQUENTIAL = nn.Sequential.forward
 _ACTIVATIONS: dict[type[nn.Module], str] = {row.layer: name for name, row in reversed(ACTIVATIONS.items())}
@@ -33,14 +33,15 @@ _DROP_PATHS = {
     "torchvision.ops.stochastic_depth.StochasticDepth": "p",
 }
 """Layers of other packages that return their input where this attribute is 0."""
-_SEEN: dict[type, Any] = {}
-"""Their forwards, when they were first seen."""
+_IDENTITY_IF: dict[type, Callable[[Any], bool]] = {}
+"""By class, what to ask of its layers in order to know whether they return their input."""
 
 
 def is_unobserved(child: nn.Module) -> bool:
     """Return whether calling ``child`` runs the forward of its class and nothing else."""
     own = child.__dict__
-    return not (any(map(own.get, _HOOKS)) or "forward" in own or has_global_hooks())
+    before = own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own
+    return not (before or own["_backward_hooks"] or own.get("_backward_pre_hooks") or has_global_hooks())
 
 
 def _is_torchs(child: nn.Module) -> bool:
@@ -48,17 +49,23 @@ def _is_torchs(child: nn.Module) -> bool:
     return cls in _FORWARDS and cls.forward is _FORWARDS[cls] and is_unobserved(child)
 
 
-def activation_of(child: object) -> Activation | None:
-    """Return what ``child`` computes, if it is a layer that computes an activation, and has no hooks."""
+def activation_name(child: object) -> str | None:
+    """Return the name of what ``child`` computes, if it is a layer that computes an activation, and has no hooks."""
     if not isinstance(child, nn.Module):
         return None
     name = _ACTIVATIONS.get(type(child))
     if name is None:
         name = applied_by(child)
-        return Activation(name, 0.0) if name and is_unobserved(child) else None
+        return name if name and is_unobserved(child) else None
     if name == "gelu":
         name = {"none": "gelu", "tanh": "gelu_tanh"}.get(vars(child).get("approximate", ""))
-    if name is None or not _is_torchs(child):
+    return name if _is_torchs(child) else None
+
+
+def activation_of(child: object) -> Activation | None:
+    """Return the activation of ``activation_name`` with its parameter, if that is a number."""
+    name = activation_name(child)
+    if name is None:
         return None
     option = ACTIVATIONS[name].option
     parameter = getattr(child, option) if option else 0.0
@@ -67,21 +74,36 @@ def activation_of(child: object) -> Activation | None:
 
 def is_identity(child: object) -> bool:
     """Return whether ``child`` returns its input: an ``nn.Identity``, a dropout of nothing, or a sequence of these."""
-    if not isinstance(child, nn.Module):
-        return False
     cls = type(child)
-    if cls is nn.Identity or cls in _DROPOUTS:
-        return (cls is nn.Identity or vars(child)["p"] == 0) and _is_torchs(child)
+    if cls not in _IDENTITY_IF:
+        _IDENTITY_IF[cls] = _identity_if(cls)
+    return _IDENTITY_IF[cls](child)
+
+
+def _identity_if(cls: Any) -> Callable[[Any], bool]:
+    """Return what to ask of layers of the class ``cls``, as it is now."""
+    if not issubclass(cls, nn.Module):
+        return _never
+    if cls is nn.Identity:
+        return _is_torchs
+    if cls in _DROPOUTS:
+        return lambda child: bool(child.p == 0) and _is_torchs(child)
     if cls is nn.Sequential:
-        return cls.forward is _SEQUENTIAL and is_unobserved(child) and all(map(is_identity, child._modules.values()))
-    probability = _DROP_PATHS.get(f"{cls.__module__}.{cls.__qualname__}")
-    if probability is None:
-        return applied_by(child) == "" and is_unobserved(child)
-    return (
-        getattr(child, probability, None) == 0
-        and cls.forward is _SEEN.setdefault(cls, cls.forward)
-        and is_unobserved(child)
-    )
+        return lambda child: all(map(is_identity, child._modules.values())) and _runs_its_children(child)
+    forward, probability = cls.forward, _DROP_PATHS.get(f"{cls.__module__}.{cls.__qualname__}")
+    if probability is not None:
+        return lambda child: getattr(child, probability) == 0 and cls.forward is forward and is_unobserved(child)
+    if may_be_read(cls):
+        return lambda child: applied_by(child) == "" and is_unobserved(child)
+    return _never
+
+
+def _never(child: object) -> bool:
+    return False
+
+
+def _runs_its_children(child: nn.Module) -> bool:
+    return type(child).forward is _SEQUENTIAL and is_unobserved(child)
 
 
 def has_no_effects(child: object) -> bool:
@@ -89,6 +111,5 @@ def has_no_effects(child: object) -> bool:
     if not isinstance(child, nn.Module):
         return False
     if type(child) is nn.Sequential:
-        runs_as_it_is = type(child).forward is _SEQUENTIAL and is_unobserved(child)
-        return runs_as_it_is and all(map(has_no_effects, child._modules.values()))
+        return _runs_its_children(child) and all(map(has_no_effects, child._modules.values()))
     return is_identity(child) or (type(child) in _WITHOUT_EFFECTS and _is_torchs(child))

@@ -13,6 +13,11 @@ from torch import nn
 from distnorm.compat.source_code import is_what_runs, source_of
 from distnorm.kernels.activations import ACTIVATIONS
 
+_BY_FUNCTION: dict[int, list[str]] = {}
+"""By the ``id`` of a function of torch, the activations that it computes."""
+for _name, _row in ACTIVATIONS.items():
+    for _each in _row.functions:
+        _BY_FUNCTION.setdefault(id(_each), []).append(_name)
 _LONGEST = 120
 """Bytes of code of a method that is worth reading."""
 
@@ -30,9 +35,7 @@ def applied_by(child: nn.Module) -> str | None:
     """Return which activation without parameters the code of ``child`` applies, "" if none at all; else None."""
     cls = type(child)
     forward = cls.forward
-    if child._modules or cls.__module__.startswith("torch.") or not isinstance(forward, FunctionType):
-        return None
-    body = _read(forward)
+    body = _read(forward) if not child._modules and may_be_read(cls) else None
     if body is None or body.code is not forward.__code__:
         return None
     if not body.path:
@@ -42,11 +45,17 @@ def applied_by(child: nn.Module) -> str | None:
     return name if name is not None and not ACTIVATIONS[name].option else None
 
 
+def may_be_read(cls: type[nn.Module]) -> bool:
+    """Return whether layers of the class ``cls`` may be of this kind: not torch's own, and with a short ``forward``."""
+    if cls.__module__.startswith("torch.") or not isinstance(cls.forward, FunctionType):
+        return False
+    code = cls.forward.__code__
+    return code.co_argcount == len(code.co_varnames) == 2 and len(code.co_code) <= _LONGEST
+
+
 @cache
 def _read(forward: FunctionType) -> _Body | None:
     code = forward.__code__
-    if code.co_argcount != 2 or len(code.co_varnames) != 2 or len(code.co_code) > _LONGEST:
-        return None
     source = source_of(forward)
     if source is None or not is_what_runs(source, forward):
         return None
@@ -85,4 +94,4 @@ def functions_at(path: tuple[str, ...], names: dict[str, Any]) -> Iterator[str]:
     value = names.get(path[0]) if path else None
     for name in path[1:]:
         value = getattr(value, name, None) if isinstance(value, ModuleType) else None
-    yield from (name for name, row in ACTIVATIONS.items() if any(value is each for each in row.functions))
+    yield from _BY_FUNCTION.get(id(value), ())
