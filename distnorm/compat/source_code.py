@@ -15,9 +15,9 @@ _CODE = ("co_code", "co_names", "co_varnames", "co_freevars", "co_cellvars")
 
 
 class Source(NamedTuple):
-    """The tree of a file, and the definition of one function in it."""
+    """The imports of a file, outside of its functions and classes, and the definition of one function in it."""
 
-    file: ast.Module
+    imports: list[ast.stmt]
     definition: ast.FunctionDef
 
 
@@ -42,20 +42,19 @@ def source_of(function: FunctionType) -> Source | None:
     for each in ast.walk(file):
         if isinstance(each, ast.FunctionDef) and each.name == code.co_name:
             if min([each.lineno, *(decorator.lineno for decorator in each.decorator_list)]) == code.co_firstlineno:
-                return Source(file, each)
+                return Source(list(_imports(file)), each)
     return None
 
 
 def is_what_runs(source: Source, function: FunctionType) -> bool:
     """Return whether compiling ``source`` gives the code that ``function`` runs, and nothing decorates it."""
-    file, definition = source
-    return not definition.decorator_list and _is_same(compiled(definition, file, function.__code__), function.__code__)
+    return not source.definition.decorator_list and _is_same(compiled(source, function.__code__), function.__code__)
 
 
-def compiled(definition: ast.FunctionDef, file: ast.Module, code: CodeType) -> CodeType:
-    """Return the code of ``definition``, a function in ``file``, with the file name of ``code``."""
+def compiled(source: Source, code: CodeType) -> CodeType:
+    """Return the code of ``source``, with the file name of ``code``."""
     # With the file's imports: CPython compiles calls of an imported module's functions differently from method calls.
-    around = ast.Module([*_imports(file), definition], [])
+    around = ast.Module([*source.imports, source.definition], [])
     made = compile(around, code.co_filename, "exec", dont_inherit=True)
     return next(each for each in made.co_consts if isinstance(each, CodeType) and each.co_name == code.co_name)
 

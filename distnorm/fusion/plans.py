@@ -24,6 +24,7 @@ from distnorm.layers.one_function import functions_at
 from distnorm.types import RELU, Activation
 
 _ABSENT = object()
+_CALL, _SEQUENTIAL = nn.Module.__call__, nn.Sequential.forward
 
 
 class Plan:
@@ -60,11 +61,12 @@ def _attribute(module: nn.Module, name: str) -> Any:
 def find(cls: type[nn.Module], name: str, attributes: Attributes) -> Plan:
     """Return both versions of the method ``name`` of ``cls``; ``FORWARD`` is that of ``forward`` with an epilogue."""
     plain: Any = cls.forward if name == FORWARD else getattr(cls, name)
-    if plain is nn.Sequential.forward:
+    if plain is _SEQUENTIAL:
         return Plan(plain, _run_in_sequence, Found())
     return Plan(plain, *(rewrite(plain, attributes, opens=name == FORWARD) or (plain, Found())))
 
 
+# docs/decisions.md#a-child-that-ends-in-a-norm-has-a-second-forward
 class Ending:
     """Descriptor of ``FORWARD``. Who calls it must have asked ``takes_epilogue``, which asks for all that is below."""
 
@@ -78,7 +80,7 @@ class Ending:
         """Return whether calling ``module`` does what its class was read to do, and ends in a norm."""
         cls, plan = type(module), self._plan
         as_read = cls.forward is self._as_read and plan.plain.__code__ is self._code
-        called = cls.__call__ is nn.Module.__call__ and module._compiled_call_impl is None
+        called = cls.__call__ is _CALL and module._compiled_call_impl is None
         if not (as_read and called and is_unobserved(module)):
             return False
         return (

@@ -42,11 +42,11 @@ def rewrite(
     source = _readable(function, code)
     if source is None or not code.co_varnames:
         return None
-    file, definition = source.file, copy.deepcopy(source.definition)
+    definition = copy.deepcopy(source.definition)
     joiner = Joiner(function, definition, attributes, opens=opens)
     if _rebinds(definition, joiner.self_name) or not joiner.join(definition):
         return None
-    joined = compiled(ast.fix_missing_locations(definition), file, code)
+    joined = compiled(source._replace(definition=ast.fix_missing_locations(definition)), code)
     fused = FunctionType(joined, function.__globals__, function.__name__, function.__defaults__)
     fused.__kwdefaults__ = function.__kwdefaults__
     return fused, joiner.found
