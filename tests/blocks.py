@@ -203,8 +203,25 @@ class Nothings(nn.Sequential):
         super().__init__(*layers, nn.BatchNorm2d(4), nn.ReLU6(), nn.BatchNorm2d(4), nn.Identity())
 
 
+class Alive(Block):
+    """The shortcut's norm runs between the norm and the sum: nothing may change places, so that one adds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.downsample = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        identity = x
+        out = self.b(x)
+        if self.downsample is not None:
+            identity = self.downsample(x)
+        out += identity
+        return self.relu(out)
+
+
 FOUND: dict[type[nn.Module], dict[str, str]] = {
     Activated: {"a": "silu", "b": "hardswish"},
+    Alive: {"downsample.1": "residual, relu"},
     WithOptions: {"a": "leaky_relu", "b": "leaky_relu"},
     Keywords: {"a": "gelu_tanh", "b": "elu"},
     Methods: {"a": "sigmoid", "b": "relu"},
@@ -275,22 +292,6 @@ class AlsoItself(Block):
         y = self.a(x)
         y = y + y
         return y
-
-
-class Alive(Block):
-    """The shortcut's norm runs between the norm and the sum: nothing may change places."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.downsample = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        identity = x
-        out = self.b(x)
-        if self.downsample is not None:
-            identity = self.downsample(x)
-        out += identity
-        return self.relu(out)
 
 
 class Kept(Block):
@@ -446,7 +447,6 @@ LEFT: list[type[nn.Module]] = [
     SwitchesItself,
     Drops,
     AlsoItself,
-    Alive,
 ]
 LEFT += [Walrus, InnerWalrus, WalrusInComprehension, Nonlocal, RebindsGlobal]
 LEFT += [ReplacesItsRelu, GrowsItsShortcut, Finally, Handled]

@@ -1,8 +1,8 @@
 """Merge calls of norms with their epilogues in the syntax tree of a method: an addition, an activation, or both.
 
 Only consecutive statements are merged, and only if no other code can read the value between them. Statements of a
-branch that an attribute of ``self`` decides count as those of the block around it. The order of operations does not
-change.
+branch that an attribute of ``self`` decides count as those of the block around it. Norms, random numbers and all that
+has effects stay in their order. A module that ends in a norm is called like one, by ``FORWARD``.
 """
 
 from __future__ import annotations
@@ -13,52 +13,53 @@ from collections.abc import Iterator
 from functools import partial
 from itertools import takewhile
 from types import FunctionType
-from typing import NamedTuple
 
-from distnorm.fusion.reading import Applied, Attributes, Reader
+from distnorm.fusion.names import names_in
+from distnorm.fusion.parts import EpilogueCode, Follower, always_returns, assigning, returned
+from distnorm.fusion.reading import Attributes, Reader, assigned
 
-
-# docs/decisions.md#addition-in-place-keeps-the-dtype
-class _Epilogue(NamedTuple):
-    """The epilogue of a norm: a name that is added (by ``+=`` unless ``widen``), then an activation."""
-
-    residual: ast.Name | None = None
-    widen: bool = True
-    activation: Applied | None = None
-
-    def then(self, other: _Epilogue) -> _Epilogue | None:
-        """Return the epilogue of this one followed by ``other``; None if kernels cannot compute that in one pass."""
-        if self.residual is None:
-            return other if self.activation is None else None
-        follows = other.residual is None and other.activation is not None and other.activation.name == "relu"
-        return self._replace(activation=other.activation) if follows and self.activation is None else None
-
-    def options(self) -> dict[str, ast.expr]:
-        """Return the norm's keyword arguments."""
-        name, parameter, _ = self.activation or (None, None, None)
-        options: dict[str, ast.expr] = {} if self.residual is None else {"residual": self.residual}
-        options |= {"relu": ast.Constant(True)} if name == "relu" else {}
-        if name is not None and name != "relu":
-            options["activation"] = ast.Constant(name)
-        options |= {} if parameter is None else {"parameter": parameter}
-        return options if self.widen else options | {"widen": ast.Constant(False)}
-
-    def __str__(self) -> str:
-        """Describe the epilogue as the layer's repr shows it."""
-        added = [] if self.residual is None else ["residual"]
-        return ", ".join([*added, *([] if self.activation is None else [self.activation.name])])
+FORWARD = "_forward_with_epilogue"
+"""The method of modules that end in a norm: ``forward`` of one argument, and the norm's keyword arguments."""
+_GIVEN = "_epilogue"
+"""Its keyword arguments."""
 
 
 class Joiner(ast.NodeTransformer):
-    """Merges nested expressions first, then consecutive statements."""
+    """Merges nested expressions first, then consecutive statements.
 
-    def __init__(self, function: FunctionType, definition: ast.FunctionDef, attributes: Attributes) -> None:
+    With ``opens``, the norms whose output the method returns also take the epilogue that it is called with.
+    """
+
+    def __init__(
+        self, function: FunctionType, definition: ast.FunctionDef, attributes: Attributes, *, opens: bool
+    ) -> None:
         self._reader = Reader(function, definition, attributes)
+        self._names, self._opens = self._reader.names, opens
         self.self_name, self.found = self._reader.self_name, self._reader.found
-        self._read_in_handlers = {name for each in ast.walk(definition) for name in _names_in_handlers(each)}
-        """Names that exception handlers and ``finally`` blocks read, so after a statement that raised."""
-        self._epilogues: dict[ast.Call, _Epilogue] = {}
+        self._epilogues: dict[ast.Call, EpilogueCode] = {}
         """Calls of norms that have an epilogue."""
+
+    def join(self, definition: ast.FunctionDef) -> bool:
+        """Merge what can be merged in ``definition``, and return whether that is what is wanted."""
+        self.visit(definition)
+        done = self._open(definition) if self._opens else bool(self.found.epilogues)
+        for call in (each for each in ast.walk(definition) if isinstance(each, ast.Call) and each in self._epilogues):
+            if self._reader.ends_in_norm(call.func):
+                call.func = ast.copy_location(ast.Attribute(call.func, FORWARD, ast.Load()), call.func)
+        return done
+
+    def _open(self, definition: ast.FunctionDef) -> bool:
+        """Hand the keyword arguments of the method on to the norms that it returns the output of, if it always does."""
+        for call in returned(definition.body):
+            if not isinstance(call, ast.Call) or not self._is_norm(call) or call in self._epilogues:
+                return False
+            self._epilogues[call] = EpilogueCode()
+            call.keywords.append(ast.keyword(None, ast.Name(_GIVEN, ast.Load())))
+            self.found.last.add(str(self._reader.norm(call.func)))
+        if definition.args.kwarg is not None or not always_returns(definition.body):
+            return False
+        definition.args.kwarg = ast.arg(_GIVEN)
+        return True
 
     # --- expressions ---
 
@@ -69,6 +70,11 @@ class Joiner(ast.NodeTransformer):
         plain = len(node.args) == 1 and not node.keywords and not isinstance(node.args[0], ast.Starred)
         return plain or node in self._epilogues
 
+    def visit_IfExp(self, node: ast.IfExp) -> ast.expr:
+        """Leave out the side that is not taken, if that is known."""
+        super().generic_visit(node)
+        return self._reader.side(node)
+
     def visit_Call(self, node: ast.Call) -> ast.expr:
         """Merge ``activation(norm(x))``, and leave out layers that return a norm's output as it is."""
         super().generic_visit(node)
@@ -76,31 +82,49 @@ class Joiner(ast.NodeTransformer):
         if isinstance(argument, ast.Call) and self._is_norm(argument):
             return argument
         applied = self._reader.activation(node)
-        joined = None if applied is None else self._join(applied.argument, _Epilogue(activation=applied))
+        joined = None if applied is None else self._join(applied.argument, EpilogueCode(activation=applied))
         return joined or node
 
     def visit_BinOp(self, node: ast.BinOp) -> ast.expr:
-        """Merge ``norm(x) + y`` or ``y + norm(x)``, where y is a name."""
+        """Merge ``y + norm(x)``, where y may be any expression if x is a name, and ``norm(x) + y`` of a quiet y."""
         super().generic_visit(node)
-        for norm, other in _sides(node):
-            if other is node.left and self._may_rebind(norm, other.id):
-                continue
-            joined = self._join(norm, _Epilogue(other))
-            if joined is not None:
-                return joined
-        return node
+        if not isinstance(node.op, ast.Add):
+            return node
+        left, right = map(self._reader.without_identities, (node.left, node.right))
+        joined = self._join(right, EpilogueCode(left)) if self._may_swap(left, right) else None
+        if joined is None and self._is_quiet(right, left):
+            joined = self._join(left, EpilogueCode(right))
+        return joined or node
 
-    def _may_rebind(self, norm: ast.AST, name: str) -> bool:
-        """Return whether evaluating the argument of ``norm`` may rebind ``name``, which is read before it."""
-        bound = any(isinstance(each, ast.NamedExpr) and each.target.id == name for each in ast.walk(norm))
-        runs_code = isinstance(norm, ast.Call) and not all(isinstance(each, ast.Name) for each in norm.args)
-        return bound or (runs_code and name in self._reader.outer_names)
+    def _may_swap(self, left: ast.expr, norm: ast.expr) -> bool:
+        """Return whether ``left`` may be evaluated after the argument of ``norm``, which stands behind it."""
+        if not isinstance(norm, ast.Call) or not self._is_norm(norm):
+            return False
+        if isinstance(left, ast.Constant):
+            return True
+        if isinstance(left, ast.Name):
+            rebinds = any(isinstance(each, ast.NamedExpr) and each.target.id == left.id for each in ast.walk(norm))
+            return not rebinds and (self._names.is_private(left.id) or isinstance(norm.args[0], ast.Name))
+        argument = norm.args[0]
+        bound = {each.target.id for each in ast.walk(left) if isinstance(each, ast.NamedExpr)}
+        return isinstance(argument, ast.Name) and self._names.is_private(argument.id) and argument.id not in bound
 
-    def _join(self, norm: ast.AST | None, epilogue: _Epilogue) -> ast.Call | None:
+    def _is_quiet(self, node: ast.expr, norm: ast.expr) -> bool:
+        """Return whether ``node`` may be evaluated between the argument of ``norm`` and the norm itself.
+
+        A module that ends in a norm may do anything before that norm, such as to change its input in place.
+        """
+        if not isinstance(norm, ast.Call) or not self._is_norm(norm):
+            return False
+        return self._reader.is_quiet(node, layers=not self._reader.ends_in_norm(norm.func))
+
+    def _join(self, norm: ast.AST | None, epilogue: EpilogueCode) -> ast.Call | None:
         """Add ``epilogue`` to the call of a norm and return the call; return None, without a change, if impossible."""
-        if not isinstance(norm, ast.Call) or not self._is_norm(norm) or epilogue == _Epilogue():
+        if not isinstance(norm, ast.Call) or not self._is_norm(norm):
             return None
-        both = self._epilogues.get(norm, _Epilogue()).then(epilogue)
+        if epilogue == EpilogueCode():
+            return norm
+        both = self._epilogues.get(norm, EpilogueCode()).then(epilogue)
         if both is None:
             return None
         self._epilogues[norm] = both
@@ -123,87 +147,117 @@ class Joiner(ast.NodeTransformer):
     def _spliced(self, block: list[ast.stmt]) -> Iterator[ast.stmt]:
         """Yield the statements, with the branch that is taken in place of an ``if`` about norms or activations."""
         for statement in block:
-            concerns = isinstance(statement, ast.If) and self._reader.touches([statement])
+            concerns = isinstance(statement, ast.If) and self._reader.touches(statement)
             taken = self._reader.branch(statement) if concerns else None
             yield from [statement] if taken is None else self._spliced(taken)
 
     def _joined(self, block: Iterator[ast.stmt]) -> Iterator[ast.stmt]:
         waiting = deque(block)
+        fresh: dict[str, str] = {}
         while waiting:
-            statement = waiting.popleft()
-            name = None if _assigned(statement) in self._read_in_handlers else _assigned(statement)
-            while name is not None and isinstance(statement, ast.Assign) and self._is_norm(statement.value):
-                skipped = list(takewhile(partial(self._is_skipped, name=name), waiting))
-                if len(skipped) == len(waiting):
-                    break
-                follower = waiting[len(skipped)]
-                epilogue = self._follows(follower, name)
-                if epilogue is None or self._join(statement.value, epilogue) is None:
-                    break
-                for _ in range(len(skipped) + 1):
-                    waiting.popleft()
-                yield from (each for each in skipped if not self._is_idle(each, name))
-                if isinstance(follower, ast.Return):
-                    statement = ast.copy_location(ast.Return(statement.value), statement)
-            yield statement
+            statement = self._as_assignment(waiting.popleft(), fresh)
+            skipped, statement = self._with_followers(statement, waiting, fresh)
+            runs = [each for each in (*skipped, statement) if not self._is_skipped(each, "")]
+            fresh = {name: norm for name, norm in fresh.items() if not any(name in names_in(each) for each in runs)}
+            name = assigned(statement)
+            if name is not None and isinstance(statement, ast.Assign) and self._is_norm(statement.value):
+                assert isinstance(statement.value, ast.Call)
+                fresh |= {name: str(self._reader.norm(statement.value.func))} if self._names.is_private(name) else {}
+            yield from (*skipped, statement)
+
+    def _as_assignment(self, statement: ast.stmt, fresh: dict[str, str]) -> ast.stmt:
+        """Return ``name += norm(x)`` as an assignment, if nobody else can hold the object that it changes in place.
+
+        ``fresh`` has the names of such objects, and the norms that they are outputs of.
+        """
+        if not isinstance(statement, ast.AugAssign) or not isinstance(statement.op, ast.Add):
+            return statement
+        target, value = statement.target, self._reader.without_identities(statement.value)
+        if not isinstance(target, ast.Name) or target.id not in fresh or target.id in names_in(value):
+            return statement
+        name = ast.copy_location(ast.Name(target.id, ast.Load()), target)
+        if self._join(value, EpilogueCode(name, widen=None)) is None:
+            return statement
+        self.found.fresh.add(fresh[target.id])
+        return ast.copy_location(ast.Assign([target], value), statement)
+
+    def _with_followers(
+        self, statement: ast.stmt, waiting: deque[ast.stmt], fresh: dict[str, str]
+    ) -> tuple[list[ast.stmt], ast.stmt]:
+        """Return ``statement`` merged with those ``waiting`` that follow it, and what is to run before."""
+        before: list[ast.stmt] = []
+        while (name := assigned(statement)) is not None and name not in self._names.read_in_handlers:
+            assert isinstance(statement, ast.Assign)
+            norm = statement.value
+            skipped = list(takewhile(partial(self._is_skipped, name=name), waiting)) if self._is_norm(norm) else waiting
+            if len(skipped) == len(waiting):
+                break
+            follower = self._follows(waiting[len(skipped)], name, norm, fresh)
+            if follower is None or self._join(norm, follower.epilogue) is None:
+                break
+            if follower.epilogue.widen is None:
+                self.found.fresh.add(fresh[follower.target])
+            for _ in range(len(skipped) + 1):
+                waiting.popleft()
+            before += [each for each in skipped if not self._is_idle(each)]
+            statement = assigning(statement, follower.target)
+        return before, statement
 
     def _is_skipped(self, statement: ast.stmt, name: str) -> bool:
-        """Return whether ``statement`` does nothing: an ``if`` that is not entered, or an idle one."""
-        return self._reader.branch(statement) == [] or self._is_idle(statement, name)
+        """Return whether ``statement`` may run before the norm whose output is ``name``, or never."""
+        if self._reader.branch(statement) == [] or self._is_idle(statement):
+            return True
+        return assigned(statement) != name and self._reader.held_attribute(statement) is not None
 
-    def _is_idle(self, statement: ast.stmt, name: str) -> bool:
+    def _is_idle(self, statement: ast.stmt) -> bool:
         """Return whether ``statement`` is ``name = self.layer(name)`` of a layer that returns its input."""
-        if not isinstance(statement, ast.Assign) or _assigned(statement) != name:
+        if not isinstance(statement, ast.Assign):
             return False
         argument = self._reader.argument_of_identity(statement.value)
-        return isinstance(argument, ast.Name) and argument.id == name
+        return isinstance(argument, ast.Name) and argument.id == assigned(statement)
 
-    def _follows(self, statement: ast.stmt, name: str) -> _Epilogue | None:
-        """Return the epilogue in ``statement``, if it does nothing else and its result replaces ``name``."""
-        if isinstance(statement, ast.AugAssign) and isinstance(statement.op, ast.Add):
-            target, residual = statement.target, statement.value
-            named = isinstance(target, ast.Name) and target.id == name
-            if named and isinstance(residual, ast.Name) and residual.id != name:
-                return _Epilogue(residual, widen=False)
-        if isinstance(statement, ast.Return) and name not in self._reader.outer_names:
-            return self._epilogue_of(statement.value, name)
-        if isinstance(statement, ast.Assign) and _assigned(statement) == name:
-            return self._epilogue_of(statement.value, name)
-        return None
+    def _follows(self, statement: ast.stmt, name: str, norm: ast.expr, fresh: dict[str, str]) -> Follower | None:
+        """Return what ``statement`` computes of ``name``, the output of ``norm``, if it does nothing else."""
+        if isinstance(statement, ast.AugAssign):
+            return self._follows_in_place(statement, name, norm, fresh)
+        if isinstance(statement, ast.Return):
+            target, allowed = "", self._names.is_private(name)
+        else:
+            target = assigned(statement) or ""
+            allowed = target == name or (target != "" and self._names.is_dead_after(name, statement))
+        if not allowed or not isinstance(statement, ast.Return | ast.Assign):
+            return None
+        epilogue = self._epilogue_of(statement.value, name, norm)
+        merges = epilogue is not None and (epilogue != EpilogueCode() or (target == "" and self._opens))
+        return Follower(epilogue, target) if epilogue is not None and merges else None
 
-    def _epilogue_of(self, node: ast.AST | None, name: str) -> _Epilogue | None:
+    def _follows_in_place(
+        self, statement: ast.AugAssign, name: str, norm: ast.expr, fresh: dict[str, str]
+    ) -> Follower | None:
+        if not isinstance(statement.op, ast.Add) or not isinstance(statement.target, ast.Name):
+            return None
+        target, value = statement.target.id, self._reader.without_identities(statement.value)
+        if target == name:
+            quiet = self._is_quiet(value, norm) and name not in names_in(value)
+            return Follower(EpilogueCode(value, widen=False), name) if quiet else None
+        added = isinstance(value, ast.Name) and value.id == name and target in fresh
+        if not added or not self._names.is_dead_after(name, statement):
+            return None
+        return Follower(EpilogueCode(ast.copy_location(ast.Name(target, ast.Load()), value), widen=None), target)
+
+    def _epilogue_of(self, node: ast.expr | None, name: str, norm: ast.expr) -> EpilogueCode | None:
+        """Return what ``node`` computes of ``name``, the output of ``norm``."""
+        if node is None:
+            return None
+        node = self._reader.without_identities(node)
         if isinstance(node, ast.Name):
-            return _Epilogue() if node.id == name else None
-        if isinstance(node, ast.BinOp):
-            epilogues = (
-                epilogue.then(_Epilogue(other))
-                for norm, other in _sides(node)
-                if (epilogue := self._epilogue_of(norm, name)) is not None and other.id != name
-            )
-            return next(epilogues, None)
-        applied = None if node is None else self._reader.activation(node)
-        epilogue = None if applied is None else self._epilogue_of(applied.argument, name)
-        return None if epilogue is None else epilogue.then(_Epilogue(activation=applied))
-
-
-def _names_in_handlers(node: ast.AST) -> Iterator[str]:
-    """Yield the names that the ``except`` and ``finally`` blocks of ``node`` read."""
-    if isinstance(node, ast.Try | ast.TryStar):
-        for part in (*node.handlers, *node.finalbody):
-            yield from (each.id for each in ast.walk(part) if isinstance(each, ast.Name))
-
-
-def _sides(node: ast.BinOp) -> Iterator[tuple[ast.expr, ast.Name]]:
-    """Yield the two sides of an addition, the one that is a name second; both ways if both are names."""
-    if isinstance(node.op, ast.Add):
-        for one, two in ((node.left, node.right), (node.right, node.left)):
-            if isinstance(two, ast.Name):
-                yield one, two
-
-
-def _assigned(statement: ast.stmt) -> str | None:
-    """Return the name that ``statement`` assigns, if it is a single one."""
-    if isinstance(statement, ast.Assign) and len(statement.targets) == 1:
-        target = statement.targets[0]
-        return target.id if isinstance(target, ast.Name) else None
-    return None
+            return EpilogueCode() if node.id == name else None
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+            for one, two in ((node.left, node.right), (node.right, node.left)):
+                epilogue, other = self._epilogue_of(one, name, norm), self._reader.without_identities(two)
+                if epilogue is not None and name not in names_in(other) and self._is_quiet(other, norm):
+                    return epilogue.then(EpilogueCode(other))
+            return None
+        applied = self._reader.activation(node)
+        epilogue = None if applied is None else self._epilogue_of(applied.argument, name, norm)
+        return None if epilogue is None else epilogue.then(EpilogueCode(activation=applied))

@@ -9,21 +9,19 @@ that it was compiled for. A ``forward`` in the module's ``__dict__`` has precede
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial, update_wrapper
 from types import FunctionType, MethodType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 
-from distnorm.fusion.activations import activation_of, functions_at, is_identity, is_unobserved
-from distnorm.fusion.reading import Attributes, Found
-from distnorm.fusion.source import rewrite
+from distnorm.fusion.ast import FORWARD
+from distnorm.fusion.plans import Ending, Plan, find
+from distnorm.fusion.reading import Attributes
 from distnorm.layers.class_swap import note_contents, swap, underlying
-from distnorm.layers.module import DistNorm
 from distnorm.layers.tracing import is_traced
-from distnorm.types import RELU, Activation
 
 Wanted = tuple[tuple[str, Attributes], ...]
 """Names of methods, and the attributes that their fused versions depend on."""
@@ -57,7 +55,11 @@ def fused_class(base: type[nn.Module], wanted: Wanted) -> type[nn.Module]:
     names = {name: getattr(base, name) for name in ("__module__", "__qualname__", "__doc__")}
     cls = type(base.__name__, (Fused, base), {**names, _WANTED: wanted})
     for name, attributes in wanted:
-        setattr(cls, name, _FusedMethod(cls, name, find(base, name, attributes)))
+        if name != FORWARD:
+            setattr(cls, name, _FusedMethod(cls, name, find(base, name, attributes)))
+    for name, attributes in wanted:
+        if name == FORWARD:
+            setattr(cls, name, Ending(cls, find(base, name, attributes)))
     note_contents(cls)
     return cls
 
@@ -69,38 +71,12 @@ def _made(wanted: Wanted, make: Callable[..., nn.Module], *args: Any) -> nn.Modu
     return module
 
 
-class Plan(NamedTuple):
-    """The original and the fused version of a method, and what the latter depends on."""
-
-    plain: Any  # a function; mypy would take an attribute of that type for a bound method
-    fused: Callable[..., Any]
-    found: Found
-
-    def is_valid_for(self, module: nn.Module) -> bool:
-        """Return whether what ``module`` has is still what the fused version was compiled for."""
-        found, names = self.found, self.plain.__globals__
-        return (
-            all(are_norms(getattr(module, name, None)) for name in found.owners)
-            and all(_is_called(getattr(module, name, None), each) for name, each in found.activations.items())
-            and all(is_identity(getattr(module, name, None)) for name in found.identities)
-            and all(getattr(module, name, module) is value for name, value in found.flags.items())
-            and all(next(functions_at(path, names), None) == each for path, each in found.functions.items())
-        )
-
-
-def find(cls: type[nn.Module], name: str, attributes: Attributes) -> Plan:
-    """Return both versions of the method ``name`` of ``cls``."""
-    plain: FunctionType = getattr(cls, name)
-    if plain is nn.Sequential.forward:
-        return Plan(plain, _run_in_sequence, Found())
-    return Plan(plain, *(rewrite(plain, attributes) or (plain, Found())))
-
-
 class _FusedMethod:
     """Descriptor of the method ``name`` of a generated class: fused, unless the author's method has been replaced."""
 
     def __init__(self, cls: type[nn.Module], name: str, plan: Plan) -> None:
-        self._cls, self._name, self._plain = cls, name, plan.plain
+        self._cls, self._name = cls, name
+        self._plain: FunctionType = plan.plain
         self._code = plan.plain.__code__  # tools that reload code put new code into the old function
         self._version = _with_signature_of(plan.plain, partial(_run, plan))
 
@@ -142,49 +118,3 @@ def _with_signature_of(plain: FunctionType, run: Callable[..., Any]) -> Function
     place = {each: getattr(plain.__code__, each) for each in ("co_filename", "co_firstlineno", "co_qualname")}
     version.__code__ = version.__code__.replace(**place)
     return version
-
-
-def _run_in_sequence(module: nn.Sequential, input: Any) -> Any:
-    """Run as ``nn.Sequential.forward``, but let norms compute the activation that follows them."""
-    children = list(module)
-    at = 0
-    while at < len(children):
-        follower, activation = following(children, at)
-        if activation is None:
-            input, follower = children[at](input), at + 1
-        else:
-            input = _call(children[at], input, activation)
-        at = follower
-    return input
-
-
-def _call(norm: nn.Module, input: Any, activation: Activation) -> Any:
-    if activation == RELU:
-        return norm(input, relu=True)
-    return norm(input, activation=activation.name, parameter=activation.parameter)
-
-
-def following(children: Sequence[nn.Module | None], at: int) -> tuple[int, Activation | None]:
-    """Return the activation that follows a norm at ``at``, also behind layers that do nothing, and the place behind it.
-
-    None if there is no norm or no such activation.
-    """
-    if not is_norm(children[at]):
-        return at, None
-    after = next((i for i in range(at + 1, len(children)) if not is_identity(children[i])), at)
-    return after + 1, activation_of(children[after])
-
-
-def are_norms(child: object) -> bool:
-    """Return whether ``child`` is a norm as in ``is_norm``, or a list of such norms."""
-    return all(map(is_norm, child)) if type(child) is nn.ModuleList else is_norm(child)
-
-
-def _is_called(child: object, activation: str) -> bool:
-    found = activation_of(child)
-    return found is not None and found.name == activation
-
-
-def is_norm(child: object) -> bool:
-    """Return whether ``child`` is a converted norm that can compute an epilogue, and has no hooks."""
-    return isinstance(child, DistNorm) and type(child).forward is DistNorm.forward and is_unobserved(child)

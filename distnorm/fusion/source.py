@@ -19,63 +19,44 @@ or for decorators, ``super()`` and private names; such methods are not rewritten
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+import copy
 from functools import cache
-from itertools import zip_longest
 from types import CodeType, FunctionType
 
-from distnorm.compat.source_code import source_of
+from distnorm.compat.source_code import Source, compiled, is_what_runs, source_of
 from distnorm.fusion.ast import Joiner
 from distnorm.fusion.reading import Attributes, Found
-
-_CODE = ("co_code", "co_names", "co_varnames", "co_freevars", "co_cellvars")
 
 
 # docs/decisions.md#a-method-is-compiled-again-from-its-source
 @cache
-def rewrite(function: FunctionType, attributes: Attributes) -> tuple[FunctionType, Found] | None:
-    """Return ``function`` with fused epilogues, and what they depend on; None if it has none or no readable source."""
-    code, source = function.__code__, source_of(function)
-    if source is None or source.definition.decorator_list or not code.co_varnames:
+def rewrite(
+    function: FunctionType, attributes: Attributes, *, opens: bool = False
+) -> tuple[FunctionType, Found] | None:
+    """Return ``function`` with fused epilogues, and what they depend on; None if it has none or no readable source.
+
+    With ``opens`` the returned function takes the keyword arguments of norms, and hands them on to those whose output
+    it returns; None if it returns anything else.
+    """
+    code = function.__code__
+    source = _readable(function, code)
+    if source is None or not code.co_varnames:
         return None
-    file, definition = source
-    if not _is_same(_compiled(definition, file, code), code):
+    definition = copy.deepcopy(source.definition)
+    joiner = Joiner(function, definition, attributes, opens=opens)
+    if _rebinds(definition, joiner.self_name) or not joiner.join(definition):
         return None
-    joiner = Joiner(function, definition, attributes)
-    if _rebinds(definition, joiner.self_name):
-        return None
-    joiner.visit(definition)
-    if not joiner.found.epilogues:
-        return None
-    joined = _compiled(ast.fix_missing_locations(definition), file, code)
+    joined = compiled(source._replace(definition=ast.fix_missing_locations(definition)), code)
     fused = FunctionType(joined, function.__globals__, function.__name__, function.__defaults__)
     fused.__kwdefaults__ = function.__kwdefaults__
     return fused, joiner.found
 
 
-def _compiled(definition: ast.FunctionDef, file: ast.Module, code: CodeType) -> CodeType:
-    # With the file's imports: CPython compiles calls of an imported module's functions differently from method calls.
-    around = ast.Module([*_imports(file), definition], [])
-    compiled = compile(around, code.co_filename, "exec", dont_inherit=True)
-    return next(each for each in compiled.co_consts if isinstance(each, CodeType) and each.co_name == code.co_name)
-
-
-def _imports(node: ast.AST) -> Iterator[ast.stmt]:
-    """Yield the imports of the file itself, not those in its functions and classes."""
-    for each in ast.iter_child_nodes(node):
-        if isinstance(each, ast.Import | ast.ImportFrom):
-            yield each
-        elif not isinstance(each, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            yield from _imports(each)
-
-
-def _is_same(one: CodeType, two: CodeType) -> bool:
-    if any(getattr(one, name) != getattr(two, name) for name in _CODE):
-        return False
-    return all(
-        _is_same(a, b) if isinstance(a, CodeType) and isinstance(b, CodeType) else repr(a) == repr(b)
-        for a, b in zip_longest(one.co_consts, two.co_consts)
-    )
+@cache
+def _readable(function: FunctionType, code: CodeType) -> Source | None:
+    """Return the source of ``function`` while its code is ``code``; None if it has none, or another runs."""
+    source = source_of(function)
+    return source if source is not None and is_what_runs(source, function) else None
 
 
 def _rebinds(definition: ast.FunctionDef, self_name: str) -> bool:

@@ -14,9 +14,9 @@ def fits(residual: Tensor, x_NCL: Tensor) -> bool:
     return alike and residual.device == x_NCL.device
 
 
-def apart(y_NCL: Tensor, epilogue: Epilogue, widen: bool) -> Tensor:
-    """Return ``activation(y + residual)``; unless ``widen``, the sum is in place and keeps the dtype of y."""
+def apart(y_NCL: Tensor, epilogue: Epilogue, widen: bool | None) -> Tensor:
+    """Return ``activation(y + residual)``; unless ``widen``, the sum is in place of y, or of the residual if None."""
     residual = epilogue.residual_NCL
     if residual is not None:
-        y_NCL = y_NCL + residual if widen else y_NCL.add_(residual)
+        y_NCL = y_NCL + residual if widen else residual.add_(y_NCL) if widen is None else y_NCL.add_(residual)
     return activate(y_NCL, epilogue.activation)

@@ -6,13 +6,16 @@ Their packages are not imported. ``docs/subclasses.md`` has the table of what ha
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from distnorm.layers.activations import activation_of, is_identity
 from distnorm.layers.module import DistBatchNorm2d, DistNorm, DistSyncBatchNorm
 from distnorm.layers.tracing import is_traced, leaf
+from distnorm.types import Activation
 
 
 class Replacing(DistNorm):
@@ -23,17 +26,20 @@ class Replacing(DistNorm):
     _as_known: ClassVar[Callable[..., Tensor] | None] = None
     """Its forward when this class was made."""
 
-    def _stand_in(self, input: Tensor, *rest: Tensor) -> Tensor:
+    def _stand_in(self, input: Tensor, *rest: Tensor, **options: Any) -> Tensor:
         """Call ``_replace``, or the forward that was put on the other class since; under torch.fx make one node."""
         if is_traced(input):
             node: Tensor = leaf(self, input, rest)
             return node
-        theirs = None if self._theirs is None else self._theirs.forward
-        if theirs is not None and theirs is not type(self)._as_known:
-            return theirs(self, input, *rest)  # type: ignore[no-any-return]
-        return self._replace(input, *rest)
+        if self._is_patched():
+            assert self._theirs is not None
+            return self._theirs.forward(self, input, *rest)  # type: ignore[no-any-return]
+        return self._replace(input, *rest, **options)
 
-    def _replace(self, input: Tensor, *rest: Tensor) -> Tensor:
+    def _is_patched(self) -> bool:
+        return self._theirs is not None and self._theirs.forward is not type(self)._as_known
+
+    def _replace(self, input: Tensor, *rest: Tensor, **options: Any) -> Tensor:
         """Compute what the forward of the other class does. Each subclass defines it."""
         raise NotImplementedError
 
@@ -41,18 +47,32 @@ class Replacing(DistNorm):
 class Activated(Replacing):
     """timm's: a norm, then its ``drop``, then its ``act``."""
 
-    drop: Callable[[Tensor], Tensor]
-    act: Callable[[Tensor], Tensor]
+    def forward(self, input: Tensor, **options: Any) -> Tensor:  # type: ignore[override]
+        """Return ``act(drop(norm(input, **options)))``."""
+        return self._stand_in(input, **options)
 
-    def forward(self, input: Tensor) -> Tensor:  # type: ignore[override]
-        """Return ``act(drop(norm(input)))``."""
-        return self._stand_in(input)
+    def _replace(self, input: Tensor, *rest: Tensor, **options: Any) -> Tensor:
+        fuses = self.epilogue and not options and self.training and not torch.compiler.is_compiling()
+        activation = self.own_activation() if fuses else None
+        if activation is not None:
+            return super().forward(input, activation=activation.name, parameter=activation.parameter)
+        y = super().forward(input, **options)
+        # Not in every release, nor in every layer that was made from another one.
+        drop, act = getattr(self, "drop", None), getattr(self, "act", None)
+        y = y if drop is None else drop(y)
+        return y if act is None else act(y)
 
-    def _replace(self, input: Tensor, *rest: Tensor) -> Tensor:
-        y = super().forward(input)
-        if hasattr(self, "drop"):  # not in every release, nor in every layer that was made from another one
-            y = self.drop(y)
-        return self.act(y) if hasattr(self, "act") else y
+    def own_activation(self) -> Activation | None:
+        """Return the activation that follows at once, if the norm can compute it."""
+        return activation_of(getattr(self, "act", None)) if self._is_idle("drop") else None
+
+    def only_normalizes(self) -> bool:
+        """Return whether nothing follows the norm."""
+        return self._is_idle("drop") and self._is_idle("act") and not self._is_patched()
+
+    def _is_idle(self, name: str) -> bool:
+        child = getattr(self, name, None)
+        return child is None or is_identity(child)
 
 
 class NamedActivation(Replacing):
@@ -65,7 +85,7 @@ class NamedActivation(Replacing):
         """Return the activation of the normalized input."""
         return self._stand_in(input)
 
-    def _replace(self, input: Tensor, *rest: Tensor) -> Tensor:
+    def _replace(self, input: Tensor, *rest: Tensor, **options: Any) -> Tensor:
         y, parameter = super().forward(input), self.activation_param
         match str(getattr(self.activation, "value", self.activation)):  # an enumeration before release 1.0
             case "relu":
@@ -89,7 +109,7 @@ class Apex(Replacing, DistSyncBatchNorm):
         """Return the normalized input, plus ``z`` if given; with ``fuse_relu`` the ReLU of that."""
         return self._stand_in(input) if z is None else self._stand_in(input, z)
 
-    def _replace(self, input: Tensor, *rest: Tensor) -> Tensor:
+    def _replace(self, input: Tensor, *rest: Tensor, **options: Any) -> Tensor:
         z = rest[0] if rest else None
         last = self.channel_last and input.dim() > 2
         if last:

@@ -63,7 +63,7 @@ class DistNorm(Scriptable):
         *inputs: Tensor,
         residual: Tensor | None = None,
         relu: bool = False,
-        widen: bool = True,
+        widen: bool | None = True,
         activation: str | None = None,
         parameter: float = 0.0,
     ) -> Tensor:
@@ -71,10 +71,10 @@ class DistNorm(Scriptable):
 
         In training the kernels compute this epilogue and its gradients in the same passes over memory, if ``residual``
         has the shape, dtype and device of ``input`` and the activation behind it is a ReLU. Otherwise it is computed
-        separately. The residual is then added as ``+`` does, which may give a wider dtype, or with ``widen=False`` as
-        ``+=`` does. ``inputs`` are those that the recipe's method names. ``activation`` is a name in
-        ``kernels/activations.py``, such as "silu"; ``relu`` is short for "relu". ``parameter`` is the negative slope of
-        "leaky_relu" or the alpha of "elu".
+        separately. The residual is then added as ``+`` does, which may give a wider dtype; with ``widen=False`` as in
+        ``norm(input) += residual``, with None as in ``residual += norm(input)``. ``inputs`` are those that the recipe's
+        method names. ``activation`` is a name in ``kernels/activations.py``, such as "silu"; ``relu`` is short for
+        "relu". ``parameter`` is the negative slope of "leaky_relu" or the alpha of "elu".
         """
         node = leaf(self, input, inputs) if is_traced(input) else None
         wanted = RELU if relu else None if activation is None else named(activation, parameter)

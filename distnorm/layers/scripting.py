@@ -65,20 +65,29 @@ class Scriptable(_BatchNorm):
         input: Tensor,
         residual: Tensor | None = None,
         relu: bool = False,
-        widen: bool = True,
+        widen: bool | None = True,
         activation: str | None = None,
         parameter: float = 0.0,
     ) -> Tensor:
         if torch.jit.is_scripting():
             y_NCL = self._evaluate_scripted(input)
             if residual is not None:
-                y_NCL = y_NCL + residual if widen else y_NCL.add_(residual)
+                if widen is None:
+                    y_NCL = residual.add_(y_NCL)
+                else:
+                    y_NCL = y_NCL + residual if widen else y_NCL.add_(residual)
             return activated(y_NCL, "relu" if relu else activation, parameter)
         else:
             return self._run_on(input, residual, relu, widen, activation, parameter)
 
     def _run_on(
-        self, input: Tensor, residual: Tensor | None, relu: bool, widen: bool, activation: str | None, parameter: float
+        self,
+        input: Tensor,
+        residual: Tensor | None,
+        relu: bool,
+        widen: bool | None,
+        activation: str | None,
+        parameter: float,
     ) -> Tensor:
         """Run outside of the script, from now on with the forward of the class: fused code looks for another one."""
         self.forget_scripting()

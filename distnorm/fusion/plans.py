@@ -1,0 +1,169 @@
+"""Whether the fused version of a method applies to a module as it is now, and modules that end in a norm.
+
+Such a module returns the output of a norm as it is: ``nn.Sequential(conv, norm)``, or one whose code ends in ``return
+self.norm(x)``. What its caller does with that is an epilogue of the norm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from operator import is_
+from types import MethodType
+from typing import Any
+
+from torch import nn
+
+from distnorm.fusion.ast import FORWARD
+from distnorm.fusion.reading import Attributes, Found
+from distnorm.fusion.source import rewrite
+from distnorm.layers.activations import activation_name, activation_of, has_no_effects, is_identity, is_unobserved
+from distnorm.layers.known_norms import Activated
+from distnorm.layers.module import DistNorm
+from distnorm.layers.one_function import functions_at
+from distnorm.types import RELU, Activation
+
+_ABSENT = object()
+_CALL, _SEQUENTIAL = nn.Module.__call__, nn.Sequential.forward
+
+
+class Plan:
+    """The original and the fused version of a method, and what the latter depends on."""
+
+    def __init__(self, plain: Any, fused: Callable[..., Any], found: Found) -> None:
+        self.plain, self.fused, self.found = plain, fused, found
+        self._checks: list[tuple[str, Callable[[Any], bool]]] = [
+            *((name, are_norms) for name in found.owners),
+            *((name, partial(_computes, name=each)) for name, each in found.activations.items()),
+            *((name, is_identity) for name in found.identities),
+            *((name, partial(is_, value)) for name, value in found.flags.items()),
+            *((name, has_no_effects) for name in found.quiet),
+            *((name, _is_module) for name in found.present),
+        ]
+
+    def is_valid_for(self, module: nn.Module) -> bool:
+        """Return whether what ``module`` has is still what the fused version was compiled for."""
+        for name, holds in self._checks:
+            if not holds(_attribute(module, name)):
+                return False
+        names = self.plain.__globals__ if self.found.functions else {}
+        return all(next(functions_at(path, names), None) == each for path, each in self.found.functions.items())
+
+
+def _attribute(module: nn.Module, name: str) -> Any:
+    """Return ``module.name``; if there is none, something that no check accepts."""
+    own = module.__dict__
+    if name not in own and name in own["_modules"] and not hasattr(type(module), name):
+        return own["_modules"][name]  # several times as fast
+    return getattr(module, name, _ABSENT)
+
+
+def find(cls: type[nn.Module], name: str, attributes: Attributes) -> Plan:
+    """Return both versions of the method ``name`` of ``cls``; ``FORWARD`` is that of ``forward`` with an epilogue."""
+    plain: Any = cls.forward if name == FORWARD else getattr(cls, name)
+    if plain is _SEQUENTIAL:
+        return Plan(plain, _run_in_sequence, Found())
+    return Plan(plain, *(rewrite(plain, attributes, opens=name == FORWARD) or (plain, Found())))
+
+
+# docs/decisions.md#a-child-that-ends-in-a-norm-has-a-second-forward
+class Ending:
+    """Descriptor of ``FORWARD``. Who calls it must have asked ``takes_epilogue``, which asks for all that is below."""
+
+    def __init__(self, cls: type[nn.Module], plan: Plan) -> None:
+        self._plan, self._as_read, self._code = plan, cls.forward, plan.plain.__code__
+
+    def __get__(self, module: nn.Module | None, owner: type[nn.Module] | None = None) -> Any:
+        return self if module is None else MethodType(self._plan.fused, module)
+
+    def is_valid_for(self, module: nn.Module) -> bool:
+        """Return whether calling ``module`` does what its class was read to do, and ends in a norm."""
+        cls, plan = type(module), self._plan
+        as_read = cls.forward is self._as_read and plan.plain.__code__ is self._code
+        called = cls.__call__ is _CALL and module._compiled_call_impl is None
+        if not (as_read and called and is_unobserved(module)):
+            return False
+        return (
+            plan.is_valid_for(module) if plan.found.last else _last_takes_epilogue(reversed(module._modules.values()))
+        )
+
+
+def _last_takes_epilogue(children: Iterable[nn.Module | None]) -> bool:
+    """Return whether the last of ``children`` that does something takes an epilogue."""
+    for child in children:
+        if takes_epilogue(child):
+            return True
+        if not is_identity(child):
+            return False
+    return False
+
+
+def takes_epilogue(child: object) -> bool:
+    """Return whether ``child`` is a norm, or ends in one, and takes its epilogue."""
+    ending = getattr(type(child), FORWARD, None)
+    return is_norm(child) if ending is None else isinstance(child, nn.Module) and ending.is_valid_for(child)
+
+
+def are_norms(child: object) -> bool:
+    """Return whether ``child`` takes an epilogue, or is a list of norms."""
+    return all(map(is_norm, child)) if type(child) is nn.ModuleList else takes_epilogue(child)
+
+
+def is_norm(child: object) -> bool:
+    """Return whether ``child`` is a converted norm that can compute an epilogue, and has no hooks."""
+    if not isinstance(child, DistNorm) or not is_unobserved(child):
+        return False
+    forward = type(child).forward
+    alone = isinstance(child, Activated) and forward is Activated.forward and child.only_normalizes()
+    return alone or forward is DistNorm.forward
+
+
+def _computes(child: object, name: str) -> bool:
+    return activation_name(child) == name
+
+
+def _is_module(child: object) -> bool:
+    return isinstance(child, nn.Module)
+
+
+# --- sequences -----------------------------------------------------------------------------------
+
+
+def _run_in_sequence(module: nn.Sequential, input: Any, **epilogue: Any) -> Any:
+    """Run as ``nn.Sequential.forward``, but let norms compute the activation that follows, and the last one more."""
+    children = list(module)
+    end = last(children) if epilogue else None
+    at = 0
+    while at < len(children):
+        follower, activation = following(children, at, takes_epilogue)
+        if at == end:
+            input = _call(children[at], input, **epilogue)
+        elif activation is None:
+            input, follower = children[at](input), at + 1
+        elif activation == RELU:
+            input = _call(children[at], input, relu=True)
+        else:
+            input = _call(children[at], input, activation=activation.name, parameter=activation.parameter)
+        at = follower
+    return input
+
+
+def _call(norm: nn.Module, input: Any, **epilogue: Any) -> Any:
+    return getattr(norm, FORWARD, norm)(input, **epilogue)
+
+
+def last(children: Sequence[nn.Module | None]) -> int | None:
+    """Return the place of the last child that does something; None if none does."""
+    return next((at for at in reversed(range(len(children))) if not is_identity(children[at])), None)
+
+
+def following(
+    children: Sequence[nn.Module | None], at: int, takes: Callable[[object], bool]
+) -> tuple[int, Activation | None]:
+    """Return the activation that follows a norm at ``at``, also behind layers that do nothing, and the place behind it.
+
+    None if there is no such activation, or ``takes`` says that there is no norm.
+    """
+    after = next((i for i in range(at + 1, len(children)) if not is_identity(children[i])), at)
+    activation = activation_of(children[after]) if after > at else None
+    return after + 1, activation if activation is not None and takes(children[at]) else None
