@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _refuse(str(error))
     _export_launcher_environment()
     job = install(settings)
-    convert_in_children(job, settings, own)
+    convert_in_children(job, flags)
     try:
         if is_module:
             run_module(target, rest)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections import defaultdict
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.parameter import UninitializedParameter
 
@@ -101,7 +101,8 @@ def _reason_to_leave(name: str, module: nn.Module, stepped: set[int], holders: H
         return "its weight is centralized, for the norm that follows it"
     if weight is None or bias is None:
         return "no parameter 'bias'" if weight is not None else "its weight is computed from other parameters"
-    if isinstance(weight, DTensor):
+    tensor = sys.modules.get("torch.distributed.tensor")  # its import takes most of a second
+    if tensor is not None and isinstance(weight, tensor.DTensor):
         return "its weight is sharded"
     if not {id(weight), id(bias)} <= stepped:
         return "the optimizer does not step its weight and its bias"
