@@ -18,10 +18,6 @@ from distnorm.validation import Patterns, PatternsByModel, read_json, refuse_dup
 Wanted = Patterns | PatternsByModel
 
 _EXAMPLE = '{"Generator": ["backbone.*"], "Discriminator": ["*"]}'
-_FORMS = (
-    "need patterns of layer names, 'backbone.*,neck.*', or the class of each model with its patterns, "
-    "'Generator: backbone.*; Discriminator: *'"
-)
 
 
 def read(given: object) -> Any:
@@ -98,7 +94,10 @@ def _read_text(text: str) -> Any:
         return _listed(text.replace(";", ""))
     pairs = [tuple(part.strip() for part in each.partition(":")) for each in entries]
     if not all(name and patterns for name, _, patterns in pairs):
-        raise ValueError(f"where={shown(text)}: {_FORMS}.")
+        raise ValueError(
+            f"where={shown(text)}: need patterns of layer names, 'backbone.*,neck.*', or the class of each model with "
+            "its patterns, 'Generator: backbone.*; Discriminator: *'."
+        )
     try:
         refuse_duplicates([name for name, *_ in pairs])
     except ValueError as error:

@@ -165,10 +165,10 @@ def test_a_pattern_that_matches_in_one_model_of_two(
 def test_a_model_that_is_named_and_never_wrapped(
     world: None, several: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    job = install(Settings.of({"recipe": "local_bn", "where": "Generatr: *; Discriminator: *"}, "flags"))
+    job = install(Settings.of({"recipe": "local_bn", "where": "Encoder: *; Discriminator: *"}, "flags"))
     assert converted_names(DistributedDataParallel(discriminator())) == ["module.1"]
     job._report()
-    assert "the patterns ['Generatr: *'] selected no norm layer" in capsys.readouterr().err
+    assert "the patterns ['Encoder: *'] selected no norm layer" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
