@@ -76,7 +76,12 @@ class Job:
         self.announce()
 
     def convert_before_sharding(self, model: nn.Module) -> None:
-        """Convert ``model`` before it is sharded. It may be part of a model, so no batch norm is no reason to warn."""
+        """Convert ``model`` before it is sharded. It may be part of a model, so no batch norm is no reason to warn.
+
+        FSDP's class shards the whole first, then its parts: what was decided for the whole holds for them.
+        """
+        if any(part is model for whole in self._wrapped if whole is not model for part in whole.modules()):
+            return
         if WatchedSettings.of_job(self, follow=True).convert(model):
             self._warn_if_alone()
 

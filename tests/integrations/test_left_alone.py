@@ -162,6 +162,18 @@ def test_a_pattern_that_matches_in_one_model_of_two(
     )
 
 
+def test_parts_of_a_whole_that_was_left_alone_are_left_alone(several: None) -> None:
+    """FSDP's class comes to the parts after the whole."""
+    job = install(Settings(recipe="local_bn", where=("0",)))
+    part = discriminator()
+    part[0] = nn.BatchNorm1d(3)
+    whole = Generator(part)
+    with pytest.warns(UserWarning) as caught:
+        job.convert_before_sharding(whole)
+        job.convert_before_sharding(part)
+    assert len(caught) == 1 and converted_names(whole) == []
+
+
 def test_a_model_that_is_named_and_never_wrapped(
     world: None, several: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
