@@ -22,7 +22,7 @@ CORE := $(filter-out $(STUDIES:%=tests/test_%.py),$(UNITS)) \
 
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-full test test-all test-torch test-faults soak check bench gpu-check \
-	docs integrations clean
+	docs integrations scripts clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -84,6 +84,9 @@ docs: $(STAMP) ## write the generated parts of the documentation anew, and build
 
 integrations: $(STAMP) ## run every launcher and framework with 2 processes, and write docs/integrations.md's tables
 	$(BIN)/python -m tests.integrations.table
+
+scripts: $(STAMP) .venv-zoo/.installed ## run training scripts as others write them, and write their table in docs/integrations.md
+	$(BIN)/python -m tests.integrations.scripts_table
 
 clean: ## remove .venv, caches and build products
 	rm -rf .venv .venv-torch-* .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis build dist site *.egg-info

@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _refuse(str(error))
     _export_launcher_environment()
     job = install(settings)
-    convert_in_children(job, settings, own)
+    convert_in_children(job, flags)
     try:
         if is_module:
             run_module(target, rest)
@@ -113,7 +113,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--recipe", metavar="NAME", help="or with options: 'group_bn(size=4)'; default: sync_bn")
     parser.add_argument("--options", metavar="JSON", help="the recipe's options: '{\"size\": 4}'")
-    parser.add_argument("--where", metavar="PATTERNS", help="layers to convert: 'backbone.*,neck.*'; default: all")
+    parser.add_argument(
+        "--where", metavar="PATTERNS", help="layers to convert: 'backbone.*,neck.*', or 'Net: *; Critic: neck.*'"
+    )
     parser.add_argument(
         "--fuse", action=argparse.BooleanOptionalAction, default=None, help="norms do the ReLU and addition behind them"
     )

@@ -39,7 +39,7 @@ def select(
     Raises:
         ValueError: ``where`` selects nothing; a lazy layer is not initialized; another recipe has converted a layer.
     """
-    candidates = list(_outermost(model))
+    candidates = list(norms(model))
     if not candidates:
         messages.warn(f"distnorm.convert: {type(model).__name__} has no batch norm layer.")
         return [], {}
@@ -108,8 +108,8 @@ def _warn_of_left(left: list[tuple[_BatchNorm, str]]) -> None:
     )
 
 
-def _outermost(model: nn.Module) -> Iterator[tuple[str, _BatchNorm]]:
-    """Yield the batch norms of ``model`` that are not inside of another one."""
+def norms(model: nn.Module) -> Iterator[tuple[str, _BatchNorm]]:
+    """Yield names and batch norms of ``model``, without those that are inside of another one."""
     inside: set[int] = set()
     for name, layer in _batch_norms(model, ""):
         if id(layer) not in inside:

@@ -30,6 +30,7 @@ VARIABLES = (
     "DISTNORM_CHECK",
     "DISTNORM_KERNELS",
     "DISTNORM_CONFIG",
+    "DISTNORM_FLAGS",
 )
 """All that there are: another one is a misspelt one, which would be ignored."""
 
@@ -94,6 +95,17 @@ Patterns = Annotated[
     Rule(
         lambda value: isinstance(value, tuple) and all(isinstance(each, str) for each in value),
         "a list of patterns of layer names",
+    ),
+]
+PatternsByModel = Annotated[
+    Mapping[str, tuple[str, ...]],
+    Rule(
+        lambda value: (
+            isinstance(value, Mapping)
+            and bool(value)
+            and all(isinstance(key, str) and each and admits(Patterns, each) for key, each in value.items())
+        ),
+        "a mapping of the classes of models to such lists",
     ),
 ]
 

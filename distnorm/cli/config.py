@@ -36,7 +36,12 @@ section that is there. Start the job by `distnorm launch`.
         dest="options",
         help="an option of the recipe; may be repeated",
     )
-    add("--where", nargs="+", metavar="PATTERN", help="layers to convert, such as 'backbone.*'; default: all")
+    add(
+        "--where",
+        nargs="+",
+        metavar="PATTERN",
+        help="layers to convert, such as 'backbone.*', or 'Net: backbone.*'; default: all",
+    )
     add("--fuse", action=argparse.BooleanOptionalAction, help="norms do the ReLU and addition that follow them")
     add("--ledger", action=argparse.BooleanOptionalAction, help="rank 0 prints the collectives at the end")
     add("--transport", metavar="NAME", help=f"transport of statistics: {', '.join(get_args(Transport))}")
@@ -105,6 +110,8 @@ def _merged(file: ConfigFile, flags: dict[str, Any]) -> object:
     if "recipe" in given:
         section.pop("options", None)
     section.update(given)
+    if "where" in given and len(given["where"]) == 1:
+        (section["where"],) = given["where"]  # which may have patterns for several models
     if options:
         before = section.get("options")
         section["options"] = {**(before if isinstance(before, dict) else {}), **options}

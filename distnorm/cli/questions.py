@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from distnorm import recipes
+from distnorm import patterns, recipes
 from distnorm.cli.config_file import ConfigFile, read_options
 from distnorm.settings import Settings
 
@@ -36,7 +36,7 @@ def ask(file: ConfigFile) -> Settings:
         )
     section["where"] = _ask(
         "layers, as patterns separated by commas, * for all",
-        ",".join(now.where) or "*",
+        patterns.written(now.where) or "*",
         lambda text: checked("where", () if text == "*" else text),
     )
     section["fuse"] = _ask(

@@ -1,110 +1,71 @@
 """Convert models also in processes that the script starts, as in the process that ``distnorm.run`` started.
 
-Lightning starts ranks by running the script again, without the run module. The only user of its private
-``_basic_subprocess_cmd`` and ``_hydra_subprocess_cmd`` (2.6; tests/integrations/test_children.py fails when they
-change). ``torch.multiprocessing.spawn`` and ``start_processes`` start a function; Accelerate's ``notebook_launcher``
-uses them.
+Python processes find ``startup/sitecustomize.py`` through the environment, whatever starts them: ``subprocess``, a
+shell, ``torch.multiprocessing``, the launchers of Lightning and Accelerate. Forked processes have the hooks already.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import json
+import os
+import re
+import subprocess
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch.multiprocessing
 
-from distnorm.integrations.import_hook import when_imported
 from distnorm.integrations.job import Job
+from distnorm.integrations.patching import before_init
 from distnorm.integrations.wrapping import install
-from distnorm.settings import Settings
+from distnorm.settings import FLAGS_VARIABLE, from_environment, inherited_flags, merge
 
-_LAUNCHERS = (
-    "lightning.fabric.strategies.launchers.subprocess_script",
-    "lightning_fabric.strategies.launchers.subprocess_script",
-)
-_installed = False  # in this process, or in the parent that forked it
+_STARTUP = Path(__file__).with_name("startup")
+_STARTS_PYTHON = re.compile(r"python|torchrun|accelerate|deepspeed|mpirun|mpiexec|srun")
 
 
-def convert_in_children(job: Job, settings: Settings | None, flags: Sequence[str]) -> None:
+# docs/decisions.md#children-are-reached-through-the-environment
+def convert_in_children(job: Job, flags: Mapping[str, object]) -> None:
     """Let processes that this one starts convert models as ``job`` does, from now on. Issues no collective.
 
     Args:
         job: the job that ``install`` returned.
-        settings: the settings that ``install`` was given.
-        flags: command-line options of the run module; children inherit other settings from the environment.
+        flags: settings from the command line of the run module; children inherit the others from the environment.
     """
-    global _installed
-    _installed = True
-    for launcher in _LAUNCHERS:
-        when_imported(launcher, functools.partial(_run_again_with, flags=tuple(flags)))
-    _wrap_start_processes(job, settings, tuple(flags))
+    given = merge(inherited_flags(os.environ), {key: value for key, value in flags.items() if value is not None})
+    if given:
+        os.environ[FLAGS_VARIABLE] = json.dumps(given)
+    path = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = f"{_STARTUP}{os.pathsep}{path}" if path else str(_STARTUP)
+    _note_started_processes(job)
 
 
-def _run_again_with(launcher: Any, flags: Sequence[str]) -> None:
-    """Insert the run module into the commands with which ``launcher``, a module of Lightning, starts other ranks."""
-    basic, hydra = launcher._basic_subprocess_cmd, launcher._hydra_subprocess_cmd
-
-    @functools.wraps(basic)
-    def basic_subprocess_cmd() -> Sequence[str]:
-        return _with_run_module(basic(), flags)
-
-    @functools.wraps(hydra)
-    def hydra_subprocess_cmd(local_rank: int) -> tuple[Sequence[str], str]:
-        command, folder = hydra(local_rank)
-        return _with_run_module(command, flags), folder
-
-    launcher._basic_subprocess_cmd, launcher._hydra_subprocess_cmd = basic_subprocess_cmd, hydra_subprocess_cmd
+def join_job() -> None:
+    """Convert the models of this process, which a script under the run module has started."""
+    job = install(from_environment(os.environ))
+    job.is_one_of_several = True
 
 
-def _with_run_module(command: Sequence[str], flags: Sequence[str]) -> list[str]:
-    python, *rest = command
-    return [python, "-m", "distnorm.run", *flags, *rest]
+def _note_started_processes(job: Job) -> None:
+    """Let ``job`` know when this process starts others that may wrap models."""
 
+    def note(command: Any) -> None:
+        words = [command] if isinstance(command, str | bytes | os.PathLike) else command
+        job.is_one_of_several |= any(_STARTS_PYTHON.search(os.fsdecode(word)) for word in words)
 
-def _wrap_start_processes(job: Job, settings: Settings | None, flags: tuple[str, ...]) -> None:
+    def noting(function: Callable[..., Any], *, always: bool = False) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def started(first: Any, *args: Any, **options: Any) -> Any:
+            note("python" if always else first)
+            return function(first, *args, **options)
+
+        return started
+
+    before_init(subprocess.Popen, "args", note)
+    os.system = noting(os.system)
     module: Any = importlib.import_module("torch.multiprocessing.spawn")  # the attribute is the function of that name
-    original = module.start_processes
-
-    @functools.wraps(original)
-    def start_processes(fn: Callable[..., object], *args: Any, **options: Any) -> Any:
-        job.is_one_of_several = True
-        return original(Converting(fn, settings, flags), *args, **options)
-
-    module.start_processes = start_processes  # spawn calls it
-    torch.multiprocessing.start_processes = start_processes
-
-
-@dataclass(frozen=True)
-class Converting:
-    """Calls ``function`` in a new process, after it has set up conversion as the run module does.
-
-    Args:
-        function: takes the number of the process first; can be pickled, as ``torch.multiprocessing.spawn`` requires.
-        settings: as ``convert_in_children``.
-        flags: as ``convert_in_children``.
-    """
-
-    function: Callable[..., object]
-    settings: Settings | None
-    flags: tuple[str, ...]
-
-    def __call__(self, number: int, *args: Any) -> None:
-        """Call the function.
-
-        Raises:
-            BaseException: any exception of the function.
-        """
-        if _installed:  # a forked process has the hooks of its parent
-            self.function(number, *args)
-            return
-        job = install(self.settings)
-        convert_in_children(job, self.settings, self.flags)
-        job.is_one_of_several = number > 0
-        try:
-            self.function(number, *args)
-        except BaseException:
-            job.failed = True
-            raise
+    module.start_processes = noting(module.start_processes, always=True)  # spawn calls it
+    torch.multiprocessing.start_processes = module.start_processes

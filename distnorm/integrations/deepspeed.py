@@ -23,13 +23,14 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from distnorm import messages
 from distnorm.attach import attach, end_step
 from distnorm.diagnostics import Ledger
 from distnorm.integrations import checkpoint
 from distnorm.layers import untrained, weights
 from distnorm.layers.module import DistNorm
 from distnorm.methods.base import compute_dtype
-from distnorm.settings import Settings
+from distnorm.settings import Settings, as_it_is
 
 _PARTITIONED = 3
 """The stage of ZeRO that partitions parameters."""
@@ -60,7 +61,7 @@ def enable(recipe: str | None = None, *, where: Sequence[str] = (), **options: o
     settings = None
     if recipe is not None:
         source = "distnorm.integrations.deepspeed.enable"
-        settings = Settings(recipe=recipe, options=options, where=tuple(where), source=source)
+        settings = Settings(recipe=recipe, options=options, where=tuple(where), source=source, required=True)
     try:
         deepspeed = importlib.import_module("deepspeed")
     except ModuleNotFoundError as error:
@@ -101,9 +102,13 @@ class _Initialize:
         """Build the engine. Collective, as DeepSpeed's own function and ``distnorm.attach``.
 
         Raises:
-            ValueError: before anything is built, if the section ``"distnorm"`` has a key or value that is not allowed,
-                or the model is a pipeline.
+            ValueError: before anything is built, if the section ``"distnorm"`` has a key or value that is not allowed;
+                or if code asks for a conversion, by ``enable`` or ``convert``, and the model cannot be converted or
+                is a pipeline.
             RuntimeError: ranks converted different models or recipes.
+
+        Warns:
+            UserWarning: on the first rank, if a model cannot be converted that no code asks to convert.
         """
         given = self.signature.bind(*args, **kwargs).arguments
         model = given.get("model")
@@ -111,17 +116,13 @@ class _Initialize:
             return self.original(*args, **kwargs)  # raises its own error
         section = None if self.settings else _settings_of(_configuration(given))
         settings = self.settings or section or self.default
-        if settings is not None:
+        if isinstance(model, self.pipeline):
+            self._refuse_pipeline(model, settings)
+        elif settings is not None:
             settings.convert(model)
             untrained.adopt(model, untrained.groups_of(given.get("optimizer"), given.get("model_parameters")))
         if not checkpoint.is_converted(model):
             return self.original(*args, **kwargs)
-        if isinstance(model, self.pipeline):
-            raise ValueError(
-                "distnorm: a converted PipelineModule was given, and DeepSpeed's pipeline engine is not supported. "
-                f'Train it without the section "{SECTION}", enable and convert, or use ZeRO without pipeline '
-                "parallelism."
-            )
         statistics = _running_statistics(model)
         built = self.original(*args, **kwargs)
         _restore_float32(statistics)
@@ -129,6 +130,15 @@ class _Initialize:
         if section is not None and section.ledger:
             _print_at_exit(Ledger(model))
         return built
+
+    def _refuse_pipeline(self, model: nn.Module, settings: Settings | None) -> None:
+        if checkpoint.is_converted(model) or (settings is not None and settings.required):
+            raise ValueError(
+                "distnorm: a PipelineModule is to be converted, and DeepSpeed's pipeline engine is not supported. "
+                "Train it without convert and enable, or use ZeRO without pipeline parallelism."
+            )
+        if settings is not None:
+            messages.warn(as_it_is(model, "DeepSpeed's pipeline engine is not supported"))
 
 
 def _configuration(given: Mapping[str, Any]) -> Any:

@@ -9,23 +9,22 @@ from __future__ import annotations
 
 import functools
 import sys
-import warnings
-from collections.abc import Callable, Sequence
-from fnmatch import fnmatchcase
+from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
 from torch import nn
 from torch.distributed import fsdp
 from torch.distributed.device_mesh import DeviceMesh
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
+from distnorm import messages
 from distnorm.attach import conversions_of
 from distnorm.convert import undo
 from distnorm.layers.conversion import Conversion
 from distnorm.layers.module import DistNorm
-from distnorm.settings import Settings
+from distnorm.patterns import of_model
+from distnorm.settings import Settings, as_it_is
 
 
 def wrap_fully_shard(settings: Settings) -> Callable[[], None]:
@@ -38,11 +37,8 @@ def wrap_fully_shard(settings: Settings) -> Callable[[], None]:
 
     Call it before the script imports ``fully_shard`` by name.
 
-    Raises:
-        ValueError: in ``fully_shard``, for layers that cannot be converted, as ``distnorm.convert``.
-
     Warns:
-        UserWarning: at the first forward pass of an outermost module in which ``settings.where`` selects no layer.
+        UserWarning: on the first rank, at the first forward pass of an outermost module that cannot be converted.
     """
     original = fsdp.fully_shard
     converter = _Converter(settings)
@@ -68,34 +64,27 @@ class _Converter:
         earlier = {each for each in earlier if not each.is_provisional}
         if not earlier <= set(self.made):
             return  # conversions by the script have precedence
+        if of_model(self.settings.where, whole) is None:
+            return  # so have those of parts that are named
         if earlier:
             undo(whole)
         for each in whole.modules():
             if each in self.watched:
                 self.watched.pop(each).remove()
-        names = [name for name, each in whole.named_modules() if isinstance(each, _BatchNorm)]
-        if names and self.settings.where and not _select(self.settings.where, names):
-            self._watch(module[0] if isinstance(module, list) else module, names)
-        elif self.settings.convert(whole, mesh=mesh):
+        reason = self.settings.attempt(whole, mesh=mesh)
+        if reason is None:
             self.made.update(conversions_of(whole))
+        elif reason:
+            self._watch(module[0] if isinstance(module, list) else module, reason)
 
-    def _watch(self, module: nn.Module, names: list[str]) -> None:
+    def _watch(self, module: nn.Module, reason: str) -> None:
         """Warn when ``module`` runs, unless a later call shards a module that contains it."""
 
         def warn(*_: Any) -> None:
             self.watched.pop(module).remove()
-            warnings.warn(
-                f"{self.settings.source}: where={list(self.settings.where)} selects none of {names}, the norm layers "
-                f"of {type(module).__name__}, the outermost module given to fully_shard. Nothing was converted. Use "
-                "patterns that match these names.",
-                stacklevel=2,
-            )
+            messages.warn(f"{as_it_is(module, reason)}. It is the outermost module given to fully_shard.")
 
         self.watched[module] = module.register_forward_pre_hook(warn)
-
-
-def _select(patterns: Sequence[str], names: Sequence[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
 
 
 def _data_mesh(mesh: DeviceMesh | None, dims: fsdp.DataParallelMeshDims | None) -> DeviceMesh | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
@@ -27,7 +26,7 @@ def when_imported(name: str, callback: Callback) -> None:
     finders[0].callbacks.setdefault(name, []).append(callback)
 
 
-class _Finder(MetaPathFinder):
+class _Finder:
     """Delegates to the other finders, and patches the loader to run callbacks after the import."""
 
     def __init__(self) -> None:

@@ -6,6 +6,7 @@ import atexit
 import os
 from dataclasses import dataclass, field, fields
 from typing import Any, Self
+from weakref import ReferenceType, WeakSet, ref
 
 import torch.distributed as dist
 from torch import nn
@@ -15,11 +16,14 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from distnorm import messages
 from distnorm.attach import conversions_of
 from distnorm.diagnostics import Ledger
+from distnorm.integrations.copies import computes_as_stock, difference, stock_twins
 from distnorm.integrations.loss_scales import LossScales
 from distnorm.integrations.optimizers import Optimizers, in_use
 from distnorm.integrations.patching import after_init
 from distnorm.layers.conversion import Conversion
 from distnorm.layers.module import DistNorm
+from distnorm.patterns import Unused
+from distnorm.selection import norms
 from distnorm.settings import Settings
 
 _ONE_PROCESS = (
@@ -41,6 +45,10 @@ class Job:
         self._process = os.getpid()
         self._rank = messages.rank_of(os.environ)
         self._warned = False  # that there is nothing to convert or to synchronize
+        self._unused = Unused(settings.where)
+        self._seen: set[str] = set()  # the classes of wrapped models with batch norm
+        self._wrapped: WeakSet[nn.Module] = WeakSet()
+        self._untried: list[ReferenceType[nn.Module]] = []  # converted models of which copies were not looked for
         self._any_conversion = False
         self._unannounced: list[tuple[str, list[Conversion]]] = []
         self._ledgers: list[tuple[str, list[Conversion], Ledger]] = []
@@ -52,28 +60,37 @@ class Job:
         after_init(Conversion, self._note_conversion)
         self.scales.watch()
         self.optimizers.watch()
-        register_optimizer_step_pre_hook(lambda *_: self.announce())
+        register_optimizer_step_pre_hook(lambda *_: self._before_step())
         atexit.register(self._report)
 
     def convert_before_ddp(self, model: nn.Module) -> None:
         """Convert ``model`` before DistributedDataParallel wraps it, unless it is converted. Issues no collective.
 
-        Raises:
-            ValueError: as ``distnorm.convert``.
-
         Warns:
-            UserWarning: on rank 0, if the model has no batch norm; if the job has one process.
+            UserWarning: on rank 0, if the model has no batch norm or cannot be converted; if the job has one process.
         """
-        if not any(isinstance(each, nn.modules.batchnorm._BatchNorm) for each in model.modules()):
+        if not any(norms(model)):
             self._warned = True  # so that there is no second warning when the script ends
             messages.warn(f"distnorm.run: {type(model).__name__} has no batch norm layer to convert.")
         self.convert_before_sharding(model)
         self.announce()
 
     def convert_before_sharding(self, model: nn.Module) -> None:
-        """Convert ``model`` before it is sharded. It may be part of a model, so no batch norm is no reason to warn."""
+        """Convert ``model`` before it is sharded. It may be part of a model, so no batch norm is no reason to warn.
+
+        FSDP's class shards the whole first, then its parts: what was decided for the whole holds for them.
+        """
+        if any(part is model for whole in self._wrapped if whole is not model for part in whole.modules()):
+            return
         if WatchedSettings.of_job(self, follow=True).convert(model):
             self._warn_if_alone()
+
+    def note_wrapped(self, model: nn.Module) -> None:
+        """Record that ``model`` is about to be wrapped, before any of it is converted."""
+        self._wrapped.add(model)
+        names = [name for name, _ in norms(model)]
+        self._unused.note(model, names)
+        self._seen |= {type(model).__name__} if names else set()
 
     def note(self, model: nn.Module, *, follow: bool) -> None:
         """Record the converted ``model``; if ``follow``, let its optimizers end steps."""
@@ -84,6 +101,7 @@ class Job:
         recipe = conversions[0].recipe.name or str(conversions[0].recipe)
         text = f"{type(model).__name__}: {len(has_epilogue)} layers converted to {recipe}{fused}"
         self._unannounced.append((text, conversions))
+        self._untried.append(ref(model))
         for conversion in conversions:
             self.scales.connect(conversion)
         if follow:
@@ -97,6 +115,26 @@ class Job:
             if any(map(in_use, conversions)):
                 self._say(text)
         self._unannounced.clear()
+
+    def _before_step(self) -> None:
+        self.announce()
+        models = [model for reference in self._untried if (model := reference()) is not None]
+        self._untried.clear()
+        if models and self._is_first():
+            self._tell_of_twins(models)
+
+    def _tell_of_twins(self, models: list[nn.Module]) -> None:
+        for model, count in stock_twins(models, self._wrapped):
+            stay = f"{count} other {type(model).__name__} built alike {'keeps' if count == 1 else 'keep'} stock layers"
+            why = difference(model)
+            if why:
+                messages.warn(
+                    f"distnorm.run: {stay}. If it takes over weights of the wrapped one (EMA, teacher), it evaluates "
+                    f"otherwise, since {why}. Make it from the wrapped one instead: copy.deepcopy(ddp.module)."
+                )
+                continue
+            itself = "" if computes_as_stock(model) else ", but not with statistics that it computes itself (update_bn)"
+            self._say(f"{stay}. With all values of the wrapped one (EMA, teacher) it evaluates alike{itself}.")
 
     def _note_conversion(self, _: Conversion) -> None:
         self._any_conversion = True
@@ -113,7 +151,19 @@ class Job:
         if os.getpid() != self._process:  # a forked process inherits atexit handlers
             return
         self.announce()
-        if not (self.failed or self.is_one_of_several or self._any_conversion or self._warned):
+        if not (self.failed or self.is_one_of_several):
+            self._warn_of_what_was_not_done()
+        for name, conversions, ledger in self._ledgers:
+            if ledger.collectives or any(map(in_use, conversions)):
+                self._say(f"ledger of {name}\n{ledger}")
+
+    def _warn_of_what_was_not_done(self) -> None:
+        if self._seen and self._unused.texts():
+            self._say(
+                f"warning: the patterns {self._unused.texts()} selected no norm layer of any model that the script "
+                f"wrapped: {', '.join(sorted(self._seen))}."
+            )
+        if not (self._any_conversion or self._warned or self._seen):
             alone = os.environ.get("WORLD_SIZE", "1") == "1" and "OMPI_COMM_WORLD_SIZE" not in os.environ
             self._say(
                 "warning: nothing was converted. A model with batch norm is converted when it is wrapped in "
@@ -121,9 +171,6 @@ class Job:
                 f"model, or call distnorm.convert(model, {self.settings.recipe!r}) in the script."
                 + (f" Also, this job {_ONE_PROCESS}" if alone else "")
             )
-        for name, conversions, ledger in self._ledgers:
-            if ledger.collectives or any(map(in_use, conversions)):
-                self._say(f"ledger of {name}\n{ledger}")
 
     def _say(self, text: str) -> None:
         if self._is_first():
@@ -152,9 +199,10 @@ class WatchedSettings(Settings):
         values: dict[str, Any] = {each.name: getattr(job.settings, each.name) for each in fields(Settings)}
         return cls(**values, job=job, follow=follow)
 
-    def convert(self, model: nn.Module, *, mesh: DeviceMesh | None = None) -> bool:
-        """Convert as ``Settings.convert`` does, and record the model."""
-        converted = super().convert(model, mesh=mesh)
-        if converted:
+    def attempt(self, model: nn.Module, *, mesh: DeviceMesh | None = None) -> str | None:
+        """Convert as ``Settings.attempt`` does, and record the model."""
+        self.job.note_wrapped(model)
+        reason = super().attempt(model, mesh=mesh)
+        if reason is None:
             self.job.note(model, follow=self.follow)
-        return converted
+        return reason

@@ -87,7 +87,8 @@ class DistNormSync(LayerSync):
         self._not_applied.remove()
         distnorm.convert(model, self.recipe, where=self.where)
         trainer = model.trainer
-        if not any(isinstance(each, DistNormCallback) for each in trainer.callbacks):  # type: ignore[attr-defined]
+        attached = any(isinstance(each, DistNormCallback) for each in trainer.callbacks)  # type: ignore[attr-defined]
+        if is_converted(model) and not attached:
             callback = DistNormCallback()
             callback.on_load_checkpoint(trainer, model, trainer._checkpoint_connector._loaded_checkpoint)
             # First, so that running statistics are averaged before other callbacks save.

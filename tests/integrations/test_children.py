@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import ast
-import importlib.util
 import json
 import os
-import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -17,17 +14,21 @@ import torch
 from torch import nn
 
 from distnorm.integrations import children
-from distnorm.settings import Settings
+from distnorm.settings import Settings, from_environment
 
 SCRIPTS = Path(__file__).parent / "scripts"
+STARTUP = Path(children.__file__).parent / "startup"
 
 
-@pytest.mark.parametrize("method", ["spawn", pytest.param("fork", marks=pytest.mark.slow)])
-def test_processes_of_torch_multiprocessing(tmp_path: Path, method: str) -> None:
+@pytest.mark.parametrize(
+    "way", ["spawn", "programs", *(pytest.param(way, marks=pytest.mark.slow) for way in ("fork", "torchrun"))]
+)
+def test_processes_of_the_script(tmp_path: Path, way: str) -> None:
     environment = {key: value for key, value in os.environ.items() if not key.startswith("DISTNORM_")}
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     ours = ["-m", "distnorm.run", "--recipe", "sync_bn"]
     job = subprocess.run(
-        [sys.executable, *ours, str(SCRIPTS / "children_spawned.py"), str(tmp_path), method],
+        [sys.executable, *ours, str(SCRIPTS / "children_spawned.py"), str(tmp_path), way],
         env={**environment, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -55,33 +56,63 @@ def _running_var_of_one_process() -> list[float]:
     return values
 
 
-def test_what_a_new_process_is_given_can_be_pickled() -> None:
-    given = children.Converting(print, Settings(recipe="mabn", options={"window": 4}), ("--recipe", "mabn"))
-    assert pickle.loads(pickle.dumps(given)) == given
-
-
-def test_commands_of_lightning_go_through_the_run_module() -> None:
-    launcher = SimpleNamespace(
-        _basic_subprocess_cmd=lambda: ["python", "-m", "pkg.train", "--devices", "2"],
-        _hydra_subprocess_cmd=lambda local_rank: (["python", "train.py", f"hydra.rank={local_rank}"], "folder"),
+def test_the_environment_reaches_grandchildren(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A script with no torch in it: the chain of processes, the other ``sitecustomize``, the path."""
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.of_the_user = True\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.delenv("DISTNORM_FLAGS", raising=False)
+    monkeypatch.setattr(children, "_note_started_processes", lambda _: None)
+    children.convert_in_children(SimpleNamespace(), {"recipe": "mabn", "where": None})
+    look = (
+        "import os, sys; print(sys.of_the_user, 'torch' in sys.modules, 'distnorm' in sys.modules, "
+        "os.environ['DISTNORM_FLAGS'], sum('startup' in each for each in sys.path), len(sys.meta_path))"
     )
-    children._run_again_with(launcher, ("--recipe", "mabn"))
-    ours = ["python", "-m", "distnorm.run", "--recipe", "mabn"]
-    assert launcher._basic_subprocess_cmd() == [*ours, "-m", "pkg.train", "--devices", "2"]
-    assert launcher._hydra_subprocess_cmd(local_rank=1) == ([*ours, "train.py", "hydra.rank=1"], "folder")
+    again = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {look!r}])"
+    shown = [
+        subprocess.run([sys.executable, *flags, "-c", program], capture_output=True, text=True)
+        for flags, program in (([], look), ([], again), (["-S"], "import sys; print('of_the_user' in vars(sys))"))
+    ]
+    assert [each.stderr for each in shown] == ["", "", ""]
+    finders = len(sys.meta_path)
+    expected = f"True False False {json.dumps({'recipe': 'mabn'})} 0"
+    assert shown[0].stdout == shown[1].stdout and shown[0].stdout.startswith(expected), finders
+    assert shown[2].stdout == "False\n"  # Python without its site: nothing is converted there
 
 
-def test_lightning_makes_its_commands_as_we_expect() -> None:
-    """Read, not imported: that takes seconds. tests/integrations/test_table.py runs such a job."""
-    (top,) = importlib.util.find_spec("lightning").submodule_search_locations
-    launcher = Path("strategies", "launchers", "subprocess_script.py")
-    fabric, pytorch = (ast.parse((Path(top) / part / launcher).read_text()) for part in ("fabric", "pytorch"))
-    names = {"_basic_subprocess_cmd": [], "_hydra_subprocess_cmd": ["local_rank"]}
-    made = {each.name: [one.arg for one in each.args.args] for each in fabric.body if isinstance(each, ast.FunctionDef)}
-    assert made.items() >= names.items()
-    module = "lightning.fabric.strategies.launchers.subprocess_script"
-    (imported,) = (each for each in pytorch.body if isinstance(each, ast.ImportFrom) and each.module == module)
-    assert names.keys() <= {each.name for each in imported.names}  # copies what we have put there
-    for tree in (fabric, pytorch):
-        assert names.keys() <= {each.func.id for each in ast.walk(tree) if isinstance(each, ast.Call)
-                                and isinstance(each.func, ast.Name)}  # fmt: skip
+def test_a_run_module_converts_by_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own flags come before those of the one that started the script."""
+    for name in [name for name in os.environ if name.startswith("DISTNORM_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("DISTNORM_FLAGS", json.dumps({"recipe": "mabn", "options": {"window": 4}, "ledger": True}))
+    assert from_environment(os.environ) == Settings(recipe="mabn", options={"window": 4}, ledger=True)
+    assert from_environment(os.environ, {"recipe": "local_bn"}) == Settings(recipe="local_bn", ledger=True)
+    script = tmp_path / "train.py"
+    script.write_text("import sys\nprint('_distnorm_import_hook' in sys.modules)\n")
+    monkeypatch.setenv("PYTHONPATH", f"{STARTUP}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    command = [sys.executable, "-m", "distnorm.run", str(script)]
+    assert subprocess.run(command, capture_output=True, text=True).stdout == "False\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "starts"),
+    [
+        (["/usr/bin/python3", "train.py"], True),
+        ([Path(sys.executable), "train.py"], True),
+        ("torchrun train.py", True),
+        ([b"mpirun", b"-n", b"2", b"./train"], True),
+        (["git", "rev-parse", "HEAD"], False),
+        ("nvidia-smi", False),
+    ],
+)
+def test_which_programs_may_wrap_models(command: object, starts: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch.multiprocessing.spawn
+
+    spawn = sys.modules["torch.multiprocessing.spawn"]
+    monkeypatch.setattr(subprocess.Popen, "__init__", lambda *_, **__: None)
+    monkeypatch.setattr(os, "system", os.system)
+    for module in (spawn, torch.multiprocessing):
+        monkeypatch.setattr(module, "start_processes", module.start_processes)
+    job = SimpleNamespace(is_one_of_several=False)
+    children._note_started_processes(job)
+    subprocess.Popen.__init__(object(), args=command)
+    assert job.is_one_of_several is starts

@@ -66,6 +66,12 @@ def test_writes_the_section_behind_everything_else(config: Path, capsys: pytest.
     assert text[len(PLAIN) :] in out and f"distnorm launch --config_file {config}" in out and not err
 
 
+def test_patterns_by_model_are_written_as_a_mapping(config: Path) -> None:
+    assert run(config, "--where", "Generator: a.*, b; Discriminator: *") == 0
+    section = yaml.safe_load(config.read_text())["distnorm_config"]
+    assert section["where"] == {"Generator": ["a.*", "b"], "Discriminator": ["*"]}
+
+
 @pytest.mark.parametrize(
     ("before", "after"),
     [

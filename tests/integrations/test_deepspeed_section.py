@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from torch import nn
 
+import distnorm
 from distnorm import DistNorm
 from distnorm.integrations.deepspeed import enable, wrap_initialize
 from distnorm.settings import Settings
@@ -84,13 +85,31 @@ def test_wrapping_keeps_the_signature() -> None:
         stand_in.initialize(config_file="zero.json")
 
 
-def test_a_pipeline_is_refused() -> None:
+def test_a_pipeline_that_code_converts_is_refused() -> None:
+    stand_in = StandIn()
+    wrap_initialize(stand_in, Settings(required=True))
+    with pytest.raises(ValueError, match="pipeline engine is not supported"):
+        stand_in.initialize(model=pipeline(), config={})
     stand_in = StandIn()
     wrap_initialize(stand_in, None)
+    with pytest.raises(ValueError, match="pipeline engine is not supported"):
+        stand_in.initialize(model=distnorm.convert(pipeline(), "sync_bn"), config={})
+
+
+@pytest.mark.parametrize(("default", "config"), [(None, SECTION), (Settings(), {})])
+def test_a_pipeline_that_no_code_converts_trains_as_it_is(default: Settings | None, config: dict[str, Any]) -> None:
+    stand_in = StandIn()
+    wrap_initialize(stand_in, None, default=default)
+    net = pipeline()
+    with pytest.warns(UserWarning, match="trains as it is: .* pipeline engine"), pytest.raises(NotBuilt):
+        stand_in.initialize(model=net, config=config)
+    assert type(net.norm) is nn.BatchNorm1d
+
+
+def pipeline() -> nn.Module:
     net = StandIn.PipelineModule()
     net.norm = nn.BatchNorm1d(2)
-    with pytest.raises(ValueError, match="pipeline engine is not supported"):
-        stand_in.initialize(model=net, config=SECTION)
+    return net
 
 
 def test_enable_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:

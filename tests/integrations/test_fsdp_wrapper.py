@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -20,12 +21,13 @@ from distnorm.attach import conversions_of
 from distnorm.integrations.fsdp import wrap_fully_shard
 from distnorm.layers.class_swap import swap, underlying
 from distnorm.layers.module import DistBatchNorm2d, DistNorm
+from distnorm.patterns import Wanted
 from distnorm.settings import Settings
 from tests.integrations.fsdp_models import Net, net, shard, train, whole
 from tests.support.pool import Pool
 
 
-def wrap(rank: int, check: Callable[[], None], where: tuple[str, ...] = ()) -> None:
+def wrap(rank: int, check: Callable[[], None], where: Wanted = ()) -> None:
     undo = wrap_fully_shard(Settings(recipe="mabn", where=where))
     try:
         check()
@@ -74,11 +76,22 @@ def where_names_the_whole() -> None:
 
 def where_names_nothing() -> None:
     model = shard(net())
-    with pytest.warns(UserWarning, match=r"where=\['backbone.\*'\] selects none of \['stem.1', 'block.1'\]"):
+    text = r"where=\['backbone.\*'\] selects none of \['stem.1', 'block.1'\]. It is the outermost module"
+    with pytest.warns(UserWarning, match=text) if dist.get_rank() == 0 else nullcontext():
         train(model, [0], 2, dist.get_rank())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         train(model, [0], 2, dist.get_rank())
+
+
+def where_names_parts() -> None:
+    """The whole is not named, so that the conversion of its part stays."""
+    model = net()
+    fsdp.fully_shard(model.block)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fsdp.fully_shard(model)
+    assert isinstance(model.block[1], DistNorm) and not isinstance(model.stem[1], DistNorm)
 
 
 @pytest.mark.parametrize("check", [one_conversion, own_conversion_stays, meta_device])
@@ -89,9 +102,14 @@ def test_fully_shard_converts(pool: Pool, check: Callable[[], None]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("check", "where"), [(where_names_the_whole, ("block.*",)), (where_names_nothing, ("backbone.*",))]
+    ("check", "where"),
+    [
+        (where_names_the_whole, ("block.*",)),
+        (where_names_nothing, ("backbone.*",)),
+        (where_names_parts, {"Sequential": ("*",)}),
+    ],
 )
-def test_fully_shard_converts_named_layers(pool: Pool, check: Callable[[], None], where: tuple[str, ...]) -> None:
+def test_fully_shard_converts_named_layers(pool: Pool, check: Callable[[], None], where: Wanted) -> None:
     pool.run(2, wrap, check, where)
 
 

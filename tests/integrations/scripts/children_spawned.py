@@ -1,7 +1,10 @@
-"""A script that starts its own ranks, and knows nothing of distnorm: ``children_spawned.py FOLDER spawn|fork``."""
+"""A script that starts its own ranks, and knows nothing of distnorm: ``children_spawned.py FOLDER WAY``."""
 
 import json
+import os
+import shlex
 import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -13,7 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 
 def train(rank: int, folder: str, port: int) -> None:
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    method = "env://" if "TORCHELASTIC_RUN_ID" in os.environ else f"tcp://127.0.0.1:{port}"
+    dist.init_process_group("gloo", init_method=method, rank=rank, world_size=2)
     torch.manual_seed(0)
     model = DistributedDataParallel(nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 1)))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -28,11 +32,26 @@ def train(rank: int, folder: str, port: int) -> None:
     dist.destroy_process_group()
 
 
-if __name__ == "__main__":
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    if sys.argv[2] == "spawn":
-        mp.spawn(train, (sys.argv[1], port), nprocs=2)
+def start(folder: str, way: str, port: int) -> None:
+    mine = [sys.executable, __file__, folder, "rank"]
+    if way == "programs":  # one by its path, one through a shell that looks for it
+        ranks = [
+            subprocess.Popen([*mine, "0", str(port)]),
+            subprocess.Popen(f"python {shlex.join([*mine[1:], '1', str(port)])}", shell=True),
+        ]
+        assert [each.wait() for each in ranks] == [0, 0]
+    elif way == "torchrun":
+        assert os.system(f"torchrun --standalone --nproc_per_node 2 {shlex.join([*mine[1:], 'RANK', str(port)])}") == 0
     else:
-        mp.start_processes(train, (sys.argv[1], port), nprocs=2, start_method=sys.argv[2])
+        mp.start_processes(train, (folder, port), nprocs=2, start_method=way)
+
+
+if __name__ == "__main__":
+    folder, way, *place = sys.argv[1:]
+    if way == "rank":
+        train(int(os.environ.get(place[0], place[0])), folder, int(place[1]))
+    else:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        start(folder, way, port)
