@@ -96,8 +96,7 @@ $(ZOO)/.installed: constraints-zoo.txt
 	touch $@
 
 zoo: $(ZOO)/.installed ## convert a model of each family of timm and six other libraries, and write docs/zoo.md
-	PYTHONPATH=. $(ONE_THREAD) $(OFFLINE) $(ZOO)/bin/python -m tests.models.table --only values --jobs 2
-	PYTHONPATH=. $(ONE_THREAD) $(OFFLINE) $(ZOO)/bin/python -m tests.models.table --only times
+	PYTHONPATH=. $(ONE_THREAD) $(OFFLINE) $(ZOO)/bin/python -m tests.models.table --jobs 2
 
 clean: ## remove .venv, caches and build products
 	rm -rf .venv .venv-torch-* .venv-zoo .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis build dist site *.egg-info

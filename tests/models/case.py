@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-RATE = 0.01
+RATE = 0.001
 Trace = dict[str, Tensor]
 Given = Mapping[str, Any]
 """Arguments of the model by name; positional ones come first, under numbers."""
@@ -71,7 +71,7 @@ def wear(norm: _BatchNorm) -> None:
 def steady(model: nn.Module) -> nn.Module:
     """``model`` without dropout: ranks, and compiled code, draw other numbers."""
     for module in model.modules():
-        for name in ("p", "drop_prob", "drop_path", "drop_rate", "dropout", "survival_prob"):
+        for name in ("p", "drop_prob", "drop_path", "drop_rate", "drop_connect_rate", "dropout", "survival_prob"):
             if isinstance(vars(module).get(name), float):
                 setattr(module, name, 1.0 if name == "survival_prob" else 0.0)
     return model

@@ -110,11 +110,12 @@ def where(stage: str, records: Records) -> str:
     ran = records.get(stage)
     if ran is None:
         return f"{stage}: not run."
-    models = sum(stage in each for each in records.values())
+    seconds = [each[stage]["seconds"] for each in records.values() if stage in each]
     versions = ", ".join(f"{name} {number}" for name, number in ran["versions"].items())
     return (
-        f"`python -m tests.models.table --only {stage}`, {ran['date']}: {models} models in {ran['minutes']:.0f} "
-        f"minutes, {ran['jobs']} at a time, {ran['machine']}, load {ran['load']:.1f}; {versions}."
+        f"`python -m tests.models.table --only {stage}`, {ran['date']}: {len(seconds)} of {len(cases())} models took "
+        f"{sum(seconds) / 60:.0f} minutes in all, {ran['jobs']} at a time, {ran['machine']}, load {ran['load']:.1f}; "
+        f"{versions}."
     )
 
 
@@ -147,11 +148,9 @@ def run(stage: str, keys: list[str], records: Records, options: argparse.Namespa
         write(records, options.results)
         print(f"{time.monotonic() - started:5.0f} s  {key}: {rounded(found)}", flush=True)
 
-    runner.run(keys, stage, tell, options.jobs)
-    minutes = (time.monotonic() - started) / 60
-    if options.models and stage in records:
-        minutes += records[stage]["minutes"]
-    ran = {"date": str(date.today()), "machine": machine(), "jobs": options.jobs, "minutes": minutes}
+    jobs = options.jobs if stage == "values" else 1  # times mean little beside other work
+    runner.run(keys, stage, tell, jobs)
+    ran = {"date": str(date.today()), "machine": machine(), "jobs": jobs}
     ran |= {"load": os.getloadavg()[2], "versions": {name: version(name) for name in ("torch", *PACKAGES)}}
     records[stage] = rounded(ran)
     write(records, options.results)
@@ -167,7 +166,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Convert models of other libraries, and write docs/zoo.md.")
     parser.add_argument("--only", choices=STAGES, help="this stage")
     parser.add_argument("--models", nargs="+", metavar="PATTERN", help="these models, such as timm/res*")
-    parser.add_argument("--jobs", type=int, default=1, help="models at a time; one, for times that mean something")
+    parser.add_argument("--jobs", type=int, default=1, help="models at a time, of the stage values")
     parser.add_argument("--tables-only", action="store_true", help="run nothing")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--page", type=Path, default=PAGE)
