@@ -13,6 +13,10 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export DS_BUILD_OPS := 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
+# Other libraries' models, with the torch of constraints.txt. ultralytics asks for an OpenCV that needs a display.
+ZOO := .venv-zoo
+ULTRALYTICS := ultralytics==8.4.190
+OFFLINE := HF_HUB_OFFLINE=1 YOLO_OFFLINE=true YOLO_CONFIG_DIR=$(ZOO)
 # Another torch lies in an environment of its own: its full wheel, with what it brings along, takes 5 to 7 GB.
 TORCH := .venv-torch-$(VERSION)
 UNITS := $(wildcard tests/test_*.py)
@@ -22,6 +26,8 @@ CORE := $(filter-out $(STUDIES:%=tests/test_%.py),$(UNITS)) \
 
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-full test test-all test-torch test-faults soak check bench gpu-check \
+	docs integrations zoo clean
+
 	docs integrations scripts clean
 
 help: ## list the commands
@@ -85,9 +91,20 @@ docs: $(STAMP) ## write the generated parts of the documentation anew, and build
 integrations: $(STAMP) ## run every launcher and framework with 2 processes, and write docs/integrations.md's tables
 	$(BIN)/python -m tests.integrations.table
 
+<<<<<<< HEAD
 scripts: $(STAMP) .venv-zoo/.installed ## run training scripts as others write them, and write their table in docs/integrations.md
 	$(BIN)/python -m tests.integrations.scripts_table
+=======
+$(ZOO)/.installed: constraints-zoo.txt
+	test -x $(ZOO)/bin/python || $(PYTHON) -m venv $(ZOO)
+	PIP_CONSTRAINT= $(ZOO)/bin/pip install -r constraints-zoo.txt
+	PIP_CONSTRAINT= $(ZOO)/bin/pip install --no-deps '$(ULTRALYTICS)'
+	touch $@
+
+zoo: $(ZOO)/.installed ## convert a model of each family of timm and six other libraries, and write docs/zoo.md
+	PYTHONPATH=. $(ONE_THREAD) $(OFFLINE) $(ZOO)/bin/python -m tests.models.table --jobs 2
+>>>>>>> zoo-27
 
 clean: ## remove .venv, caches and build products
-	rm -rf .venv .venv-torch-* .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis build dist site *.egg-info
+	rm -rf .venv .venv-torch-* .venv-zoo .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis build dist site *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -33,6 +33,7 @@ LINK = re.compile(r"\]\(([^)#:]+)(?:#([^)]*))?\)")
 
 # Commands that this very run is, or contains, and names of commands that take more words.
 RUN_ELSEWHERE = {"make test", "make test-all", "make test-faults", "make integrations", "make bench"}
+RUN_ELSEWHERE |= {"make zoo"}  # takes an environment of its own, and most of an hour
 RUN_ELSEWHERE |= {"make check", "make docs"}  # tests/test_site.py builds the site
 RUN_ELSEWHERE |= {"distnorm launch", "distnorm config", "distnorm bench", "distnorm plan"}
 

@@ -1,0 +1,165 @@
+"""Models of torchvision, segmentation_models_pytorch, MONAI, ultralytics and pytorchcv, one of each family."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+from torch import nn
+
+from tests.models.case import Case, Inputs
+from tests.models.given import boxes, film, picture, values
+
+SIDE, TIMED = 64, 128
+
+
+def of(library: str, package: str) -> Callable[..., Case]:
+    """A function that makes cases of a library from functions or classes of ``package``."""
+
+    def model(
+        family: str, name: str, inputs: Inputs | None = None, *arguments: Any, side: int = SIDE, batch: int = 4,
+        whole: str = "", **options: Any,
+    ) -> Case:  # fmt: skip
+        def build() -> nn.Module:
+            made: nn.Module = getattr(import_module(package), name)(*arguments, **options)
+            return made
+
+        fits = inputs is None and side == SIDE
+        return Case(
+            library=library, family=family, model=name, build=build, inputs=inputs or picture(side), batch=batch,
+            whole=whole, timed=picture(TIMED) if fits else None,
+        )  # fmt: skip
+
+    return model
+
+
+vision = of("torchvision", "torchvision.models")
+segmentation = of("torchvision", "torchvision.models.segmentation")
+detection = of("torchvision", "torchvision.models.detection")
+video = of("torchvision", "torchvision.models.video")
+PLAIN: dict[str, Any] = {"weights": None, "weights_backbone": None}
+SAMPLES: dict[str, Any] = PLAIN | {"num_classes": 4, "whole": "its losses weigh what they find in the whole batch"}
+
+TORCHVISION = [
+    of("torchvision", "torchvision.models.vgg")(
+        "vgg", "make_layers", None, [64, "M", 128, "M", 256, 256, "M", 512, 512, "M"], batch_norm=True),
+    vision("resnet", "resnet18"),
+    vision("densenet", "densenet121"),
+    vision("googlenet", "googlenet", side=96, init_weights=False, aux_logits=False),
+    vision("inception", "inception_v3", side=96, init_weights=False, aux_logits=False),
+    vision("shufflenetv2", "shufflenet_v2_x0_5"),
+    vision("mobilenetv2", "mobilenet_v2", width_mult=0.35),
+    vision("mobilenetv3", "mobilenet_v3_small"),
+    vision("mnasnet", "mnasnet0_5"),
+    vision("efficientnet", "efficientnet_b0"),
+    vision("regnet", "regnet_y_400mf"),
+    vision("maxvit", "MaxVit", input_size=(64, 64), stem_channels=8, partition_size=2, block_channels=[8, 16],
+           block_layers=[1, 1], head_dim=4, stochastic_depth_prob=0.0, side=64),
+    segmentation("segmentation.fcn", "fcn_resnet50", batch=2, **PLAIN),
+    segmentation("segmentation.deeplabv3", "deeplabv3_mobilenet_v3_large", **PLAIN),
+    segmentation("segmentation.lraspp", "lraspp_mobilenet_v3_large", **PLAIN),
+    video("video.resnet", "r3d_18", film(4, 32), batch=2),
+    detection("detection.ssdlite", "ssdlite320_mobilenet_v3_large", boxes(320), batch=2, **SAMPLES),
+    detection("detection.retinanet", "retinanet_resnet50_fpn", boxes(128), batch=2, min_size=128, max_size=128,
+              **SAMPLES),
+    detection("detection.fcos", "fcos_resnet50_fpn", boxes(128), batch=2, min_size=128, max_size=128, **SAMPLES),
+    detection("detection.faster_rcnn", "fasterrcnn_mobilenet_v3_large_fpn", boxes(128), batch=2, min_size=128,
+              max_size=128, **SAMPLES),
+]  # fmt: skip
+
+smp = of("segmentation_models_pytorch", "segmentation_models_pytorch")
+ENCODER: dict[str, Any] = {"encoder_name": "resnet18", "encoder_weights": None}
+
+SMP = [
+    smp("unet", "Unet", **ENCODER),
+    smp("unetplusplus", "UnetPlusPlus", **ENCODER),
+    smp("manet", "MAnet", **ENCODER),
+    smp("linknet", "Linknet", **ENCODER),
+    smp("fpn", "FPN", **ENCODER),
+    smp("pspnet", "PSPNet", **ENCODER),
+    smp("pan", "PAN", side=128, **ENCODER),
+    smp("deeplabv3", "DeepLabV3", **ENCODER),
+    smp("deeplabv3plus", "DeepLabV3Plus", **ENCODER),
+    smp("upernet", "UPerNet", **ENCODER),
+    smp("segformer", "Segformer", **ENCODER),
+    *(
+        smp(f"encoders.{family}", "Unet", encoder_name=name, encoder_weights=None)
+        for family, name in {
+            "densenet": "densenet121",
+            "dpn": "dpn68",
+            "efficientnet": "efficientnet-b0",
+            "inceptionresnetv2": "inceptionresnetv2",
+            "inceptionv4": "inceptionv4",
+            "mobilenet": "mobilenet_v2",
+            "mobileone": "mobileone_s0",
+            "senet": "se_resnet50",
+            "timm_efficientnet": "timm-efficientnet-b0",
+            "timm_universal": "tu-resnet18",
+            "xception": "xception",
+        }.items()
+    ),
+]
+
+monai = of("monai", "monai.networks.nets")
+VOLUME = picture(32, 1, dims=3)
+FLAT: dict[str, Any] = {"spatial_dims": 2, "in_channels": 1, "out_channels": 2}
+
+MONAI = [
+    monai("unet", "UNet", picture(32, 1), **FLAT, channels=(8, 16, 32), strides=(2, 2), num_res_units=2, norm="batch"),
+    monai("basic_unet", "BasicUNet", picture(32, 1), **FLAT, features=(8, 8, 16, 16, 32, 8), norm="batch"),
+    monai("basic_unetplusplus", "BasicUNetPlusPlus", picture(32, 1), **FLAT, features=(8, 8, 16, 16, 32, 8),
+          norm="batch"),
+    monai("attentionunet", "AttentionUnet", picture(32, 1), **FLAT, channels=(8, 16, 32), strides=(2, 2)),
+    monai("dynunet", "DynUNet", picture(32, 1), **FLAT, kernel_size=[3, 3, 3], strides=[1, 2, 2],
+          upsample_kernel_size=[2, 2], filters=[8, 16, 32], norm_name="batch", deep_supervision=False),
+    monai("segresnet", "SegResNet", picture(32, 1), **FLAT, init_filters=8, norm="batch"),
+    monai("segresnet_ds", "SegResNetDS", picture(32, 1), **FLAT, init_filters=8, norm="batch"),
+    monai("highresnet", "HighResNet", picture(16, 1, dims=3), spatial_dims=3, in_channels=1, out_channels=2,
+          layer_params=({"name": "conv_0", "n_features": 8, "kernel_size": 3},
+                        {"name": "res_1", "n_features": 8, "kernels": (3, 3), "repeat": 1},
+                        {"name": "conv_1", "n_features": 8, "kernel_size": 1},
+                        {"name": "conv_2", "kernel_size": 1})),
+    monai("densenet", "DenseNet121", picture(64, 1), spatial_dims=2, in_channels=1, out_channels=2, init_features=16,
+          growth_rate=8),
+    monai("resnet", "resnet10", VOLUME, batch=2, spatial_dims=3, n_input_channels=1, num_classes=2),
+    monai("senet", "SEResNet50", picture(64, 1), spatial_dims=2, in_channels=1, num_classes=2),
+    monai("efficientnet", "EfficientNetBN", picture(64), model_name="efficientnet-b0", pretrained=False,
+          spatial_dims=2),
+    monai("flexible_unet", "FlexibleUNet", picture(64), in_channels=3, out_channels=2, backbone="resnet18",
+          pretrained=False, spatial_dims=2),
+    monai("regressor", "Regressor", picture(16, 1), in_shape=(1, 16, 16), out_shape=1, channels=(4, 8), strides=(2, 2),
+          norm="batch"),
+    monai("varautoencoder", "VarAutoEncoder", picture(16, 1), spatial_dims=2, in_shape=(1, 16, 16), out_channels=1,
+          latent_size=4, channels=(4, 8), strides=(2, 2), norm="batch", use_sigmoid=True),
+    monai("localnet", "LocalNet", picture(32, 2), spatial_dims=2, in_channels=2, num_channel_initial=8,
+          extract_levels=(0, 1, 2), out_activation=None, out_kernel_initializer="zeros", out_channels=2),
+    monai("regunet", "RegUNet", picture(32, 2), spatial_dims=2, in_channels=2, num_channel_initial=8, depth=2,
+          out_kernel_initializer="zeros"),
+    monai("milmodel", "MILModel", values(2, 3, 32, 32), num_classes=2, pretrained=False, mil_mode="mean"),
+]  # fmt: skip
+
+tasks = of("ultralytics", "ultralytics.nn.tasks")
+
+
+def yolo(name: str, kind: str = "DetectionModel", side: int = SIDE, batch: int = 4) -> Case:
+    """A model by the name of its YAML file."""
+    return tasks(name, kind, None, f"{name}.yaml", side=side, batch=batch, verbose=False)
+
+
+ULTRALYTICS = [
+    yolo("yolov3-tiny"),
+    yolo("yolov5n"),
+    yolo("yolov6n"),
+    yolo("yolov8n"),
+    yolo("yolov8n-ghost"),
+    yolo("yolov8n-cls", "ClassificationModel"),
+    yolo("yolov8n-seg", "SegmentationModel"),
+    yolo("yolov8n-pose", "PoseModel"),
+    yolo("yolov8n-obb", "OBBModel"),
+    yolo("yolov9t"),
+    yolo("yolov10n"),
+    yolo("yolo11n"),
+    yolo("yolo12n"),
+    yolo("yolo26n"),
+]
