@@ -27,8 +27,8 @@ visformer_tiny:224 gcresnet50t lambda_resnet26t tf_mobilenetv3_small_minimal_100
 """
 TORCHVISION = """
 resnet18 resnet50 resnext50_32x4d mobilenet_v2 mobilenet_v3_small mobilenet_v3_large efficientnet_b0 efficientnet_v2_s
-regnet_x_400mf regnet_y_400mf densenet121 googlenet inception_v3:224 mnasnet1_0 shufflenet_v2_x1_0 vgg11_bn
-deeplabv3_resnet50 fcn_resnet50 lraspp_mobilenet_v3_large r3d_18 mc3_18 r2plus1d_18 s3d maxvit_t:224
+regnet_x_400mf regnet_y_400mf densenet121 googlenet mnasnet1_0 shufflenet_v2_x1_0 vgg11_bn
+deeplabv3_resnet50 fcn_resnet50 lraspp_mobilenet_v3_large r3d_18:64 mc3_18:64 r2plus1d_18:64 s3d:224 maxvit_t:224
 """
 PYTORCHCV = """
 resnet18 resnet50 preresnet18 seresnet50 mobilenet_w1 mobilenetv2_w1 mobilenetv3_large_w1 efficientnet_b0 densenet121
@@ -61,9 +61,9 @@ MONAI: dict[str, tuple[str, dict[str, Any], int]] = {
     "AttentionUnet": ("AttentionUnet", dict(channels=(8, 16, 32), strides=(2, 2), out_channels=2), 3),
     "HighResNet": ("HighResNet", dict(out_channels=2, norm_type="batch"), 3),
 }
-ULTRALYTICS = "yolov3-tiny yolov5n yolov8n yolov8n-seg yolov9t yolov10n yolo11n yolo11n-pose yolo12n rtdetr-l"
+ULTRALYTICS = "yolov3-tiny yolov5n yolov8n yolov8n-seg yolov9t yolov10n yolo11n yolo11n-pose yolo12n"
 TRANSFORMERS = """
-ResNet RegNet MobileNetV1 MobileNetV2 EfficientNet Levit MobileViT MobileViTV2 HGNetV2 SwiftFormer SuperPoint
+ResNet RegNet MobileNetV1 MobileNetV2 EfficientNet Levit MobileViT MobileViTV2 HGNetV2 SwiftFormer
 """
 
 
@@ -93,8 +93,8 @@ def torchvision() -> Models:
     get = import_module("torchvision.models").get_model
     for name, size in _named(TORCHVISION, 96):
         video = name in ("r3d_18", "mc3_18", "r2plus1d_18", "s3d")
-        shape = (2, 3, 16, 224 if name == "s3d" else 64, 224 if name == "s3d" else 64) if video else (2, 3, size, size)
-        options = {"weights_backbone": None} if ("resnet50" in name and "_resnet50" in name) or "lraspp" in name else {}
+        shape = (2, 3, 16, size, size) if video else (2, 3, size, size)
+        options = {"weights_backbone": None} if "_resnet50" in name or "lraspp" in name else {}
         yield name, partial(_on, partial(get, name, weights=None, num_classes=4, **options), *shape)
 
 
@@ -127,8 +127,6 @@ def ultralytics() -> Models:
     kinds = {"seg": tasks.SegmentationModel, "pose": tasks.PoseModel}
     for name in ULTRALYTICS.split():
         kind = kinds.get(name.partition("-")[2], tasks.DetectionModel)
-        if name.startswith("rtdetr"):
-            continue
         yield name, partial(_on, partial(kind, f"{name}.yaml", verbose=False), 2, 3, 64, 64)
 
 
@@ -141,8 +139,7 @@ def transformers() -> Models:
 
 def _transformer(package: Any, name: str) -> tuple[nn.Module, Run]:
     config = getattr(package, f"{name}Config")()
-    kind = getattr(package, f"{name}Model", None) or getattr(package, f"{name}Backbone", None)
-    kind = kind or getattr(package, f"{name}ForKeypointDetection")
+    kind = getattr(package, f"{name}Model", None) or getattr(package, f"{name}Backbone")
     size = 224 if name in ("Levit", "SwiftFormer", "MobileViT", "MobileViTV2") else 96
     return kind(config), lambda model: model(pixel_values=_image((2, 3, size, size)))
 

@@ -151,6 +151,23 @@ class ShortcutLast(nn.Module):
         return x
 
 
+class BothEnd(nn.Module):
+    """As torchvision's video ResNets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv2, self.downsample, self.relu = conv_norm(3), conv_norm(), nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        residual = x
+        out = self.conv2(x)
+        if self.downsample is not None:
+            residual = self.downsample(x)
+        out += residual
+        out = self.relu(out)
+        return out
+
+
 class Called(nn.Module):
     """The other side of an addition in place is a call."""
 
@@ -255,6 +272,7 @@ FOUND: dict[type[nn.Module], dict[str, str]] = {
     Unit: {"body.conv1.bn": "relu", "body.conv2.bn": "residual, relu"},
     Timm: {"conv_pw.bn": "silu", "bn": "residual", "conv_pwl.bn": "residual"},
     ShortcutLast: {"downsample.1": "residual, relu"},
+    BothEnd: {"downsample.1": "residual, relu"},
     Called: {"shortcut.1": "residual, relu"},
     CalledIdentity: {"bn": "residual, relu"},
     CalledPool: {"bn": "residual, relu"},

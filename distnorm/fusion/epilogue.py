@@ -79,7 +79,8 @@ class _Fusing:
         methods = {module: self._methods(module) for module in self._modules}
         for module, found in methods.items():
             for method in found:
-                for name, epilogue in method.epilogues.items():
+                unchanged = dict.fromkeys(method.required.endings, "")  # what is asked for its norm only
+                for name, epilogue in (unchanged | method.epilogues).items():
                     self._give(module.get_submodule(name), epilogue)
         for module, found in methods.items():
             wanted = [*found, self._given[module]] if module in self._given else found
@@ -94,7 +95,8 @@ class _Fusing:
             method = None if isinstance(each, DistNorm) else self._ending(each)
             if method is None:
                 assert isinstance(each, DistNorm)
-                each.epilogue = epilogue
+                if epilogue:
+                    each.epilogue = epilogue
             else:
                 self._given[each] = method
                 for name in method.last:
