@@ -26,9 +26,7 @@ CORE := $(filter-out $(STUDIES:%=tests/test_%.py),$(UNITS)) \
 
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-full test test-all test-torch test-faults soak check bench gpu-check \
-	docs integrations zoo clean
-
-	docs integrations scripts clean
+	docs integrations zoo scripts clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -91,10 +89,6 @@ docs: $(STAMP) ## write the generated parts of the documentation anew, and build
 integrations: $(STAMP) ## run every launcher and framework with 2 processes, and write docs/integrations.md's tables
 	$(BIN)/python -m tests.integrations.table
 
-<<<<<<< HEAD
-scripts: $(STAMP) .venv-zoo/.installed ## run training scripts as others write them, and write their table in docs/integrations.md
-	$(BIN)/python -m tests.integrations.scripts_table
-=======
 $(ZOO)/.installed: constraints-zoo.txt
 	test -x $(ZOO)/bin/python || $(PYTHON) -m venv $(ZOO)
 	PIP_CONSTRAINT= $(ZOO)/bin/pip install -r constraints-zoo.txt
@@ -103,7 +97,9 @@ $(ZOO)/.installed: constraints-zoo.txt
 
 zoo: $(ZOO)/.installed ## convert a model of each family of timm and six other libraries, and write docs/zoo.md
 	PYTHONPATH=. $(ONE_THREAD) $(OFFLINE) $(ZOO)/bin/python -m tests.models.table --jobs 2
->>>>>>> zoo-27
+
+scripts: $(STAMP) $(ZOO)/.installed ## run training scripts as others write them, and write their table in docs/integrations.md
+	$(BIN)/python -m tests.integrations.scripts_table
 
 clean: ## remove .venv, caches and build products
 	rm -rf .venv .venv-torch-* .venv-zoo .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis build dist site *.egg-info
