@@ -102,12 +102,12 @@ class DistNorm(Scriptable):
         fits = residual is None or (epilogues.fits(residual, input) and wanted in (None, RELU))
         fused = epilogue if fits else normalize.NO_EPILOGUE
         exchange = self._exchange(input, True)
-        alone = fused is normalize.NO_EPILOGUE and isinstance(exchange, KeepLocal)
-        if alone and stock.suits(method, input, affine, running):
+        has_epilogue = fused is not normalize.NO_EPILOGUE
+        if isinstance(exchange, KeepLocal) and stock.suits(method, input, affine, running, has_epilogue=has_epilogue):
             y = stock.batch_norm(input, affine, running, updates=tracked is not None and exchange.updates_running())
-        else:
-            between = overlap.arrangement(self, input) if site.conversion.recipe.overlap else None
-            y = normalize.normalize(method, input, exchange, affine, between, tracked, fused)
+            return y if nothing else epilogues.apart(y, epilogue, widen)
+        between = overlap.arrangement(self, input) if site.conversion.recipe.overlap else None
+        y = normalize.normalize(method, input, exchange, affine, between, tracked, fused)
         return y if fits else epilogues.apart(y, epilogue, widen)
 
     def _train_plainly(
