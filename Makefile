@@ -33,7 +33,8 @@ help: ## list the commands
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install -c constraints.txt -e '.[dev]'
+	# Python compiles what is imported; pip would compile all of it, for half a minute.
+	$(BIN)/pip install --no-compile -c constraints.txt -e '.[dev]'
 	touch $@
 
 demo: $(STAMP) ## train the example with 2 processes and compare the recipes

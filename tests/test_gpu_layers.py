@@ -227,6 +227,7 @@ def test_which_inputs_the_kernels_take(device: str) -> None:
     assert normalize.suits(RMS(), x.double()) is (device == "cpu")
 
 
+@pytest.mark.slow
 def test_two_ranks_on_one_device(device: str) -> None:
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "tests.support.gpu_pair"]
     done = subprocess.run([sys.executable, *command, device], capture_output=True, text=True)

@@ -86,7 +86,7 @@ def test_layers_of_several_conversions_share_graphs() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The given buffer is not writable")  # torch 2.11 reads what it has written
-@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_exported_for_evaluation_it_needs_no_model(recipe: str, strict: bool, tmp_path: Path) -> None:
     model = blocks(recipe, 2)

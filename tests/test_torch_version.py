@@ -92,6 +92,7 @@ BARE = (
 """torch with what it needs itself, Triton, and pytest."""
 
 
+@pytest.mark.slow
 def test_a_bare_machine_collects_the_tests_for_gpus(tmp_path: Path) -> None:
     packages = Path(torch.__file__).parents[1]
     for name in BARE:

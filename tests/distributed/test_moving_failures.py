@@ -118,6 +118,7 @@ def test_resume(pool: Pool, tmp_path: Path, recipe: str, at: int) -> None:
         same(ours, expected, at)
 
 
+@pytest.mark.slow
 def test_resume_in_fresh_processes(pool: Pool, tmp_path: Path, pytestconfig: pytest.Config) -> None:
     straight = pool.run(2, train_and_save, "mabn", 10, str(tmp_path))
     with Pool(2, pytestconfig.getini("filterwarnings")) as fresh:

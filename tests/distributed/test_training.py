@@ -56,7 +56,7 @@ def train(pool: Pool, case: Case, plan: Plan) -> list[Trained]:
     return pool.run(case.world_size, jobs.train, plan, case.recipe, case.options, env=nodes)
 
 
-@pytest.mark.parametrize("skips", [False, True], ids=["", "skips"])
+@pytest.mark.parametrize("skips", [pytest.param(False, marks=pytest.mark.slow), True], ids=["", "skips"])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_training_equals_that_of_the_joined_blocks(pool: Pool, case: Case, skips: bool) -> None:
     wrapping = {"find_unused_parameters": True} if skips else {}

@@ -102,6 +102,7 @@ def test_a_growing_loss_scale_changes_nothing(trained: list[dict[str, Any]]) -> 
         assert rank["scaled"]["losses"] == pytest.approx(rank["unscaled"]["losses"], abs=1e-6)
 
 
+@pytest.mark.slow
 def test_a_fresh_job_resumes_bit_for_bit(trained: list[dict[str, Any]], resumed: list[dict[str, Any]]) -> None:
     for before, after in zip(trained, resumed, strict=True):
         assert len(before["saves"]["losses"]) == 8
@@ -109,6 +110,7 @@ def test_a_fresh_job_resumes_bit_for_bit(trained: list[dict[str, Any]], resumed:
     assert trained[0]["saves"]["losses"] != trained[1]["saves"]["losses"]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_a_larger_job_starts_warm_from_rank_0(resumed: list[dict[str, Any]]) -> None:
     for number, rank in enumerate(resumed):
         assert rank["larger"]["steps"] == [8]
@@ -116,6 +118,7 @@ def test_a_checkpoint_of_a_larger_job_starts_warm_from_rank_0(resumed: list[dict
         assert rank["larger"]["lines"][0].endswith("distnorm_state_0.pt, of a job of 4 ranks: windows start warm")
 
 
+@pytest.mark.slow
 def test_a_checkpoint_without_our_files_starts_cold_and_says_so(
     trained: list[dict[str, Any]], resumed: list[dict[str, Any]]
 ) -> None:

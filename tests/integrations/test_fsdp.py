@@ -262,6 +262,7 @@ def test_resuming_from_a_sharded_checkpoint(pool: Pool, tmp_path: Path) -> None:
     pool.run(2, resume, str(tmp_path))
 
 
+@pytest.mark.slow
 def test_the_example_trains_as_one_process_with_stock_batch_norm() -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -188,18 +188,21 @@ def test_local_statistics_unite_before_validation_and_at_the_end(ranks):
         assert torch.equal(rank["local_bn"]["final"][name], ranks[0]["local_bn"]["final"][name])
 
 
+@pytest.mark.slow
 def test_another_world_size_starts_warm_and_says_so(alone):
     seen = alone["resumed at another world size"]
     assert [line for line in seen["log"] if "starts warm" in line and "rank 0 of 1" in line and "of 2" in line]
     assert seen["step"] == 20
 
 
+@pytest.mark.slow
 def test_another_recipe_leaves_the_checkpoints_state_aside(alone):
     (warning,) = alone["resumed with another recipe"]["warned"]
     assert "are ignored" in warning and "StaleMix" in warning and "Moving" in warning
     assert alone["resumed with another recipe"]["log"] == ["distnorm: moving statistics start cold"]
 
 
+@pytest.mark.slow
 def test_a_strategy_that_ignores_the_plugin_is_reported_once(alone):
     (warning,) = alone["a strategy without layer sync"]
     assert "DistNormSync(mabn) has not been applied" in warning and "strategy='ddp'" in warning
@@ -207,10 +210,12 @@ def test_a_strategy_that_ignores_the_plugin_is_reported_once(alone):
     assert "Classifier" in warning and "SingleDeviceStrategy" in warning
 
 
+@pytest.mark.slow
 def test_the_callback_serves_a_model_that_was_converted_by_hand(alone):
     assert alone["converted by hand"] == {"warned": [], "step": 5}  # 10 batches, 2 to a step
 
 
+@pytest.mark.slow
 def test_what_lightning_refuses_and_what_we_refuse(alone):
     assert "sync_batchnorm=True" in alone["with sync_batchnorm"] and "DistNormSync" in alone["with sync_batchnorm"]
     assert "requires a GPU accelerator" in alone["fsdp"]  # once this fails: test the real FSDP strategy

@@ -177,6 +177,7 @@ def test_a_rank_that_fails_ends_the_job(how: str, words: list[str]) -> None:
         assert word in done.stderr + done.stdout
 
 
+@pytest.mark.slow
 def test_a_rank_that_exits_ends_the_job_of_the_launch_script() -> None:
     done = run(ROOT / "launch" / "mpirun.sh", "2", SCRIPTS / "mpi_failing.py", "exits")
     assert done.returncode == 3, done.stderr
@@ -206,6 +207,7 @@ def test_a_process_that_nobody_launched_is_a_world_of_its_own() -> None:
     assert "a world of one rank" in done.stderr
 
 
+@pytest.mark.slow
 def test_mpirun_of_another_mpi_is_named() -> None:
     script = "import distnorm.integrations.mpi as mpi; mpi.init_process_group()"
     done = run(sys.executable, "-c", script, PMI_RANK="1", PMI_SIZE="4")

@@ -314,6 +314,7 @@ def test_a_script_that_fails_under_torchrun(tmp_path: Path) -> None:
     assert "nothing was converted" not in job.stderr
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_killed_in_the_middle_of_a_step(tmp_path: Path) -> None:
     """Rank 0 would wait for an hour."""
     launcher = ["torchrun", "--standalone", "--nproc_per_node", 2, "-m", "distnorm.run"]

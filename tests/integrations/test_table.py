@@ -10,7 +10,6 @@ import pytest
 from tests.integrations import table
 from tests.integrations.table import BF16, RECIPES, ROWS, Measured, Row
 
-ALWAYS = {"torchrun | DDP | in code"}
 NUMBERS = ("final_loss", "running_mean", "running_var")
 
 
@@ -26,9 +25,7 @@ def assert_as_committed(cells: list[str], found: Measured) -> None:
     assert cells[4] == ("" if found.collectives is None else f"{found.collectives:g}")
 
 
-@pytest.mark.parametrize(
-    "row", [pytest.param(row, marks=[] if row.name in ALWAYS else pytest.mark.slow, id=row.name) for row in ROWS]
-)
+@pytest.mark.parametrize("row", [pytest.param(row, marks=pytest.mark.slow, id=row.name) for row in ROWS])
 def test_sync_bn_trains_as_one_process_on_the_joined_batch(row: Row, reference: Measured) -> None:
     found = table.measure(row, "sync_bn")
     assert found.processes == 2

@@ -157,6 +157,7 @@ def test_a_rank_that_is_done_does_not_cut_off_the_others(pool: Pool) -> None:
     pool.run(3, _leave_early)
 
 
+@pytest.mark.slow
 def test_a_hang_is_killed_named_and_replaced(pool: Pool) -> None:
     before = pool.run(2, _pid)
     with pytest.raises(TimeoutError, match=r"rank 1 of 2 still ran after 0\.5 s") as caught:
@@ -174,6 +175,7 @@ def test_a_death_is_named_and_replaced(pool: Pool) -> None:
     assert pool.run(2, _sum, 0.0)[0].tolist() == [0.0] * 3
 
 
+@pytest.mark.slow
 def test_a_failure_does_not_wait_long_for_the_others(pool: Pool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool_module, "GRACE_S", 0.5)
     start = time.monotonic()
