@@ -76,7 +76,7 @@ OVERLAP = "sync_bn(overlap=True)"
 MPI = ["stock", "local_bn", "sync_bn", "gloo:sync_bn", "mpi:sync_bn"]
 TAILS = ["stock", "local_bn", "fused:local_bn", "sync_bn", "fused:sync_bn"]
 FORMS = {"weights": ["none", "forward", "projected"]}
-PROJECTED = counted(30, 22, warmup=4, weights=["projected"], width=32, batch=16)
+PROJECTED = counted(30, 16, warmup=4, weights=["projected"], width=32, batch=16)
 LINE = [f"{layers},64" for layers in (10, 40, 160)] + [f"40,{channels}" for channels in (16, 512, 2048)]
 BASE = counted(8, 5, warmup=2, points=["40,64"])
 
@@ -89,11 +89,11 @@ PARTS: dict[str, list[Job]] = {
         Job("step", 2, counted(30, 25, width=32, batch=16, contenders=TAILS)),
     ],
     "exchange": [Job("exchange", ranks, counted(20, 1)) for ranks in (2, 4, 8)],
-    "step-32": [Job("step", 2, counted(30, 52, width=32, batch=16, contenders=[*PEERS, "none", OVERLAP]))],
-    "step-64": [Job("step", 2, counted(25, 56, width=64, batch=16, contenders=PEERS))],
-    "mpi": [Job("step", 2, counted(40, 50, width=32, batch=16, contenders=MPI), mpi=True)],
-    "hosts-16": [Job("step", 4, counted(20, 40, width=16, batch=4, contenders=[*PEERS, OVERLAP]), delay_ms=1)],
-    "hosts-32": [Job("step", 4, counted(20, 42, width=32, batch=4, contenders=PEERS), delay_ms=1)],
+    "step-32": [Job("step", 2, counted(30, 44, width=32, batch=16, contenders=[*PEERS, "none", OVERLAP]))],
+    "step-64": [Job("step", 2, counted(25, 48, width=64, batch=16, contenders=PEERS))],
+    "mpi": [Job("step", 2, counted(40, 42, width=32, batch=16, contenders=MPI), mpi=True)],
+    "hosts-16": [Job("step", 4, counted(20, 36, width=16, batch=4, contenders=[*PEERS, OVERLAP]), delay_ms=1)],
+    "hosts-32": [Job("step", 4, counted(20, 38, width=32, batch=4, contenders=PEERS), delay_ms=1)],
     "moving": [
         Job("moving", 2, counted(30, 20, warmup=5, width=16, batch=4) | FORMS),
         Job("moving", 2, counted(30, 32, warmup=4, width=32, batch=16) | FORMS),
