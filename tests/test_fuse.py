@@ -8,6 +8,7 @@ import io
 import logging
 import traceback
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -47,6 +48,17 @@ def same(one: list[Tensor], two: list[Tensor], tolerance: float = 1e-11) -> None
     assert len(one) == len(two)
     for a, b in zip(one, two, strict=True):
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+def assert_change_is_respected(kind: type[nn.Module], change: Callable[[Any], object]) -> None:
+    """A fused model and one that is not train alike after the ``change``, too."""
+    runs = []
+    for fuse in (True, False):
+        model = made(kind, fuse=fuse)
+        first = trained(model, steps=1)
+        change(model)
+        runs.append([*first, *trained(model, seed=1)])
+    same(*runs)
 
 
 @pytest.mark.parametrize("kind", FOUND, ids=lambda kind: kind.__name__)
@@ -138,14 +150,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_changes_of_what_activates_are_respected(name: str) -> None:
-    kind, change = CHANGES[name]
-    runs = []
-    for fuse in (True, False):
-        model = made(kind, fuse=fuse)
-        first = trained(model, steps=1)
-        change(model)
-        runs.append([*first, *trained(model, seed=1)])
-    same(*runs)
+    assert_change_is_respected(*CHANGES[name])
 
 
 def test_a_patched_function_is_heeded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,8 @@ def assert_as_committed(cells: list[str], found: Measured) -> None:
     assert cells[4] == ("" if found.collectives is None else f"{found.collectives:g}")
 
 
-@pytest.mark.parametrize("row", [pytest.param(row, marks=pytest.mark.slow, id=row.name) for row in ROWS])
+@pytest.mark.slow
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 def test_sync_bn_trains_as_one_process_on_the_joined_batch(row: Row, reference: Measured) -> None:
     found = table.measure(row, "sync_bn")
     assert found.processes == 2
