@@ -139,7 +139,7 @@ class Conversion:
     def look_for_state(self) -> None:
         """Before the layers train for the first time: load what ``find_state`` finds, unless a state was loaded."""
         find = type(self).find_state
-        if find is not None and self._binding is None and self._resumed is None:
+        if find is not None and self._binding is None and self._resumed is None and not in_transform():
             with modes_disabled(), torch.no_grad():
                 state = find(self)
             if state is not None:
