@@ -15,6 +15,9 @@ from distnorm.layers.module import DistNorm
 _DEPTH = 6
 """How deep the tensors of a model may lie in what is saved."""
 
+_LONG = 1000
+"""Longer sequences are data, not models."""
+
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 """Parts of names that come from DistributedDataParallel, ``torch.compile`` and other wrappers."""
 
@@ -35,8 +38,8 @@ def _walk(tree: object, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...]
             if isinstance(layer, DistNorm):  # the state_dict of a whole model may be a collective of its engine
                 yield from (((*path, name, key), value) for key, value in layer.state_dict().items())
     elif isinstance(tree, Mapping | list | tuple) and len(path) < _DEPTH:
-        branches = tree.items() if isinstance(tree, Mapping) else enumerate(tree)
-        for key, branch in branches:
+        sequence = enumerate(tree) if len(tree) <= _LONG else ()
+        for key, branch in tree.items() if isinstance(tree, Mapping) else sequence:
             yield from _walk(branch, (*path, str(key)))
 
 

@@ -155,11 +155,13 @@ class ScriptCheckpoints:
                 self._tell_if_late(conversion, binding)
 
     def _tell_if_late(self, conversion: Conversion, binding: Binding) -> None:
-        """Tell if ``conversion``, which trains, was given the parameters of a checkpoint but not the state."""
+        """Tell if ``conversion``, which trains, was given the parameters of a checkpoint, but no state of its step."""
         for each in self._each_found() if conversion not in self._took else ():
             parameters = {name: one for name, one in each.entry.values.items() if name.endswith(("weight", "bias"))}
-            if binding.step != each.entry.state["step"] and has_all(parameters, values_of(conversion)):
-                each.told = True
+            if not has_all(parameters, values_of(conversion)):
+                continue
+            each.told = True
+            if binding.step != each.entry.state["step"]:  # else a framework or the script has loaded it
                 self._warn(
                     f"{each.path} was loaded into a model that is training already: windows of moving statistics keep "
                     "what they have, since other ranks may not have loaded it",

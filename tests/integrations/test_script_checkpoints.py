@@ -444,6 +444,7 @@ def test_what_the_script_loads_itself_comes_first(job: Job, tmp_path: Path, capl
                 distnorm.load_state_dict(again, own)
             torch.testing.assert_close(reducers(again)[0]["then"], own[0]["reducer"]["then"], rtol=0, atol=0)
             assert steps_of(step(again)) == 6
+    job._report()
     assert told(caplog) == []
 
 
