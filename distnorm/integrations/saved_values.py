@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from distnorm.layers.conversion import Conversion
 from distnorm.layers.module import DistNorm
+from distnorm.layers.running_statistics import buffers_of
 
 _DEPTH = 6
 """How deep the tensors of a model may lie in what is saved."""
@@ -35,8 +36,8 @@ def _walk(tree: object, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...]
         yield path, tree
     elif isinstance(tree, nn.Module):
         for name, layer in tree.named_modules():
-            if isinstance(layer, DistNorm):  # the state_dict of a whole model may be a collective of its engine
-                yield from (((*path, name, key), value) for key, value in layer.state_dict().items())
+            if isinstance(layer, DistNorm):
+                yield from (((*path, name, key), value) for key, value in _values(layer).items())
     elif isinstance(tree, Mapping | list | tuple) and len(path) < _DEPTH:
         sequence = enumerate(tree) if len(tree) <= _LONG else ()
         for key, branch in tree.items() if isinstance(tree, Mapping) else sequence:
@@ -52,9 +53,16 @@ def values_of(conversion: Conversion) -> dict[str, Tensor]:
 
     Waits for collectives in flight.
     """
-    saved = ((name, key, each) for name, layer in conversion.layers() for key, each in layer.state_dict().items())
+    layers = [(name, layer) for name, layer in conversion.layers() if isinstance(layer, DistNorm)]
+    return {_bare(name, key): each for name, layer in layers for key, each in _values(layer).items()}
+
+
+def _values(layer: DistNorm) -> dict[str, Tensor]:
+    """Return what matters of the layer's ``state_dict``. That itself has hooks of engines: FSDP2's shard parameters."""
+    buffers = {name: getattr(layer, name) for name in buffers_of(layer)}
+    found = {**dict(layer.named_parameters()), **buffers, **layer._ahead()}
     # Some scripts leave out num_batches_tracked.
-    return {_bare(name, key): each for name, key, each in saved if each.is_floating_point()}
+    return {name: each for name, each in found.items() if each is not None and each.is_floating_point()}
 
 
 def is_named_in(conversion: Conversion, tensors: Mapping[str, Tensor]) -> bool:

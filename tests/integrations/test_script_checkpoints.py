@@ -23,7 +23,9 @@ from torch.optim import SGD
 
 import distnorm
 from distnorm.attach import conversions_of
+from distnorm.integrations import state_file
 from distnorm.integrations.job import Job, WatchedSettings
+from distnorm.integrations.saved_values import tensors_in
 from distnorm.integrations.wrapping import install
 from tests.integrations.hooked import MABN, backward, net, steps_of
 
@@ -215,6 +217,7 @@ def test_two_models_in_one_file(job: Job, tmp_path: Path) -> None:
 def test_the_average_takes_no_state(job: Job, tmp_path: Path, caplog: Any) -> None:
     model = trained(job)
     torch.save({"model": model.state_dict(), "ema": average_of(model).state_dict()}, tmp_path / "a.pth")
+    del model
     again = resumed(job, torch.load(tmp_path / "a.pth")["ema"])
     assert steps_of(step(again)) == 1
     job._report()
@@ -504,3 +507,22 @@ def test_a_state_is_forgotten_once_it_is_taken(job: Job, tmp_path: Path) -> None
     torch.save(model.state_dict(), tmp_path / "a.pth")
     step(resumed(job, torch.load(tmp_path / "a.pth")))
     assert job.checkpoints is not None and job.checkpoints._found == {}
+
+
+def test_ranks_that_save_to_one_path(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Readers see a whole file of either."""
+    model = trained(job)
+    torch.save(model.state_dict(), tmp_path / "a.pth")
+    entries = state_file.fitting(tmp_path / f"a.pth{SUFFIX}", tensors_in(model.state_dict()))
+    monkeypatch.setattr(os, "getpid", threading.get_ident)
+
+    def write() -> None:
+        for _ in range(10):
+            state_file.write(tmp_path / "a.pth", entries)
+
+    writers = [threading.Thread(target=write) for _ in range(3)]
+    for each in writers:
+        each.start()
+    while any(each.is_alive() for each in writers):
+        assert len(state_file.fitting(tmp_path / f"a.pth{SUFFIX}", tensors_in(model.state_dict()))) == 1
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["a.pth", f"a.pth{SUFFIX}"]

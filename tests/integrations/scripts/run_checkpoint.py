@@ -1,7 +1,8 @@
 """A plain training script with a checkpoint that rank 0 writes: ``run_checkpoint.py FOLDER MODE...``.
 
 Modes: ``straight`` trains all steps and saves in the middle, ``resumed`` continues from there, ``first`` lets only
-rank 0 load. Each writes what every rank has seen in the second half.
+rank 0 load. ``sharded`` and ``sharded_resumed`` are the first two under FSDP2. Each writes what every rank has seen in
+the second half.
 """
 
 import json
@@ -12,9 +13,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 STEPS, HALF = 12, 7
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 folder = Path(sys.argv[1])
 
 
@@ -35,25 +39,30 @@ class Net(nn.Module):
 def train(mode: str) -> dict[str, Any]:
     torch.manual_seed(0)
     model, batches = Net(), torch.randn(STEPS, 2, 5, 4)
-    saved = None
-    if mode == "resumed" or (mode == "first" and dist.get_rank() == 0):
-        saved = torch.load(folder / "last.pth")
+    sharded, saved = mode.startswith("sharded"), None
+    path = folder / ("sharded.pth" if sharded else "last.pth")
+    if mode.endswith("resumed") or (mode == "first" and dist.get_rank() == 0):
+        saved = torch.load(path)
+    if saved is not None and not sharded:
         model.load_state_dict(saved["model"])
-    wrapped = DistributedDataParallel(model)
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-    if mode == "resumed" and saved is not None:
-        optimizer.load_state_dict(saved["optimizer"])
+    wrapped = fully_shard(model) if sharded else DistributedDataParallel(model)
+    if saved is not None and sharded:
+        set_model_state_dict(model, saved["model"], options=WHOLE)
+    optimizer = torch.optim.RMSprop(model.parameters(), lr=0.01, alpha=0.0)  # it remembers nothing
     losses = []
-    for step in range(0 if mode == "straight" else HALF, STEPS):
+    for step in range(0 if mode in ("straight", "sharded") else HALF, STEPS):
         loss = wrapped(batches[step, dist.get_rank()]).square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-        if mode == "straight" and step + 1 == HALF and dist.get_rank() == 0:
-            torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, folder / "last.pth")
-    values = {name: each.tolist() for name, each in model.state_dict().items()}
-    return {"losses": losses[-(STEPS - HALF) :], "values": values}
+        if mode in ("straight", "sharded") and step + 1 == HALF:
+            values = get_model_state_dict(model, options=WHOLE)
+            if dist.get_rank() == 0:
+                torch.save({"model": values, "epoch": 1}, path)
+            dist.barrier()
+    values = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    return {"losses": losses[-(STEPS - HALF) :], "values": {name: each.tolist() for name, each in values.items()}}
 
 
 dist.init_process_group("gloo")
