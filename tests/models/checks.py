@@ -23,7 +23,7 @@ from tests.models.case import (
     Trace,
     difference,
     evaluate,
-    is_real,
+    scaled,
     state,
     steady,
     step,
@@ -206,8 +206,7 @@ def narrow(model: nn.Module, given: Given, exact: Trace, scale: float = 1.0) -> 
     """How far off a step in float32 is, with inputs multiplied by ``scale``."""
     torch.set_default_dtype(torch.float32)
     try:
-        mine = {name: (value * scale).float() if is_real(value) else value for name, value in given.items()}
-        return difference(step(steady(model.float()), mine), exact)
+        return difference(step(steady(model.float()), scaled(given, scale, torch.float32)), exact)
     finally:
         torch.set_default_dtype(torch.float64)
 
