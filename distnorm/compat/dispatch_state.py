@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -79,11 +80,10 @@ def are_own(*values_C: Tensor | None) -> bool:
 _OWN = frozenset((Tensor, Parameter))
 
 
-def saved_tensors_hooks() -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] | None:
-    """Return the innermost pair of hooks on all saved tensors, as checkpoints and offloading have; None without."""
-    hooks: tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] | None
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
-    return hooks
+_Hooks = tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]
+
+saved_tensors_hooks: Callable[[], _Hooks | None] = partial(torch._C._autograd._top_saved_tensors_default_hooks, False)
+"""Returns the innermost pair of hooks on all saved tensors, as checkpoints and offloading have; None without."""
 
 
 def is_fake(tensor: Tensor) -> bool:
