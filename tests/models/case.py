@@ -34,6 +34,8 @@ class Case:
     timed_batch: int = 4
     whole: str = ""
     """Why a batch cannot be split over ranks, where it cannot."""
+    steps: int = 3
+    """Of training. One where rounding alone moves the stock model too far in more."""
 
     @property
     def key(self) -> str:
@@ -77,14 +79,24 @@ def steady(model: nn.Module) -> nn.Module:
     return model
 
 
-def is_real(value: object) -> bool:
-    """Whether it is a tensor of real numbers."""
-    return isinstance(value, Tensor) and value.is_floating_point()
+def changed(given: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """``given``, with ``change`` of every tensor in it."""
+    if isinstance(given, Tensor):
+        return change(given)
+    if isinstance(given, Mapping):
+        return {name: changed(value, change) for name, value in given.items()}
+    return [changed(value, change) for value in given] if isinstance(given, list) else given
+
+
+def scaled(given: Given, scale: float, dtype: torch.dtype) -> Given:
+    """``given``, with real numbers multiplied by ``scale``, in ``dtype``."""
+    found: Given = changed(given, lambda value: (value * scale).to(dtype) if value.is_floating_point() else value)
+    return found
 
 
 def call(model: nn.Module, given: Given) -> Any:
     """What ``model`` returns; it may change its inputs in place."""
-    mine = {name: value.clone() if isinstance(value, Tensor) else value for name, value in given.items()}
+    mine = changed(given, Tensor.clone)
     places = sorted(name for name in mine if name.isdigit())
     return model(*[mine.pop(name) for name in places], **mine)
 
@@ -128,7 +140,7 @@ def train(model: nn.Module, case: Case, steps: int = 3, *, scale: float = 1.0) -
     trace: Trace = {}
     optimizer = torch.optim.SGD(model.parameters(), RATE)
     for number in range(steps):
-        given = {name: value * scale if is_real(value) else value for name, value in case.draw(number).items()}
+        given = scaled(case.draw(number), scale, torch.float64)
         trace |= {f"{name}, step {number}": value for name, value in step(model, given).items()}
         optimizer.step()
     return trace | state(model)

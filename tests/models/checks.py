@@ -23,7 +23,7 @@ from tests.models.case import (
     Trace,
     difference,
     evaluate,
-    is_real,
+    scaled,
     state,
     steady,
     step,
@@ -31,7 +31,6 @@ from tests.models.case import (
 )
 from tests.support.threads import run_threads
 
-STEPS = 3
 CLOSE = 1e-9
 """How far apart two ways of computing the same in float64 may come to be."""
 WIDE = 1e-3
@@ -54,7 +53,7 @@ class Subject:
     @cached_property
     def reference(self) -> Trace:
         """What the stock model does."""
-        return train(self.case.make(), self.case, STEPS)
+        return train(self.case.make(), self.case, self.case.steps)
 
     def converted(self, recipe: str = "sync_bn", *, fuse: bool = False) -> nn.Module:
         """A converted model."""
@@ -63,7 +62,7 @@ class Subject:
     @cached_property
     def noise(self) -> float:
         """How far the stock model moves if its inputs move by a few units in the last place."""
-        return difference(train(self.case.make(), self.case, STEPS, scale=1 + 1e-15), self.reference)
+        return difference(train(self.case.make(), self.case, self.case.steps, scale=1 + 1e-15), self.reference)
 
     def close(self, name: str, given: Trace, expected: Trace) -> None:
         """Note how far apart they are. The bound is wider only where rounding alone moves the stock model as far."""
@@ -74,17 +73,17 @@ class Subject:
 
 def values(subject: Subject) -> None:
     """Three steps of ``sync_bn`` on one rank are the stock model's."""
-    subject.close("sync_bn", train(subject.converted(), subject.case, STEPS), subject.reference)
+    subject.close("sync_bn", train(subject.converted(), subject.case, subject.case.steps), subject.reference)
 
 
 def fused(subject: Subject) -> None:
     """So are those of ``local_bn``, fused; then ``revert`` gives the stock model back, which trains on as that does."""
     model = subject.converted("local_bn", fuse=True)
-    subject.close("fused", train(model, subject.case, STEPS), subject.reference)
+    subject.close("fused", train(model, subject.case, subject.case.steps), subject.reference)
     stock = subject.case.make()
     stock.load_state_dict(model.state_dict(), strict=True)
     reverts(subject, model, "reverted")
-    given = subject.case.draw(STEPS)
+    given = subject.case.draw(subject.case.steps)
     subject.close("after revert", step(model, given) | state(model), step(stock, given) | state(stock))
 
 
@@ -92,7 +91,7 @@ def moving(subject: Subject) -> None:
     """Recipes with moving statistics train, and evaluate alike when reverted."""
     for name, recipe in MOVING.items():
         model = subject.converted(recipe, fuse=True)
-        trace = train(model, subject.case, STEPS)
+        trace = train(model, subject.case, subject.case.steps)
         assert all(bool(each.isfinite().all()) for each in trace.values()), f"{name}: not finite"
         reverts(subject, model, name)
 
@@ -206,8 +205,7 @@ def narrow(model: nn.Module, given: Given, exact: Trace, scale: float = 1.0) -> 
     """How far off a step in float32 is, with inputs multiplied by ``scale``."""
     torch.set_default_dtype(torch.float32)
     try:
-        mine = {name: (value * scale).float() if is_real(value) else value for name, value in given.items()}
-        return difference(step(steady(model.float()), mine), exact)
+        return difference(step(steady(model.float()), scaled(given, scale, torch.float32)), exact)
     finally:
         torch.set_default_dtype(torch.float64)
 

@@ -65,7 +65,8 @@ TORCHVISION = [
               **SAMPLES),
     detection("detection.fcos", "fcos_resnet50_fpn", boxes(128), batch=2, min_size=128, max_size=128, **SAMPLES),
     detection("detection.faster_rcnn", "fasterrcnn_mobilenet_v3_large_fpn", boxes(128), batch=2, min_size=128,
-              max_size=128, **SAMPLES),
+              max_size=128, rpn_pre_nms_top_n_train=64, rpn_post_nms_top_n_train=32, rpn_pre_nms_top_n_test=64,
+              rpn_post_nms_top_n_test=32, box_batch_size_per_image=16, **SAMPLES),
 ]  # fmt: skip
 
 smp = of("segmentation_models_pytorch", "segmentation_models_pytorch")

@@ -45,6 +45,8 @@ def examine(case: Case) -> Record:
         if unfit:
             return {"reasons": [f"the stock model: {unfit}"]}
         norms, converted, fused = checks.counts(case)
+        if case.steps == 1:
+            reasons.append("one step: in more, rounding alone moves the stock model too far to compare")
         for name, check in CHECKS.items():
             if name == "ranks" and case.whole:
                 reasons.append(f"two ranks: not run, {case.whole}")

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch._C._distributed_c10d import _set_thread_isolation_mode  # type: ignore[attr-defined]  # missing in the stub
+from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.distributed.multi_threaded_pg import (
     ProcessLocalGroup,
     ThreadLocalWorld,
@@ -118,6 +119,8 @@ class _Run:
             ProcessLocalGroup.reset()
             _set_thread_isolation_mode(False)
             _uninstall_threaded_pg()
+            # One attribute of the class for all threads: the last forward pass to end may restore another rank's.
+            DistributedDataParallel._active_ddp_module = None
         return stuck
 
     def _wait(self) -> set[int]:

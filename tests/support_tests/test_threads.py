@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from tests.support import threads
 from tests.support.threads import run_threads, run_threads_all
@@ -155,3 +156,24 @@ def test_nothing_is_left_behind() -> None:
     assert dist.distributed_c10d._world is world
     assert not dist.is_initialized()
     assert torch.autograd.is_multithreading_enabled() is multithreading
+
+
+def test_no_forward_pass_of_ddp_seems_to_run_on() -> None:
+    """The one that begins second ends last, and restores the first, which has ended; threads share the attribute."""
+    began, ended = threading.Barrier(2), threading.Event()
+
+    def work(rank: int) -> None:
+        model = DistributedDataParallel(nn.Linear(1, 1))
+        if rank == 0:
+            with model._inside_ddp_forward():
+                began.wait()
+                began.wait()
+            ended.set()
+            return
+        began.wait()
+        with model._inside_ddp_forward():
+            began.wait()
+            assert ended.wait(5.0)
+
+    run_threads(2, work)
+    assert DistributedDataParallel._active_ddp_module is None
