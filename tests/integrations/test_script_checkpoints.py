@@ -426,7 +426,7 @@ def test_what_no_model_took_is_told_at_the_end(job: Job, tmp_path: Path, caplog:
     step(net())
     assert told(caplog) == []
     job._report()
-    assert len(told(caplog)) == 1 and "have started cold: none trained" in told(caplog)[0]
+    assert len(told(caplog)) == 1 and "moving statistics have started cold: " in told(caplog)[0]
 
 
 def test_what_the_script_loads_itself_comes_first(job: Job, tmp_path: Path, caplog: Any) -> None:
