@@ -34,8 +34,6 @@ class Case:
     timed_batch: int = 4
     whole: str = ""
     """Why a batch cannot be split over ranks, where it cannot."""
-    steps: int = 3
-    """Of training. One where rounding alone moves the stock model too far in more."""
 
     @property
     def key(self) -> str:

@@ -10,9 +10,7 @@ from tests.models.case import Case
 from tests.models.given import picture
 
 
-def model(
-    family: str, name: str, side: int = 64, *, batch: int = 4, whole: str = "", steps: int = 3, **options: Any
-) -> Case:
+def model(family: str, name: str, side: int = 64, *, batch: int = 4, whole: str = "", **options: Any) -> Case:
     """A model by its module and name; ``options`` make it smaller."""
 
     def build() -> nn.Module:
@@ -24,7 +22,7 @@ def model(
     fixed = "img_size" in options or side > 128
     return Case(
         library="timm", family=family, model=name, build=build, inputs=picture(side), batch=batch, whole=whole,
-        steps=steps, timed=None if fixed else picture(128),
+        timed=None if fixed else picture(128),
     )  # fmt: skip
 
 
@@ -34,7 +32,7 @@ TIMM = [
     model("byobnet, mobileone", "mobileone_s1"),
     model("byobnet, repvgg", "repvgg_a0"),
     model("byobnet, resnext", "gcresnext26ts"),
-    model("convmixer", "convmixer_768_32", 64, batch=2, steps=1),
+    model("convmixer", "convmixer_768_32", 64, batch=2),
     model("cpubone", "cpubone_nano"),
     model("cspnet", "cs3darknet_focus_s"),
     model("cspnext", "cspnext_tiny"),
