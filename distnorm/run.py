@@ -30,6 +30,7 @@ Run a script as it is. Its models are converted just before DDP, FSDP or
 DeepSpeed wraps them. Options come before the script. What no option says comes
 from the environment (DISTNORM_RECIPE and so on), then from the config file.
 """
+_SETTINGS = ("recipe", "options", "where", "fuse", "ledger", "save_state", "transport")
 _TAKES_VALUE = ("--recipe", "--options", "--where", "--transport")
 _LAUNCHER_FLAGS = ("--local_rank", "--local-rank")
 
@@ -47,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if target is None:
         parser.error("need a script to run, or -m and a module.")
     try:
-        flags = {key: getattr(options, key) for key in ("recipe", "options", "where", "fuse", "ledger", "transport")}
+        flags = {key: getattr(options, key) for key in _SETTINGS}
         if options.options is not None:
             flags["options"] = read_json(options.options, "flag --options", OPTIONS_EXAMPLE)
         settings = from_environment(os.environ, flags)
@@ -121,6 +122,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--ledger", action=argparse.BooleanOptionalAction, default=None, help="print the collectives at the end"
+    )
+    parser.add_argument(
+        "--save-state",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="keep moving statistics beside the script's checkpoints",
     )
     parser.add_argument(
         "--transport", metavar="NAME", help=f"transport of statistics: {', '.join(get_args(Transport))}"

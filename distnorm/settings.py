@@ -45,7 +45,7 @@ FLAGS_VARIABLE = "DISTNORM_FLAGS"
 OPTIONS_EXAMPLE = '{"size": 4}'
 _SECTION_EXAMPLE = '{"source": "cfg.yaml", "section": {"recipe": "sync_bn"}}'
 _FLAGS_EXAMPLE = '{"recipe": "mabn"}'
-_SWITCHES = ("fuse", "ledger")
+_SWITCHES = ("fuse", "ledger", "save_state")
 _WORDS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 
 
@@ -59,6 +59,7 @@ class Settings:
         where: patterns of layer names (``fnmatch``) for every model, or by the class of a model; if empty, all layers.
         fuse: whether norms also compute the additions and ReLUs that follow them in the model's code.
         ledger: whether rank 0 prints the ledger of collectives when the job ends.
+        save_state: whether the state of moving statistics is kept beside checkpoints that the script writes itself.
         transport: what sends statistics, as in ``convert``; None uses the value of ``DISTNORM_TRANSPORT``.
         source: where the settings come from, for error messages.
         required: whether code asks for the conversion, so that a model that cannot be converted is an error.
@@ -72,6 +73,7 @@ class Settings:
     where: Patterns | PatternsByModel = ()
     fuse: bool = False
     ledger: bool = False
+    save_state: bool = False
     transport: Transport | None = None
     source: str = field(default="distnorm", compare=False)
     required: bool = field(default=False, compare=False)
@@ -187,8 +189,8 @@ def from_environment(environment: Mapping[str, str], flags: Mapping[str, object]
     Flags of the run module that started the script of this process come between ``flags`` and ``DISTNORM_*``.
 
     ``DISTNORM_RECIPE``, ``DISTNORM_OPTIONS`` (JSON), ``DISTNORM_WHERE`` (as ``patterns.read``), ``DISTNORM_FUSE``,
-    ``DISTNORM_LEDGER``, ``DISTNORM_TRANSPORT``. If a source names a recipe, the options of later sources are dropped.
-    None if no source sets anything.
+    ``DISTNORM_LEDGER``, ``DISTNORM_SAVE_STATE``, ``DISTNORM_TRANSPORT``. If a source names a recipe, the options of
+    later sources are dropped. None if no source sets anything.
 
     Raises:
         ValueError: as ``Settings.of``; or an unknown variable DISTNORM_*.

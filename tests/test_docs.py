@@ -140,7 +140,7 @@ def test_every_setting_is_listed():
     page = (ROOT / "docs" / "settings.md").read_text()
     words = set(re.findall(r"`([\w-]+)`", page))
     keys = {each.name for each in fields(settings.Settings)} - {"source", "required"}
-    assert {*validation.VARIABLES, *keys, *(f"--{key}" for key in keys)} <= words
+    assert {*validation.VARIABLES, *keys, *(f"--{key.replace('_', '-')}" for key in keys)} <= words
 
 
 FIGURE = re.compile(r"[+−]?\d+\.\d+(?: ± \d+\.\d+| \[[\d., ]+\])?")

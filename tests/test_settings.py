@@ -27,7 +27,10 @@ def carried(**section: object) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("section", "words"),
     [
-        ({"recipes": "mabn"}, ["unknown key 'recipes'", "mean 'recipe'?", "recipe, options, where, fuse, ledger"]),
+        (
+            {"recipes": "mabn"},
+            ["unknown key 'recipes'", "mean 'recipe'?", "recipe, options, where, fuse, ledger, save_state"],
+        ),
         ({"source": "me"}, ["unknown key 'source'"]),
         ({3: 4}, ["unknown key 3"]),
         ("mabn", ["need a mapping", "got 'mabn'"]),
@@ -46,6 +49,8 @@ def carried(**section: object) -> dict[str, str]:
         ({"where": 3}, ["where must be a list of patterns", "got 3"]),
         ({"where": ["a", 3]}, ["where must be a list of patterns", "got ('a', 3)"]),
         ({"ledger": "perhaps"}, ["ledger must be true or false", "got 'perhaps'"]),
+        ({"save_state": "beside"}, ["save_state must be true or false", "got 'beside'"]),
+        ({"save_states": True}, ["unknown key 'save_states'", "mean 'save_state'?"]),
         ({"transport": "smoke"}, ['transport must be "torch" or "mpi"', "got 'smoke'"]),
     ],
 )
@@ -71,7 +76,7 @@ def test_patterns_are_a_list_or_have_commas_between(given: object) -> None:
         {"recipe": "mabn", "options": {"window": 8, "weights": "none"}, "where": ["backbone.*"], "ledger": True},
         {"recipe": "sync_bn", "transport": "mpi"},
         {"recipe": "sync_bn", "transport": "shm"},
-        {"recipe": "sync_bn", "fuse": True, "ledger": True},
+        {"recipe": "sync_bn", "fuse": True, "ledger": True, "save_state": True},
     ],
 )
 def test_a_section_is_what_settings_make_of_it(section: dict[str, Any]) -> None:
@@ -125,6 +130,7 @@ def test_a_recipe_drops_the_options_of_sources_behind_it(
 def test_words_for_yes(word: str) -> None:
     assert from_environment({"DISTNORM_LEDGER": word}) == Settings(ledger=True)
     assert from_environment({"DISTNORM_FUSE": word}) == Settings(fuse=True)
+    assert from_environment({"DISTNORM_SAVE_STATE": word}) == Settings(save_state=True)
 
 
 @pytest.mark.parametrize(

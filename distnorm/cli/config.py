@@ -13,7 +13,7 @@ from distnorm.cli.questions import ask
 from distnorm.settings import Settings
 from distnorm.types import Transport
 
-_KEYS = ("recipe", "options", "where", "fuse", "ledger", "transport")
+_KEYS = ("recipe", "options", "where", "fuse", "ledger", "save_state", "transport")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,6 +44,11 @@ section that is there. Start the job by `distnorm launch`.
     )
     add("--fuse", action=argparse.BooleanOptionalAction, help="norms do the ReLU and addition that follow them")
     add("--ledger", action=argparse.BooleanOptionalAction, help="rank 0 prints the collectives at the end")
+    add(
+        "--save-state",
+        action=argparse.BooleanOptionalAction,
+        help="keep moving statistics beside the script's checkpoints",
+    )
     add("--transport", metavar="NAME", help=f"transport of statistics: {', '.join(get_args(Transport))}")
     add("--remove", action="store_true", help="take the section out")
 

@@ -43,6 +43,9 @@ def ask(file: ConfigFile) -> Settings:
         "norms also compute the additions and ReLUs that follow", "yes" if now.fuse else "no", _yes_or_no
     )
     section["ledger"] = _ask("ledger of collectives when the job ends", "yes" if now.ledger else "no", _yes_or_no)
+    section["save_state"] = _ask(
+        "moving statistics beside the script's own checkpoints", "yes" if now.save_state else "no", _yes_or_no
+    )
     section["transport"] = _ask("transport", now.transport or "torch", lambda text: checked("transport", text))
     return Settings.of(section, file.source)
 

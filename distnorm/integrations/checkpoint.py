@@ -44,7 +44,9 @@ def save(models: Iterable[nn.Module], folder: str | Path) -> None:
     if states:
         rank, world_size = _place()
         Path(folder).mkdir(parents=True, exist_ok=True)
-        _replace(file_of(folder, rank), {"world_size": world_size, "models": states})
+        path = file_of(folder, rank)
+        # A fixed name, so that a killed process leaves at most one file.
+        replace(path, {"world_size": world_size, "models": states}, path.with_name(f"{path.name}.new"))
 
 
 def load(models: Iterable[nn.Module], folder: str | Path) -> None:
@@ -92,7 +94,7 @@ def _read(converted: list[nn.Module], folder: str | Path) -> list[Any] | None:
             for model, each in zip(converted, models, strict=True):
                 check_state_dict(model, each)
         except Exception as error:
-            raise ValueError(f"{path}: {_first_line(error)}") from error
+            raise ValueError(f"{path}: {first_line(error)}") from error
         if candidate != rank or written_by != world_size:
             logger.warning(
                 "distnorm: rank %d of %d resumes from %s, of a job of %d ranks: windows start warm",
@@ -111,7 +113,7 @@ def _parts(state: Any) -> tuple[int, list[Any]]:
 def _exchange(states: list[Any] | None, failure: Exception | None) -> list[dict[str, Any]]:
     """Return the outcome of every rank: the steps of its models' states (None if it has no file), or its failure."""
     steps = None if states is None else [[each["step"] for each in model] for model in states]
-    mine = {"steps": steps, "failure": None if failure is None else _first_line(failure)}
+    mine = {"steps": steps, "failure": None if failure is None else first_line(failure)}
     if not dist.is_initialized():
         return [mine]
     world = dist.group.WORLD
@@ -147,13 +149,17 @@ def _all_found(outcomes: list[dict[str, Any]], folder: str | Path) -> bool:
     return True
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Return the first line of the message of ``error``, or its type if there is none."""
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
-def _replace(path: Path, state: dict[str, Any]) -> None:
-    """Replace the file ``path`` by one that holds ``state``, atomically and durably."""
-    temporary = path.with_name(f"{path.name}.new")  # a fixed name, so that a killed process leaves at most one file
+def replace(path: Path, state: dict[str, Any], temporary: Path) -> None:
+    """Replace the file ``path`` by one that holds ``state``, atomically and durably, through the file ``temporary``.
+
+    Raises:
+        OSError: the file cannot be written; the old one is unchanged.
+    """
     try:
         with temporary.open("wb") as file:
             torch.save(state, file)

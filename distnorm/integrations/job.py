@@ -20,6 +20,7 @@ from distnorm.integrations.copies import computes_as_stock, difference, stock_tw
 from distnorm.integrations.loss_scales import LossScales
 from distnorm.integrations.optimizers import Optimizers, in_use
 from distnorm.integrations.patching import after_init
+from distnorm.integrations.script_checkpoints import ScriptCheckpoints
 from distnorm.layers.conversion import Conversion
 from distnorm.layers.module import DistNorm
 from distnorm.patterns import Unused
@@ -54,12 +55,15 @@ class Job:
         self._ledgers: list[tuple[str, list[Conversion], Ledger]] = []
         self.scales = LossScales()
         self.optimizers = Optimizers()
+        self.checkpoints = ScriptCheckpoints() if settings.save_state else None
 
     def watch(self) -> None:
         """Record optimizers, gradient scalers and conversions from now on, and report when the process ends."""
         after_init(Conversion, self._note_conversion)
         self.scales.watch()
         self.optimizers.watch()
+        if self.checkpoints is not None:
+            self.checkpoints.watch()
         register_optimizer_step_pre_hook(lambda *_: self._before_step())
         atexit.register(self._report)
 
@@ -118,6 +122,8 @@ class Job:
 
     def _before_step(self) -> None:
         self.announce()
+        if self.checkpoints is not None:
+            self.checkpoints.before_step()
         models = [model for reference in self._untried if (model := reference()) is not None]
         self._untried.clear()
         if models and self._is_first():
@@ -153,6 +159,8 @@ class Job:
         self.announce()
         if not (self.failed or self.is_one_of_several):
             self._warn_of_what_was_not_done()
+        if self.checkpoints is not None and not self.failed:
+            self.checkpoints.report()
         for name, conversions, ledger in self._ledgers:
             if ledger.collectives or any(map(in_use, conversions)):
                 self._say(f"ledger of {name}\n{ledger}")

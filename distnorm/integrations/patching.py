@@ -1,9 +1,10 @@
-"""Add callbacks to the constructors of other packages' classes, with their subclasses; signatures do not change."""
+"""Add callbacks to constructors of other packages' classes, and to functions; signatures do not change."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any
 
 
@@ -30,3 +31,17 @@ def after_init(kind: type, callback: Callable[[Any], None]) -> None:
         callback(self)
 
     kind.__init__ = __init__  # type: ignore[misc]
+
+
+def after_call(modules: Sequence[ModuleType], name: str, callback: Callable[..., None]) -> None:
+    """Call ``callback`` with result and arguments after each call of the function ``name``, which ``modules`` have."""
+    original = getattr(modules[0], name)
+
+    @functools.wraps(original)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        callback(result, *args, **kwargs)
+        return result
+
+    for module in modules:
+        setattr(module, name, called)

@@ -68,6 +68,8 @@ class Agreement(NamedTuple):
     topology: Topology
     reducer: Reducer
     agrees: bool
+    resumed: tuple[int | None, ...]
+    """By rank, the step of the state that it resumes; None if it has no state."""
 
 
 def bind_policy(
@@ -77,8 +79,11 @@ def bind_policy(
     layers: Sequence[tuple[str, _BatchNorm]],
     mesh: DeviceMesh | None,
     transport: Transport,
+    resumed: int | None,
 ) -> Agreement:
     """Bind the recipe's policy to ``ranks``. Collective over these, through the job's store, if there is a job.
+
+    ``resumed``: the step of the state that this rank resumes, if any.
 
     Raises:
         RuntimeError: ranks converted differently, do not answer, pass groups that do not match, or are not an MPI job.
@@ -87,11 +92,11 @@ def bind_policy(
     layout = layout_of(layers, recipe.method)
     if world is None:
         topology = Topology(ranks)
-        return Agreement(topology, recipe.policy.bind(topology, layout), agrees=True)
+        return Agreement(topology, recipe.policy.bind(topology, layout), agrees=True, resumed=(resumed,))
     timeout = group_timeout(world)
-    topology = _agree(world, ranks, recipe, layers, layout, mesh, transport, timeout)
+    topology, steps = _agree(world, ranks, recipe, layers, layout, mesh, transport, resumed, timeout)
     reducer = recipe.policy.bind(topology, layout)
-    return Agreement(topology, reducer, _running_statistics_agree(ranks, recipe, reducer, timeout))
+    return Agreement(topology, reducer, _running_statistics_agree(ranks, recipe, reducer, timeout), steps)
 
 
 _models = 0
@@ -106,9 +111,10 @@ def _agree(
     layout: Layout,
     mesh: DeviceMesh | None,
     transport: Transport,
+    resumed: int | None,
     timeout: timedelta,
-) -> Topology:
-    """Compare what ``ranks`` converted, and return their topology."""
+) -> tuple[Topology, tuple[int | None, ...]]:
+    """Compare what ``ranks`` converted, and return their topology and the steps of the states that they resume."""
     place = mpi.place(layout.device) if transport == "mpi" else None
     groups = ranks_of(recipe.policy.facts.groups)
     global _models
@@ -116,7 +122,7 @@ def _agree(
     digest = hashlib.sha256(json.dumps(lines).encode()).hexdigest()
     mine = {
         **{"node": node_id(), "converted": digest, "device": layout.device.type, "mpi": place, "model": _models + 1},
-        "groups": [None if group == ranks else group for group in groups],
+        **{"groups": [None if group == ranks else group for group in groups], "resumed": resumed},
     }
     answers = [json.loads(text) for text in all_gather_text(ranks, json.dumps(mine), timeout)]
     _compare_all({rank: other["converted"] for rank, other in zip(ranks, answers, strict=True)}, lines, timeout)
@@ -128,9 +134,10 @@ def _agree(
     choice.check(transport, ranks, devices, world)
     on_cpu = all(device in ("cpu", "meta") for device in devices)
     _models = max(other["model"] for other in answers)
-    return Topology(
+    topology = Topology(
         ranks, mesh=mesh, nodes=nodes, timeout=timeout, mpi=places, on_cpu=on_cpu, transport=transport, model=_models
     )
+    return topology, tuple(other["resumed"] for other in answers)
 
 
 def _fingerprint(recipe: Recipe, transport: Transport, layers: Sequence[tuple[str, _BatchNorm]]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from threading import get_ident
 from typing import TYPE_CHECKING, Any
 from weakref import ref
 
@@ -35,6 +36,8 @@ class Binding:
         self.alone = agreed.reducer.facts.alone
         self.agrees = agreed.agrees
         """Whether running statistics are equal on all data-parallel ranks without further communication."""
+        self.thread = get_ident()
+        """The thread that trains: others, as those that save in the background, must not wait for its collectives."""
         self.step = self._passes = 0
         self._ending: Slot | None = None
         """Set while a step ends, which an exception from outside, such as Ctrl-C, may interrupt."""

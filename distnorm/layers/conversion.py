@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
@@ -28,7 +28,7 @@ from distnorm.transport import LostGroup, choice, lost, mpi
 from distnorm.transport.rendezvous import group_timeout
 from distnorm.transport.topology import current_world, mesh_ranks
 from distnorm.types import Feeders, GlobalStatistics, Observer, Transport
-from distnorm.validation import refuse_unknown_variables
+from distnorm.validation import refuse_unknown_variables, shown
 
 logger = logging.getLogger("distnorm")
 
@@ -41,6 +41,9 @@ class Conversion:
 
     is_provisional = False
     """Whether the constructor of a layer made it, for a norm inside, until the model around it is converted."""
+
+    find_state: ClassVar[Callable[[Conversion], dict[str, Any] | None] | None] = None
+    """Finds the saved state of layers that are about to train for the first time, if anybody looks for one."""
 
     def __init__(
         self,
@@ -133,6 +136,15 @@ class Conversion:
         """Return the sums in flight that have not updated the running statistics of layer ``name`` yet."""
         return None if self._binding is None or self.resume_pending else self._binding.in_flight().get(name)
 
+    def look_for_state(self) -> None:
+        """Before the layers train for the first time: load what ``find_state`` finds, unless a state was loaded."""
+        find = type(self).find_state
+        if find is not None and self._binding is None and self._resumed is None and not in_transform():
+            with modes_disabled(), torch.no_grad():
+                state = find(self)
+            if state is not None:
+                self.load_state_dict(state)
+
     def bound(self) -> Binding:
         """Return the binding to this process's job, and bind first if there is none.
 
@@ -178,12 +190,17 @@ class Conversion:
         current = self._binding
         if current is not None and current.belongs_to(world) and current.topology.ranks == ranks:
             return
+        self.look_for_state()
+        resumed = None if self._resumed is None else self._resumed["step"]
         # The tensors created here are used after this forward pass, and outside its modes and inference mode.
         with modes_disabled(), torch.no_grad():
             mesh = self.mesh if isinstance(self.mesh, DeviceMesh) else None
-            agreed = agreement.bind_policy(world, ranks, self.recipe, list(self.layers()), mesh, self.transport)
+            layers = list(self.layers())
+            agreed = agreement.bind_policy(world, ranks, self.recipe, layers, mesh, self.transport, resumed)
             running_statistics.take_over((layer for _, layer in self.layers()), agreed.topology.everyone())
         binding = Binding(self, world, agreed)
+        if len(set(agreed.resumed)) > 1:
+            self._drop_state(dict(zip(ranks, agreed.resumed, strict=True)))
         if self._resumed is not None:
             self._resume(binding, self._resumed)
         elif self.facts.keeps_cotangents:
@@ -233,6 +250,18 @@ class Conversion:
                 state["world_size"],
             )
 
+    # docs/decisions.md#ranks-resume-one-step
+    def _drop_state(self, steps: dict[int, int | None]) -> None:
+        """Start cold, since ranks resume different ``steps``. What is known of feeders stays: ranks join that later."""
+        self._resumed, self._live = None, {}
+        ranks_at = {step: [rank for rank in steps if steps[rank] == step] for step in dict.fromkeys(steps.values())}
+        told = (f"ranks {shown(ranks)} {_state_of(step)}" for step, ranks in ranks_at.items())
+        logger.warning(
+            "distnorm: all ranks start without a saved state, since they do not resume from one step: %s. Load the "
+            "state on every rank.",
+            ", ".join(told),
+        )
+
     def _ranks(self, world: dist.ProcessGroup, process_group: dist.ProcessGroup | None) -> tuple[int, ...]:
         if self.process_group is not None:
             return agreement.ranks_of([self.process_group])[0]
@@ -246,3 +275,7 @@ class Conversion:
         if self._connected is None or self._connected[0]() is not world:
             self._connected = ref(world), agreement.ranks_within(groups, group_timeout(world))
         return self._connected[1]
+
+
+def _state_of(step: int | None) -> str:
+    return "have none" if step is None else f"have one of step {step}"

@@ -116,6 +116,11 @@ def release(model: nn.Module) -> None:
 class Watch:
     """Hooks on a model that observe in its first training forward pass where outputs go, then remove themselves."""
 
+    _told: dict[str, Any] | None = None
+    """What a loaded state has said, in place of what a forward pass shows."""
+    _open = False
+    """Whether a forward pass is under way at whose end ranks exchange what they know."""
+
     def __init__(self, model: nn.Module, conversion: Conversion) -> None:
         """Watch ``model``, whose norms belong to ``conversion``."""
         self.conversion = conversion
@@ -130,26 +135,39 @@ class Watch:
         self._after.remove()
 
     def _begins(self, model: nn.Module, *_: Any) -> None:
-        if torch.compiler.is_compiling() or not model.training or self._uses is not None:
+        if torch.compiler.is_compiling() or not model.training or self._open:
             return
         ddp.refuse_unknown(weights.added_parameters(model))
+        self.conversion.look_for_state()
+        self._open = not (in_transform() or any(_is_compiled(module) for module in model.modules()))
         if self.conversion.feeders.known:
-            _apply(model, self.conversion)
-            self.remove()
-        elif not (in_transform() or any(_is_compiled(module) for module in model.modules())):
+            if self._told is None:
+                self._told = _known(self.conversion.feeders)
+                _apply(model, self.conversion)
+            if not self._open:
+                self.remove()
+        elif self._open:
             self._uses = Uses(model, self.conversion)
             self._uses.__enter__()
 
     def _ends(self, model: nn.Module, _: Any, output: Any) -> None:
-        if torch.compiler.is_compiling() or self._uses is None:
+        if torch.compiler.is_compiling() or not self._open:
             return
-        uses, self._uses = self._uses, None
-        uses.__exit__(None, None, None)
+        uses, self._uses, self._open = self._uses, None, False
+        if uses is not None:
+            uses.__exit__(None, None, None)
         if output is None or self.conversion.binding is None:
             return  # the forward pass raised, or no norm was in training mode: observe the next one
-        _join(self.conversion.feeders, self.conversion.binding.gather_text(json.dumps(uses.corrections(output))))
-        _apply(model, self.conversion)
+        # A rank that was told by a state takes part, since others may have none.
+        mine = self._told if uses is None else uses.corrections(output)
+        _join(self.conversion.feeders, self.conversion.binding.gather_text(json.dumps(mine)))
+        if self._told != _known(self.conversion.feeders):
+            _apply(model, self.conversion)
         self.remove()
+
+
+def _known(feeders: Feeders) -> dict[str, Any]:
+    return {"left": sorted(feeders.left), "feeds": feeders.feeds}
 
 
 def _join(feeders: Feeders, texts: list[str]) -> None:

@@ -179,6 +179,11 @@ class Site:
         )
 
 
+def conversions() -> list[Conversion]:
+    """Return the conversions that any layer of this process belongs to."""
+    return list({id(site.conversion): site.conversion for site in list(_sites.values())}.values())
+
+
 def update_layer(
     layer: _BatchNorm, running: Running, site: Site, shared: Sequence[Tensor], completed: Tensor | bool = True
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+import torch
 import torch.distributed as dist
 from torch.amp import GradScaler
 from torch.nn.parallel import DistributedDataParallel
@@ -20,6 +21,10 @@ def clean_hooks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything that is patched comes back; reports at exit are called by the tests."""
     for kind in (DistributedDataParallel, Optimizer, GradScaler, Conversion):
         monkeypatch.setattr(kind, "__init__", kind.__init__)
+    for module in (torch, torch.serialization):
+        monkeypatch.setattr(module, "save", module.save)
+        monkeypatch.setattr(module, "load", module.load)
+    monkeypatch.setattr(Conversion, "find_state", None)
     hooks = torch_optimizer._global_optimizer_pre_hooks
     monkeypatch.setattr(torch_optimizer, "_global_optimizer_pre_hooks", type(hooks)(hooks))
     monkeypatch.setattr(job_module.atexit, "register", lambda _: None)

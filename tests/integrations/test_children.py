@@ -83,9 +83,9 @@ def test_a_run_module_converts_by_itself(tmp_path: Path, monkeypatch: pytest.Mon
     """Its own flags come before those of the one that started the script."""
     for name in [name for name in os.environ if name.startswith("DISTNORM_")]:
         monkeypatch.delenv(name)
-    monkeypatch.setenv("DISTNORM_FLAGS", json.dumps({"recipe": "mabn", "options": {"window": 4}, "ledger": True}))
-    assert from_environment(os.environ) == Settings(recipe="mabn", options={"window": 4}, ledger=True)
-    assert from_environment(os.environ, {"recipe": "local_bn"}) == Settings(recipe="local_bn", ledger=True)
+    monkeypatch.setenv("DISTNORM_FLAGS", json.dumps({"recipe": "mabn", "options": {"window": 4}, "save_state": True}))
+    assert from_environment(os.environ) == Settings(recipe="mabn", options={"window": 4}, save_state=True)
+    assert from_environment(os.environ, {"recipe": "local_bn"}) == Settings(recipe="local_bn", save_state=True)
     script = tmp_path / "train.py"
     script.write_text("import sys\nprint('_distnorm_import_hook' in sys.modules)\n")
     monkeypatch.setenv("PYTHONPATH", f"{STARTUP}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")

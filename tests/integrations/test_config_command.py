@@ -170,7 +170,7 @@ def test_what_is_not_allowed_is_not_written(
             "distnorm_config: {recip: mabn}\n",
             "cfg.yaml, section distnorm_config: unknown key 'recip' (did you mean",
         ),
-        ("distnorm_config: {recip: mabn}\n", "allowed are recipe, options, where, fuse, ledger, transport"),
+        ("distnorm_config: {recip: mabn}\n", "allowed are recipe, options, where, fuse, ledger, save_state, transport"),
         ("distnorm_config:\n", "cfg.yaml, section distnorm_config: need a mapping"),
         ("distnorm_config: {ledger: 3}\n", "cfg.yaml, section distnorm_config: ledger must be true or false; got 3"),
     ],
@@ -241,13 +241,13 @@ def test_without_flags_and_terminal_it_shows_what_stands_there(
 @pytest.mark.parametrize(
     ("answers", "section"),
     [
-        (["", "", "", "", "", ""], {"recipe": "sync_bn"}),
-        (["group_bn", "size=4", "backbone.*, neck.0", "no", "yes", "torch"], SECTION),
+        (["", "", "", "", "", "", ""], {"recipe": "sync_bn"}),
+        (["group_bn", "size=4", "backbone.*, neck.0", "no", "yes", "no", "torch"], SECTION),
         (
-            ["grop_bn", "group_bn", "", "sizes=4", "size=4", "backbone.*,neck.0", "perhaps", "y", "y", "nccl", ""],
-            SECTION | {"fuse": True},
+            ["grop_bn", "group_bn", "", "sizes=4", "size=4", "backbone.*,neck.0", "perhaps", "y", "y", "y", "nccl", ""],
+            SECTION | {"fuse": True, "save_state": True},
         ),
-        (["group_bn(size=4)", "*", "", "no", "mpi"], {"recipe": "group_bn(size=4)", "transport": "mpi"}),
+        (["group_bn(size=4)", "*", "", "no", "", "mpi"], {"recipe": "group_bn(size=4)", "transport": "mpi"}),
     ],
     ids=["defaults", "all", "corrected", "call"],
 )
@@ -264,7 +264,7 @@ def test_questions(
 def test_questions_begin_with_what_stands_there(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(config, *FLAGS)
     written = config.read_text()
-    monkeypatch.setattr(sys, "stdin", Terminal("\n" * 6))
+    monkeypatch.setattr(sys, "stdin", Terminal("\n" * 7))
     assert run(config) == 0
     assert config.read_text() == written
 

@@ -241,7 +241,8 @@ def test_a_misspelt_key_fails_on_every_rank(fast: Ranks) -> None:
         error, path = each["misspelt"]["error"], each["misspelt"]["path"]
         assert error.startswith(f"{path}, section \"distnorm\": unknown key 'recipes'")
         assert (
-            "did you mean 'recipe'" in error and "allowed are recipe, options, where, fuse, ledger, transport" in error
+            "did you mean 'recipe'" in error
+            and "allowed are recipe, options, where, fuse, ledger, save_state, transport" in error
         )
 
 

@@ -98,6 +98,12 @@ def started(monkeypatch: pytest.MonkeyPatch) -> None:
             __file__,
             [],
         ),
+        (
+            ["--save-state", "--recipe=lazy_bn", __file__, "--save-state"],
+            Settings(recipe="lazy_bn", save_state=True),
+            __file__,
+            ["--save-state"],
+        ),
     ],
 )
 def test_what_is_ours_and_what_is_the_scripts(
@@ -299,6 +305,29 @@ def test_steps_are_the_optimizers(tmp_path: Path) -> None:
     assert first["running_var"] == second["running_var"]
     assert first["warnings"] == ["distnorm.run: Linear has no batch norm layer to convert."]
     assert second["warnings"] == []
+
+
+def test_moving_statistics_beside_the_scripts_checkpoint(tmp_path: Path) -> None:
+    """Rank 0 saves; its window is that of all ranks (docs/moving.md), so all of them go on bit for bit."""
+    options = ["--save-state", "--recipe", "mabn", "--options", '{"warmup": 3, "window": 4}']
+    launcher = ["torchrun", "--standalone", "--nproc_per_node", 2, "-m", "distnorm.run", *options]
+
+    modes = ["resumed", "first", "sharded", "sharded_resumed"]
+
+    def seen(mode: str) -> list[dict[str, Any]]:
+        return [json.loads((tmp_path / f"{mode}{rank}.json").read_text()) for rank in (0, 1)]
+
+    first = _job([*launcher, SCRIPTS / "run_checkpoint.py", tmp_path, "straight"])
+    assert first.returncode == 0 and "start without a saved state" not in first.stderr, first.stderr
+    assert [each.name for each in sorted(tmp_path.glob("last*"))] == ["last.pth", "last.pth.distnorm_state.pt"]
+    second = _job([*launcher, SCRIPTS / "run_checkpoint.py", tmp_path, *modes])
+    assert second.returncode == 0, second.stderr
+    assert seen("resumed") == seen("straight")
+    assert seen("sharded_resumed") == seen("sharded")
+    assert second.stderr.count("all ranks start without a saved state") == 2  # in mode first, on both ranks
+    assert "ranks [0] have one of step 7, ranks [1] have none" in second.stderr
+    one, other = seen("first")
+    assert one["values"] == other["values"] and one["losses"] != seen("straight")[0]["losses"]
 
 
 def test_a_script_that_fails_under_torchrun(tmp_path: Path) -> None:
