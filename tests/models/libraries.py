@@ -48,11 +48,15 @@ FEW |= {"box_batch_size_per_image": 8, "box_detections_per_img": 4}
 def mask_rcnn() -> nn.Module:
     """With norms in the heads, as those of maskrcnn_resnet50_fpn_v2, which is large."""
     faster, masks = (import_module(f"torchvision.models.detection.{name}_rcnn") for name in ("faster", "mask"))
-    backbones = import_module("torchvision.models.detection.backbone_utils")
+    resnets, backbones = (
+        import_module("torchvision.models.resnet"),
+        import_module(f"{faster.__package__}.backbone_utils"),
+    )
+    backbone = resnets.ResNet(resnets.BasicBlock, [1, 1, 1, 1])
     batch_norm = {"norm_layer": nn.BatchNorm2d}
     pool = import_module("torchvision.ops").MultiScaleRoIAlign(["0", "1", "2", "3"], 4, 2)
     made: nn.Module = masks.MaskRCNN(
-        backbones._resnet_fpn_extractor(import_module("torchvision.models").resnet18(), 5, **batch_norm),
+        backbones._resnet_fpn_extractor(backbone, 5, **batch_norm),
         box_head=faster.FastRCNNConvFCHead((256, 4, 4), [16], [16], **batch_norm),
         box_predictor=faster.FastRCNNPredictor(16, 4),
         mask_head=masks.MaskRCNNHeads(256, [16], 1, **batch_norm),
@@ -124,7 +128,7 @@ SMP = [
             "xception": "xception",
         }.items()
     ),
-    smp("encoders.timm_sknet", "Unet", encoder_name="timm-skresnet18", encoder_weights=None, batch=2),
+    smp("encoders.timm_sknet", "Unet", encoder_name="timm-skresnet18", encoder_weights=None),
 ]  # fmt: skip
 
 monai = of("monai", "monai.networks.nets")
@@ -176,8 +180,8 @@ MONAI = [
           inter_channels=(16,), inter_dilations=(1,)),
     monai("classifier", "Discriminator", picture(16, 1), in_shape=(1, 16, 16), channels=(4, 8), strides=(2, 2),
           norm="batch", dropout=None),
-    monai("generator", "Generator", values(4), latent_shape=(4,), start_shape=(8, 4, 4), channels=(8, 1), strides=(2, 2),
-          norm="batch"),
+    monai("generator", "Generator", values(4), latent_shape=(4,), start_shape=(8, 4, 4), channels=(8, 1),
+          strides=(2, 2), norm="batch"),
     Case(library="monai", family="dints", model="DiNTS", build=dints, inputs=picture(32, 1)),
     monai("patchgan_discriminator", "MultiScalePatchDiscriminator", picture(64, 1), num_d=2, num_layers_d=2,
           spatial_dims=2, channels=8, in_channels=1, minimum_size_im=64),

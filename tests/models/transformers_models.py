@@ -35,6 +35,18 @@ def model(
     return Case(library="transformers", family=family, model=name, build=build, inputs=inputs, batch=batch, whole=whole)
 
 
+def emu3() -> nn.Module:
+    """The encoder of its pictures alone: what follows makes numbers of words, through which no gradients come."""
+    import transformers
+    from transformers.models.emu3.modeling_emu3 import Emu3VQVAEEncoder
+
+    made: nn.Module = Emu3VQVAEEncoder(transformers.Emu3VQVAEConfig(
+        base_channels=32, channel_multiplier=[1, 1], num_res_blocks=1, attn_resolutions=[], hidden_size=32,
+        temporal_downsample_factor=2,
+    ))  # fmt: skip
+    return made
+
+
 TINY = [
     model("resnet", "ResNetForImageClassification", embedding_size=8, hidden_sizes=[8, 16], depths=[1, 2],
           layer_type="bottleneck"),
@@ -178,4 +190,5 @@ MORE = [
     model("perceiver", "PerceiverForImageClassificationConvProcessing", picture(32, name="inputs"), num_latents=4,
           d_latents=16, num_self_attends_per_block=1, num_self_attention_heads=2, num_cross_attention_heads=1,
           attention_probs_dropout_prob=0.0),
+    Case(library="transformers", family="emu3", model="Emu3VQVAEEncoder", build=emu3, inputs=values(4, 3, 8, 8)),
 ]  # fmt: skip
