@@ -24,10 +24,8 @@ _ENGINE = torch.autograd.graph._engine_run_backward.__code__
 _FUNCTION = BackwardCFunction.apply.__code__
 
 
-def graph_task() -> int:
-    """Return the number of the backward pass that this thread runs, or ``NO_BACKWARD`` outside of one."""
-    task: int = torch._C._current_graph_task_id()
-    return task
+graph_task: Callable[[], int] = torch._C._current_graph_task_id
+"""Returns the number of the backward pass that this thread runs, or ``NO_BACKWARD`` outside of one."""
 
 
 # docs/decisions.md#how-a-recomputation-is-recognized
@@ -38,7 +36,7 @@ def repeating() -> bool:
     saved tensor is unpacked. A forward that a hook of the backward pass runs is a new one. The call stack distinguishes
     them, since the values may be equal. Unpacking is recognized by the function's name, which must contain "unpack".
     """
-    return torch._C._current_graph_task_id() != NO_BACKWARD and any(
+    return graph_task() != NO_BACKWARD and any(
         code is _FUNCTION or "unpack" in code.co_name for code in _called_by_engine()
     )
 

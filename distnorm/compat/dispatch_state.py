@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,12 +22,14 @@ from torch.nn import Parameter
 from torch.nn.modules import module
 from torch.utils._python_dispatch import _disable_current_modes
 
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+_transform_level = torch._C._functorch.maybe_current_level
+
 
 # docs/decisions.md#transforms-see-only-what-is-not-shared
 def in_transform() -> bool:
     """Return whether functorch, forward-mode differentiation or ``torch.jit.trace`` replaces or records tensors."""
-    differentiating = torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
-    return differentiating or torch._C._is_tracing()
+    return _transform_level() is not None or forward_ad._current_level >= 0 or torch._C._is_tracing()
 
 
 def exporting() -> bool:
@@ -57,7 +60,10 @@ def are_plain(*tensors: Tensor | None) -> bool:
     if has_dispatch_mode() or in_transform():
         return False
     for each in tensors:
-        if each is not None and not (type(each) in _OWN and _is_plain(each)):
+        # The memory of a negative view holds negated values. A tensor that a finished transform left is a wrapper.
+        if each is not None and (
+            type(each) not in _OWN or each.layout is not torch.strided or each.is_neg() or _is_wrapped(each)
+        ):
             return False
     return True
 
@@ -74,17 +80,10 @@ def are_own(*values_C: Tensor | None) -> bool:
 _OWN = frozenset((Tensor, Parameter))
 
 
-def _is_plain(tensor: Tensor) -> bool:
-    # The memory of a negative view holds negated values. A tensor that a finished transform left behind is a wrapper.
-    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-    return tensor.layout is torch.strided and not tensor.is_neg() and not wrapped
+_Hooks = tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]
 
-
-def saved_tensors_hooks() -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] | None:
-    """Return the innermost pair of hooks on all saved tensors, as checkpoints and offloading have; None without."""
-    hooks: tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]] | None
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
-    return hooks
+saved_tensors_hooks: Callable[[], _Hooks | None] = partial(torch._C._autograd._top_saved_tensors_default_hooks, False)
+"""Returns the innermost pair of hooks on all saved tensors, as checkpoints and offloading have; None without."""
 
 
 def is_fake(tensor: Tensor) -> bool:

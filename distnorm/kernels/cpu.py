@@ -86,7 +86,7 @@ def combine(
     dy_NCL = like(dy_NCL, x_NCL)
     images = (each.data_ptr() for each in (dy_NCL, x_NCL, dx_NCL))
     pivot, scale, level, slope = (each.data_ptr() for each in (pivot_C, scale_C, level_C, slope_C))
-    family.combine(*images, pivot, scale, None, NO_EPILOGUE, level, slope, *image)
+    family.combine(*images, pivot, scale, None, level, slope, *image)
     return dx_NCL
 
 

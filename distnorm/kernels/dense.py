@@ -18,7 +18,7 @@ from distnorm.kernels.activations import as_numbers
 from distnorm.kernels.arithmetic import FORMULAS, Formula, plain
 from distnorm.kernels.cpu import Loops, loops
 from distnorm.kernels.native import library
-from distnorm.types import Epilogue, Running
+from distnorm.types import RELU, Epilogue, Running
 
 HEAD = 8  # doubles
 
@@ -35,7 +35,7 @@ class DensePass:
     """A ``passes.Pass``: what the kernels keep between the loops of a forward, and for its backward."""
 
     can_update = staticmethod(can_update)
-    __slots__ = "_at", "_c", "_eps", "_formula", "_image", "_input_known", "_memory", "_rows", "_stride"
+    __slots__ = "_at", "_c", "_eps", "_formula", "_image", "_input_known", "_memory", "_rows", "_stores", "_stride"
 
     def __init__(self, formula: Formula, compiled: Loops, eps: float) -> None:
         """Start without computing anything."""
@@ -68,6 +68,8 @@ class DensePass:
         residual_NCL, activation = epilogue
         # Without a residual, what the activation was applied to follows from x.
         self._input_known = activation is not None and residual_NCL is None
+        # Its derivative costs more than to write and read what it gives; a ReLU's mask costs less.
+        self._stores = self._input_known and activation != RELU
         residual_NCL = None if residual_NCL is None else self._laid_out(residual_NCL)
         shared = shared.contiguous()
         self._c.dense_normalize(
@@ -90,14 +92,18 @@ class DensePass:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return cotangents of the shared sums, gradients of weight and bias, and the output gradient for ``combine``.
 
-        With a ReLU the output is given, too. With a residual, the last result is the gradient of the residual.
+        With a ReLU the output is given, too. With a residual, the last result is the gradient of the residual. After
+        other activations it is the gradient before them, memory that ``combine`` reuses.
         """
         x_NCL, dz_NCL = self._laid_out(x_NCL), self._laid_out(dy_NCL)
         weight_C = weight_C if weight_C is None or plain(weight_C) else weight_C.float().contiguous()
         dy, output, masked = dz_NCL.data_ptr(), None, None
         if y_NCL is not None and not self._input_known:
-            y_NCL, dy_NCL, dz_NCL = self._laid_out(y_NCL), dz_NCL, torch.empty_like(x_NCL)
-            output, masked = y_NCL.data_ptr(), dz_NCL.data_ptr()
+            y_NCL = self._laid_out(y_NCL)
+            output = y_NCL.data_ptr()
+        if output is not None or self._stores:
+            dy_NCL, dz_NCL = dz_NCL, torch.empty_like(x_NCL)
+            masked = dz_NCL.data_ptr()
         channels = self._image[1]
         cotangents = self._memory.new_empty(self._formula.kinds * channels)
         weight_grad_C, bias_grad_C = x_NCL.new_empty(channels), x_NCL.new_empty(channels)
@@ -117,7 +123,7 @@ class DensePass:
     def combine(self, dz_NCL: Tensor, x_NCL: Tensor, cotangents: Tensor) -> Tensor:
         """Return the gradient of the input, from shared cotangents and the last result of ``pull``."""
         x_NCL, dz_NCL, cotangents = self._laid_out(x_NCL), self._laid_out(dz_NCL), cotangents.contiguous()
-        dx_NCL = torch.empty_like(x_NCL)
+        dx_NCL = dz_NCL if self._stores else torch.empty_like(x_NCL)
         addresses = dz_NCL.data_ptr(), x_NCL.data_ptr(), dx_NCL.data_ptr(), cotangents.data_ptr()
         self._c.dense_combine(self._at, *addresses)
         return dx_NCL

@@ -40,7 +40,7 @@ _RATE = [_DOUBLE, _INT]  # momentum, guarded
 _LOOPS: dict[str, list[Any]] = {
     "sums": [*[_POINTER] * 7, _Epilogue, _POINTER, *_IMAGE],
     "apply": [*[_POINTER] * 6, _Epilogue, *_IMAGE],
-    "combine": [*[_POINTER] * 6, _Epilogue, _POINTER, _POINTER, *_IMAGE],
+    "combine": [*[_POINTER] * 8, *_IMAGE],
 }
 _DENSE: dict[str, list[Any]] = {
     "sums": [_POINTER, _INT, _INT, _DOUBLE, _POINTER, *_IMAGE],

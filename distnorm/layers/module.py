@@ -143,7 +143,7 @@ class DistNorm(Scriptable):
             return Line(site, None, NOW, opaque=True, values=values)
         binding = site.conversion.bound()
         alone = binding.alone and (input.is_cpu or input.is_cuda)
-        if alone:
+        if alone and not (plain and values > 1):
             checks.check_alone(site, input)
         if alone or plain:
             binding.forward_begins(site.name)

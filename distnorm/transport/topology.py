@@ -20,7 +20,8 @@ from distnorm.transport.rendezvous import all_gather_text, group_timeout
 from distnorm.transport.schedule import schedule_of
 from distnorm.types import Transport
 
-if dist.is_available():
+_AVAILABLE = dist.is_available()
+if _AVAILABLE:
     # On import, its functions use the job's group as default value of an argument, which keeps the group alive after it
     # is destroyed. torch 2.13 imports it at the first meta tensor. Imported before a job exists, they hold none.
     import torch.distributed.nn.functional  # noqa: F401
@@ -36,7 +37,7 @@ _groups: WeakKeyDictionary[dist.ProcessGroup, dict[tuple[tuple[int, ...], bool, 
 
 def current_world() -> dist.ProcessGroup | None:
     """Return the job's process group, or None for a single process without a job."""
-    return dist.group.WORLD if dist.is_available() else None
+    return dist.group.WORLD if _AVAILABLE else None
 
 
 def node_id() -> str:

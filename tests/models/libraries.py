@@ -41,8 +41,8 @@ detection = of("torchvision", "torchvision.models.detection")
 video = of("torchvision", "torchvision.models.video")
 PLAIN: dict[str, Any] = {"weights": None, "weights_backbone": None}
 SAMPLES: dict[str, Any] = PLAIN | {"num_classes": 4, "whole": "its losses weigh what they find in the whole batch"}
-FEW = {f"rpn_{when}_nms_top_n_{mode}": 32 for when in ("pre", "post") for mode in ("train", "test")}
-FEW |= {"box_batch_size_per_image": 8, "box_detections_per_img": 4}
+FEW = {f"rpn_{when}_nms_top_n_{mode}": many for when, many in (("pre", 64), ("post", 32)) for mode in ("train", "test")}
+FEW["box_batch_size_per_image"] = 16
 
 
 def mask_rcnn() -> nn.Module:
@@ -58,10 +58,12 @@ def mask_rcnn() -> nn.Module:
     made: nn.Module = masks.MaskRCNN(
         backbones._resnet_fpn_extractor(backbone, 5, **batch_norm),
         box_head=faster.FastRCNNConvFCHead((256, 4, 4), [16], [16], **batch_norm),
+        box_roi_pool=pool,
         box_predictor=faster.FastRCNNPredictor(16, 4),
         mask_head=masks.MaskRCNNHeads(256, [16], 1, **batch_norm),
+        mask_roi_pool=pool,
         mask_predictor=masks.MaskRCNNPredictor(16, 16, 4),
-        **{"min_size": 64, "max_size": 64, "box_roi_pool": pool, "mask_roi_pool": pool, **FEW},
+        **FEW | {"box_batch_size_per_image": 8, "box_detections_per_img": 4, "min_size": 64, "max_size": 64},
     )
     return made
 

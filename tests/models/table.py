@@ -27,7 +27,7 @@ from tests.models.zoo import LIBRARIES, PACKAGES, cases
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "docs" / "zoo.jsonl"
 PAGE = RESULTS.with_suffix(".md")
-EXPLAINED = ("two ranks: not run", "left alone", "the stock model", "rounding")
+EXPLAINED = ("two ranks: not run", "one step", "left alone", "the stock model", "rounding")
 """How reasons begin that are no faults."""
 
 Record = dict[str, Any]

@@ -32,7 +32,7 @@ TIMM = [
     model("byobnet, mobileone", "mobileone_s1"),
     model("byobnet, repvgg", "repvgg_a0"),
     model("byobnet, resnext", "gcresnext26ts"),
-    model("convmixer", "convmixer_768_32", 128, batch=2),
+    model("convmixer", "convmixer_768_32", 64, batch=2),
     model("cpubone", "cpubone_nano"),
     model("cspnet", "cs3darknet_focus_s"),
     model("cspnext", "cspnext_tiny"),

@@ -75,7 +75,7 @@ void dense_normalize(head_t *head, const float *x, const float *residual, float 
 }
 
 /* Cotangents of what was shared, and the parameters' gradients. With an activation its input is recomputed from x, or
-   its sign read from y, which gives dz, too. */
+   its sign read from y. dz, the gradient before it, is given unless a ReLU without a residual will mask dy again. */
 void dense_pull(head_t *head, const float *dy, const float *x, const float *y, float *dz, const float *weight,
                 double *cotangents, float *weight_grad, float *bias_grad)
 {
@@ -86,12 +86,12 @@ void dense_pull(head_t *head, const float *dy, const float *x, const float *y, f
     FORMULAS[h.formula].pull(m.cosums, m.means, m.factor, m.pivot, weight, h.C, cotangents, weight_grad, bias_grad);
 }
 
-/* The gradient of the input, from shared cotangents. */
+/* The gradient of the input, from shared cotangents; it may take the place of dz. */
 void dense_combine(head_t *head, const float *dz, const float *x, float *dx, const double *cotangents)
 {
     head_t h = *head;
     memory_t m = laid_out(head);
     FORMULAS[h.formula].link(cotangents, m.means, &h.count, m.pivot, h.eps, h.C, m.level, m.slope);
-    const float *shift = h.epilogue.activation ? m.shift : NULL;
-    LOOPS[h.rows].combine(dz, x, dx, m.pivot, m.scale, shift, h.epilogue, m.level, m.slope, h.N, h.C, h.L, h.threads);
+    const float *shift = h.epilogue.activation == RELU ? m.shift : NULL;
+    LOOPS[h.rows].combine(dz, x, dx, m.pivot, m.scale, shift, m.level, m.slope, h.N, h.C, h.L, h.threads);
 }

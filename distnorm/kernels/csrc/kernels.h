@@ -17,8 +17,8 @@ typedef void sums_t(const float *dy, const float *x, const float *y, float *dz, 
 typedef void apply_t(const float *x, const float *residual, float *y, const float *pivot, const float *scale,
                      const float *shift, epilogue_t epilogue, index_t N, index_t C, index_t L, int threads);
 typedef void combine_t(const float *dy, const float *x, float *dx, const float *pivot, const float *scale,
-                       const float *shift, epilogue_t epilogue, const float *level, const float *slope, index_t N,
-                       index_t C, index_t L, int threads);
+                       const float *shift, const float *level, const float *slope, index_t N, index_t C, index_t L,
+                       int threads);
 sums_t plane_sums, row_sums;
 apply_t plane_apply, row_apply;
 combine_t plane_combine, row_combine;

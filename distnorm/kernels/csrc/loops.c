@@ -4,8 +4,8 @@
    Sums are float64. Within a block that fits the first-level cache they are float32, about the block's own mean.
    cosums are float32 within a block of the same size.
    A norm may have an epilogue, relu(norm(x) + residual): then apply has it, too, and sums and combine see the gradient before
-   it, which is dy where the output was positive, or NaN. Another activation is applied to blocks of outputs before it, which
-   sums and combine compute again. */
+   it, which is dy where the output was positive, or NaN. Another activation is applied to blocks of outputs before it. Sums
+   compute these again, and store the gradient before the activation, which combine replaces by the input's. */
 
 #include "activations.h"
 #include "kernels.h"
@@ -117,7 +117,7 @@ static index_t rows_of(index_t length) { return length < BLOCK ? BLOCK / length 
 
 /* A layer's backward pass: the gradient, its epilogue, and what the norm did to a channel.
    Epilogues: none, if scale and y are NULL; an activation, if scale and shift are given; relu with a residual, if the output y
-   is, and dz for the gradient before it. */
+   is. dz is for the gradient before the epilogue, if that costs more than to mask by a relu without a residual. */
 typedef struct {
     const float *dy, *y;
     float *dz;
@@ -128,7 +128,8 @@ typedef struct {
 static gradient_t moved(gradient_t g, index_t values, index_t channels)
 {
     g.dy += values, g.pivot += channels;
-    if (g.y) g.y += values, g.dz += values;
+    if (g.y) g.y += values;
+    if (g.dz) g.dz += values;
     if (g.scale) g.scale += channels, g.shift += channels;
     return g;
 }
@@ -137,7 +138,7 @@ static gradient_t moved(gradient_t g, index_t values, index_t channels)
    docs/decisions.md#the-mask-of-a-relu-is-recomputed */
 static const float *masked_plane(gradient_t g, const float *x, block_t block, float *own, index_t *step)
 {
-    *step = g.y ? block.stride : block.length;
+    *step = g.dz ? block.stride : block.length;
     for (index_t n = 0; n < block.samples; n++) {
         index_t at = n * block.stride;
         if (g.y)
@@ -146,12 +147,12 @@ static const float *masked_plane(gradient_t g, const float *x, block_t block, fl
             for (index_t i = 0; i < block.length; i++)
                 own[n * block.length + i] = normed(x[at + i], *g.pivot, *g.scale, *g.shift) <= 0 ? 0 : g.dy[at + i];
         else {
-            float *z = own + n * block.length;
+            float *z = g.dz + at;
             for (index_t i = 0; i < block.length; i++) z[i] = normed(x[at + i], *g.pivot, *g.scale, *g.shift);
             ACTIVATIONS[g.epilogue.activation].gradients(z, g.dy + at, block.length, g.epilogue.parameter);
         }
     }
-    return g.y ? g.dz : own;
+    return g.dz ? g.dz : own;
 }
 
 static void plane_moments(const float *x, block_t block, double *one, double *two)
@@ -211,32 +212,18 @@ void plane_apply(const float *x, const float *residual, float *y, const float *p
     }
 }
 
-/* dx = dz * scale + level + (x - pivot) * slope; with a shift, dz is dy before the activation, else dy */
+/* dx = dz * scale + level + (x - pivot) * slope; with a shift, dz is dy before a relu, else dy, of which dx may take the place */
 void plane_combine(const float *dy, const float *x, float *dx, const float *pivot, const float *scale,
-                   const float *shift, epilogue_t epilogue, const float *level, const float *slope, index_t N,
-                   index_t C, index_t L, int threads)
+                   const float *shift, const float *level, const float *slope, index_t N, index_t C, index_t L,
+                   int threads)
 {
-    gradients_t *gradients = shift ? ACTIVATIONS[epilogue.activation].gradients : NULL;
-    index_t step = rows_of(L);
     PARALLEL
-    for (index_t first = 0; first < N * C; first += step) {
-        index_t end = MIN(first + step, N * C);
-        for (index_t row = first; gradients && row < end; row++) {
-            float centre = pivot[row % C], factor = scale[row % C], term = shift[row % C];
-            for (index_t i = row * L; i < (row + 1) * L; i++) dx[i] = normed(x[i], centre, factor, term);
-        }
-        if (gradients) gradients(dx + first * L, dy + first * L, (end - first) * L, epilogue.parameter);
-        for (index_t row = first; row < end; row++) {
-            float centre = pivot[row % C], factor = scale[row % C], term = level[row % C], tilt = slope[row % C];
-            float bound = shift ? shift[row % C] : 0;
-            if (gradients)
-                for (index_t i = row * L; i < (row + 1) * L; i++)
-                    dx[i] = dx[i] * factor + ((x[i] - centre) * tilt + term);
-            else
-                for (index_t i = row * L; i < (row + 1) * L; i++) {
-                    float dz = shift && normed(x[i], centre, factor, bound) <= 0 ? 0 : dy[i];
-                    dx[i] = dz * factor + ((x[i] - centre) * tilt + term);
-                }
+    for (index_t row = 0; row < N * C; row++) {
+        float centre = pivot[row % C], factor = scale[row % C], term = level[row % C], tilt = slope[row % C];
+        float bound = shift ? shift[row % C] : 0;
+        for (index_t i = row * L; i < (row + 1) * L; i++) {
+            float dz = shift && normed(x[i], centre, factor, bound) <= 0 ? 0 : dy[i];
+            dx[i] = dz * factor + ((x[i] - centre) * tilt + term);
         }
     }
 }
@@ -246,7 +233,7 @@ static const float *masked_rows(gradient_t g, const float *x, index_t rows, inde
                                 index_t *step)
 {
     gradients_t *gradients = ACTIVATIONS[g.epilogue.activation].gradients;
-    *step = g.y ? C : width;
+    *step = g.dz ? C : width;
     for (index_t r = 0; r < rows; r++) {
         index_t at = r * C;
         if (g.y)
@@ -255,13 +242,13 @@ static const float *masked_rows(gradient_t g, const float *x, index_t rows, inde
             for (index_t j = 0; j < width; j++)
                 own[r * width + j] = normed(x[at + j], g.pivot[j], g.scale[j], g.shift[j]) <= 0 ? 0 : g.dy[at + j];
         else {
-            float *z = own + r * width;
+            float *z = g.dz + at;
             for (index_t j = 0; j < width; j++) z[j] = normed(x[at + j], g.pivot[j], g.scale[j], g.shift[j]);
             if (width < C) gradients(z, g.dy + at, width, g.epilogue.parameter);
         }
     }
-    if (gradients && width == C) gradients(own, g.dy, rows * C, g.epilogue.parameter); /* without gaps, in one call */
-    return g.y ? g.dz : own;
+    if (gradients && width == C) gradients(g.dz, g.dy, rows * C, g.epilogue.parameter); /* without gaps, in one call */
+    return g.dz ? g.dz : own;
 }
 
 static inline __attribute__((always_inline)) void row_block(const float *dz, index_t step, const float *x,
@@ -341,25 +328,13 @@ void row_apply(const float *x, const float *residual, float *y, const float *piv
 
 /* As plane_combine. */
 void row_combine(const float *dy, const float *x, float *dx, const float *pivot, const float *scale,
-                 const float *shift, epilogue_t epilogue, const float *level, const float *slope, index_t N,
-                 index_t C, index_t L, int threads)
+                 const float *shift, const float *level, const float *slope, index_t N, index_t C, index_t L,
+                 int threads)
 {
-    gradients_t *gradients = shift ? ACTIVATIONS[epilogue.activation].gradients : NULL;
-    index_t step = rows_of(C);
     PARALLEL
-    for (index_t first = 0; first < N * L; first += step) {
-        index_t end = MIN(first + step, N * L);
-        for (index_t r = first; gradients && r < end; r++)
-            for (index_t c = 0, i = r * C; c < C; c++, i++) dx[i] = normed(x[i], pivot[c], scale[c], shift[c]);
-        if (gradients) gradients(dx + first * C, dy + first * C, (end - first) * C, epilogue.parameter);
-        for (index_t r = first; r < end; r++)
-            if (gradients)
-                for (index_t c = 0, i = r * C; c < C; c++, i++)
-                    dx[i] = dx[i] * scale[c] + ((x[i] - pivot[c]) * slope[c] + level[c]);
-            else
-                for (index_t c = 0, i = r * C; c < C; c++, i++) {
-                    float dz = shift && normed(x[i], pivot[c], scale[c], shift[c]) <= 0 ? 0 : dy[i];
-                    dx[i] = dz * scale[c] + ((x[i] - pivot[c]) * slope[c] + level[c]);
-                }
-    }
+    for (index_t r = 0; r < N * L; r++)
+        for (index_t c = 0, i = r * C; c < C; c++, i++) {
+            float dz = shift && normed(x[i], pivot[c], scale[c], shift[c]) <= 0 ? 0 : dy[i];
+            dx[i] = dz * scale[c] + ((x[i] - pivot[c]) * slope[c] + level[c]);
+        }
 }
