@@ -47,16 +47,13 @@ FEW["box_batch_size_per_image"] = 16
 
 def mask_rcnn() -> nn.Module:
     """With norms in the heads, as those of maskrcnn_resnet50_fpn_v2, which is large."""
-    faster, masks = (import_module(f"torchvision.models.detection.{name}_rcnn") for name in ("faster", "mask"))
-    resnets, backbones = (
-        import_module("torchvision.models.resnet"),
-        import_module(f"{faster.__package__}.backbone_utils"),
-    )
-    backbone = resnets.ResNet(resnets.BasicBlock, [1, 1, 1, 1])
+    models, parts = import_module("torchvision.models"), import_module("torchvision.models.detection")
+    faster, masks = parts.faster_rcnn, parts.mask_rcnn
+    backbone = models.ResNet(models.resnet.BasicBlock, [1, 1, 1, 1])
     batch_norm = {"norm_layer": nn.BatchNorm2d}
     pool = import_module("torchvision.ops").MultiScaleRoIAlign(["0", "1", "2", "3"], 4, 2)
     made: nn.Module = masks.MaskRCNN(
-        backbones._resnet_fpn_extractor(backbone, 5, **batch_norm),
+        parts.backbone_utils._resnet_fpn_extractor(backbone, 5, **batch_norm),
         box_head=faster.FastRCNNConvFCHead((256, 4, 4), [16], [16], **batch_norm),
         box_roi_pool=pool,
         box_predictor=faster.FastRCNNPredictor(16, 4),
@@ -126,11 +123,11 @@ SMP = [
             "mobileone": "mobileone_s0",
             "senet": "se_resnet50",
             "timm_efficientnet": "timm-efficientnet-b0",
+            "timm_sknet": "timm-skresnet18",
             "timm_universal": "tu-resnet18",
             "xception": "xception",
         }.items()
     ),
-    smp("encoders.timm_sknet", "Unet", encoder_name="timm-skresnet18", encoder_weights=None),
 ]  # fmt: skip
 
 monai = of("monai", "monai.networks.nets")
