@@ -48,7 +48,7 @@ def boxes(side: int) -> Inputs:
 
     def draw(batch: int) -> Given:
         found = torch.tensor([[0.1, 0.1, 0.6, 0.5], [0.4, 0.3, 0.9, 0.8]]) * side
-        target = {"boxes": found, "labels": torch.tensor([1, 2])}
+        target = {"boxes": found, "labels": torch.tensor([1, 2]), "masks": torch.ones(2, side, side).byte()}
         return {"0": list(torch.rand(batch, 3, side, side)), "1": [target] * batch}
 
     return draw

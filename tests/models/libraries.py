@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from importlib import import_module
 from typing import Any
@@ -22,7 +23,7 @@ def of(library: str, package: str) -> Callable[..., Case]:
         whole: str = "", **options: Any,
     ) -> Case:  # fmt: skip
         def build() -> nn.Module:
-            made: nn.Module = getattr(import_module(package), name)(*arguments, **options)
+            made: nn.Module = getattr(import_module(package), name)(*arguments, **copy.deepcopy(options))
             return made
 
         fits = inputs is None and side == SIDE
@@ -40,6 +41,29 @@ detection = of("torchvision", "torchvision.models.detection")
 video = of("torchvision", "torchvision.models.video")
 PLAIN: dict[str, Any] = {"weights": None, "weights_backbone": None}
 SAMPLES: dict[str, Any] = PLAIN | {"num_classes": 4, "whole": "its losses weigh what they find in the whole batch"}
+FEW = {f"rpn_{when}_nms_top_n_{mode}": many for when, many in (("pre", 64), ("post", 32)) for mode in ("train", "test")}
+FEW["box_batch_size_per_image"] = 16
+
+
+def mask_rcnn() -> nn.Module:
+    """With norms in the heads, as those of maskrcnn_resnet50_fpn_v2, which is large."""
+    models, parts = import_module("torchvision.models"), import_module("torchvision.models.detection")
+    faster, masks = parts.faster_rcnn, parts.mask_rcnn
+    backbone = models.ResNet(models.resnet.BasicBlock, [1, 1, 1, 1])
+    batch_norm = {"norm_layer": nn.BatchNorm2d}
+    pool = import_module("torchvision.ops").MultiScaleRoIAlign(["0", "1", "2", "3"], 4, 2)
+    made: nn.Module = masks.MaskRCNN(
+        parts.backbone_utils._resnet_fpn_extractor(backbone, 5, **batch_norm),
+        box_head=faster.FastRCNNConvFCHead((256, 4, 4), [16], [16], **batch_norm),
+        box_roi_pool=pool,
+        box_predictor=faster.FastRCNNPredictor(16, 4),
+        mask_head=masks.MaskRCNNHeads(256, [16], 1, **batch_norm),
+        mask_roi_pool=pool,
+        mask_predictor=masks.MaskRCNNPredictor(16, 16, 4),
+        **FEW | {"box_batch_size_per_image": 8, "box_detections_per_img": 4, "min_size": 64, "max_size": 64},
+    )
+    return made
+
 
 TORCHVISION = [
     of("torchvision", "torchvision.models.vgg")(
@@ -65,8 +89,9 @@ TORCHVISION = [
               **SAMPLES),
     detection("detection.fcos", "fcos_resnet50_fpn", boxes(128), batch=2, min_size=128, max_size=128, **SAMPLES),
     detection("detection.faster_rcnn", "fasterrcnn_mobilenet_v3_large_fpn", boxes(128), batch=2, min_size=128,
-              max_size=128, rpn_pre_nms_top_n_train=64, rpn_post_nms_top_n_train=32, rpn_pre_nms_top_n_test=64,
-              rpn_post_nms_top_n_test=32, box_batch_size_per_image=16, **SAMPLES),
+              max_size=128, **FEW, **SAMPLES),
+    Case(library="torchvision", family="detection.mask_rcnn", model="MaskRCNN", build=mask_rcnn, inputs=boxes(64),
+         batch=2, whole=SAMPLES["whole"]),
 ]  # fmt: skip
 
 smp = of("segmentation_models_pytorch", "segmentation_models_pytorch")
@@ -84,6 +109,8 @@ SMP = [
     smp("deeplabv3plus", "DeepLabV3Plus", **ENCODER),
     smp("upernet", "UPerNet", **ENCODER),
     smp("segformer", "Segformer", **ENCODER),
+    smp("dpt", "DPT", encoder_name="tu-vit_tiny_patch16_224", encoder_weights=None, decoder_fusion_channels=16,
+        decoder_intermediate_channels=(8, 8, 8, 8), img_size=SIDE),
     *(
         smp(f"encoders.{family}", "Unet", encoder_name=name, encoder_weights=None)
         for family, name in {
@@ -96,15 +123,25 @@ SMP = [
             "mobileone": "mobileone_s0",
             "senet": "se_resnet50",
             "timm_efficientnet": "timm-efficientnet-b0",
+            "timm_sknet": "timm-skresnet18",
             "timm_universal": "tu-resnet18",
             "xception": "xception",
         }.items()
     ),
-]
+]  # fmt: skip
 
 monai = of("monai", "monai.networks.nets")
 VOLUME = picture(32, 1, dims=3)
 FLAT: dict[str, Any] = {"spatial_dims": 2, "in_channels": 1, "out_channels": 2}
+
+
+def dints() -> nn.Module:
+    """All paths of a small search space."""
+    nets = import_module("monai.networks.nets")
+    space = nets.TopologyInstance(channel_mul=0.125, num_blocks=1, num_depths=2, spatial_dims=2, norm_name="batch")
+    made: nn.Module = nets.DiNTS(space, 1, 2, norm_name="batch", spatial_dims=2)
+    return made
+
 
 MONAI = [
     monai("unet", "UNet", picture(32, 1), **FLAT, channels=(8, 16, 32), strides=(2, 2), num_res_units=2, norm="batch"),
@@ -137,6 +174,20 @@ MONAI = [
           extract_levels=(0, 1, 2), out_activation=None, out_kernel_initializer="zeros", out_channels=2),
     monai("regunet", "RegUNet", picture(32, 2), spatial_dims=2, in_channels=2, num_channel_initial=8, depth=2,
           out_kernel_initializer="zeros"),
+    monai("ahnet", "AHNet", picture(64, 1), batch=2, layers=(1, 1, 1, 1), **FLAT, psp_block_num=1),
+    monai("autoencoder", "AutoEncoder", picture(32, 1), **FLAT, channels=(8, 16), strides=(2, 2), norm="batch",
+          inter_channels=(16,), inter_dilations=(1,)),
+    monai("classifier", "Discriminator", picture(16, 1), in_shape=(1, 16, 16), channels=(4, 8), strides=(2, 2),
+          norm="batch", dropout=None),
+    monai("generator", "Generator", values(4), latent_shape=(4,), start_shape=(8, 4, 4), channels=(8, 1),
+          strides=(2, 2), norm="batch"),
+    Case(library="monai", family="dints", model="DiNTS", build=dints, inputs=picture(32, 1)),
+    monai("patchgan_discriminator", "MultiScalePatchDiscriminator", picture(64, 1), num_d=2, num_layers_d=2,
+          spatial_dims=2, channels=8, in_channels=1, minimum_size_im=64),
+    monai("spade_network", "SPADENet", picture(32, 2), spatial_dims=2, in_channels=1, out_channels=1, label_nc=2,
+          input_shape=(32, 32), channels=[8, 8], is_vae=False, spade_intermediate_channels=8, norm="batch"),
+    monai("voxelmorph", "VoxelMorphUNet", picture(32, 2), spatial_dims=2, in_channels=2, unet_out_channels=2,
+          channels=(8, 8, 8, 8), final_conv_channels=(8,), norm="batch"),
     monai("milmodel", "MILModel", values(2, 3, 32, 32), num_classes=2, pretrained=False, mil_mode="mean"),
 ]  # fmt: skip
 
@@ -148,6 +199,10 @@ def yolo(name: str, kind: str = "DetectionModel", side: int = SIDE, batch: int =
     return tasks(name, kind, None, f"{name}.yaml", side=side, batch=batch, verbose=False)
 
 
+CLASSES: dict[str, Any] = {
+    "nc": 10, "backbone": [[-1, 1, "TorchVision", [512, "resnet18", None, True, 2]]],
+    "head": [[-1, 1, "Classify", ["nc"]]],
+}  # fmt: skip
 ULTRALYTICS = [
     yolo("yolov3-tiny"),
     yolo("yolov5n"),
@@ -163,4 +218,14 @@ ULTRALYTICS = [
     yolo("yolo11n"),
     yolo("yolo12n"),
     yolo("yolo26n"),
+    yolo("yolo26n-seg", "SegmentationModel"),
+    yolo("yolo26n-pose", "PoseModel"),
+    yolo("yolo26n-obb", "OBBModel"),
+    yolo("yolo26n-sem", "SemanticSegmentationModel"),
+    yolo("yolo26n-depth", "DepthModel"),
+    yolo("yolov8n-world", "WorldModel"),
+    yolo("yolov8n-worldv2", "WorldModel"),
+    yolo("yoloe-11n", "YOLOEModel"),
+    yolo("yoloe-26n-seg", "YOLOESegModel"),
+    tasks("cls-resnet", "ClassificationModel", None, CLASSES, verbose=False),
 ]

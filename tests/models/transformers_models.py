@@ -17,7 +17,10 @@ RESNET = {
 }  # fmt: skip
 
 
-def model(family: str, name: str, inputs: Inputs = PIXELS, *, batch: int = 4, whole: str = "", **options: Any) -> Case:
+def model(
+    family: str, name: str, inputs: Inputs = PIXELS, *, batch: int = 4, whole: str = "", frozen: str = "",
+    **options: Any,
+) -> Case:  # fmt: skip
     """A model by the names of its module and class, and what its configuration is given."""
 
     def build() -> nn.Module:
@@ -25,9 +28,23 @@ def model(family: str, name: str, inputs: Inputs = PIXELS, *, batch: int = 4, wh
 
         cls = getattr(transformers, name)
         made: nn.Module = cls(cls.config_class(**options))
+        if frozen:
+            made.get_submodule(frozen).requires_grad_(False)
         return made
 
     return Case(library="transformers", family=family, model=name, build=build, inputs=inputs, batch=batch, whole=whole)
+
+
+def emu3() -> nn.Module:
+    """The encoder of its pictures alone: what follows makes numbers of words, through which no gradients come."""
+    import transformers
+    from transformers.models.emu3.modeling_emu3 import Emu3VQVAEEncoder
+
+    made: nn.Module = Emu3VQVAEEncoder(transformers.Emu3VQVAEConfig(
+        base_channels=32, channel_multiplier=[1, 1], num_res_blocks=1, attn_resolutions=[], hidden_size=32,
+        temporal_downsample_factor=2,
+    ))  # fmt: skip
+    return made
 
 
 TINY = [
@@ -151,4 +168,27 @@ MORE = [
           num_feat_extract_layers=2, num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2,
           conv_pos_batch_norm=True, hidden_dropout=0.0, activation_dropout=0.0, attention_dropout=0.0,
           feat_proj_layer_norm=True, layerdrop=0.0, apply_spec_augment=False),
+    model("granite_speech", "GraniteSpeechCTCEncoder", values(20, 8), input_dim=8, num_layers=2, hidden_dim=16,
+          feedforward_mult=2, num_heads=2, output_dim=6, context_size=8, max_pos_emb=16, dropout=0.0,
+          conv_kernel_size=3),
+    model("granite_speech5", "GraniteSpeech5Encoder", values(20, 32, name="input_features"), vocab_size=6,
+          hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, num_mel_bins=8,
+          context_size=8, max_position_embeddings=16, conv_kernel_size=3),
+    model("lasr", "LasrEncoder", values(40, 8, name="input_features"), hidden_size=16, num_hidden_layers=2,
+          num_attention_heads=2, intermediate_size=16, conv_kernel_size=4, subsampling_conv_channels=8,
+          num_mel_bins=8, dropout=0.0, layerdrop=0.0, activation_dropout=0.0, attention_dropout=0.0),
+    model("parakeet", "ParakeetEncoder", values(40, 16, name="input_features"), hidden_size=16, num_hidden_layers=2,
+          num_attention_heads=2, intermediate_size=16, conv_kernel_size=3, subsampling_conv_channels=8,
+          num_mel_bins=16, dropout=0.0, layerdrop=0.0, activation_dropout=0.0, attention_dropout=0.0),
+    model("speecht5", "SpeechT5ForTextToSpeech", together(words(), values(8, 8, name="decoder_input_values")),
+          vocab_size=32, hidden_size=16, encoder_layers=1, encoder_attention_heads=2, encoder_ffn_dim=16,
+          decoder_layers=1, decoder_ffn_dim=16, decoder_attention_heads=2, encoder_layerdrop=0.0,
+          decoder_layerdrop=0.0, positional_dropout=0.0, hidden_dropout=0.0, attention_dropout=0.0,
+          activation_dropout=0.0, num_mel_bins=8, speech_decoder_prenet_units=8, speech_decoder_prenet_dropout=0.0,
+          speech_decoder_postnet_layers=3, speech_decoder_postnet_units=8, speech_decoder_postnet_dropout=0.0,
+          reduction_factor=2, max_speech_positions=32, max_text_positions=32, encoder_max_relative_position=8),
+    model("perceiver", "PerceiverForImageClassificationConvProcessing", picture(32, name="inputs"), num_latents=4,
+          d_latents=16, num_self_attends_per_block=1, num_self_attention_heads=2, num_cross_attention_heads=1,
+          attention_probs_dropout_prob=0.0),
+    Case(library="transformers", family="emu3", model="Emu3VQVAEEncoder", build=emu3, inputs=values(4, 3, 8, 8)),
 ]  # fmt: skip

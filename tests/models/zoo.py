@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 
-from tests.models import libraries, pytorchcv_models, timm_models, transformers_models
+from tests.models import libraries, pytorchcv_models, timm_models, transformers_models, transformers_pictures
 from tests.models.case import Case
 
 PACKAGES = ("timm", "torchvision", "segmentation-models-pytorch", "monai", "ultralytics", "transformers", "pytorchcv")
@@ -22,6 +22,7 @@ def cases() -> dict[str, Case]:
         *libraries.ULTRALYTICS,
         *transformers_models.TINY,
         *transformers_models.MORE,
+        *transformers_pictures.PICTURES,
         *pytorchcv_models.PYTORCHCV,
     ]
     return {each.key: each for each in every}
