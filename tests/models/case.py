@@ -71,7 +71,16 @@ def wear(norm: _BatchNorm) -> None:
 def steady(model: nn.Module) -> nn.Module:
     """``model`` without dropout: ranks, and compiled code, draw other numbers."""
     for module in model.modules():
-        for name in ("p", "drop_prob", "drop_path", "drop_rate", "drop_connect_rate", "dropout", "survival_prob"):
+        for name in (
+            "p",
+            "drop_prob",
+            "drop_path",
+            "drop_rate",
+            "drop_connect_rate",
+            "_drop_connect_rate",
+            "dropout",
+            "survival_prob",
+        ):
             if isinstance(vars(module).get(name), float):
                 setattr(module, name, 1.0 if name == "survival_prob" else 0.0)
     return model
