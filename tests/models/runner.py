@@ -89,7 +89,7 @@ def timed(case: Case) -> Record:
         "local_bn": stepper(case, lambda model: distnorm.convert(model, "local_bn")),
         "fused": stepper(case, lambda model: distnorm.convert(model, "local_bn", fuse=True)),
     }
-    options = measure.parser_of("", runs=40, warmup=2).parse_args(["--limit", "3"])
+    options = measure.parser_of("", runs=40, warmup=2).parse_args(["--limit", "1"])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         ms = measure.rounds(contenders, options)
