@@ -40,7 +40,7 @@ PYTORCHCV = [
     model("sharesnet", "sharesnet18", **TEN),
     model("peleenet", "peleenet", **TEN),
     model("drn", "drnc26", **TEN),
-    model("darknet", "darknet_tiny", **TEN),
+    model("darknet", "darknet_tiny", 224, batch=2, **TEN),
     model("dla", "dla46c", **TEN),
     model("espnetv2", "espnetv2_wd2", **TEN),
     model("hardnet", "hardnet39ds", **TEN),
