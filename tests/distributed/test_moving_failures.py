@@ -18,6 +18,7 @@ from tests.distributed import jobs
 from tests.distributed import moving_jobs as moving
 from tests.distributed.moving_jobs import WARM, WINDOW, Seen
 from tests.support.pool import Pool, WorkerDiedError
+from tests.support.thinned import thinned
 
 EARLY = WARM + 3
 """Steps of the rank that stops first, all of them sent."""
@@ -33,7 +34,7 @@ def step(model: nn.Module, rank: int, number: int, optimizer: torch.optim.Optimi
 
 
 @pytest.mark.parametrize("boundary", [pytest.param("backward", marks=pytest.mark.slow), "optimizer"])
-@pytest.mark.parametrize("recipe", ["mabn", "lazy_bn"])
+@pytest.mark.parametrize("recipe", thinned(["mabn", "lazy_bn"], every=2))
 def test_a_rank_that_ends_early(pool: Pool, recipe: str, boundary: str) -> None:
     """It never sends the sums of step EARLY, which the other one awaits at the end of the step after."""
     waiting, early = pool.run_all(2, end_early, recipe, boundary, timeout=60.0, group_timeout=5.0)
@@ -136,7 +137,7 @@ def same(ours: Seen, expected: Seen, at: int) -> None:
 
 
 @pytest.mark.parametrize("recipe", ["mabn", "lazy_bn"])
-@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("world_size", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_resume_from_the_first_rank(pool: Pool, tmp_path: Path, recipe: str, world_size: int) -> None:
     """Windows start warm, what was in flight included; log lines say so, and nothing warns."""
     saved = pool.run(2, train_and_save, recipe, 10, str(tmp_path))[0].extra

@@ -98,7 +98,8 @@ def train_compressed(rank: int, recipe: str) -> Seen:
     return moving.train(rank, model, range(30), dtype=torch.float32)
 
 
-@pytest.mark.parametrize("recipe", ["mabn", pytest.param("lazy_bn", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["mabn", "lazy_bn"])
 def test_compiled(pool: Pool, recipe: str) -> None:
     steps = 12
     plain = pool.run(2, train, recipe, steps)

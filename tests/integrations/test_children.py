@@ -21,7 +21,7 @@ STARTUP = Path(children.__file__).parent / "startup"
 
 
 @pytest.mark.parametrize(
-    "way", ["spawn", "programs", *(pytest.param(way, marks=pytest.mark.slow) for way in ("fork", "torchrun"))]
+    "way", ["programs", *(pytest.param(way, marks=pytest.mark.slow) for way in ("spawn", "fork", "torchrun"))]
 )
 def test_processes_of_the_script(tmp_path: Path, way: str) -> None:
     environment = {key: value for key, value in os.environ.items() if not key.startswith("DISTNORM_")}

@@ -35,6 +35,7 @@ def start(data: Path, *command: str, processes: int = 2) -> tuple[dict[str, obje
     return json.loads(result), [line for line in job.stderr.splitlines() if "distnorm" in line]
 
 
+@pytest.mark.slow
 def test_two_models_of_which_one_cannot_be_converted(data: Path) -> None:
     where = ["--where", "Generator: main.*; *.Discriminator: *; Encoder: a.*, b"]
     ours = ["-m", "distnorm.run", "--recipe", "sync_bn", *where]
