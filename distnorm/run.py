@@ -17,7 +17,7 @@ from distnorm.integrations.launchers import read_launcher
 from distnorm.integrations.mpi import export_environment
 from distnorm.integrations.script import report_to_launcher, run_module, run_script
 from distnorm.integrations.wrapping import install
-from distnorm.settings import OPTIONS_EXAMPLE, from_environment
+from distnorm.settings import KEYS, OPTIONS_EXAMPLE, from_environment
 from distnorm.transport.mpi import end_job_after
 from distnorm.types import Transport
 from distnorm.validation import read_json
@@ -30,7 +30,6 @@ Run a script as it is. Its models are converted just before DDP, FSDP or
 DeepSpeed wraps them. Options come before the script. What no option says comes
 from the environment (DISTNORM_RECIPE and so on), then from the config file.
 """
-_SETTINGS = ("recipe", "options", "where", "fuse", "ledger", "save_state", "transport")
 _TAKES_VALUE = ("--recipe", "--options", "--where", "--transport")
 _LAUNCHER_FLAGS = ("--local_rank", "--local-rank")
 
@@ -48,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if target is None:
         parser.error("need a script to run, or -m and a module.")
     try:
-        flags = {key: getattr(options, key) for key in _SETTINGS}
+        flags = {key: getattr(options, key) for key in KEYS}
         if options.options is not None:
             flags["options"] = read_json(options.options, "flag --options", OPTIONS_EXAMPLE)
         settings = from_environment(os.environ, flags)

@@ -101,13 +101,12 @@ class Settings:
         Raises:
             ValueError: the section is not a mapping, or has an unknown key or a value that is not allowed.
         """
-        allowed = [each.name for each in fields(cls) if each.name not in ("source", "required")]
         if not isinstance(section, Mapping):
-            raise ValueError(f"{source}: need a mapping; allowed keys are {', '.join(allowed)}; got {shown(section)}.")
+            raise ValueError(f"{source}: need a mapping; allowed keys are {', '.join(KEYS)}; got {shown(section)}.")
         for key in section:
-            if key not in allowed:
+            if key not in KEYS:
                 raise ValueError(
-                    f"{source}: unknown key {shown(key)}{suggest(str(key), allowed)}; allowed are {', '.join(allowed)}."
+                    f"{source}: unknown key {shown(key)}{suggest(str(key), KEYS)}; allowed are {', '.join(KEYS)}."
                 )
         values: dict[str, Any] = dict(section)
         if "where" in values:
@@ -176,6 +175,10 @@ class Settings:
         except ValueError as error:
             return str(error)
         return None if is_converted_by_call(model) else "its batch norms are subclasses that are left alone"
+
+
+KEYS = tuple(each.name for each in fields(Settings) if each.name not in ("source", "required"))
+"""The keys of a section, which are the flags of ``distnorm.run`` and ``distnorm config``, too."""
 
 
 def as_it_is(model: nn.Module, reason: str) -> str:

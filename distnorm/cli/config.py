@@ -10,10 +10,8 @@ from typing import Any, get_args
 
 from distnorm.cli.config_file import SECTION, ConfigFile, default_path, dump, read_options
 from distnorm.cli.questions import ask
-from distnorm.settings import Settings
+from distnorm.settings import KEYS, Settings
 from distnorm.types import Transport
-
-_KEYS = ("recipe", "options", "where", "fuse", "ledger", "save_state", "transport")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,7 +63,7 @@ def main(chosen: argparse.Namespace) -> int:
 
 def _run(chosen: argparse.Namespace) -> None:
     file = ConfigFile.read(chosen.config_file or _default())
-    flags = {key: value for key in _KEYS if (value := getattr(chosen, key)) is not None}
+    flags = {key: value for key in KEYS if (value := getattr(chosen, key)) is not None}
     if chosen.remove:
         _remove(file, flags)
         return
