@@ -78,7 +78,7 @@ class _FusedMethod:
         self._cls, self._name = cls, name
         self._plain: FunctionType = plan.plain
         self._code = plan.plain.__code__  # tools that reload code put new code into the old function
-        self._version = _with_signature_of(plan.plain, partial(_run, plan))
+        self._version = _with_signature_of(plan.plain, partial(_applies, plan), plan.fused)
 
     def __get__(self, module: nn.Module | None, owner: type[nn.Module] | None = None) -> Any:
         below = getattr(self._cls.__bases__[-1], self._name)
@@ -90,15 +90,20 @@ class _FusedMethod:
         return getattr(super(self._cls, module), self._name)
 
 
-def _run(plan: Plan, module: Any, *args: Any, **kwargs: Any) -> Any:
-    """Run the fused version if it applies, else the original one."""
-    traced = any(map(is_traced, (*args, *kwargs.values())))
-    fuses = module.training and not torch.compiler.is_compiling() and not traced and plan.is_valid_for(module)
-    return (plan.fused if fuses else plan.plain)(module, *args, **kwargs)
+def _applies(plan: Plan, module: Any, *args: Any, **kwargs: Any) -> bool:
+    """Return whether a call with these arguments runs the fused version."""
+    if not module.training or torch.compiler.is_compiling():
+        return False
+    for each in args:
+        if is_traced(each):
+            return False
+    return plan.is_valid_for(module) and not (kwargs and any(map(is_traced, kwargs.values())))
 
 
-def _with_signature_of(plain: FunctionType, run: Callable[..., Any]) -> FunctionType:
-    """Return a function that calls ``run`` and has the signature, name, code location and globals of ``plain``.
+def _with_signature_of(plain: FunctionType, applies: Callable[..., bool], fused: Callable[..., Any]) -> FunctionType:
+    """Return a function that calls ``fused`` if it ``applies``, and ``plain`` otherwise, with the same arguments.
+
+    It has the signature, name, code location and globals of ``plain``.
 
     Frameworks inspect a method's signature, torch.fx its code, torch.jit.script its source and globals.
     """
@@ -108,10 +113,12 @@ def _with_signature_of(plain: FunctionType, run: Callable[..., Any]) -> Function
         by_name = each.kind is each.KEYWORD_ONLY
         given.append(f"{each.name}={each.name}" if by_name else str(each).partition(":")[0].partition("=")[0])
     name = plain.__name__
-    text = f"def _(_run):\n def {name}{inspect.Signature(taken)}: return _run({', '.join(given)})\n return {name}"
+    call = f"({', '.join(given)})"
+    body = f"return (_fused if _applies{call} else _plain){call}"
+    text = f"def _(_applies, _fused, _plain):\n def {name}{inspect.Signature(taken)}: {body}\n return {name}"
     made: dict[str, Any] = {}
     exec(text, plain.__globals__, made)
-    version: FunctionType = made["_"](run)
+    version: FunctionType = made["_"](applies, fused, plain)
     update_wrapper(version, plain)
     del version.__dict__["__wrapped__"]  # inspect.unwrap must return this function
     version.__defaults__, version.__kwdefaults__ = plain.__defaults__, plain.__kwdefaults__

@@ -24,6 +24,7 @@ from distnorm.layers.one_function import functions_at
 from distnorm.types import RELU, Activation
 
 _ABSENT = object()
+"""Accepted by no check."""
 _CALL, _SEQUENTIAL = nn.Module.__call__, nn.Sequential.forward
 
 
@@ -43,19 +44,18 @@ class Plan:
 
     def is_valid_for(self, module: nn.Module) -> bool:
         """Return whether what ``module`` has is still what the fused version was compiled for."""
+        cls, own, children = type(module), module.__dict__, module._modules
         for name, holds in self._checks:
-            if not holds(_attribute(module, name)):
+            if name in children and name not in own and not hasattr(cls, name):
+                value: Any = children[name]  # several times as fast as the attribute
+            else:
+                value = getattr(module, name, _ABSENT)
+            if not holds(value):
                 return False
-        names = self.plain.__globals__ if self.found.functions else {}
+        if not self.found.functions:
+            return True
+        names = self.plain.__globals__
         return all(next(functions_at(path, names), None) == each for path, each in self.found.functions.items())
-
-
-def _attribute(module: nn.Module, name: str) -> Any:
-    """Return ``module.name``; if there is none, something that no check accepts."""
-    own = module.__dict__
-    if name not in own and name in own["_modules"] and not hasattr(type(module), name):
-        return own["_modules"][name]  # several times as fast
-    return getattr(module, name, _ABSENT)
 
 
 def find(cls: type[nn.Module], name: str, attributes: Attributes) -> Plan:
@@ -100,7 +100,7 @@ def _last_takes_epilogue(children: Iterable[nn.Module | None]) -> bool:
 
 def takes_epilogue(child: object) -> bool:
     """Return whether ``child`` is a norm, or ends in one, and takes its epilogue."""
-    ending = getattr(type(child), FORWARD, None)
+    ending = None if isinstance(child, DistNorm) else getattr(type(child), FORWARD, None)
     return is_norm(child) if ending is None else isinstance(child, nn.Module) and ending.is_valid_for(child)
 
 
@@ -114,8 +114,9 @@ def is_norm(child: object) -> bool:
     if not isinstance(child, DistNorm) or not is_unobserved(child):
         return False
     forward = type(child).forward
-    alone = isinstance(child, Activated) and forward is Activated.forward and child.only_normalizes()
-    return alone or forward is DistNorm.forward
+    if forward is DistNorm.forward:
+        return True
+    return isinstance(child, Activated) and forward is Activated.forward and child.only_normalizes()
 
 
 def _computes(child: object, name: str) -> bool:
@@ -131,25 +132,26 @@ def _is_module(child: object) -> bool:
 
 def _run_in_sequence(module: nn.Sequential, input: Any, **epilogue: Any) -> Any:
     """Run as ``nn.Sequential.forward``, but let norms compute the activation that follows, and the last one more."""
-    children = list(module)
+    children = list(module._modules.values())
     end = last(children) if epilogue else None
     at = 0
     while at < len(children):
+        child = children[at]
         follower, activation = following(children, at, takes_epilogue)
         if at == end:
-            input = _call(children[at], input, **epilogue)
+            input = _call(child, input, **epilogue)
         elif activation is None:
-            input, follower = children[at](input), at + 1
+            input, follower = child(input), at + 1
         elif activation == RELU:
-            input = _call(children[at], input, relu=True)
+            input = _call(child, input, relu=True)
         else:
-            input = _call(children[at], input, activation=activation.name, parameter=activation.parameter)
+            input = _call(child, input, activation=activation.name, parameter=activation.parameter)
         at = follower
     return input
 
 
-def _call(norm: nn.Module, input: Any, **epilogue: Any) -> Any:
-    return getattr(norm, FORWARD, norm)(input, **epilogue)
+def _call(child: Any, input: Any, **epilogue: Any) -> Any:
+    return child(input, **epilogue) if isinstance(child, DistNorm) else getattr(child, FORWARD)(input, **epilogue)
 
 
 def last(children: Sequence[nn.Module | None]) -> int | None:
@@ -164,6 +166,9 @@ def following(
 
     None if there is no such activation, or ``takes`` says that there is no norm.
     """
-    after = next((i for i in range(at + 1, len(children)) if not is_identity(children[i])), at)
-    activation = activation_of(children[after]) if after > at else None
-    return after + 1, activation if activation is not None and takes(children[at]) else None
+    if not takes(children[at]):
+        return at + 1, None
+    after = at + 1
+    while after < len(children) and is_identity(children[after]):
+        after += 1
+    return after + 1, activation_of(children[after]) if after < len(children) else None

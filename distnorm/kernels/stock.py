@@ -19,14 +19,14 @@ from distnorm.types import Affine, Running
 FEW_VALUES = 2**16
 """Up to this number of values torch's batch norm is at least as fast as the C kernels (docs/performance.md).
 
-With an epilogue, which they compute in the same passes, up to a quarter of it.
+With an epilogue, which they compute in the same passes, up to half of it.
 """
 
 
 # docs/decisions.md#torchs-batch-norm-for-small-layers
 def suits(method: Tracked, x_NCL: Tensor, affine: Affine, running: Running, *, has_epilogue: bool) -> bool:
     """Return whether torch's batch norm computes what ``method`` does for this plain input, and sooner."""
-    formula, most = method.formula(), FEW_VALUES // 4 if has_epilogue else FEW_VALUES
+    formula, most = method.formula(), FEW_VALUES // 2 if has_epilogue else FEW_VALUES
     if formula is None or formula.name != "batch_norm" or not 0 < x_NCL.numel() <= most:
         return False
     if running.momentum is None and not x_NCL.is_cpu:  # the host would wait for the number of updates

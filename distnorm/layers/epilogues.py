@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from distnorm.kernels.activations import activate
-from distnorm.types import Epilogue
+from distnorm.types import RELU, Epilogue
 
 
 def fits(residual: Tensor, x_NCL: Tensor) -> bool:
@@ -20,3 +20,10 @@ def apart(y_NCL: Tensor, epilogue: Epilogue, widen: bool | None) -> Tensor:
     if residual is not None:
         y_NCL = y_NCL + residual if widen else residual.add_(y_NCL) if widen is None else y_NCL.add_(residual)
     return activate(y_NCL, epilogue.activation)
+
+
+def in_place(y_NCL: Tensor, epilogue: Epilogue) -> Tensor:
+    """Return ``activation(y + residual)`` of a residual that fits, in the memory of y where torch can."""
+    if epilogue.residual_NCL is not None:
+        y_NCL.add_(epilogue.residual_NCL)
+    return y_NCL.relu_() if epilogue.activation is RELU else activate(y_NCL, epilogue.activation)

@@ -105,7 +105,9 @@ class DistNorm(Scriptable):
         has_epilogue = fused is not normalize.NO_EPILOGUE
         if isinstance(exchange, KeepLocal) and stock.suits(method, input, affine, running, has_epilogue=has_epilogue):
             y = stock.batch_norm(input, affine, running, updates=tracked is not None and exchange.updates_running())
-            return y if nothing else epilogues.apart(y, epilogue, widen)
+            if nothing:
+                return y
+            return epilogues.in_place(y, epilogue) if fits else epilogues.apart(y, epilogue, widen)
         between = overlap.arrangement(self, input) if site.conversion.recipe.overlap else None
         y = normalize.normalize(method, input, exchange, affine, between, tracked, fused)
         return y if fits else epilogues.apart(y, epilogue, widen)

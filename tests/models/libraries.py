@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import nn
 
-from tests.models.case import Case, Inputs
+from tests.models.case import TIMED_SIDE, Case, Inputs
 from tests.models.given import boxes, film, picture, values
 
-SIDE, TIMED = 64, 128
+SIDE = 64
 
 
 def of(library: str, package: str) -> Callable[..., Case]:
@@ -29,7 +29,7 @@ def of(library: str, package: str) -> Callable[..., Case]:
         fits = inputs is None and side == SIDE
         return Case(
             library=library, family=family, model=name, build=build, inputs=inputs or picture(side), batch=batch,
-            whole=whole, timed=picture(TIMED) if fits else None,
+            whole=whole, timed=picture(TIMED_SIDE) if fits else None,
         )  # fmt: skip
 
     return model

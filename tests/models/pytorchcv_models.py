@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from tests.models.case import Case
+from tests.models.case import TIMED_SIDE, Case
 from tests.models.given import picture
 
 
@@ -23,7 +23,7 @@ def model(family: str, name: str, side: int = 64, *, batch: int = 4, **options: 
 
     return Case(
         library="pytorchcv", family=family, model=name, build=build, inputs=picture(side), batch=batch,
-        timed=picture(128) if side == 64 else None,
+        timed=picture(TIMED_SIDE) if side == 64 else None,
     )  # fmt: skip
 
 

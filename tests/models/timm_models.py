@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from tests.models.case import Case
+from tests.models.case import TIMED_SIDE, Case
 from tests.models.given import picture
 
 
@@ -22,7 +22,7 @@ def model(family: str, name: str, side: int = 64, *, batch: int = 4, whole: str 
     fixed = "img_size" in options or side > 128
     return Case(
         library="timm", family=family, model=name, build=build, inputs=picture(side), batch=batch, whole=whole,
-        timed=None if fixed else picture(128),
+        timed=None if fixed else picture(TIMED_SIDE),
     )  # fmt: skip
 
 
