@@ -503,13 +503,23 @@ def _sum_in_groups_of_our_own(rank: int) -> float:
 
 @pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
 def test_hooks_on_all_modules_are_known(kind: str) -> None:
-    assert not dispatch_state.has_global_hooks()
+    layer = nn.ReLU()
+    assert dispatch_state.is_unobserved(layer)
     handle = getattr(nn.modules.module, f"register_module_{kind}_hook")(lambda *_: None)
     try:
-        assert dispatch_state.has_global_hooks()
+        assert not dispatch_state.is_unobserved(layer)
     finally:
         handle.remove()
-    assert not dispatch_state.has_global_hooks()
+    assert dispatch_state.is_unobserved(layer)
+
+
+@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre", "backward"])
+def test_hooks_of_a_module_are_known(kind: str) -> None:
+    layer = nn.ReLU()
+    handle = getattr(layer, f"register_{kind}_hook")(lambda *_: None)
+    assert not dispatch_state.is_unobserved(layer)
+    handle.remove()
+    assert dispatch_state.is_unobserved(layer)
 
 
 def test_hooks_on_saved_tensors_are_known_in_checkpoints_and_their_repetitions() -> None:

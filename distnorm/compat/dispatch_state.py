@@ -18,7 +18,7 @@ from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
-from torch.nn import Parameter
+from torch.nn import Module, Parameter
 from torch.nn.modules import module
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -91,7 +91,11 @@ def is_fake(tensor: Tensor) -> bool:
     return isinstance(tensor, FakeTensor)
 
 
-def has_global_hooks() -> bool:
-    """Return whether hooks on the forward or backward passes of all modules are registered."""
-    forward = module._global_forward_hooks or module._global_forward_pre_hooks
-    return bool(forward or module._global_backward_hooks or module._global_backward_pre_hooks)
+def is_unobserved(child: Module) -> bool:
+    """Return whether calling ``child`` runs the forward of its class and no hook, of its own or of all modules."""
+    own = child.__dict__
+    if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or "forward" in own:
+        return False
+    if own.get("_backward_pre_hooks") or module._global_forward_hooks or module._global_forward_pre_hooks:
+        return False
+    return not (module._global_backward_hooks or module._global_backward_pre_hooks)

@@ -16,11 +16,12 @@ from typing import NamedTuple
 
 from torch import nn
 
+from distnorm.compat.dispatch_state import is_unobserved
 from distnorm.fusion.ast import FORWARD
 from distnorm.fusion.fused_classes import Fused, fused_class
 from distnorm.fusion.plans import find, following, is_norm, last
 from distnorm.fusion.reading import Attributes
-from distnorm.layers.activations import activation_of, has_no_effects, is_identity, is_unobserved
+from distnorm.layers.activations import activation_of, has_no_effects, is_identity
 from distnorm.layers.class_swap import hand_down, swap, underlying
 from distnorm.layers.known_norms import Activated
 from distnorm.layers.module import DistNorm

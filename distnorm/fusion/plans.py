@@ -14,10 +14,11 @@ from typing import Any
 
 from torch import nn
 
+from distnorm.compat.dispatch_state import is_unobserved
 from distnorm.fusion.ast import FORWARD
 from distnorm.fusion.reading import Attributes, Found
 from distnorm.fusion.source import rewrite
-from distnorm.layers.activations import activation_name, activation_of, has_no_effects, is_identity, is_unobserved
+from distnorm.layers.activations import activation_name, activation_of, has_no_effects, is_identity
 from distnorm.layers.known_norms import Activated
 from distnorm.layers.module import DistNorm
 from distnorm.layers.one_function import functions_at
@@ -39,7 +40,7 @@ class Plan:
             *((name, is_identity) for name in found.identities),
             *((name, partial(is_, value)) for name, value in found.flags.items()),
             *((name, has_no_effects) for name in found.quiet),
-            *((name, _is_module) for name in found.present),
+            *((name, _is_module) for name in found.present if name not in found.owners),
         ]
 
     def is_valid_for(self, module: nn.Module) -> bool:
@@ -132,26 +133,25 @@ def _is_module(child: object) -> bool:
 
 def _run_in_sequence(module: nn.Sequential, input: Any, **epilogue: Any) -> Any:
     """Run as ``nn.Sequential.forward``, but let norms compute the activation that follows, and the last one more."""
-    children = list(module._modules.values())
+    children: list[Any] = list(module._modules.values())
     end = last(children) if epilogue else None
     at = 0
     while at < len(children):
-        child = children[at]
-        follower, activation = following(children, at, takes_epilogue)
+        child, after, activation = children[at], at + 1, None
+        is_norm = isinstance(child, DistNorm)
+        if is_norm or hasattr(type(child), FORWARD):
+            after, activation = following(children, at, takes_epilogue)
         if at == end:
-            input = _call(child, input, **epilogue)
+            given = epilogue
         elif activation is None:
-            input, follower = child(input), at + 1
-        elif activation == RELU:
-            input = _call(child, input, relu=True)
+            given, after = {}, at + 1
+        elif activation is RELU:
+            given = {"relu": True}
         else:
-            input = _call(child, input, activation=activation.name, parameter=activation.parameter)
-        at = follower
+            given = {"activation": activation.name, "parameter": activation.parameter}
+        input = child(input, **given) if is_norm or not given else getattr(child, FORWARD)(input, **given)
+        at = after
     return input
-
-
-def _call(child: Any, input: Any, **epilogue: Any) -> Any:
-    return child(input, **epilogue) if isinstance(child, DistNorm) else getattr(child, FORWARD)(input, **epilogue)
 
 
 def last(children: Sequence[nn.Module | None]) -> int | None:
@@ -166,9 +166,9 @@ def following(
 
     None if there is no such activation, or ``takes`` says that there is no norm.
     """
-    if not takes(children[at]):
-        return at + 1, None
-    after = at + 1
-    while after < len(children) and is_identity(children[after]):
-        after += 1
-    return after + 1, activation_of(children[after]) if after < len(children) else None
+    if takes(children[at]):
+        for after in range(at + 1, len(children)):
+            activation = activation_of(children[after])
+            if activation is not None or not is_identity(children[after]):
+                return after + 1, activation
+    return at + 1, None

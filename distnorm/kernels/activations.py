@@ -73,6 +73,9 @@ NONE, RECTIFIED = 0, 1
 NUMBERS = {name: number for number, name in enumerate(ACTIVATIONS, RECTIFIED)}
 """The numbers of all; formulas are in this order."""
 
+_CONSTANTS = {name: Activation(name) for name, row in ACTIVATIONS.items() if not row.option} | {RELU.name: RELU}
+"""Those without a parameter."""
+
 
 def named(name: str, parameter: float = 0.0) -> Activation:
     """Return the activation of this name.
@@ -80,9 +83,12 @@ def named(name: str, parameter: float = 0.0) -> Activation:
     Raises:
         ValueError: there is none.
     """
+    constant = _CONSTANTS.get(name)
+    if constant is not None:
+        return constant
     if name not in ACTIVATIONS:
         raise ValueError(f"activation={name!r}: allowed are {', '.join(ACTIVATIONS)}.")
-    return RELU if name == RELU.name else Activation(name, parameter)
+    return Activation(name, parameter)
 
 
 def as_numbers(activation: Activation | None) -> tuple[int, float]:

@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import nn
 
-from distnorm.compat.dispatch_state import has_global_hooks
-from distnorm.kernels.activations import ACTIVATIONS
+from distnorm.compat.dispatch_state import is_unobserved
+from distnorm.kernels.activations import ACTIVATIONS, named
 from distnorm.layers.one_function import applied_by, may_be_read
 from distnorm.types import Activation
 
@@ -37,13 +37,6 @@ _IDENTITY_IF: dict[type, Callable[[Any], bool]] = {}
 """By class, what to ask of its layers in order to know whether they return their input."""
 
 
-def is_unobserved(child: nn.Module) -> bool:
-    """Return whether calling ``child`` runs the forward of its class and nothing else."""
-    own = child.__dict__
-    before = own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own
-    return not (before or own["_backward_hooks"] or own.get("_backward_pre_hooks") or has_global_hooks())
-
-
 def _is_torchs(child: nn.Module) -> bool:
     cls = type(child)
     return cls in _FORWARDS and cls.forward is _FORWARDS[cls] and is_unobserved(child)
@@ -51,25 +44,23 @@ def _is_torchs(child: nn.Module) -> bool:
 
 def activation_name(child: object) -> str | None:
     """Return the name of what ``child`` computes, if it is a layer that computes an activation, and has no hooks."""
-    if not isinstance(child, nn.Module):
-        return None
-    name = _ACTIVATIONS.get(type(child))
-    if name is None:
-        name = applied_by(child)
-        return name if name and is_unobserved(child) else None
-    if name == "gelu":
-        name = {"none": "gelu", "tanh": "gelu_tanh"}.get(vars(child).get("approximate", ""))
-    return name if _is_torchs(child) else None
+    cls = type(child)
+    if cls in _ACTIVATIONS:
+        name = _ACTIVATIONS[cls]
+        if name == "gelu":
+            name = {"none": "gelu", "tanh": "gelu_tanh"}.get(vars(child).get("approximate", ""))
+        return name if cls.forward is _FORWARDS[cls] and is_unobserved(child) else None
+    name = applied_by(child) if isinstance(child, nn.Module) else None
+    return name if name and is_unobserved(child) else None
 
 
 def activation_of(child: object) -> Activation | None:
     """Return the activation of ``activation_name`` with its parameter, if that is a number."""
     name = activation_name(child)
-    if name is None:
-        return None
-    option = ACTIVATIONS[name].option
-    parameter = getattr(child, option) if option else 0.0
-    return Activation(name, parameter) if isinstance(parameter, int | float) else None
+    if name is None or not ACTIVATIONS[name].option:
+        return None if name is None else named(name)
+    parameter = getattr(child, ACTIVATIONS[name].option)
+    return named(name, parameter) if isinstance(parameter, int | float) else None
 
 
 def is_identity(child: object) -> bool:

@@ -153,8 +153,10 @@ class Conversion:
                 or are not an MPI job.
             ValueError: the policy does not fit the ranks.
         """
-        world = current_world()
-        if self._binding is None or (world is not None and not self._binding.belongs_to(world)):
+        world, binding = current_world(), self._binding
+        if binding is not None and binding.belongs_to(world):
+            return binding
+        if binding is None or world is not None:
             if world is not None and in_transform():
                 raise RuntimeError(
                     "distnorm: layers cannot bind to their ranks inside a transform (torch.func, forward-mode "

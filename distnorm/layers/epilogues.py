@@ -22,8 +22,11 @@ def apart(y_NCL: Tensor, epilogue: Epilogue, widen: bool | None) -> Tensor:
     return activate(y_NCL, epilogue.activation)
 
 
-def in_place(y_NCL: Tensor, epilogue: Epilogue) -> Tensor:
-    """Return ``activation(y + residual)`` of a residual that fits, in the memory of y where torch can."""
-    if epilogue.residual_NCL is not None:
-        y_NCL.add_(epilogue.residual_NCL)
-    return y_NCL.relu_() if epilogue.activation is RELU else activate(y_NCL, epilogue.activation)
+def in_place(y_NCL: Tensor, epilogue: Epilogue, widen: bool | None) -> Tensor:
+    """Return what ``apart`` does, of y that nothing else refers to: in its memory where torch can."""
+    residual_NCL, activation = epilogue
+    if residual_NCL is not None:
+        if not fits(residual_NCL, y_NCL):
+            return apart(y_NCL, epilogue, widen)
+        y_NCL.add_(residual_NCL)
+    return y_NCL.relu_() if activation is RELU else activate(y_NCL, activation)

@@ -26,6 +26,7 @@ from distnorm.layers.line import NOW, Line
 from distnorm.layers.running_statistics import running_of, seen
 from distnorm.layers.scripting import Scriptable
 from distnorm.layers.site import Site, update_layer
+from distnorm.layers.small import Small
 from distnorm.layers.tracing import is_traced, leaf
 from distnorm.methods import BatchNorm
 from distnorm.methods.base import compute_dtype
@@ -76,13 +77,16 @@ class DistNorm(Scriptable):
         method names. ``activation`` is a name in ``kernels/activations.py``, such as "silu"; ``relu`` is short for
         "relu". ``parameter`` is the negative slope of "leaky_relu" or the alpha of "elu".
         """
-        node = leaf(self, input, inputs) if is_traced(input) else None
         wanted = RELU if relu else None if activation is None else named(activation, parameter)
         nothing = residual is None and wanted is None
         epilogue = normalize.NO_EPILOGUE if nothing else Epilogue(residual, wanted)
-        if node is not None:
-            return epilogues.apart(node, epilogue, widen)
-        site = self._site
+        site, compiling = self._site, torch.compiler.is_compiling()
+        if site.small is not None and not compiling and not inputs:
+            y = site.small.batch_norm(self, input, residual)
+            if y is not None:
+                return y if nothing else epilogues.in_place(y, epilogue, widen)
+        if is_traced(input):
+            return epilogues.apart(leaf(self, input, inputs), epilogue, widen)
         running = running_of(self, site.conversion.guards)
         checks.check_input(self, site, input, running)
         if inputs or site.inputs:
@@ -93,7 +97,7 @@ class DistNorm(Scriptable):
         if not self.training:
             return epilogues.apart(self._evaluate(input, inputs, running), epilogue, widen)
         checks.check_training(self, site, input)
-        plain = not torch.compiler.is_compiling() and are_plain(input, residual)
+        plain = not compiling and are_plain(input, residual)
         plain = plain and are_own(weight_C, bias_C, *running[:3])
         method, tracked = site.channel_affine if plain else None, running if self.track_running_stats else None
         if method is None or not normalize.suits(method, input):
@@ -104,10 +108,10 @@ class DistNorm(Scriptable):
         exchange = self._exchange(input, True)
         has_epilogue = fused is not normalize.NO_EPILOGUE
         if isinstance(exchange, KeepLocal) and stock.suits(method, input, affine, running, has_epilogue=has_epilogue):
-            y = stock.batch_norm(input, affine, running, updates=tracked is not None and exchange.updates_running())
-            if nothing:
-                return y
-            return epilogues.in_place(y, epilogue) if fits else epilogues.apart(y, epilogue, widen)
+            updates = tracked is not None and exchange.updates_running()
+            y = stock.batch_norm(input, affine, running, updates=updates)
+            site.small = Small(self, input, affine, running) if updates and Small.suits(self, affine, running) else None
+            return y if nothing else epilogues.in_place(y, epilogue, widen)
         between = overlap.arrangement(self, input) if site.conversion.recipe.overlap else None
         y = normalize.normalize(method, input, exchange, affine, between, tracked, fused)
         return y if fits else epilogues.apart(y, epilogue, widen)

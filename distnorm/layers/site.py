@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from copy import deepcopy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
 import torch
@@ -22,6 +22,9 @@ from distnorm.layers.running_statistics import running_of, seen, updated_running
 from distnorm.methods import ChannelAffine, Declared
 from distnorm.transport import LostGroup, lost
 from distnorm.types import GlobalStatistics, Running
+
+if TYPE_CHECKING:
+    from distnorm.layers.small import Small
 
 # Graphs contain numbers, not objects: here an operator finds the site of a number.
 _sites: WeakValueDictionary[int, Site] = WeakValueDictionary()
@@ -72,6 +75,8 @@ class Site:
             """By which operators find this site; an input of compiled graphs, so equal layers have equal graphs."""
         self.records = {name: Records() for name in (("",) if self.measured is None else self.measured.parts)}
         """By the name of the share."""
+        self.small: Small | None = None
+        """What the next forward may rest on, if this one was by torch's batch norm."""
         self.forwards = Records()
         """What identifies recent inputs, with the buffers that their forwards found."""
         self._too_few: dict[int, Tensor] = {}
