@@ -42,16 +42,16 @@ def _is_torchs(child: nn.Module) -> bool:
     return cls in _FORWARDS and cls.forward is _FORWARDS[cls] and is_unobserved(child)
 
 
-def activation_name(child: object) -> str | None:
+def activation_name(child: Any) -> str | None:
     """Return the name of what ``child`` computes, if it is a layer that computes an activation, and has no hooks."""
     cls = type(child)
-    if cls in _ACTIVATIONS:
-        name = _ACTIVATIONS[cls]
-        if name == "gelu":
-            name = {"none": "gelu", "tanh": "gelu_tanh"}.get(vars(child).get("approximate", ""))
-        return name if cls.forward is _FORWARDS[cls] and is_unobserved(child) else None
-    name = applied_by(child) if isinstance(child, nn.Module) else None
-    return name if name and is_unobserved(child) else None
+    name = _ACTIVATIONS.get(cls)
+    if name is None:
+        name = applied_by(child) if isinstance(child, nn.Module) else None
+        return name if name and is_unobserved(child) else None
+    if name == "gelu":
+        name = {"none": "gelu", "tanh": "gelu_tanh"}.get(vars(child).get("approximate", ""))
+    return name if cls.forward is _FORWARDS[cls] and is_unobserved(child) else None
 
 
 def activation_of(child: object) -> Activation | None:

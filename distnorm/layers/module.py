@@ -26,7 +26,7 @@ from distnorm.layers.line import NOW, Line
 from distnorm.layers.running_statistics import running_of, seen
 from distnorm.layers.scripting import Scriptable
 from distnorm.layers.site import Site, update_layer
-from distnorm.layers.small import Small
+from distnorm.layers.small import note
 from distnorm.layers.tracing import is_traced, leaf
 from distnorm.methods import BatchNorm
 from distnorm.methods.base import compute_dtype
@@ -78,13 +78,12 @@ class DistNorm(Scriptable):
         "relu". ``parameter`` is the negative slope of "leaky_relu" or the alpha of "elu".
         """
         wanted = RELU if relu else None if activation is None else named(activation, parameter)
-        nothing = residual is None and wanted is None
-        epilogue = normalize.NO_EPILOGUE if nothing else Epilogue(residual, wanted)
+        epilogue = normalize.NO_EPILOGUE if residual is None and wanted is None else Epilogue(residual, wanted)
         site, compiling = self._site, torch.compiler.is_compiling()
-        if site.small is not None and not compiling and not inputs:
+        if not compiling and site.small is not None and not inputs:
             y = site.small.batch_norm(self, input, residual)
             if y is not None:
-                return y if nothing else epilogues.in_place(y, epilogue, widen)
+                return y if epilogue is normalize.NO_EPILOGUE else epilogues.in_place(y, epilogue, widen)
         if is_traced(input):
             return epilogues.apart(leaf(self, input, inputs), epilogue, widen)
         running = running_of(self, site.conversion.guards)
@@ -97,8 +96,7 @@ class DistNorm(Scriptable):
         if not self.training:
             return epilogues.apart(self._evaluate(input, inputs, running), epilogue, widen)
         checks.check_training(self, site, input)
-        plain = not compiling and are_plain(input, residual)
-        plain = plain and are_own(weight_C, bias_C, *running[:3])
+        plain = not compiling and are_plain(input, residual) and are_own(weight_C, bias_C, *running[:3])
         method, tracked = site.channel_affine if plain else None, running if self.track_running_stats else None
         if method is None or not normalize.suits(method, input):
             return epilogues.apart(self._train_plainly(input, inputs, running, tracked, plain), epilogue, widen)
@@ -110,8 +108,8 @@ class DistNorm(Scriptable):
         if isinstance(exchange, KeepLocal) and stock.suits(method, input, affine, running, has_epilogue=has_epilogue):
             updates = tracked is not None and exchange.updates_running()
             y = stock.batch_norm(input, affine, running, updates=updates)
-            site.small = Small(self, input, affine, running) if updates and Small.suits(self, affine, running) else None
-            return y if nothing else epilogues.in_place(y, epilogue, widen)
+            site.small = note(site.conversion, site.name, self, input, affine, running) if updates else None
+            return y if epilogue is normalize.NO_EPILOGUE else epilogues.in_place(y, epilogue, widen)
         between = overlap.arrangement(self, input) if site.conversion.recipe.overlap else None
         y = normalize.normalize(method, input, exchange, affine, between, tracked, fused)
         return y if fits else epilogues.apart(y, epilogue, widen)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from copy import deepcopy
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
@@ -19,12 +19,10 @@ from distnorm.kernels.running import update_from_sums, update_running
 from distnorm.layers.conversion import Conversion
 from distnorm.layers.layout import Measured
 from distnorm.layers.running_statistics import running_of, seen, updated_running
+from distnorm.layers.small import Small
 from distnorm.methods import ChannelAffine, Declared
 from distnorm.transport import LostGroup, lost
 from distnorm.types import GlobalStatistics, Running
-
-if TYPE_CHECKING:
-    from distnorm.layers.small import Small
 
 # Graphs contain numbers, not objects: here an operator finds the site of a number.
 _sites: WeakValueDictionary[int, Site] = WeakValueDictionary()
