@@ -1,4 +1,4 @@
-"""A small layer compares with its last forward: whatever is changed in between has the effect that it has on torch's."""
+"""A small layer compares with its last forward: any change in between has the effect that it has on torch's."""
 
 from __future__ import annotations
 
