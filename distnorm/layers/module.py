@@ -18,11 +18,12 @@ import distnorm.layers.operators  # noqa: F401  what torch.ops.distnorm has
 from distnorm.autograd import normalize
 from distnorm.autograd.engine import backward_may_follow
 from distnorm.autograd.keep_local import KeepLocal
-from distnorm.compat.dispatch_state import are_own, are_plain, exporting, in_transform, is_fake
+from distnorm.compat.dispatch_state import are_own, are_plain, exporting, in_transform
 from distnorm.kernels import stock
 from distnorm.kernels.activations import named
 from distnorm.layers import checks, epilogues, initial, overlap, repeated
-from distnorm.layers.line import NOW, Line
+from distnorm.layers.exchanges import exchange_of
+from distnorm.layers.line import Line
 from distnorm.layers.running_statistics import running_of, seen
 from distnorm.layers.scripting import Scriptable
 from distnorm.layers.site import Site, update_layer
@@ -30,7 +31,6 @@ from distnorm.layers.small import note
 from distnorm.layers.tracing import is_traced, leaf
 from distnorm.methods import BatchNorm
 from distnorm.methods.base import compute_dtype
-from distnorm.policies import Local
 from distnorm.recipe import Recipe
 from distnorm.transport import LostGroup
 from distnorm.types import RELU, Affine, Epilogue, Running
@@ -77,15 +77,23 @@ class DistNorm(Scriptable):
         method names. ``activation`` is a name in ``kernels/activations.py``, such as "silu"; ``relu`` is short for
         "relu". ``parameter`` is the negative slope of "leaky_relu" or the alpha of "elu".
         """
+        plain = not torch.compiler.is_compiling() and are_plain(input, residual)
+        small = self._site.small if plain and not inputs else None
+        y = None if small is None else small.batch_norm(self, input)
+        node = leaf(self, input, inputs) if y is None and is_traced(input) else None
         wanted = RELU if relu else None if activation is None else named(activation, parameter)
         epilogue = normalize.NO_EPILOGUE if residual is None and wanted is None else Epilogue(residual, wanted)
-        site, compiling = self._site, torch.compiler.is_compiling()
-        if not compiling and site.small is not None and not inputs:
-            y = site.small.batch_norm(self, input, residual)
-            if y is not None:
-                return y if epilogue is normalize.NO_EPILOGUE else epilogues.in_place(y, epilogue, widen)
-        if is_traced(input):
-            return epilogues.apart(leaf(self, input, inputs), epilogue, widen)
+        if y is not None:
+            return y if epilogue is normalize.NO_EPILOGUE else epilogues.in_place(y, epilogue, widen)
+        if node is not None:
+            return epilogues.apart(node, epilogue, widen)
+        return self._normalize(input, inputs, epilogue, widen, plain)
+
+    def _normalize(
+        self, input: Tensor, inputs: tuple[Tensor, ...], epilogue: Epilogue, widen: bool | None, plain: bool
+    ) -> Tensor:
+        """Check everything, and compute on the path that suits it; ``plain``: tensors are, and nothing is compiled."""
+        site, (residual, activation) = self._site, epilogue
         running = running_of(self, site.conversion.guards)
         checks.check_input(self, site, input, running)
         if inputs or site.inputs:
@@ -96,16 +104,16 @@ class DistNorm(Scriptable):
         if not self.training:
             return epilogues.apart(self._evaluate(input, inputs, running), epilogue, widen)
         checks.check_training(self, site, input)
-        plain = not compiling and are_plain(input, residual) and are_own(weight_C, bias_C, *running[:3])
+        plain = plain and are_own(weight_C, bias_C, *running[:3])
         method, tracked = site.channel_affine if plain else None, running if self.track_running_stats else None
         if method is None or not normalize.suits(method, input):
             return epilogues.apart(self._train_plainly(input, inputs, running, tracked, plain), epilogue, widen)
         affine = Affine(weight_C, bias_C, self.eps, running.var_C, running.updates)
-        fits = residual is None or (epilogues.fits(residual, input) and wanted in (None, RELU))
+        fits = residual is None or (epilogues.fits(residual, input) and activation in (None, RELU))
         fused = epilogue if fits else normalize.NO_EPILOGUE
-        exchange = self._exchange(input, True)
-        has_epilogue = fused is not normalize.NO_EPILOGUE
-        if isinstance(exchange, KeepLocal) and stock.suits(method, input, affine, running, has_epilogue=has_epilogue):
+        exchange = exchange_of(site, input, True)
+        adds = fused is not normalize.NO_EPILOGUE
+        if isinstance(exchange, KeepLocal) and stock.suits(method, input, affine, running, has_epilogue=adds):
             updates = tracked is not None and exchange.updates_running()
             y = stock.batch_norm(input, affine, running, updates=updates)
             site.small = note(site.conversion, site.name, self, input, affine, running) if updates else None
@@ -118,7 +126,7 @@ class DistNorm(Scriptable):
         self, input: Tensor, inputs: tuple[Tensor, ...], running: Running, tracked: Running | None, plain: bool
     ) -> Tensor:
         """Normalize by the method's specification, for inputs that the kernels do not accept."""
-        method, share = self.recipe.method, self._exchange(input, plain)
+        method, share = self.recipe.method, exchange_of(self._site, input, plain)
         transformed = not torch.compiler.is_compiling() and in_transform()
         if transformed and isinstance(share, KeepLocal) and isinstance(method, BatchNorm):
             return _BatchNorm.forward(self, input)  # torch's own, which has the rules for transforms
@@ -134,26 +142,6 @@ class DistNorm(Scriptable):
         if tracked is not None and share.shared:
             self._update_running(share, tracked)
         return y
-
-    def _exchange(self, input: Tensor, plain: bool) -> Line | KeepLocal:
-        """Start a training forward, and return what it shares through; ``plain``: no mode or transform is active."""
-        site, values = self._site, input.numel() // input.shape[1]
-        if not plain and torch.compiler.is_compiling():
-            if isinstance(self.recipe.policy, Local) and exporting():  # the exported graph then needs no live model
-                checks.check_alone(site, input)
-                return KeepLocal(values)
-            return Line(site, None, NOW, opaque=True, values=values)
-        if not plain and is_fake(input):  # there may be no ranks, and there are no values to share
-            return Line(site, None, NOW, opaque=True, values=values)
-        binding = site.conversion.bound()
-        alone = binding.alone and (input.is_cpu or input.is_cuda)
-        if alone and not (plain and values > 1):
-            checks.check_alone(site, input)
-        if alone or plain:
-            binding.forward_begins(site.name)
-        if alone:
-            return KeepLocal(values, plain=plain)
-        return Line(site, binding, binding.step, opaque=not plain, values=values)
 
     def _added_parameters(self) -> dict[str, nn.Parameter]:
         site = self._site

@@ -17,7 +17,7 @@ from torch.nn import Parameter
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from distnorm.autograd.engine import NO_BACKWARD, graph_task
-from distnorm.compat.dispatch_state import are_plain, saved_tensors_hooks
+from distnorm.compat.dispatch_state import saved_tensors_hooks
 from distnorm.kernels import stock
 from distnorm.layers.conversion import Conversion
 from distnorm.types import Affine, Running
@@ -36,15 +36,12 @@ class Small:
         values = affine.weight_C, affine.bias_C, running.mean_C, running.var_C
         self._floats = [each for each in values if each is not None]
 
-    def batch_norm(self, layer: _BatchNorm, x_NCL: Tensor, residual_NCL: Tensor | None) -> Tensor | None:
-        """Normalize ``x_NCL`` as before; None, and nothing has happened, if anything but values is not as it was.
-
-        ``residual_NCL``, which may be of any kind, will be added to the result.
-        """
-        if not layer.training or not are_plain(x_NCL, residual_NCL) or x_NCL.dtype is not torch.float32:
-            return None
+    def batch_norm(self, layer: _BatchNorm, x_NCL: Tensor) -> Tensor | None:
+        """Normalize ``x_NCL``, a plain tensor; None, and nothing has happened, if anything but values has changed."""
         affine, running = self._affine, self._running
-        if x_NCL.shape != self._shape or layer.eps != affine.eps or layer.momentum != running.momentum:
+        if not layer.training or x_NCL.dtype is not torch.float32 or x_NCL.shape != self._shape:
+            return None
+        if layer.eps != affine.eps or layer.momentum != running.momentum:
             return None
         parameters, buffers = layer._parameters, layer._buffers
         if parameters.get("weight") is not affine.weight_C or parameters.get("bias") is not affine.bias_C:
