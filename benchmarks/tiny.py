@@ -1,16 +1,17 @@
-"""One norm layer of almost no values, forward and backward: what the host does, whatever the device is.
+"""Norm layers of almost no values, forward and backward: what the host does, whatever the device is.
 
 Run ``OMP_NUM_THREADS=1 python benchmarks/tiny.py``, or under ``torchrun --standalone --nproc_per_node 2``, where ranks
-of one host share memory. Contenders take turns on the same tensors; a round's time is the fastest of several passes. A
-pass of ``mabn`` and ``lazy_bn`` ends a step of its own, which a model's layers have in common. *Frames* are the calls
-of Python functions, forward and backward, that a layer makes beyond those of stock.
+of one host share memory. A contender is a model of ``LAYERS`` such layers in a row, and its time is divided by their
+number, so ``mabn`` and ``lazy_bn`` end one step for all of them. Contenders take turns on the same tensors; a round's
+time is the fastest of several passes. *Frames* are the calls of Python functions, forward and backward, that a model of
+one layer makes beyond those of stock: those of the end of its step are among them.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from types import FrameType
 from typing import Any
@@ -25,27 +26,30 @@ from torch import Tensor, nn
 
 import distnorm
 from distnorm.integrations import mpi
+from distnorm.kernels import stock
 
 SHAPE = 2, 8, 2, 2
+LAYERS = 16
 RECIPES = "local_bn", "sync_bn", "mabn", "lazy_bn"
-REPEATS = 25  # passes per round: the fastest counts, for another program can only slow one down
+REPEATS = 8  # passes per round: the fastest counts, for another program can only slow one down
 WARM = 120  # passes: the recipes' warm-up, of 100 steps, is over
 CORRECTED = 1000  # updates after which ``mabn`` corrects by its running statistics
 
 Frames = tuple[int, int]
 
 
-def layer_of(contender: str) -> nn.Module:
+def model_of(contender: str, layers: int = LAYERS) -> nn.Module:
     """``stock``, ``gather``, or a recipe, in its steady state."""
-    model = nn.Sequential(nn.BatchNorm2d(SHAPE[1]))
+    model = nn.Sequential(*(nn.BatchNorm2d(SHAPE[1]) for _ in range(layers)))
     if contender == "gather":
-        return replace_norms(model, GatherNorm)[0]
-    layer = model[0] if contender == "stock" else distnorm.convert(model, contender)[0]
-    layer.num_batches_tracked.fill_(CORRECTED)
+        return replace_norms(model, GatherNorm)
+    model = model if contender == "stock" else distnorm.convert(model, contender)
+    for layer in model:
+        layer.num_batches_tracked.fill_(CORRECTED)
     x, dy = tensors()
     for _ in range(WARM):
-        layer(x).backward(dy)
-    return layer
+        model(x).backward(dy)
+    return model
 
 
 def tensors() -> tuple[Tensor, Tensor]:
@@ -53,12 +57,12 @@ def tensors() -> tuple[Tensor, Tensor]:
     return torch.randn(*SHAPE, requires_grad=True), torch.randn(*SHAPE)
 
 
-def frames(layer: nn.Module) -> Frames:
+def frames(model: nn.Module) -> Frames:
     """How many Python functions a forward and a backward call: the least of a few, for a collector may call others."""
     x, dy = tensors()
     found = []
     for _ in range(5):
-        y, forward = _counted(lambda: layer(x))
+        y, forward = _counted(lambda: model(x))
         found.append((forward, _counted(partial(y.backward, dy))[1]))
     return min(each[0] for each in found), min(each[1] for each in found)
 
@@ -80,7 +84,7 @@ def _counted(work: Callable[[], Any]) -> tuple[Any, int]:
 
 def beyond_stock(contender: str) -> Frames:
     """What a layer of ``contender`` calls beyond what a stock one does."""
-    ours, stock = frames(layer_of(contender)), frames(layer_of("stock"))
+    ours, stock = frames(model_of(contender, 1)), frames(model_of("stock", 1))
     return ours[0] - stock[0], ours[1] - stock[1]
 
 
@@ -95,13 +99,18 @@ def no_network() -> Iterator[None]:
         yield
 
 
-def contender(layer: nn.Module, *, alone: bool = False) -> Callable[[], float]:
-    """A function that returns the milliseconds of the fastest pass; ``alone``: without the network."""
+def kernels_only() -> AbstractContextManager[Any]:
+    """Small layers that share nothing, too, take the C kernels in an autograd Function."""
+    return mock.patch.object(stock, "FEW_VALUES", 0)
+
+
+def contender(model: nn.Module, within: Callable[[], AbstractContextManager[Any]] = nullcontext) -> Callable[[], float]:
+    """A function that returns the milliseconds of a layer in the fastest pass, ``within`` a context."""
     x, dy = tensors()
 
     def one_round() -> float:
-        with no_network() if alone else nullcontext():
-            return min(pass_through(layer, x, dy) for _ in range(REPEATS))
+        with within():
+            return min(pass_through(model, x, dy) for _ in range(REPEATS)) / LAYERS
 
     return one_round
 
@@ -127,8 +136,10 @@ def main() -> None:
     options = parser_of("Time norm layers of almost no values.", runs=40).parse_args()
     torch.set_num_threads(1)
     mpi.init_process_group("gloo")
-    makers = {name: contender(layer_of(name)) for name in ("stock", *RECIPES, "gather")}
-    makers["gather, no network"] = contender(layer_of("gather"), alone=True)
+    makers = {name: contender(model_of(name)) for name in ("stock", *RECIPES, "gather")}
+    makers["gather, no network"] = contender(model_of("gather"), no_network)
+    with kernels_only():
+        makers["local_bn, C kernels"] = contender(model_of("local_bn"), kernels_only)
     counted = {name: beyond_stock(name) for name in RECIPES}
     result = {"ranks": dist.get_world_size(), "ms": rounds(makers, options), "frames": counted}
     finish(result, table([result]), options.json)
