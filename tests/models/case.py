@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 RATE = 0.001
-TIMED_SIDE = 224
+TIMED_SIDE = 128
 """Pixels of the pictures of a timed step, where the model takes any."""
 Trace = dict[str, Tensor]
 Given = Mapping[str, Any]
