@@ -121,6 +121,10 @@ class Direct(ABC):
         """
 
     @abstractmethod
+    def gone(self) -> int | None:
+        """Return the place of a rank that has ended; None if none has, as far as can be seen."""
+
+    @abstractmethod
     def close(self) -> None:
         """Leave the group. Ranks that wait for this one learn that it has ended."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -17,10 +16,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from distnorm.compat.uninterrupted import Call, uninterrupted
-from distnorm.transport.direct import SPIN_S, Direct
+from distnorm.transport.direct import Direct
 from distnorm.transport.rendezvous import group_timeout
 from distnorm.transport.schedule import Schedule
 from distnorm.transport.senders import Sender, mixed, sender, signature
+from distnorm.transport.torch_work import future_of, wait
 from distnorm.types import Future, Slot
 
 EXCHANGE_LIMIT_BYTES = 128 * 1024
@@ -174,11 +174,13 @@ class TorchGroup(Group):
         *,
         exchange_limit_bytes: int = EXCHANGE_LIMIT_BYTES,
         direct: Direct | None = None,
+        beside: Direct | None = None,
         schedule: Schedule | None = None,
     ) -> None:
         """Wrap ``process_group`` over the global ``ranks``; None for a single rank.
 
-        ``direct`` sends small vectors that a rank waits for, if that is possible without gloo.
+        ``direct`` sends small vectors that a rank waits for, if that is possible without gloo. ``beside``: what shows,
+        while gloo works, that another rank has ended; ``direct`` by default.
         """
         super().__init__(ranks, schedule)
         # Weakly: torch ends the threads of a destroyed group once nothing references it, and threads that outlive the
@@ -187,6 +189,7 @@ class TorchGroup(Group):
         self.gloo_devices = () if process_group is None else _served_by_gloo(process_group)
         self.exchange_limit_bytes = exchange_limit_bytes
         self.direct = direct
+        self._beside = beside or direct
 
     @property
     def process_group(self) -> dist.ProcessGroup | None:
@@ -217,7 +220,7 @@ class TorchGroup(Group):
         works: list[dist.Work] = []
 
         def finish() -> Tensor:
-            works[0].wait()
+            wait(works[0], self._beside if payload_.is_cpu else None)
             return payload_
 
         return Future(finish), partial(works.extend, map(self.process_group.allreduce, ([payload_],), (options,)))
@@ -242,26 +245,13 @@ class TorchGroup(Group):
             return rows[:, :count].sum(0).view_as(payload)
 
         work = dist.all_to_all_single(received, sent, group=self.process_group, async_op=True)
-        return _future(work, result, spin=True)
+        return future_of(work, result, self._beside, spin=True)
 
     def _all_reduce(self, payload: Tensor) -> Future:
         total = payload.clone()
         work = dist.all_reduce(total, group=self.process_group, async_op=True)
-        return _future(work, lambda: total, spin=payload.is_cpu and "cpu" in self.gloo_devices)
-
-
-def _future(work: dist.Work, result: Callable[[], Tensor | RuntimeError], *, spin: bool) -> Future:
-    """Return the future of a torch collective, after which ``result`` returns the sum; ``spin``: busy-wait at first."""
-
-    def finish() -> Tensor | RuntimeError:
-        if spin:
-            until = time.perf_counter() + SPIN_S
-            while not work.is_completed() and time.perf_counter() < until:
-                os.sched_yield()
-        work.wait()
-        return result()
-
-    return Future(finish)
+        by_gloo = payload.is_cpu and "cpu" in self.gloo_devices
+        return future_of(work, lambda: total, self._beside if by_gloo else None, spin=by_gloo)
 
 
 def _served_by_gloo(process_group: dist.ProcessGroup) -> tuple[str, ...]:

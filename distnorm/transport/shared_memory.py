@@ -69,6 +69,11 @@ class SharedMemory(Direct):
         )
         return place < 0
 
+    def gone(self) -> int | None:
+        """Return the place of a rank that holds no lock."""
+        others = (place for place in range(len(self._ranks)) if place != self._place)
+        return next((place for place in others if not self._lives(place)), None)
+
     def close(self) -> None:
         """Release this rank's lock."""
         self._close()

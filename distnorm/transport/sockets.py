@@ -112,6 +112,15 @@ class Sockets(Direct):
                 poller.register(connection, wanted)
         poller.poll(LOOK_S * 1e3)
 
+    def gone(self) -> int | None:
+        """Return the place of a rank that has closed its end of the connection, or whose host has said so."""
+        for place, connection in self._peers.items():
+            poller = select.poll()
+            poller.register(connection, select.POLLRDHUP)
+            if poller.poll(0):
+                return place
+        return None
+
     def close(self) -> None:
         """Close all connections."""
         for connection in self._peers.values():

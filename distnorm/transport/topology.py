@@ -167,7 +167,10 @@ class Topology:
         if direct is None:  # torch does not name missing ranks, and does not react to signals while it waits
             all_gather_text(ranks, "", timeout, doing="make a process group")
         process_group = make_group(ranks, purpose, timeout)
-        return TorchGroup(process_group, ranks, direct=direct, schedule=schedule_of(ranks, purpose, timeout))
+        blocking = _groups[world].get((ranks, False, self.transport))
+        beside = blocking.direct if isinstance(blocking, TorchGroup) else None
+        schedule = schedule_of(ranks, purpose, timeout)
+        return TorchGroup(process_group, ranks, direct=direct, beside=beside, schedule=schedule)
 
     def _direct(self, world: dist.ProcessGroup, ranks: tuple[int, ...], timeout: timedelta) -> Direct | None:
         """Return the transport of small vectors in place of gloo; None if gloo sends them, or if gloo had none to send.
