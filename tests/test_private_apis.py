@@ -498,6 +498,16 @@ def _sum_in_groups_of_our_own(rank: int) -> float:
     return value.item()
 
 
+# --- surroundings: function modes ----------------------------------------------------------------
+
+
+def test_function_modes_are_known() -> None:
+    assert not dispatch_state.has_function_mode()
+    with torch.overrides.BaseTorchFunctionMode():
+        assert dispatch_state.has_function_mode()
+    assert not dispatch_state.has_function_mode()
+
+
 # --- surroundings: hooks on all modules ----------------------------------------------------------
 
 

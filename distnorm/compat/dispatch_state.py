@@ -1,8 +1,8 @@
 """Which dispatch modes and transforms are active: they decide whether kernels may access tensors by address.
 
-The only user of torch's private counts of dispatch modes and of functorch levels, of the level of forward-mode
-differentiation, of the tests for wrapped tensors and traces, of the hooks on all modules and on all saved tensors, of
-the flag of ``torch.export``, and of the context managers that disable modes and transforms (torch 2.13; see
+The only user of torch's private counts of dispatch and function modes and of functorch levels, of the level of
+forward-mode differentiation, of the tests for wrapped tensors and traces, of the hooks on all modules and on all saved
+tensors, of the flag of ``torch.export``, and of the context managers that disable modes and transforms (torch 2.13; see
 tests/test_private_apis.py).
 """
 
@@ -40,6 +40,11 @@ def exporting() -> bool:
 def has_dispatch_mode() -> bool:
     """Return whether a dispatch mode is active: fake tensors, selective checkpoints, tracing, counting."""
     return torch._C._len_torch_dispatch_stack() > 0
+
+
+def has_function_mode() -> bool:
+    """Return whether a mode sees calls of torch's functions, with their arguments and results."""
+    return torch._C._len_torch_function_stack() > 0
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from distnorm.fusion.ast import FORWARD
 from distnorm.fusion.fused_classes import Fused, fused_class
 from distnorm.fusion.plans import find, following, is_norm, last
 from distnorm.fusion.reading import Attributes
-from distnorm.layers.activations import activation_of, has_no_effects, is_identity
+from distnorm.layers.activations import activation_of, has_no_effects, is_identity, is_sequence
 from distnorm.layers.class_swap import hand_down, swap, underlying
 from distnorm.layers.known_norms import Activated
 from distnorm.layers.module import DistNorm
@@ -117,7 +117,7 @@ class _Fusing:
         base = underlying(module)
         if isinstance(module, DistNorm) or not module._modules or not is_unobserved(module):
             return None
-        if base.forward is nn.Sequential.forward:
+        if is_sequence(base):
             children = list(module._modules.values())
             at = last(children)
             if at is None or not self._takes_epilogue(children[at]):
@@ -132,7 +132,7 @@ class _Fusing:
     def _methods(self, module: nn.Module) -> list[_Method]:
         """Return the methods of ``module`` with fused versions. One in the instance's dict has precedence."""
         base = underlying(module)
-        found = self._in_sequence(module) if base.forward is nn.Sequential.forward else self._in_class(module, base)
+        found = self._in_sequence(module) if is_sequence(base) else self._in_class(module, base)
         return [each for each in found if each.name not in vars(module)]
 
     def _in_sequence(self, module: nn.Module) -> Iterator[_Method]:

@@ -90,7 +90,7 @@ class _FusedMethod:
         return getattr(super(self._cls, module), self._name)
 
 
-def _applies(plan: Plan, module: Any, *args: Any, **kwargs: Any) -> bool:
+def _applies(plan: Plan, module: Any, /, *args: Any, **kwargs: Any) -> bool:
     """Return whether a call with these arguments runs the fused version."""
     if not module.training or torch.compiler.is_compiling():
         return False
@@ -114,8 +114,10 @@ def _with_signature_of(plain: FunctionType, applies: Callable[..., bool], fused:
         given.append(f"{each.name}={each.name}" if by_name else str(each).partition(":")[0].partition("=")[0])
     name = plain.__name__
     call = f"({', '.join(given)})"
-    body = f"return (_fused if _applies{call} else _plain){call}"
-    text = f"def _(_applies, _fused, _plain):\n def {name}{inspect.Signature(taken)}: {body}\n return {name}"
+    # Under names that no parameter has.
+    ours = "_distnorm_applies", "_distnorm_fused", "_distnorm_plain"
+    body = f"return ({ours[1]} if {ours[0]}{call} else {ours[2]}){call}"
+    text = f"def _({', '.join(ours)}):\n def {name}{inspect.Signature(taken)}: {body}\n return {name}"
     made: dict[str, Any] = {}
     exec(text, plain.__globals__, made)
     version: FunctionType = made["_"](applies, fused, plain)

@@ -6,7 +6,7 @@ self.norm(x)``. What its caller does with that is an epilogue of the norm.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from operator import is_
 from types import MethodType
@@ -84,14 +84,12 @@ class Ending:
         called = cls.__call__ is _CALL and module._compiled_call_impl is None
         if not (as_read and called and is_unobserved(module)):
             return False
-        return (
-            plan.is_valid_for(module) if plan.found.last else _last_takes_epilogue(reversed(module._modules.values()))
-        )
+        return plan.is_valid_for(module) if plan.found.last else _last_takes_epilogue(module)
 
 
-def _last_takes_epilogue(children: Iterable[nn.Module | None]) -> bool:
-    """Return whether the last of ``children`` that does something takes an epilogue."""
-    for child in children:
+def _last_takes_epilogue(sequence: Any) -> bool:
+    """Return whether the last child of ``sequence`` that does something takes an epilogue."""
+    for child in reversed(list(sequence)):
         if takes_epilogue(child):
             return True
         if not is_identity(child):
@@ -133,7 +131,7 @@ def _is_module(child: object) -> bool:
 
 def _run_in_sequence(module: nn.Sequential, input: Any, **epilogue: Any) -> Any:
     """Run as ``nn.Sequential.forward``, but let norms compute the activation that follows, and the last one more."""
-    children: list[Any] = list(module._modules.values())
+    children: list[Any] = list(module)
     end = last(children) if epilogue else None
     at = 0
     while at < len(children):

@@ -26,8 +26,8 @@ With an epilogue, which they compute in the same passes, up to half of it.
 # docs/decisions.md#torchs-batch-norm-for-small-layers
 def suits(method: Tracked, x_NCL: Tensor, affine: Affine, running: Running, *, has_epilogue: bool) -> bool:
     """Return whether torch's batch norm computes what ``method`` does for this plain input, and sooner."""
-    formula, most = method.formula(), FEW_VALUES // 2 if has_epilogue else FEW_VALUES
-    if formula is None or formula.name != "batch_norm" or not 0 < x_NCL.numel() <= most:
+    formula = method.formula()
+    if formula is None or formula.name != "batch_norm" or not are_few(x_NCL, has_epilogue=has_epilogue):
         return False
     if running.momentum is None and not x_NCL.is_cpu:  # the host would wait for the number of updates
         return False
@@ -37,26 +37,41 @@ def suits(method: Tracked, x_NCL: Tensor, affine: Affine, running: Running, *, h
     return True
 
 
-def batch_norm(x_NCL: Tensor, affine: Affine, running: Running, *, updates: bool) -> Tensor:
-    """Normalize ``x_NCL`` by the mean and variance of this batch; ``updates``: also update ``running`` statistics.
+def are_few(x_NCL: Tensor, *, has_epilogue: bool) -> bool:
+    """Return whether torch's batch norm of so many values is sooner done than the C kernels, with an epilogue if so."""
+    return 0 < x_NCL.numel() <= (FEW_VALUES // 2 if has_epilogue else FEW_VALUES)
 
-    At least two values per channel.
+
+def batch_norm(
+    x_NCL: Tensor,
+    weight_C: Tensor | None,
+    bias_C: Tensor | None,
+    mean_C: Tensor | None,
+    var_C: Tensor | None,
+    count: Tensor | None,
+    rate: float | None,
+    eps: float,
+    *,
+    updates_running: bool,
+) -> Tensor:
+    """Normalize ``x_NCL`` by the mean and variance of this batch. At least two values per channel.
+
+    ``updates_running``: also update the running ``mean_C`` and ``var_C`` and their ``count`` of updates, if there are
+    any, at the ``rate`` that torch calls momentum.
     """
-    mean_C, var_C, count, rate = running.mean_C, running.var_C, running.updates, running.momentum
     if mean_C is None or var_C is None:
         mean_C = var_C = None
-    elif updates:
+    elif updates_running:
         # torch's operation changes them unseen, and keeps them, unused, for its backward pass. Graphs of evaluation
         # must notice the change, and those of other training forwards must not: these keep tensors of other versions.
         increment_version((mean_C, var_C))
         mean_C, var_C = mean_C.data, var_C.data
     else:  # a checkpoint expects that its repetition saves as many tensors
         mean_C, var_C = mean_C.clone(), var_C.clone()
-    if updates and count is not None:
+    if updates_running and count is not None:
         count.add_(1)
     momentum = rate if rate is not None else 0.0 if count is None else 1.0 / float(count)
-    parameters = affine.weight_C, affine.bias_C, mean_C, var_C
-    arguments = *parameters, True, momentum, affine.eps, torch.backends.cudnn.enabled
+    arguments = weight_C, bias_C, mean_C, var_C, True, momentum, eps, torch.backends.cudnn.enabled
     hooks = saved_tensors_hooks()
     if hooks is None:
         return torch.batch_norm(x_NCL, *arguments)

@@ -17,7 +17,7 @@ from distnorm.layers.one_function import applied_by, may_be_read
 from distnorm.types import Activation
 
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
-_SEQUENTIAL = nn.Sequential.forward
+_SEQUENTIAL, _IN_ORDER = nn.Sequential.forward, nn.Sequential.__iter__
 _ACTIVATIONS: dict[type[nn.Module], str] = {row.layer: name for name, row in reversed(ACTIVATIONS.items())}
 _WITHOUT_EFFECTS = (
     *(nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear, nn.Flatten, nn.Upsample, nn.PixelShuffle, nn.ZeroPad2d),
@@ -93,8 +93,13 @@ def _never(child: object) -> bool:
     return False
 
 
+def is_sequence(cls: Any) -> bool:
+    """Return whether modules of the class ``cls`` run their children one after another, as ``nn.Sequential``."""
+    return cls.forward is _SEQUENTIAL and cls.__iter__ is _IN_ORDER
+
+
 def _runs_its_children(child: nn.Module) -> bool:
-    return type(child).forward is _SEQUENTIAL and is_unobserved(child)
+    return is_sequence(type(child)) and is_unobserved(child)
 
 
 def has_no_effects(child: object) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from distnorm.compat.dispatch_state import has_function_mode
 from distnorm.kernels.activations import activate
 from distnorm.types import RELU, Epilogue
 
@@ -23,10 +24,11 @@ def apart(y_NCL: Tensor, epilogue: Epilogue, widen: bool | None) -> Tensor:
 
 
 def in_place(y_NCL: Tensor, epilogue: Epilogue, widen: bool | None) -> Tensor:
-    """Return what ``apart`` does, of y that nothing else refers to: in its memory where torch can."""
+    """Return what ``apart`` does, of y that nothing else refers to: in its memory where that changes nothing else."""
     residual_NCL, activation = epilogue
+    fitting = residual_NCL is None or (widen is not None and fits(residual_NCL, y_NCL))
+    if not fitting or has_function_mode():  # a mode may have kept y
+        return apart(y_NCL, epilogue, widen)
     if residual_NCL is not None:
-        if not fits(residual_NCL, y_NCL):
-            return apart(y_NCL, epilogue, widen)
         y_NCL.add_(residual_NCL)
     return y_NCL.relu_() if activation is RELU else activate(y_NCL, activation)

@@ -27,7 +27,7 @@ from distnorm.layers.line import Line
 from distnorm.layers.running_statistics import running_of, seen
 from distnorm.layers.scripting import Scriptable
 from distnorm.layers.site import Site, update_layer
-from distnorm.layers.small import note
+from distnorm.layers.small import Small
 from distnorm.layers.tracing import is_traced, leaf
 from distnorm.methods import BatchNorm
 from distnorm.methods.base import compute_dtype
@@ -78,18 +78,19 @@ class DistNorm(Scriptable):
         "relu". ``parameter`` is the negative slope of "leaky_relu" or the alpha of "elu".
         """
         plain = not torch.compiler.is_compiling() and are_plain(input, residual)
-        small = self._site.small if plain and not inputs else None
-        y = None if small is None else small.batch_norm(self, input)
-        node = leaf(self, input, inputs) if y is None and is_traced(input) else None
+        node = leaf(self, input, inputs) if not plain and is_traced(input) else None
         wanted = RELU if relu else None if activation is None else named(activation, parameter)
-        epilogue = normalize.NO_EPILOGUE if residual is None and wanted is None else Epilogue(residual, wanted)
-        if y is not None:
-            return y if epilogue is normalize.NO_EPILOGUE else epilogues.in_place(y, epilogue, widen)
+        nothing = residual is None and wanted is None
+        epilogue = normalize.NO_EPILOGUE if nothing else Epilogue(residual, wanted)
         if node is not None:
             return epilogues.apart(node, epilogue, widen)
-        return self._normalize(input, inputs, epilogue, widen, plain)
+        small = self._site.small if plain and not inputs else None
+        y = None if small is None else small.batch_norm(self, input, has_epilogue=not nothing)
+        if y is not None:
+            return y if nothing else epilogues.in_place(y, epilogue, widen)
+        return self._train_or_evaluate(input, inputs, epilogue, widen, plain)
 
-    def _normalize(
+    def _train_or_evaluate(
         self, input: Tensor, inputs: tuple[Tensor, ...], epilogue: Epilogue, widen: bool | None, plain: bool
     ) -> Tensor:
         """Check everything, and compute on the path that suits it; ``plain``: tensors are, and nothing is compiled."""
@@ -115,8 +116,8 @@ class DistNorm(Scriptable):
         adds = fused is not normalize.NO_EPILOGUE
         if isinstance(exchange, KeepLocal) and stock.suits(method, input, affine, running, has_epilogue=adds):
             updates = tracked is not None and exchange.updates_running()
-            y = stock.batch_norm(input, affine, running, updates=updates)
-            site.small = note(site.conversion, site.name, self, input, affine, running) if updates else None
+            y = stock.batch_norm(input, weight_C, bias_C, *running[:4], self.eps, updates_running=updates)
+            site.small = Small(site.conversion, site.name, input) if updates else None
             return y if epilogue is normalize.NO_EPILOGUE else epilogues.in_place(y, epilogue, widen)
         between = overlap.arrangement(self, input) if site.conversion.recipe.overlap else None
         y = normalize.normalize(method, input, exchange, affine, between, tracked, fused)

@@ -45,7 +45,7 @@ def wait(work: dist.Work, beside: Direct | None) -> None:
         work.wait()
         return
     looks = 0
-    while looks < LOOKS_AFTER_END:
+    while True:
         try:
             work.wait(timedelta(seconds=LOOK_S))
             return
@@ -55,5 +55,5 @@ def wait(work: dist.Work, beside: Direct | None) -> None:
                 return
         gone = beside.gone()
         looks = 0 if gone is None else looks + 1
-    assert gone is not None, "it was so at each of these looks"
-    raise beside.ended(gone)
+        if gone is not None and looks > LOOKS_AFTER_END:
+            raise beside.ended(gone)
