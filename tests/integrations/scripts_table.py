@@ -99,7 +99,7 @@ def run(command: Sequence[str], data: Path) -> Outcome:
     environment = {
         **inherited,
         "PATH": f"{BIN}{os.pathsep}{inherited['PATH']}",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ZOO)]),
+        "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests" / "models" / "at_start", ZOO))),
         "OMP_NUM_THREADS": "1",
         "ACCELERATE_USE_CPU": "true",
         "HF_HOME": str(data.parent),
