@@ -25,6 +25,7 @@ PRIVATE = (
     "_C._is_fwd_grad_enabled",
     "_C._is_tracing",
     "_C._len_torch_dispatch_stack",
+    "_C._len_torch_function_stack",
     "autograd.Variable._execution_engine.queue_callback",
     "autograd.forward_ad._current_level",
     "autograd.function.BackwardCFunction.apply",
