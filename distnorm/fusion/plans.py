@@ -136,8 +136,8 @@ def _run_in_sequence(module: nn.Sequential, input: Any, **epilogue: Any) -> Any:
     at = 0
     while at < len(children):
         child, after, activation = children[at], at + 1, None
-        is_norm = isinstance(child, DistNorm)
-        if is_norm or hasattr(type(child), FORWARD):
+        normalizes = isinstance(child, DistNorm)
+        if normalizes or hasattr(type(child), FORWARD):
             after, activation = following(children, at, takes_epilogue)
         if at == end:
             given = epilogue
@@ -147,7 +147,7 @@ def _run_in_sequence(module: nn.Sequential, input: Any, **epilogue: Any) -> Any:
             given = {"relu": True}
         else:
             given = {"activation": activation.name, "parameter": activation.parameter}
-        input = child(input, **given) if is_norm or not given else getattr(child, FORWARD)(input, **given)
+        input = child(input, **given) if normalizes or not given else getattr(child, FORWARD)(input, **given)
         at = after
     return input
 

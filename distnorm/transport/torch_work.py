@@ -14,7 +14,7 @@ from distnorm.transport.direct import SPIN_S, Direct
 from distnorm.transport.patience import LOOK_S
 from distnorm.types import Future
 
-LOOKS_AFTER_END = 20
+LOOKS_AFTER_END = 15
 """How often a waiting rank looks after another one has ended: what that had sent may still arrive."""
 
 Answer = Tensor | RuntimeError

@@ -110,9 +110,8 @@ FAULTS = (
     Fault(name="SIGKILL while it saves", at="saving", do="kill_at_fsync", ends=("error", "killed"), says=SHARING,
           quick=("gloo", "mabn")),
     Fault(name="SIGKILL, and a forked child lives on", at="forward", do="kill_but_child", ends=("error", "killed"),
-          says=SHARING, but=(
-              Instead(why=BACKGROUND, ends=("error", "killed"), within="timeout", transports=("gloo",)),
-              Instead(why=BACKGROUND, ends=("error", "killed"), within="timeout", recipes=MOVING))),
+          says=SHARING,
+          but=(Instead(why=BACKGROUND, ends=("error", "killed"), within="timeout", transports=("gloo",)),)),
     Fault(name="os._exit(0) in forward", at="forward", do="exit_0", ends=("error", "gone"), says=SHARING,
           quick=("sockets", "lazy_bn")),
     # --- stops ---
