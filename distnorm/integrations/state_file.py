@@ -67,9 +67,12 @@ def fitting(file: Path, tensors: Mapping[str, Tensor]) -> list[Entry]:
     Raises:
         ValueError: it is not a file of state, or one of a newer version.
     """
-    # Mapped, since only few of its values are looked at if it is another checkpoint's.
-    fits = [place_of(each.values, tensors) is not None for each in _read(file, mmap=True)]
-    return [each for each, yes in zip(_read(file), fits, strict=True) if yes] if any(fits) else []
+    # torch.load opens a mapped file twice by its path, and a rank may replace that file between; a descriptor's path
+    # stays one file. Mapped, since only few of its values are looked at if it is another checkpoint's.
+    with file.open("rb") as opened:
+        same = Path(f"/dev/fd/{opened.fileno()}")
+        fits = [place_of(each.values, tensors) is not None for each in _read(same, mmap=True)]
+        return [each for each, yes in zip(_read(same), fits, strict=True) if yes] if any(fits) else []
 
 
 def _read(file: Path, *, mmap: bool = False) -> list[Entry]:

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.optim import optimizer as torch_optimizer
 
 from distnorm.integrations import job as job_module
+from distnorm.layers import optimizer_hooks, untrained
 from distnorm.layers.conversion import Conversion
 
 
@@ -25,6 +26,8 @@ def clean_hooks(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "save", module.save)
         monkeypatch.setattr(module, "load", module.load)
     monkeypatch.setattr(Conversion, "find_state", None)
+    untrained._register_hook()  # These two register once per process. First done in here, they would be gone after.
+    optimizer_hooks._register_hooks()
     hooks = torch_optimizer._global_optimizer_pre_hooks
     monkeypatch.setattr(torch_optimizer, "_global_optimizer_pre_hooks", type(hooks)(hooks))
     monkeypatch.setattr(job_module.atexit, "register", lambda _: None)
