@@ -19,7 +19,6 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import distnorm
-from distnorm.kernels import stock
 
 SHAPE = 4, 3, 2, 5
 Change = Callable[[nn.Module], object]
@@ -199,14 +198,6 @@ def test_own_checks_of_the_input_stay(where: str) -> None:
     with pytest.raises(ValueError, match="not finite"):
         layer(torch.full(SHAPE, torch.nan))
     assert layer.running_mean.isfinite().all()
-
-
-def test_a_first_forward_without_the_epilogue_does_not_decide() -> None:
-    layer = distnorm.convert(nn.BatchNorm2d(3), "local_bn")
-    x = torch.randn(4, 3, 64, 62)
-    assert stock.are_few(x, has_epilogue=False) and not stock.are_few(x, has_epilogue=True)
-    assert "Normalize" not in layer(x).grad_fn.name()
-    assert "Normalize" in layer(x, activation="silu").grad_fn.name()
 
 
 def test_a_mode_keeps_what_it_has_seen() -> None:

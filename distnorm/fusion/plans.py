@@ -22,6 +22,7 @@ from distnorm.layers.activations import activation_name, activation_of, has_no_e
 from distnorm.layers.known_norms import Activated
 from distnorm.layers.module import DistNorm
 from distnorm.layers.one_function import functions_at
+from distnorm.layers.small import may_be_repeated
 from distnorm.types import RELU, Activation
 
 _ABSENT = object()
@@ -34,6 +35,8 @@ class Plan:
 
     def __init__(self, plain: Any, fused: Callable[..., Any], found: Found) -> None:
         self.plain, self.fused, self.found = plain, fused, found
+        self._owners = tuple(found.owners)
+        self.last = tuple(name.partition(".")[0] for name in found.last)
         self._checks: list[tuple[str, Callable[[Any], bool]]] = [
             *((name, are_norms) for name in found.owners),
             *((name, partial(_computes, name=each)) for name, each in found.activations.items()),
@@ -57,6 +60,19 @@ class Plan:
             return True
         names = self.plain.__globals__
         return all(next(functions_at(path, names), None) == each for path, each in self.found.functions.items())
+
+    # docs/decisions.md#small-fused-modules-run-as-they-were-written
+    def saves_nothing(self, module: nn.Module) -> bool:
+        """Return whether the norms that the fused version merges were so small that its checks take more than it saves.
+
+        That was in their last forward. They may be larger now: the original version is right for any size.
+        """
+        children = module._modules
+        if self.fused is _run_in_sequence:
+            merged = [each for each in children.values() if isinstance(each, DistNorm) or hasattr(type(each), FORWARD)]
+        else:
+            merged = [children.get(name) for name in self._owners]
+        return all(map(was_small, merged)) and not may_be_repeated()
 
 
 def find(cls: type[nn.Module], name: str, attributes: Attributes) -> Plan:
@@ -84,17 +100,30 @@ class Ending:
         called = cls.__call__ is _CALL and module._compiled_call_impl is None
         if not (as_read and called and is_unobserved(module)):
             return False
-        return plan.is_valid_for(module) if plan.found.last else _last_takes_epilogue(module)
+        return plan.is_valid_for(module) if plan.last else takes_epilogue(_last_of(module))
+
+    def was_small(self, module: nn.Module) -> bool:
+        """Return whether the norm that ``module`` ends in was small in its last forward."""
+        if self._plan.last:
+            return all(was_small(module._modules.get(name)) for name in self._plan.last)
+        return was_small(_last_of(module))
 
 
-def _last_takes_epilogue(sequence: Any) -> bool:
-    """Return whether the last child of ``sequence`` that does something takes an epilogue."""
-    for child in reversed(list(sequence)):
-        if takes_epilogue(child):
-            return True
-        if not is_identity(child):
-            return False
-    return False
+def _last_of(sequence: Any) -> nn.Module | None:
+    """Return the last child of ``sequence`` that does something."""
+    children = list(sequence)
+    at = last(children)
+    return None if at is None else children[at]
+
+
+def was_small(child: object) -> bool:
+    """Return whether the norm that ``child`` is, or ends in, was small in its last forward; of a list, all of them."""
+    if isinstance(child, DistNorm):
+        return child._site.small is not None
+    if type(child) is nn.ModuleList:
+        return all(map(was_small, child))
+    ending = getattr(type(child), FORWARD, None)
+    return isinstance(ending, Ending) and isinstance(child, nn.Module) and ending.was_small(child)
 
 
 def takes_epilogue(child: object) -> bool:
@@ -133,11 +162,11 @@ def _run_in_sequence(module: nn.Sequential, input: Any, **epilogue: Any) -> Any:
     """Run as ``nn.Sequential.forward``, but let norms compute the activation that follows, and the last one more."""
     children: list[Any] = list(module)
     end = last(children) if epilogue else None
-    at = 0
+    at, repeatable = 0, may_be_repeated()
     while at < len(children):
         child, after, activation = children[at], at + 1, None
         normalizes = isinstance(child, DistNorm)
-        if normalizes or hasattr(type(child), FORWARD):
+        if (normalizes or hasattr(type(child), FORWARD)) and (repeatable or not was_small(child)):
             after, activation = following(children, at, takes_epilogue)
         if at == end:
             given = epilogue

@@ -18,16 +18,14 @@ from distnorm.types import Affine, Running
 
 FEW_VALUES = 2**16
 """Up to this number of values torch's batch norm is at least as fast as the C kernels (docs/performance.md).
-
-With an epilogue, which they compute in the same passes, up to half of it.
 """
 
 
 # docs/decisions.md#torchs-batch-norm-for-small-layers
-def suits(method: Tracked, x_NCL: Tensor, affine: Affine, running: Running, *, has_epilogue: bool) -> bool:
+def suits(method: Tracked, x_NCL: Tensor, affine: Affine, running: Running) -> bool:
     """Return whether torch's batch norm computes what ``method`` does for this plain input, and sooner."""
     formula = method.formula()
-    if formula is None or formula.name != "batch_norm" or not are_few(x_NCL, has_epilogue=has_epilogue):
+    if formula is None or formula.name != "batch_norm" or not 0 < x_NCL.numel() <= FEW_VALUES:
         return False
     if running.momentum is None and not x_NCL.is_cpu:  # the host would wait for the number of updates
         return False
@@ -35,11 +33,6 @@ def suits(method: Tracked, x_NCL: Tensor, affine: Affine, running: Running, *, h
         if each is not None and each.dtype is not torch.float32:
             return False
     return True
-
-
-def are_few(x_NCL: Tensor, *, has_epilogue: bool) -> bool:
-    """Return whether torch's batch norm of so many values is sooner done than the C kernels, with an epilogue if so."""
-    return 0 < x_NCL.numel() <= (FEW_VALUES // 2 if has_epilogue else FEW_VALUES)
 
 
 def batch_norm(

@@ -85,7 +85,7 @@ class DistNorm(Scriptable):
         if node is not None:
             return epilogues.apart(node, epilogue, widen)
         small = self._site.small if plain and not inputs else None
-        y = None if small is None else small.batch_norm(self, input, has_epilogue=not nothing)
+        y = None if small is None else small.batch_norm(self, input)
         if y is not None:
             return y if nothing else epilogues.in_place(y, epilogue, widen)
         return self._train_or_evaluate(input, inputs, epilogue, widen, plain)
@@ -113,12 +113,12 @@ class DistNorm(Scriptable):
         fits = residual is None or (epilogues.fits(residual, input) and activation in (None, RELU))
         fused = epilogue if fits else normalize.NO_EPILOGUE
         exchange = exchange_of(site, input, True)
-        adds = fused is not normalize.NO_EPILOGUE
-        if isinstance(exchange, KeepLocal) and stock.suits(method, input, affine, running, has_epilogue=adds):
+        if isinstance(exchange, KeepLocal) and stock.suits(method, input, affine, running):
             updates = tracked is not None and exchange.updates_running()
             y = stock.batch_norm(input, weight_C, bias_C, *running[:4], self.eps, updates_running=updates)
             site.small = Small(site.conversion, site.name, input) if updates else None
             return y if epilogue is normalize.NO_EPILOGUE else epilogues.in_place(y, epilogue, widen)
+        site.small = None
         between = overlap.arrangement(self, input) if site.conversion.recipe.overlap else None
         y = normalize.normalize(method, input, exchange, affine, between, tracked, fused)
         return y if fits else epilogues.apart(y, epilogue, widen)

@@ -74,7 +74,7 @@ class Site:
         self.records = {name: Records() for name in (("",) if self.measured is None else self.measured.parts)}
         """By the name of the share."""
         self.small: Small | None = None
-        """What the next forward may rest on, if this one was by torch's batch norm."""
+        """What the next forward may rest on, if the last one was by torch's batch norm."""
         self.forwards = Records()
         """What identifies recent inputs, with the buffers that their forwards found."""
         self._too_few: dict[int, Tensor] = {}

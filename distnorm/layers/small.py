@@ -20,23 +20,28 @@ from distnorm.kernels import stock
 from distnorm.layers.conversion import Conversion
 
 
+def may_be_repeated() -> bool:
+    """Return whether a checkpoint may repeat this forward, or this is a repetition: both must save the same tensors."""
+    return saved_tensors_hooks() is not None or graph_task() != NO_BACKWARD
+
+
 # docs/decisions.md#torchs-batch-norm-for-small-layers
 class Small:
     """A forward by torch's batch norm."""
 
-    __slots__ = "_binding", "_conversion", "_few", "_name", "_shape"
+    __slots__ = "_binding", "_conversion", "_name", "_shape"
 
     def __init__(self, conversion: Conversion, name: str, x_NCL: Tensor) -> None:
         """Note the forward of ``x_NCL`` in the layer ``name``, which is bound."""
-        self._shape, self._few = x_NCL.shape, stock.are_few(x_NCL, has_epilogue=True)
+        self._shape = x_NCL.shape
         self._conversion, self._binding, self._name = conversion, conversion.binding, name
 
-    def batch_norm(self, layer: _BatchNorm, x_NCL: Tensor, *, has_epilogue: bool) -> Tensor | None:
+    def batch_norm(self, layer: _BatchNorm, x_NCL: Tensor) -> Tensor | None:
         """Normalize ``x_NCL``, a plain tensor, in the same way; None, and nothing has happened, if it does not suit."""
         if not layer.training or x_NCL.dtype is not torch.float32 or x_NCL.shape != self._shape:
             return None
         parameters, buffers, momentum, eps = layer._parameters, layer._buffers, layer.momentum, layer.eps
-        if not layer.track_running_stats or momentum is None or eps <= 0 or (has_epilogue and not self._few):
+        if not layer.track_running_stats or momentum is None or eps <= 0:
             return None
         if not ("weight" in parameters and "bias" in parameters and "num_batches_tracked" in buffers):
             return None
@@ -49,8 +54,7 @@ class Small:
         for each in (weight_C, bias_C, mean_C, var_C):
             if each is not None and each.dtype is not torch.float32:
                 return None
-        # Hooks on saved tensors, and repetitions in a backward pass, take the whole way.
-        if saved_tensors_hooks() is not None or graph_task() != NO_BACKWARD:
+        if saved_tensors_hooks() is not None or graph_task() != NO_BACKWARD:  # may_be_repeated(), without the call
             return None
         try:
             layer._check_input_dim(x_NCL)
