@@ -12,6 +12,8 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 # DeepSpeed is pure Python then.
 export DS_BUILD_OPS := 0
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Where this is set, each of the many processes of the tests would compile all of torch again.
+unexport PYTHONDONTWRITEBYTECODE
 
 # Other libraries' models, with the torch of constraints.txt. ultralytics asks for an OpenCV that needs a display.
 ZOO := .venv-zoo
