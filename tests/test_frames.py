@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(not torch.__version__.startswith("2.13."), reaso
 
 
 @pytest.mark.parametrize("recipe", ["local_bn", "sync_bn"])
-@pytest.mark.parametrize(("few", "forward", "backward"), [(stock.FEW_VALUES, 8, 0), (0, 36, 19)])
+@pytest.mark.parametrize(("few", "forward", "backward"), [(stock.FEW_VALUES, 8, 0), (0, 34, 18)])
 def test_a_layer_that_shares_nothing(
     recipe: str, few: int, forward: int, backward: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -35,4 +35,4 @@ def test_from_a_layer_to_its_policy(monkeypatch: pytest.MonkeyPatch) -> None:
     along = Facts.along
     monkeypatch.setattr(Facts, "along", lambda facts, routes, alone: along(facts, routes))
     forward, backward = tiny.beyond_stock("sync_bn")
-    assert forward <= 45 and backward <= 47, (forward, backward)
+    assert forward <= 44 and backward <= 46, (forward, backward)

@@ -167,8 +167,9 @@ _apply = bare_apply(_Normalize)
 
 def _as_of_now(affine: Affine) -> Affine:
     """Copy what changes in place before the backward pass: the running statistics."""
-    running_var_C, updates = (None if each is None else each.clone() for each in affine[3:])
-    return affine._replace(running_var_C=running_var_C, updates=updates)
+    weight_C, bias_C, eps, var_C, updates = affine
+    now = None if var_C is None else var_C.clone(), None if updates is None else updates.clone()
+    return Affine(weight_C, bias_C, eps, *now)
 
 
 def _plain_gradients(ctx: Any, x_NCL: Tensor, affine: Affine, dz_NCL: Tensor, *, opaque: bool) -> list[Tensor | None]:

@@ -62,7 +62,13 @@ def is_batch(gradient: Tensor) -> bool:
 # docs/decisions.md#kernels-take-plain-tensors-only
 def are_plain(*tensors: Tensor | None) -> bool:
     """Return whether kernels may access ``tensors`` by address: plain strided tensors, and no mode or transform."""
-    if has_dispatch_mode() or in_transform():
+    # The rest is in_transform(), without the call.
+    if (
+        has_dispatch_mode()
+        or _transform_level() is not None
+        or forward_ad._current_level >= 0
+        or torch._C._is_tracing()
+    ):
         return False
     for each in tensors:
         # The memory of a negative view holds negated values. A tensor that a finished transform left is a wrapper.

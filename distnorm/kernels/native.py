@@ -55,7 +55,7 @@ _EXCHANGE: dict[str, list[Any]] = {
     "add": [_POINTER, _INDEX, _INDEX, _TURN, _TURN, _POINTER, _INDEX],
 }
 _ENTRIES: dict[str, list[Any]] = {
-    "window": [_POINTER, _INDEX, _DOUBLE, _DOUBLE, _DOUBLE] + [_POINTER] * 5,
+    "window": [_POINTER, _INDEX, _INT, _DOUBLE, _DOUBLE] + [_POINTER] * 5,
     "mix": [_POINTER, _INDEX, _DOUBLE, _DOUBLE, _DOUBLE] + [_POINTER] * 4,
     "push": [_POINTER, _POINTER, _INDEX, _INDEX] + [_POINTER] * 6,
 }

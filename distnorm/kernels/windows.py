@@ -78,7 +78,7 @@ def window(
 
     Args:
         newest: the values of the slot; followed by their count if ``counted``, as in the result.
-        weight: the weight that the values are a sum over, a scalar; None for 1.
+        weight: the weight that the values are a sum over, a scalar; None for their count, or for 1 without one.
         scale: the loss scale; a tensor only if it is on the device of ``newest``.
         sums: over the entries of each slot, for all slots.
         filled: the number of entries of each slot.
@@ -90,22 +90,23 @@ def window(
     if in_triton(newest, outbox):
         from distnorm.kernels.gpu import entries  # imports Triton
 
+        weight = newest[-1] if counted else weight
         place = outbox, span.start, span.stop - span.start, number, counted
         made: Tensor = entries.window(newest.contiguous(), weight, *_at_or_number(scale), sums, filled, *place)
         return made
     weight_at = sums.numel() + number
     compiled = library() if newest.is_cpu and newest.is_contiguous() else None
     if compiled is not None:
-        own, factor, out = 1.0 if weight is None else weight.item(), float(scale), torch.empty_like(newest)
-        if counted:
-            out[-1] = own
+        out, start, sent = torch.empty_like(newest), _ITEMSIZE * span.start, outbox.data_ptr()
         compiled.entries_window(
-            *(newest.data_ptr(), span.stop - span.start, factor, own, own * factor),
-            *(_address(sums, span.start), _address(filled, number)),
-            *(_address(outbox, span.start), _address(outbox, weight_at), out.data_ptr()),
+            *(newest.data_ptr(), span.stop - span.start, counted, float(scale)),
+            1.0 if weight is None else weight.item(),
+            *(sums.data_ptr() + start, filled.data_ptr() + _ITEMSIZE * number),
+            *(sent + start, sent + _ITEMSIZE * weight_at, out.data_ptr()),
         )
         return out
-    weight = newest.new_ones(()) if weight is None else weight
+    if weight is None:
+        weight = newest[-1] if counted else newest.new_ones(())
     values = (newest[:-1] if counted else newest) / scale
     add(outbox, span, weight_at, values, weight)
     own_mean = torch.where(weight > 0, values / weight, 0)
@@ -127,9 +128,10 @@ def mix(newest: Tensor, scale: Tensor | float, others: Tensor, outbox: Tensor, s
     compiled = library() if newest.is_cpu and newest.is_contiguous() else None
     if compiled is not None:
         factor, out = float(scale), torch.empty_like(newest)
+        start, sent = _ITEMSIZE * span.start, outbox.data_ptr()
         compiled.entries_mix(
-            *(newest.data_ptr(), newest.numel(), factor, 1.0, factor, _address(others, span.start)),
-            *(_address(outbox, span.start), _address(outbox, weight_at), out.data_ptr()),
+            *(newest.data_ptr(), newest.numel(), factor, 1.0, factor, others.data_ptr() + start),
+            *(sent + start, sent + _ITEMSIZE * weight_at, out.data_ptr()),
         )
         return out
     add(outbox, span, weight_at, newest / scale, 1.0)
@@ -195,8 +197,3 @@ def summing(ring: Tensor, sums: Tensor) -> list[Call]:
 def _at_or_number(scale: Tensor | float) -> tuple[Tensor | None, float]:
     """Return ``scale`` as the Triton kernels take it: as tensor, or else as number."""
     return (scale, 1.0) if isinstance(scale, Tensor) else (None, scale)
-
-
-def _address(values: Tensor, at: int) -> int:
-    """Return the address of element ``at``, for C."""
-    return values.data_ptr() + _ITEMSIZE * at

@@ -54,7 +54,7 @@ class Small:
         for each in (weight_C, bias_C, mean_C, var_C):
             if each is not None and each.dtype is not torch.float32:
                 return None
-        if saved_tensors_hooks() is not None or graph_task() != NO_BACKWARD:  # may_be_repeated(), without the call
+        if may_be_repeated():
             return None
         try:
             layer._check_input_dim(x_NCL)

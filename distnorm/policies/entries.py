@@ -19,6 +19,7 @@ from distnorm.policies.facts import Completeness, Facts
 from distnorm.transport import Group
 from distnorm.types import Layout, Slot, Watch, label
 
+_GLOBAL, _LOCAL = Completeness(), Completeness(is_global=False, is_counted=False)
 _STORED = ("ring", "filled", "position")
 
 
@@ -97,7 +98,7 @@ class WindowReducer(Reducer):
 
     def completeness(self, slot: Slot) -> Completeness:
         """Return that steps mix global and local values, and that forwards outside of steps are summed at once."""
-        return Completeness(not slot.learning, not slot.learning)
+        return _LOCAL if slot.learning else _GLOBAL
 
     def watches(self, local: Tensor, used: Tensor, shared: Tensor | None) -> dict[str, Watch]:
         """Return ``watch`` of the means of all slots."""

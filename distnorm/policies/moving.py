@@ -41,8 +41,7 @@ class _Window(WindowReducer):
         self.follow(payload)
         if slot.direction == "backward":
             return self._enter(*self._cotangents(payload, slot), slot)
-        newest = payload if self.policy.staleness else self.blocking.sum(payload, slot)
-        return self._enter(newest, newest[-1], slot)
+        return self._enter(payload if self.policy.staleness else self.blocking.sum(payload, slot), None, slot)
 
     def _cotangents(self, payload: Tensor, slot: Slot) -> tuple[Tensor, Tensor | None]:
         """Return the newest cotangents, of this rank or of a blocking sum, and their weight, None for 1."""
@@ -56,7 +55,8 @@ class _Window(WindowReducer):
     def _enter(self, newest: Tensor, weight: Tensor | None, slot: Slot) -> Tensor:
         """Add ``newest`` to the vector of this step. Return ``weight`` times the mean over the window.
 
-        Statistics have their count as last value, in the argument and in the result.
+        Statistics have their count, which is their weight, as last value, in the argument and in the result. The
+        weight of cotangents is 1 if None.
         """
         key = key_of(slot)
         return windows.window(

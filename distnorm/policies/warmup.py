@@ -28,17 +28,16 @@ class _Relay(Reducer):
         self.then = then
         self.steps = steps
 
-    def _in_charge(self, slot: Slot) -> Reducer:
-        return self.first if slot.step < self.steps else self.then
-
     def reduce(self, payload: Tensor, slot: Slot) -> Tensor:
-        shared = self._in_charge(slot).reduce(payload, slot)
-        if slot.step < self.steps and slot.learning:
+        if slot.step >= self.steps:
+            return self.then.reduce(payload, slot)
+        shared = self.first.reduce(payload, slot)
+        if slot.learning:
             self.then.observe(shared, slot, self.first.size)
         return shared
 
     def completeness(self, slot: Slot) -> Completeness:
-        return self._in_charge(slot).completeness(slot)
+        return (self.first if slot.step < self.steps else self.then).completeness(slot)
 
     def observe(self, shared: Tensor, slot: Slot, contributions: float) -> None:
         self.then.observe(shared, slot, contributions)

@@ -8,10 +8,13 @@
 
 typedef ptrdiff_t index_t;
 
-/* out = factor * mean of the completed entries, of which sums is the sum, and the newest, if it has any weight */
-void entries_window(const double *values, index_t count, double loss_scale, double weight, double factor,
+/* out = loss_scale * weight * mean of the completed entries, of which sums is the sum, and the newest, if it has any
+   weight. If counted, the weight follows the values, in out too. */
+void entries_window(const double *values, index_t count, int counted, double loss_scale, double weight,
                     const double *sums, const int64_t *filled, double *outbox, double *outbox_weight, double *out)
 {
+    if (counted) weight = out[count] = values[count];
+    double factor = weight * loss_scale;
     index_t entries = *filled + (weight > 0);
     double over = factor / (entries > 1 ? entries : 1);
     for (index_t i = 0; i < count; i++) {
