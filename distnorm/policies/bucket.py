@@ -176,7 +176,7 @@ class Bucket:
         """Return what the running statistics are to be updated with: the forward slots of these vectors."""
         rows = zip(self.index, means.split(self._sizes), weights.unbind(), usable.double().unbind(), strict=True)
         return [
-            GlobalStatistics(layer, values[: len(values) - self._extra], weight, completed, name)
+            GlobalStatistics(layer, values[: -self._extra] if self._extra else values, weight, completed, name)
             for (layer, direction, name), values, weight, completed in rows
             if direction == "forward"
         ]
