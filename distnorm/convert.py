@@ -225,7 +225,9 @@ def _unswap(layer: DistNorm) -> None:
     swap(layer, site.original)
     if issubclass(mine, Made):
         hand_down(mine, site.original)
-    layer.momentum = site.momentum
+    given = site.conversion.recipe.momentum
+    if given is not None and layer.momentum == given:  # nobody has set another one since
+        layer.momentum = site.momentum
     # Stock layers need buffers of their parameters' dtype. Computed weights (parametrizations) are not parameters.
     dtype = next((parameter.dtype for parameter in layer.parameters()), None)
     for name in ("running_mean", "running_var"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from torch import nn
@@ -87,3 +89,25 @@ def test_script_after_revert() -> None:
     assert torch.equal(mine(x), stock(x))
     assert torch.equal(mine.eval()(x), stock.eval()(x))
     assert torch.equal(mine.state_dict()["1.running_var"], stock.state_dict()["1.running_var"])
+
+
+@pytest.mark.parametrize("recipe", ["sync_bn", "mabn"])
+def test_what_has_wrapped_a_forward_calls_the_stock_one(recipe: str) -> None:
+    """As offloading hooks do, which call the forward that they found."""
+    stock, inputs = model(), batches((6, 3, 5, 5))
+    mine = converted(stock, recipe)
+    for each in mine.modules():
+        if not isinstance(each, nn.Sequential):
+            each.forward = functools.partial(each.forward)  # type: ignore[method-assign]
+    train(mine, inputs)
+    y = mine.eval()(inputs[0])
+    torch.testing.assert_close(distnorm.revert(mine)(inputs[0]), y)
+    mine.train()(inputs[0]).sum().backward()
+
+
+@pytest.mark.parametrize("recipe", ["sync_bn", "mabn"])
+def test_a_momentum_that_was_set_since_stays(recipe: str) -> None:
+    mine = converted(model(), recipe)
+    mine[1].momentum = 0.5
+    distnorm.revert(mine)
+    assert mine[1].momentum == 0.5 and mine[2][1].momentum == 0.1

@@ -75,7 +75,7 @@ class _FusedMethod:
     """Descriptor of the method ``name`` of a generated class: fused, unless the author's method has been replaced."""
 
     def __init__(self, cls: type[nn.Module], name: str, plan: Plan) -> None:
-        self._cls, self._name, self._plan = cls, name, plan
+        self._cls, self._name = cls, name
         self._plain: FunctionType = plan.plain
         self._code = plan.plain.__code__  # tools that reload code put new code into the old function
         self._version = _with_signature_of(plan.plain, partial(_applies, plan), plan.fused)
@@ -85,14 +85,14 @@ class _FusedMethod:
         as_read = below is self._plain and below.__code__ is self._code
         if module is None:
             return self._version if as_read else below
-        if as_read and not torch.compiler.is_compiling() and not self._plan.saves_nothing(module):
+        if as_read and not torch.compiler.is_compiling():
             return MethodType(self._version, module)
         return getattr(super(self._cls, module), self._name)
 
 
 def _applies(plan: Plan, module: Any, /, *args: Any, **kwargs: Any) -> bool:
     """Return whether a call with these arguments runs the fused version."""
-    if not module.training or torch.compiler.is_compiling():
+    if not module.training or torch.compiler.is_compiling() or plan.saves_nothing(module, args):
         return False
     for each in args:
         if is_traced(each):

@@ -12,12 +12,13 @@ from operator import is_
 from types import MethodType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from distnorm.compat.dispatch_state import is_unobserved
 from distnorm.fusion.ast import FORWARD
 from distnorm.fusion.reading import Attributes, Found
 from distnorm.fusion.source import rewrite
+from distnorm.kernels import stock
 from distnorm.layers.activations import activation_name, activation_of, has_no_effects, is_identity
 from distnorm.layers.known_norms import Activated
 from distnorm.layers.module import DistNorm
@@ -62,11 +63,14 @@ class Plan:
         return all(next(functions_at(path, names), None) == each for path, each in self.found.functions.items())
 
     # docs/decisions.md#small-fused-modules-run-as-they-were-written
-    def saves_nothing(self, module: nn.Module) -> bool:
-        """Return whether the norms that the fused version merges were so small that its checks take more than it saves.
+    def saves_nothing(self, module: nn.Module, args: tuple[object, ...]) -> bool:
+        """Return whether the norms that the fused version merges are so small that its checks take more than it saves.
 
-        That was in their last forward. They may be larger now: the original version is right for any size.
+        They were in their last forward, and ``args`` are not larger. The original version is right for any size.
         """
+        for each in args:
+            if is_large(each):
+                return False
         children = module._modules
         if self.fused is _run_in_sequence:
             merged = [each for each in children.values() if isinstance(each, DistNorm) or hasattr(type(each), FORWARD)]
@@ -100,13 +104,15 @@ class Ending:
         called = cls.__call__ is _CALL and module._compiled_call_impl is None
         if not (as_read and called and is_unobserved(module)):
             return False
-        return plan.is_valid_for(module) if plan.last else takes_epilogue(_last_of(module))
+        if plan.last:
+            return plan.is_valid_for(module)
+        return plan.fused is _run_in_sequence and takes_epilogue(_last_of(module))
 
     def was_small(self, module: nn.Module) -> bool:
         """Return whether the norm that ``module`` ends in was small in its last forward."""
         if self._plan.last:
             return all(was_small(module._modules.get(name)) for name in self._plan.last)
-        return was_small(_last_of(module))
+        return self._plan.fused is _run_in_sequence and was_small(_last_of(module))
 
 
 def _last_of(sequence: Any) -> nn.Module | None:
@@ -114,6 +120,11 @@ def _last_of(sequence: Any) -> nn.Module | None:
     children = list(sequence)
     at = last(children)
     return None if at is None else children[at]
+
+
+def is_large(value: object) -> bool:
+    """Return whether ``value`` is a tensor that is too large for torch's batch norm."""
+    return isinstance(value, Tensor) and value.numel() > stock.FEW_VALUES
 
 
 def was_small(child: object) -> bool:
@@ -166,7 +177,8 @@ def _run_in_sequence(module: nn.Sequential, input: Any, **epilogue: Any) -> Any:
     while at < len(children):
         child, after, activation = children[at], at + 1, None
         normalizes = isinstance(child, DistNorm)
-        if (normalizes or hasattr(type(child), FORWARD)) and (repeatable or not was_small(child)):
+        norm = normalizes or hasattr(type(child), FORWARD)
+        if norm and (repeatable or is_large(input) or not was_small(child)):
             after, activation = following(children, at, takes_epilogue)
         if at == end:
             given = epilogue

@@ -64,15 +64,32 @@ def candidates(path: Path, tensors: Mapping[str, Tensor]) -> Iterator[Path]:
 def fitting(file: Path, tensors: Mapping[str, Tensor]) -> list[Entry]:
     """Return the entries of ``file`` whose values are among ``tensors``, which a checkpoint has.
 
+    Ranks may replace the file meanwhile. torch.load opens it by its path, twice if mapped, so it is read again then.
+
     Raises:
+        OSError: there is no such file.
         ValueError: it is not a file of state, or one of a newer version.
     """
-    # torch.load opens a mapped file twice by its path, and a rank may replace that file between; a descriptor's path
-    # stays one file. Mapped, since only few of its values are looked at if it is another checkpoint's.
-    with file.open("rb") as opened:
-        same = Path(f"/dev/fd/{opened.fileno()}")
-        fits = [place_of(each.values, tensors) is not None for each in _read(same, mmap=True)]
-        return [each for each, yes in zip(_read(same), fits, strict=True) if yes] if any(fits) else []
+    while True:
+        before, found = _identity(file), None
+        try:
+            found = _among(tensors, file)
+        except Exception:
+            if _identity(file) == before:
+                raise
+        if found is not None and _identity(file) == before:
+            return found
+
+
+def _identity(file: Path) -> tuple[int, int]:
+    found = file.stat()
+    return found.st_ino, found.st_mtime_ns
+
+
+def _among(tensors: Mapping[str, Tensor], file: Path) -> list[Entry]:
+    # Mapped, since only few of its values are looked at if it is another checkpoint's.
+    fits = [place_of(each.values, tensors) is not None for each in _read(file, mmap=True)]
+    return [each for each, yes in zip(_read(file), fits, strict=True) if yes] if any(fits) else []
 
 
 def _read(file: Path, *, mmap: bool = False) -> list[Entry]:
