@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 import sys
 import warnings
@@ -214,3 +215,13 @@ def test_folding_keeps_what_the_class_adds() -> None:
     folded = distnorm.fold(mine)
     assert type(folded[1]) is known.BatchNormAct2d
     torch.testing.assert_close(folded(X[0]), mine(X[0]))
+
+
+@EACH
+def test_what_has_wrapped_a_forward_calls_the_original_after_revert(make: Callable[[], nn.Module]) -> None:
+    mine = converted(nn.Sequential(nn.Conv2d(4, 4, 1), worn(make())), "mabn")
+    for each in mine.modules():
+        each.forward = functools.partial(each.forward)  # type: ignore[method-assign]
+    train(mine, X)
+    y = mine.eval()(X[0])
+    torch.testing.assert_close(distnorm.revert(mine)(X[0]), y)

@@ -91,14 +91,22 @@ def test_script_after_revert() -> None:
     assert torch.equal(mine.state_dict()["1.running_var"], stock.state_dict()["1.running_var"])
 
 
+BEFORE_A_NORM = {
+    "convolution": (lambda: nn.Conv2d(3, 4, 3), (6, 3, 5, 5)),
+    "transposed": (lambda: nn.ConvTranspose2d(3, 4, 3), (6, 3, 5, 5)),
+    "linear": (lambda: nn.Linear(3, 4), (6, 3)),
+}
+
+
+@pytest.mark.parametrize("before", BEFORE_A_NORM)
 @pytest.mark.parametrize("recipe", ["sync_bn", "mabn"])
-def test_what_has_wrapped_a_forward_calls_the_stock_one(recipe: str) -> None:
+def test_what_has_wrapped_a_forward_calls_the_stock_one(recipe: str, before: str) -> None:
     """As offloading hooks do, which call the forward that they found."""
-    stock, inputs = model(), batches((6, 3, 5, 5))
-    mine = converted(stock, recipe)
+    make, shape = BEFORE_A_NORM[before]
+    inputs = batches(shape)
+    mine = converted(nn.Sequential(make(), worn(nn.BatchNorm2d(4) if len(shape) > 2 else nn.BatchNorm1d(4))), recipe)
     for each in mine.modules():
-        if not isinstance(each, nn.Sequential):
-            each.forward = functools.partial(each.forward)  # type: ignore[method-assign]
+        each.forward = functools.partial(each.forward)  # type: ignore[method-assign]
     train(mine, inputs)
     y = mine.eval()(inputs[0])
     torch.testing.assert_close(distnorm.revert(mine)(inputs[0]), y)

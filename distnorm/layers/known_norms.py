@@ -49,6 +49,8 @@ class Activated(Replacing):
 
     def forward(self, input: Tensor, **options: Any) -> Tensor:  # type: ignore[override]
         """Return ``act(drop(norm(input, **options)))``."""
+        if not isinstance(self, Replacing):  # reverted, and called by what has wrapped the forward before
+            return type(self).forward(self, input, **options)
         return self._stand_in(input, **options)
 
     def _replace(self, input: Tensor, *rest: Tensor, **options: Any) -> Tensor:
@@ -83,6 +85,8 @@ class NamedActivation(Replacing):
 
     def forward(self, input: Tensor) -> Tensor:  # type: ignore[override]
         """Return the activation of the normalized input."""
+        if not isinstance(self, Replacing):  # reverted, and called by what has wrapped the forward before
+            return type(self).forward(self, input)
         return self._stand_in(input)
 
     def _replace(self, input: Tensor, *rest: Tensor, **options: Any) -> Tensor:
@@ -107,6 +111,8 @@ class Apex(Replacing, DistSyncBatchNorm):
 
     def forward(self, input: Tensor, z: Tensor | None = None) -> Tensor:  # type: ignore[override]
         """Return the normalized input, plus ``z`` if given; with ``fuse_relu`` the ReLU of that."""
+        if not isinstance(self, Replacing):  # reverted, and called by what has wrapped the forward before
+            return type(self).forward(self, input, z)
         return self._stand_in(input) if z is None else self._stand_in(input, z)
 
     def _replace(self, input: Tensor, *rest: Tensor, **options: Any) -> Tensor:

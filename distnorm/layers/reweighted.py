@@ -90,6 +90,8 @@ class ReweightedLinear(Reweighted, nn.Linear):
         if torch.jit.is_scripting():
             return nn.functional.linear(input, self.weight, self.bias)
         else:
+            if not isinstance(self, Reweighted):  # reverted, and called by what has wrapped the forward before
+                return type(self).forward(self, input)
             return self._forward(input)
 
     def _forward(self, input: Tensor) -> Tensor:
@@ -124,6 +126,8 @@ class ReweightedConvTranspose(Reweighted):
             assert output_size is None, "a scripted layer has one size of output"
             return self._scripted(input)
         else:
+            if not isinstance(self, Reweighted):  # reverted, and called by what has wrapped the forward before
+                return type(self).forward(self, input, output_size)
             return self._forward(input, output_size)
 
     def _scripted(self, input: Tensor) -> Tensor:
