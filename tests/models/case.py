@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 RATE = 0.001
-TIMED_SIDE = 128
+TIMED_SIDE = int(os.environ.get("TIMED_SIDE", "128"))
 """Pixels of the pictures of a timed step, where the model takes any."""
 Trace = dict[str, Tensor]
 Given = Mapping[str, Any]
