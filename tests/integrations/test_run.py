@@ -307,6 +307,7 @@ def test_steps_are_the_optimizers(tmp_path: Path) -> None:
     assert second["warnings"] == []
 
 
+@pytest.mark.slow
 def test_moving_statistics_beside_the_scripts_checkpoint(tmp_path: Path) -> None:
     """Rank 0 saves; its window is that of all ranks (docs/moving.md), so all of them go on bit for bit."""
     options = ["--save-state", "--recipe", "mabn", "--options", '{"warmup": 3, "window": 4}']
