@@ -53,7 +53,7 @@ def test_checkpoints_change_nothing(policy, reentrant):
             trace.append([each.clone() for each in model.buffers()])
         return trace, shared_state(model)
 
-    same(run_threads(2, run, True, timeout=4.0 if policy is POLICIES["blocking"] else 30.0), run_threads(2, run, False))
+    same(run_threads(2, run, True, timeout=1.0 if policy is POLICIES["blocking"] else 30.0), run_threads(2, run, False))
 
 
 @EVERY
