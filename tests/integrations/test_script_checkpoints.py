@@ -526,3 +526,31 @@ def test_ranks_that_save_to_one_path(job: Job, tmp_path: Path, monkeypatch: pyte
     while any(each.is_alive() for each in writers):
         assert len(state_file.fitting(tmp_path / f"a.pth{SUFFIX}", tensors_in(model.state_dict()))) == 1
     assert sorted(each.name for each in tmp_path.iterdir()) == ["a.pth", f"a.pth{SUFFIX}"]
+
+
+@pytest.mark.parametrize("outcome", ["other values", "an error"])
+def test_a_file_that_is_replaced_while_it_is_read_is_read_again(
+    outcome: str, job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = trained(job)
+    torch.save(model.state_dict(), tmp_path / "a.pth")
+    file, tensors = tmp_path / f"a.pth{SUFFIX}", tensors_in(model.state_dict())
+    entries, read, reads = state_file.fitting(file, tensors), state_file._among, []
+
+    def replaced(*given: Any) -> list[Any]:
+        reads.append(given)
+        if len(reads) > 1:
+            return read(*given)
+        state_file.write(tmp_path / "a.pth", entries)
+        if outcome == "an error":
+            raise RuntimeError("the end of the file is missing")
+        return []
+
+    monkeypatch.setattr(state_file, "_among", replaced)
+    assert len(state_file.fitting(file, tensors)) == 1 and len(reads) == 2
+
+
+def test_a_file_that_stays_as_it_is_is_not_read_again(tmp_path: Path) -> None:
+    (tmp_path / "broken").write_bytes(b"nothing of ours")
+    with pytest.raises(RuntimeError):
+        state_file.fitting(tmp_path / "broken", {})

@@ -39,7 +39,7 @@ WORLDS = st.integers(1, 4)
 
 
 @pytest.mark.parametrize("staleness", [0, 1])
-@settings(max_examples=20)
+@settings(max_examples=40)
 @given(method=METHODS, reduction=REDUCTIONS, seed=SEEDS, ranks=WORLDS, window=WORLDS)
 def test_moving_is_what_is_written_out(staleness, method, reduction, seed, ranks, window):
     policy = Moving(window=window, staleness=staleness, loss_reduction=reduction)
